@@ -1,0 +1,191 @@
+"""The ``edge-runtime`` command: finds the subcommand, loads it, runs it, reports errors in one line.
+
+Each subcommand is a module with ``add_arguments(parser)`` (which also sets ``parser.description``
+and ``parser.epilog``) and ``run(args) -> int``. Only the module of the command at hand is imported,
+so ``--help`` answers at once and nothing pulls in an inference engine, or torch, that it does not
+use. What a command does is left to its module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from engines.errors import EdgeRuntimeError
+
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+_EXPORT_PACKAGES = {"torch", "torchvision", "segment_anything", "onnx", "onnxscript"}
+
+
+class Command(NamedTuple):
+    module: str
+    summary: str
+
+
+# Group -> command -> where it lives and what it is for. The order is the order of the help text.
+GROUPS: dict[str, dict[str, Command]] = {
+    "Segment": {
+        "segment": Command(
+            "edge_runtime.commands.segment",
+            "segment a photo at points or boxes, through the nodes or --local",
+        ),
+        "demo": Command(
+            "edge_runtime.commands.demo",
+            "the whole system on this machine: three nodes, one photo, masks",
+        ),
+    },
+    "Set up nodes": {
+        "keys": Command(
+            "edge_runtime.commands.keys",
+            "make a key pair (secret key 0600) and show its public key",
+        ),
+        "init": Command("edge_runtime.commands.init", "write a commented edge.toml for your nodes"),
+        "nodes": Command(
+            "edge_runtime.commands.nodes",
+            "check every node: reachable, authorised, same bundle, round trip",
+        ),
+    },
+    "Models": {
+        "info": Command("edge_runtime.commands.info", "show what a bundle is and check its files"),
+        "export": Command("exporters.commands.export", "make a bundle from a SAM checkpoint *"),
+        "train": Command(
+            "exporters.commands.train", "train the small SAM from scratch on procedural scenes *"
+        ),
+        "adapt": Command(
+            "exporters.commands.adapt",
+            "adapt SAM weights to the reordered blocks by distillation *",
+        ),
+        "evaluate": Command(
+            "exporters.commands.evaluate", "mask quality: stock, reordered, adapted, blurred *"
+        ),
+    },
+}
+COMMANDS: dict[str, Command] = {name: c for group in GROUPS.values() for name, c in group.items()}
+
+_OPENING = """\
+usage: edge-runtime COMMAND [options]
+
+Segment Anything with the heavy layers on nodes that each see only a few windows of the picture.
+
+Try it here, then through your own nodes:
+
+  edge-runtime segment photo.jpg --point 120,80 --local
+  edge-runtime init --node NAME=tcp://HOST:5555,NAME.pub       (once; writes edge.toml)
+  edge-runtime segment photo.jpg --point 120,80 --config edge.toml
+"""
+_CLOSING = """\
+Options:
+  -h, --help     this text; `edge-runtime COMMAND --help` explains a command
+  --version      print the version
+  --debug        show the traceback of an error
+
+* needs torch: pip install 'edge-runtime[export]'
+"""
+
+
+def help_text() -> str:
+    """The text of ``edge-runtime --help``."""
+    parts = [_OPENING]
+    for group, commands in GROUPS.items():
+        lines = [f"  {name:<10} {command.summary}" for name, command in commands.items()]
+        parts.append("\n".join([f"{group}:", *lines, ""]))
+    return "\n".join([*parts, _CLOSING])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the process's exit code.
+
+    ``argv`` is without the program's name; None means ``sys.argv``.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    try:
+        code = _dispatch(arguments)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has gone. Python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        print(f"error: {_explain(error)}", file=sys.stderr)
+        return error.exit_code if isinstance(error, EdgeRuntimeError) else 1
+
+
+def _dispatch(arguments: list[str]) -> int:
+    while arguments[:1] == ["--debug"]:
+        arguments = arguments[1:]
+    if not arguments:
+        print(help_text(), file=sys.stderr)
+        return EXIT_USAGE
+    name, rest = arguments[0], arguments[1:]
+    if name in ("-h", "--help", "help"):
+        if rest and rest[0] in COMMANDS:
+            name, rest = rest[0], ["--help"]
+        else:
+            print(help_text())
+            return 0
+    if name == "--version":
+        from importlib.metadata import version
+
+        print(f"edge-runtime {version('edge-runtime')}")
+        return 0
+    if name not in COMMANDS:
+        kind = "option" if name.startswith("-") else "command"
+        near = difflib.get_close_matches(name, [*COMMANDS, "--help", "--version", "--debug"], 1)
+        hint = f"did you mean {near[0]}?" if near else "`edge-runtime --help` lists what there is"
+        print(f"error: no {kind} {name!r}; {hint}", file=sys.stderr)
+        return EXIT_USAGE
+    return _run(name, rest)
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    command = COMMANDS[name]
+    module = importlib.import_module(command.module)
+    parser = argparse.ArgumentParser(
+        prog=f"edge-runtime {name}",
+        description=command.summary.rstrip(" *"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    try:
+        args = parser.parse_args(arguments)
+    except SystemExit as stop:  # argparse has printed its help or what is wrong
+        return stop.code if isinstance(stop.code, int) else EXIT_USAGE
+    return int(module.run(args) or 0)
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, EdgeRuntimeError):
+        return str(error)
+    if (
+        isinstance(error, ModuleNotFoundError)
+        and (error.name or "").split(".")[0] in _EXPORT_PACKAGES
+    ):
+        return (
+            f"this command needs {error.name}, which is not installed: "
+            "pip install 'edge-runtime[export]'"
+        )
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return f"unexpected {type(error).__name__}: {error} (a bug; --debug shows where)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
