@@ -1,0 +1,333 @@
+"""The SAM models this project knows, and their checkpoints.
+
+One table of sizes (:data:`MODELS`), one builder that uses the classes of ``segment_anything`` unchanged, the reordering
+of blocks that makes a SAM splittable, and loading and saving of weights. It promises that whatever :func:`load_checkpoint`
+returns is complete and of the model named. Training, export and evaluation are left to other modules.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from segment_anything.modeling import (
+    ImageEncoderViT,
+    MaskDecoder,
+    PromptEncoder,
+    Sam,
+    TwoWayTransformer,
+)
+
+from engines.errors import CheckpointError
+
+FORMAT = "edge-runtime-sam"
+FORMAT_VERSION = 1
+STOCK, REORDERED = "stock", "reordered"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The sizes of one SAM. Pixels and tokens count one side of the square."""
+
+    name: str
+    depth: int
+    dim: int
+    heads: int
+    global_blocks: tuple[int, ...]
+    image_size: int = 1024
+    patch_size: int = 16
+    window_size: int = 14
+    out_chans: int = 256
+    decoder_heads: int = 8
+    decoder_mlp: int = 2048
+    iou_hidden: int = 256
+    mask_in_chans: int = 16
+
+    @property
+    def grid(self) -> int:
+        """Tokens along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def window_blocks(self) -> tuple[int, ...]:
+        """Indices of the blocks with window attention, in stock order."""
+        return tuple(i for i in range(self.depth) if i not in self.global_blocks)
+
+    @property
+    def reordered_permutation(self) -> tuple[int, ...]:
+        """Stock index of the block at each place of the reordered model."""
+        return self.window_blocks + self.global_blocks
+
+    def at(self, image_size: int, window_size: int) -> ModelSpec:
+        """The same model for another image side (pixels) and window side (tokens)."""
+        return replace(self, image_size=image_size, window_size=window_size)
+
+
+MODELS: Mapping[str, ModelSpec] = {
+    spec.name: spec
+    for spec in (
+        ModelSpec(
+            "tiny",
+            depth=8,
+            dim=128,
+            heads=4,
+            global_blocks=(1, 3, 5, 7),
+            image_size=192,
+            patch_size=8,
+            window_size=5,
+            out_chans=128,
+            decoder_mlp=512,
+            iou_hidden=128,
+        ),
+        ModelSpec("vit_b", depth=12, dim=768, heads=12, global_blocks=(2, 5, 8, 11)),
+        ModelSpec("vit_l", depth=24, dim=1024, heads=16, global_blocks=(5, 11, 17, 23)),
+        ModelSpec("vit_h", depth=32, dim=1280, heads=16, global_blocks=(7, 15, 23, 31)),
+    )
+}
+
+
+def spec_of(name: str) -> ModelSpec:
+    """The sizes of the model called ``name``; CheckpointError for a name not in the table."""
+    try:
+        return MODELS[name]
+    except KeyError:
+        raise CheckpointError(f"no model is called {name!r}; known: {', '.join(MODELS)}") from None
+
+
+def build_from_spec(spec: ModelSpec) -> Sam:
+    """A SAM of these sizes in stock order with fresh weights, in eval mode, float32, on the CPU."""
+    sam = Sam(
+        image_encoder=ImageEncoderViT(
+            depth=spec.depth,
+            embed_dim=spec.dim,
+            img_size=spec.image_size,
+            mlp_ratio=4,
+            norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),  # type: ignore[arg-type]
+            num_heads=spec.heads,
+            patch_size=spec.patch_size,
+            qkv_bias=True,
+            use_rel_pos=True,
+            global_attn_indexes=spec.global_blocks,
+            window_size=spec.window_size,
+            out_chans=spec.out_chans,
+        ),
+        prompt_encoder=PromptEncoder(
+            embed_dim=spec.out_chans,
+            image_embedding_size=(spec.grid, spec.grid),
+            input_image_size=(spec.image_size, spec.image_size),
+            mask_in_chans=spec.mask_in_chans,
+        ),
+        mask_decoder=MaskDecoder(
+            num_multimask_outputs=3,
+            transformer=TwoWayTransformer(
+                depth=2,
+                embedding_dim=spec.out_chans,
+                mlp_dim=spec.decoder_mlp,
+                num_heads=spec.decoder_heads,
+            ),
+            transformer_dim=spec.out_chans,
+            iou_head_depth=3,
+            iou_head_hidden_dim=spec.iou_hidden,
+        ),
+        pixel_mean=[123.675, 116.28, 103.53],
+        pixel_std=[58.395, 57.12, 57.375],
+    )
+    sam.model_name = spec.name
+    sam.order = STOCK
+    sam.adapted = False
+    return sam.eval()
+
+
+def build_sam(name: str) -> Sam:
+    """A fresh SAM called ``name`` (``tiny``, ``vit_b``, ``vit_l``, ``vit_h``) in stock order.
+
+    The model carries three attributes beyond upstream's: ``model_name``, ``order`` (``"stock"`` or ``"reordered"``) and
+    ``adapted`` (whether its weights were trained for the reordered blocks).
+    """
+    return build_from_spec(spec_of(name))
+
+
+def is_window_block(block: Any) -> bool:
+    """Whether an encoder block attends within windows only."""
+    return bool(block.window_size > 0)
+
+
+def reorder(sam: Sam) -> Sam:
+    """Put all window blocks first and all global blocks last, in place; returns the same object.
+
+    The order within each kind stays. The blocks are the upstream objects, so the keys of the state dict are renumbered
+    with them. A reordered model is returned as it is. Reordering changes the function: see ``edge-runtime adapt``.
+    """
+    encoder = sam.image_encoder
+    blocks = list(encoder.blocks)
+    encoder.blocks = torch.nn.ModuleList(
+        [b for b in blocks if is_window_block(b)] + [b for b in blocks if not is_window_block(b)]
+    )
+    sam.order = REORDERED
+    return sam
+
+
+def weights_hash(sam: Sam) -> str:
+    """SHA-256 (hex) over the names, dtypes, shapes and bytes of all weights, sorted by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(sam.state_dict().items()):
+        array = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}\0{array.dtype}\0{tuple(array.shape)}\n".encode())
+        digest.update(array.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_checkpoint(sam: Sam, path: Path | str, made: Mapping[str, Any] | None = None) -> None:
+    """Write ``sam``'s weights in this project's format, atomically.
+
+    ``made`` tells how the weights came about (JSON-like values). Tensors keep their dtype. The format is a
+    ``torch.save`` dict ``{format, version, model, order, adapted, state_dict, made}`` that loads with ``weights_only``.
+    """
+    facts = {"saved": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    content = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "model": sam.model_name,
+        "order": sam.order,
+        "adapted": bool(sam.adapted),
+        "state_dict": {k: v.detach().cpu().contiguous() for k, v in sam.state_dict().items()},
+        "made": {**facts, **(made or {})},
+    }
+    save_atomically(content, path)
+
+
+def save_atomically(content: Any, path: Path | str) -> None:
+    """``torch.save`` into a temporary file beside ``path``, then rename: readers never see half a file."""
+    path = Path(path)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_torch_file(path: Path | str) -> Any:
+    """Load a ``torch.save`` file without executing anything in it; CheckpointError when it can't be read."""
+    path = Path(path)
+    if not path.is_file():
+        what = "is a directory" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"checkpoint {path} {what}; give the path of a .pt or .pth file")
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"checkpoint {path} is empty; download or copy it again")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise CheckpointError(f"checkpoint {path} may not be read; check its permissions") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as err:
+        with open(path, "rb") as file:
+            zip_magic = file.read(4) == b"PK\x03\x04"
+        if zip_magic and not zipfile.is_zipfile(path):
+            raise CheckpointError(
+                f"checkpoint {path} is truncated ({path.stat().st_size:,} bytes); "
+                "download or copy it again"
+            ) from None
+        raise CheckpointError(
+            f"{path} is not a SAM checkpoint, or is damaged; expected a state dict written by "
+            f"torch.save ({type(err).__name__})"
+        ) from None
+
+
+def recognise(state: Mapping[str, Any]) -> str | None:
+    """The name of the model these weights belong to, by their sizes; None when it is none of ours."""
+    patch = state.get("image_encoder.patch_embed.proj.weight")
+    if not isinstance(patch, torch.Tensor) or patch.ndim != 4:
+        return None
+    places = [int(k.split(".")[2]) for k in state if k.startswith("image_encoder.blocks.")]
+    depth = max(places, default=-1) + 1
+    for spec in MODELS.values():
+        if (spec.dim, spec.patch_size, spec.depth) == (patch.shape[0], patch.shape[2], depth):
+            return spec.name
+    return None
+
+
+def load_checkpoint(path: Path | str, model: str | None = None) -> Sam:
+    """Load a SAM from a stock ``segment_anything`` checkpoint or from one this project saved.
+
+    Args:
+        path: file written by ``torch.save``: a bare state dict (stock order is assumed) or this project's format.
+        model: the name expected; None takes what the weights look like.
+
+    Returns:
+        The model in eval mode on the CPU, with ``model_name``, ``order`` and ``adapted`` set, and ``made`` (a dict).
+
+    Raises:
+        CheckpointError: missing, truncated, not a checkpoint, incomplete, or of another model than named.
+    """
+    if model is not None:
+        spec_of(model)
+    content = read_torch_file(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a SAM state dict")
+    order, adapted, made = STOCK, False, {}
+    if "format" in content:
+        if content["format"] != FORMAT or content.get("version") != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} is of format {content['format']!r} version {content.get('version')!r}; this "
+                f"version reads {FORMAT!r} version {FORMAT_VERSION}"
+            )
+        state = content.get("state_dict")
+        order, adapted = content.get("order"), bool(content.get("adapted"))
+        made = dict(content.get("made") or {})
+        if not isinstance(state, dict) or order not in (STOCK, REORDERED):
+            raise CheckpointError(f"{path} is damaged: its weights or its block order are missing")
+    else:
+        state = content
+    looks_like = recognise(state)
+    if looks_like is None:
+        raise CheckpointError(
+            f"{path} holds no weights of a SAM known here ({', '.join(MODELS)}); expected keys like "
+            "'image_encoder.patch_embed.proj.weight'"
+        )
+    if model is not None and looks_like != model:
+        raise CheckpointError(
+            f"{path} looks like {looks_like}, not {model}; use --model {looks_like}"
+        )
+    sam = build_sam(looks_like)
+    if order == REORDERED:
+        reorder(sam)
+    expected = sam.state_dict()
+    missing = [k for k in expected if k not in state]
+    surplus = [k for k in state if k not in expected]
+    misfits = [
+        k
+        for k in expected
+        if k in state
+        and (not isinstance(state[k], torch.Tensor) or state[k].shape != expected[k].shape)
+    ]
+    for kind, keys in (("lacks", missing), ("has unknown", surplus), ("has misshapen", misfits)):
+        if keys:
+            raise CheckpointError(
+                f"{path} looks like {looks_like} ({order} order) but {kind} {len(keys)} weights, "
+                f"first {keys[0]!r}"
+            )
+    sam.load_state_dict({k: v.float() for k, v in state.items()})
+    sam.adapted, sam.made = adapted, made
+    return sam
+
+
+def shipped_weights(kind: str = "adapted") -> Path:
+    """Path of the weights that come with the package: ``"stock"`` or ``"adapted"`` tiny."""
+    return Path(__file__).with_name("weights") / f"tiny-{kind}.pt"
