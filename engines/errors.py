@@ -1,8 +1,9 @@
 """The errors users of edge-runtime meet.
 
-Every error the software raises on purpose derives from :class:`EdgeRuntimeError`. Its text is written for the person at
-the terminal: what was found, what was expected, and the command or setting that mends it. The command line prints it
-after ``error:`` and exits with the class's ``exit_code``.
+Every error the software raises on purpose derives from :class:`EdgeRuntimeError`. Its text is
+written for the person at the terminal: what was found, what was expected, and the command or
+setting that mends it. The command line prints it after ``error:`` and exits with the class's
+``exit_code``.
 """
 
 from __future__ import annotations

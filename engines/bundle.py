@@ -1,0 +1,438 @@
+"""The bundle: one directory with everything a deployment needs, and its manifest.
+
+``edge-runtime export`` makes bundles, all other parts read them through :class:`Bundle`. A manifest
+may come from anywhere, so loading promises that nothing outside the bundle's directory is named,
+that every size is bounded, that the stages form a pipeline whose tensors fit the geometry, and that
+every file is there; each defect is one clear :class:`BundleError`. File contents are only hashed on
+demand (:meth:`Bundle.verify_hashes`). Opening and running the graphs is left to the engines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+import numpy as np
+
+from engines.errors import BundleError
+from engines.geometry import Geometry
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+_MAX_MANIFEST_BYTES = 1 << 20
+_CHUNK = 1 << 20
+
+Dtype = Literal[
+    "bool", "uint8", "int8", "uint16", "int16", "int32", "int64", "float16", "float32", "bfloat16"
+]
+Dim = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)] | Annotated[str, msgspec.Meta(max_length=64)]
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$", max_length=64)]
+
+
+class TensorSpec(msgspec.Struct, frozen=True):
+    """Name, type and shape of one tensor of a stage.
+
+    ``dtype`` is numpy's name of it, or ``bfloat16``, which numpy lacks and which travels as the
+    uint16 of its bits. A string in ``shape`` is a dynamic dimension.
+    """
+
+    name: Name
+    dtype: Dtype
+    shape: Annotated[tuple[Dim, ...], msgspec.Meta(max_length=8)]
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        """The type of the arrays that carry this tensor."""
+        return np.dtype("uint16" if self.dtype == "bfloat16" else self.dtype)
+
+
+Tensors = Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1, max_length=16)]
+
+
+class Stage(msgspec.Struct, frozen=True):
+    """One graph of a bundle.
+
+    ``file`` is what an engine opens; ``files`` maps every file of the stage (external data too),
+    relative to the bundle, to its sha256; ``sha256`` is their :func:`stage_digest`, by which edge
+    and node know the stage.
+    """
+
+    file: Name
+    files: Annotated[dict[Name, Sha256], msgspec.Meta(min_length=1, max_length=1024)]
+    sha256: Sha256
+    inputs: Tensors
+    outputs: Tensors
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a bundle is: see the attributes. ``head_blocks`` is None when nodes are sent pixels."""
+
+    schema: int = SCHEMA
+    model: Name
+    geometry: Geometry
+    order: Literal["reordered", "stock"]
+    adapted: bool
+    precision: Literal["fp32", "fp16", "bf16"]
+    codec: Name = "lossless"
+    head_blocks: Annotated[int, msgspec.Meta(ge=0, le=1024)] | None = None
+    weights_sha256: Sha256
+    stages: Annotated[dict[str, Stage], msgspec.Meta(min_length=1, max_length=8)]
+    golden: Annotated[tuple[Name, ...], msgspec.Meta(max_length=256)] = ()
+    made: dict[str, str] = {}
+    mask_threshold: float = 0.0
+
+    @property
+    def kind(self) -> Literal["full", "stock", "node"]:
+        """``full``: a reordered pipeline; ``stock``: one encoder; ``node``: the stack alone."""
+        if self.order == "stock":
+            return "stock"
+        return "node" if self.stages.keys() == {"stack"} else "full"
+
+
+class _SchemaOnly(msgspec.Struct):
+    schema: int
+
+
+class Bundle:
+    """A validated bundle on disk. Make one with :meth:`load`."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Bundle:
+        """Read and validate the bundle in directory ``path``; no graph is opened, nothing hashed.
+
+        Raises:
+            BundleError: when it is missing, damaged, hostile or of another schema.
+        """
+        root = Path(path)
+        manifest = _read_manifest(root)
+        _check_pipeline(root, manifest)
+        for name in [*_stage_files(manifest), *manifest.golden]:
+            _check_file(root, name)
+        return cls(root, manifest)
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.manifest.geometry
+
+    def has(self, stage: str) -> bool:
+        """Whether the bundle holds ``stage``."""
+        return stage in self.manifest.stages
+
+    def stage(self, name: str) -> Stage:
+        """The stage of that name.
+
+        Raises:
+            BundleError: when this bundle has none, saying which kind of bundle does.
+        """
+        stage = self.manifest.stages.get(name)
+        if stage is None:
+            raise BundleError(
+                f"{self.path} is a {self.manifest.kind} bundle and has no {name} "
+                f"(it holds {', '.join(self.manifest.stages)}): {_where_to_find(name)}"
+            )
+        return stage
+
+    def stage_path(self, name: str) -> Path:
+        """The file an engine opens for stage ``name``."""
+        return self.path / self.stage(name).file
+
+    def verify_hashes(self, stages: Iterable[str] | None = None) -> None:
+        """Hash the files of ``stages`` (all by default) and compare them with the manifest.
+
+        Files are read in pieces, so memory stays flat whatever their size.
+
+        Raises:
+            BundleError: naming the first file that differs or cannot be read.
+        """
+        for name in self.manifest.stages if stages is None else stages:
+            for file, expected in self.stage(name).files.items():
+                try:
+                    found = hash_file(self.path / file)
+                except OSError as error:
+                    raise BundleError(
+                        f"{self.path / file} cannot be read: {error.strerror}"
+                    ) from error
+                if found != expected:
+                    raise BundleError(
+                        f"{self.path / file} is damaged: its sha256 is {found}, the manifest says "
+                        f"{expected}. Copy the bundle again, or export it anew"
+                    )
+
+
+def hash_file(path: str | os.PathLike[str]) -> str:
+    """Hex sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(_CHUNK):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def stage_digest(files: Mapping[str, str]) -> str:
+    """Hex digest of a stage: sha256 over the sorted ``name NUL hash LF`` of its files."""
+    lines = "".join(f"{name}\0{files[name]}\n" for name in sorted(files))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def write_manifest(directory: str | os.PathLike[str], manifest: Manifest) -> None:
+    """Write ``manifest.json`` into ``directory``, whole or not at all."""
+    data = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+    target = Path(directory) / MANIFEST
+    temporary = target.with_name(f".{MANIFEST}.{os.getpid()}")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def shipped_bundle(precision: str = "fp32") -> Path:
+    """Directory of the ``tiny`` bundle that comes with the package, in ``fp32`` or ``fp16``.
+
+    Raises:
+        BundleError: when this installation does not hold it.
+    """
+    path = Path(__file__).parent / "bundles" / f"tiny-{precision}"
+    if not (path / MANIFEST).is_file():
+        raise BundleError(
+            f"no {precision} bundle comes with this installation (looked for {path}): name one "
+            "with --bundle, or make one with `edge-runtime export`"
+        )
+    return path
+
+
+def node_bundle(bundle: Bundle, out: str | os.PathLike[str]) -> Bundle:
+    """Cut the bundle a node needs, the stack alone, from a full one.
+
+    The stack keeps its files and digest; golden samples keep the stack's arrays only. ``out``
+    appears whole or not at all.
+
+    Raises:
+        BundleError: when ``out`` exists, the bundle has no stack, its files are damaged, or the
+            disk refuses.
+    """
+    target = Path(out)
+    stack = bundle.stage("stack")
+    if target.exists() or target.is_symlink():
+        raise BundleError(f"{target} exists: remove it or name another directory with --out")
+    bundle.verify_hashes(["stack"])
+    manifest = msgspec.structs.replace(bundle.manifest, stages={"stack": stack})
+    temporary: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        for name in stack.files:
+            _make_parent(temporary, name)
+            shutil.copyfile(bundle.path / name, temporary / name)
+        for name in bundle.manifest.golden:
+            _make_parent(temporary, name)
+            _cut_golden(bundle.path / name, temporary / name)
+        write_manifest(temporary, manifest)
+        cut = Bundle.load(temporary)
+        cut.verify_hashes()
+        temporary.rename(target)
+    except OSError as error:
+        raise BundleError(f"{target} cannot be written: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return Bundle(target, manifest)
+
+
+def _make_parent(root: Path, name: str) -> None:
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+
+
+def _cut_golden(source: Path, target: Path) -> None:
+    try:
+        with np.load(source, allow_pickle=False) as golden:
+            arrays = {name: golden[name] for name in golden.files if name.startswith("stack.")}
+    except (ValueError, EOFError, KeyError) as error:
+        raise BundleError(f"{source} is damaged: {error}") from error
+    np.savez_compressed(target, **arrays)
+
+
+def _read_manifest(root: Path) -> Manifest:
+    path = root / MANIFEST
+    if not root.is_dir():
+        what = "is not a directory" if root.exists() else "does not exist"
+        raise BundleError(
+            f"bundle {root} {what}: name a directory made by `edge-runtime export`, "
+            "or leave --bundle out to use the shipped one"
+        )
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_MANIFEST_BYTES + 1)
+    except FileNotFoundError:
+        raise BundleError(
+            f"{root} holds no {MANIFEST}, so it is no bundle: make one with `edge-runtime export`"
+        ) from None
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
+    if len(data) > _MAX_MANIFEST_BYTES:
+        raise BundleError(f"{path} is larger than {_MAX_MANIFEST_BYTES} bytes: no manifest is")
+    try:
+        schema = msgspec.json.decode(data, type=_SchemaOnly).schema
+        if schema != SCHEMA:
+            mend = (
+                "this installation is too old for it: `pip install --upgrade edge-runtime`"
+                if schema > SCHEMA
+                else "export it again with `edge-runtime export`"
+            )
+            raise BundleError(f"{path} has schema {schema}, expected {SCHEMA}: {mend}")
+        return msgspec.json.decode(data, type=Manifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise BundleError(
+            f"{path} is damaged: {error}. Export the bundle again with `edge-runtime export`"
+        ) from error
+
+
+def _stage_files(manifest: Manifest) -> list[str]:
+    return [name for stage in manifest.stages.values() for name in stage.files]
+
+
+_SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*(/[A-Za-z0-9_][A-Za-z0-9._+-]*)*")
+
+
+def _check_file(root: Path, name: str) -> None:
+    if not _SAFE_NAME.fullmatch(name):
+        raise BundleError(
+            f"{root / MANIFEST} names the file {name!r}, expected a plain path inside the bundle: "
+            "do not use this bundle unless you know where it comes from"
+        )
+    path = root / name
+    if not path.is_file():
+        raise BundleError(
+            f"{path} is missing: the bundle is incomplete. Copy it again, or export it anew"
+        )
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise BundleError(
+            f"{path} links to {path.resolve()}, outside the bundle: copy the file itself into it"
+        )
+
+
+# What each stage takes and returns: names and shapes are fixed here, once, for exporters, engines
+# and nodes. None stands for a type that the bundle's precision or codec decides.
+_Expected = dict[str, tuple[str | None, tuple[int | str, ...]]]
+
+
+def _contract(manifest: Manifest, stage: str) -> tuple[_Expected, _Expected]:
+    g = manifest.geometry
+    w, t, c, low = g.window_pixels, g.tokens_per_window, g.embed_dim, g.low_res
+    pixels: _Expected = {
+        "pixels": ("uint8", ("n", w, w, 3)),
+        "extent": ("int64", ("n", 2)),
+        "window": ("int64", ("n",)),
+    }
+    hidden: _Expected = {"hidden": (None, ("n", t, c))}
+    embedding: _Expected = {"embedding": (None, (1, g.out_chans, g.grid, g.grid))}
+    if stage == "head":
+        return pixels, hidden
+    if stage == "stack":
+        fed = pixels if manifest.head_blocks is None else {**hidden, "window": pixels["window"]}
+        return fed, {"tokens": (None, ("n", t, c))}
+    if stage == "tail":
+        return {
+            "tokens": (None, (g.windows, t, c)),
+            "present": ("bool", (g.windows,)),
+        }, embedding
+    if stage == "encoder":
+        return {
+            "pixels": ("uint8", (g.windows, w, w, 3)),
+            "extent": ("int64", (g.windows, 2)),
+        }, embedding
+    return {
+        **embedding,
+        "point_coords": ("float32", ("p", "k", 2)),
+        "point_labels": ("float32", ("p", "k")),
+        "mask_input": ("float32", ("p", 1, low, low)),
+        "has_mask_input": ("float32", ("p",)),
+    }, {"low_res_logits": ("float32", ("p", 4, low, low)), "iou": ("float32", ("p", 4))}
+
+
+def _check_pipeline(root: Path, manifest: Manifest) -> None:
+    """Refuse stages that do not form a pipeline, or whose tensors do not fit the geometry."""
+    path = root / MANIFEST
+    found = set(manifest.stages)
+    full = {"stack", "tail", "decoder"} | ({"head"} if manifest.head_blocks is not None else set())
+    legal = [{"encoder", "decoder"}] if manifest.order == "stock" else [full, {"stack"}]
+    if found not in legal:
+        wanted = " or ".join("+".join(sorted(stages)) for stages in legal)
+        raise BundleError(
+            f"{path} is damaged: a {manifest.order} bundle with stages {'+'.join(sorted(found))}, "
+            f"expected {wanted}"
+        )
+    for name, stage in manifest.stages.items():
+        if stage.file not in stage.files:
+            raise BundleError(f"{path} is damaged: stage {name} has no hash for {stage.file!r}")
+        if stage.sha256 != stage_digest(stage.files):
+            raise BundleError(
+                f"{path} is damaged: the digest of stage {name} does not fit its files"
+            )
+        for side, specs, expected in zip(
+            ("input", "output"),
+            (stage.inputs, stage.outputs),
+            _contract(manifest, name),
+            strict=True,
+        ):
+            defect = _tensor_defect(specs, expected)
+            if defect:
+                raise BundleError(f"{path} is damaged: stage {name}, {side} {defect}")
+    if manifest.kind == "full":
+        sent = {
+            (spec.name, spec.dtype, spec.shape[1:]) for spec in manifest.stages["stack"].outputs
+        }
+        read = {
+            (spec.name, spec.dtype, spec.shape[1:])
+            for spec in manifest.stages["tail"].inputs
+            if spec.name != "present"
+        }
+        if sent != read:
+            raise BundleError(f"{path} is damaged: the tail does not read what the stack returns")
+
+
+def _tensor_defect(specs: tuple[TensorSpec, ...], expected: _Expected) -> str | None:
+    """What is wrong with one side of a stage; a codec may add tensors beside ``tokens``."""
+    by_name = {spec.name: spec for spec in specs}
+    if len(by_name) != len(specs):
+        return "named twice"
+    missing, extra = expected.keys() - by_name.keys(), by_name.keys() - expected.keys()
+    if missing:
+        return f"{min(missing)} is missing"
+    if extra and "tokens" not in expected:
+        return f"{min(extra)} is unknown"
+    for name, spec in by_name.items():
+        dtype, shape = expected.get(name, (None, expected.get("tokens", (None, ()))[1][:1]))
+        if dtype is not None and spec.dtype != dtype:
+            return f"{name} is {spec.dtype}, expected {dtype}"
+        fits = len(spec.shape) == len(shape) if name in expected else len(spec.shape) >= 1
+        if not fits or not all(map(_dim_fits, spec.shape, shape)):
+            return f"{name} has shape {spec.shape}, expected {shape}"
+    return None
+
+
+def _dim_fits(found: int | str, expected: int | str) -> bool:
+    return found == expected if isinstance(expected, int) else isinstance(found, str)
+
+
+def _where_to_find(stage: str) -> str:
+    if stage == "encoder":
+        return "use one exported with --order stock"
+    if stage == "head":
+        return "use one exported with --head-blocks"
+    return "use the full bundle it was cut from, or export one with `edge-runtime export`"

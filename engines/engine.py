@@ -1,0 +1,93 @@
+"""The one interface behind which every inference engine stands.
+
+An engine holds one stage of a bundle, opened on one device, and maps named arrays to named arrays.
+It promises to check what it is fed before the library underneath sees it, so that a wrong name,
+type or shape is one clear line. Which engine to open, and what the tensors mean, is left to
+:mod:`engines.pipeline` and to the node.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TypeVar
+
+import numpy as np
+
+from engines.bundle import TensorSpec
+from engines.errors import EngineError
+
+_Self = TypeVar("_Self", bound="Engine")
+
+
+class Engine(ABC):
+    """One opened stage. Use it as a context manager, or call :meth:`close`.
+
+    Attributes:
+        inputs: what :meth:`run` must be fed; a string in a shape is a dynamic dimension, equal
+            wherever it recurs.
+        outputs: what :meth:`run` returns.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @abstractmethod
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run the stage once.
+
+        Args:
+            feeds: one array for every input, of exactly its dtype. bfloat16 travels as the uint16
+                of its bits.
+
+        Returns:
+            one array for every output, owned by the caller.
+
+        Raises:
+            EngineError: when the feeds do not fit, or the library fails.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the memory back. Closing twice is allowed; running afterwards is an EngineError."""
+
+    def __enter__(self: _Self) -> _Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def check_feeds(inputs: tuple[TensorSpec, ...], feeds: Mapping[str, np.ndarray]) -> None:
+    """Raise EngineError unless ``feeds`` are just the arrays that ``inputs`` describe."""
+    expected = {spec.name for spec in inputs}
+    if feeds.keys() != expected:
+        missing, extra = sorted(expected - feeds.keys()), sorted(feeds.keys() - expected)
+        found = [f"{what} {', '.join(names)}" for what, names in _named(missing, extra) if names]
+        raise EngineError(
+            f"wrong inputs: {'; '.join(found)}. The stage takes {', '.join(sorted(expected))}"
+        )
+    dims: dict[str, tuple[int, str]] = {}
+    for spec in inputs:
+        array = feeds[spec.name]
+        if array.dtype != spec.numpy_dtype:
+            raise EngineError(f"input {spec.name} is {array.dtype}, expected {spec.numpy_dtype}")
+        if array.ndim != len(spec.shape):
+            raise EngineError(f"input {spec.name} has shape {array.shape}, expected {spec.shape}")
+        for found_dim, dim in zip(array.shape, spec.shape, strict=True):
+            if isinstance(dim, int):
+                if found_dim != dim:
+                    raise EngineError(
+                        f"input {spec.name} has shape {array.shape}, expected {spec.shape}"
+                    )
+                continue
+            known, source = dims.setdefault(dim, (found_dim, spec.name))
+            if known != found_dim:
+                raise EngineError(
+                    f"input {spec.name} has shape {array.shape}, which makes {dim} {found_dim}, "
+                    f"but input {source} makes it {known}"
+                )
+
+
+def _named(missing: list[str], extra: list[str]) -> list[tuple[str, list[str]]]:
+    return [("missing", missing), ("unknown", extra)]
