@@ -58,12 +58,20 @@ class Engine(ABC):
         self.close()
 
 
-def check_feeds(inputs: tuple[TensorSpec, ...], feeds: Mapping[str, np.ndarray]) -> None:
-    """Raise EngineError unless ``feeds`` are just the arrays that ``inputs`` describe."""
+def check_feeds(inputs: tuple[TensorSpec, ...], feeds: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """Check that ``feeds`` are just the arrays that ``inputs`` describe.
+
+    Returns:
+        the size of every dynamic dimension.
+
+    Raises:
+        EngineError: naming the first input that does not fit.
+    """
     expected = {spec.name for spec in inputs}
     if feeds.keys() != expected:
         missing, extra = sorted(expected - feeds.keys()), sorted(feeds.keys() - expected)
-        found = [f"{what} {', '.join(names)}" for what, names in _named(missing, extra) if names]
+        both = ("missing", missing), ("unknown", extra)
+        found = [f"{what} {', '.join(names)}" for what, names in both if names]
         raise EngineError(
             f"wrong inputs: {'; '.join(found)}. The stage takes {', '.join(sorted(expected))}"
         )
@@ -87,7 +95,4 @@ def check_feeds(inputs: tuple[TensorSpec, ...], feeds: Mapping[str, np.ndarray])
                     f"input {spec.name} has shape {array.shape}, which makes {dim} {found_dim}, "
                     f"but input {source} makes it {known}"
                 )
-
-
-def _named(missing: list[str], extra: list[str]) -> list[tuple[str, list[str]]]:
-    return [("missing", missing), ("unknown", extra)]
+    return {dim: size for dim, (size, _) in dims.items()}

@@ -1,0 +1,186 @@
+"""ONNX Runtime behind the engine interface: CPU everywhere, CUDA where its build is installed.
+
+It promises a fixed number of threads that sleep when idle, so that several nodes on one machine do
+not fight over its cores, and results that do not depend on how a batch was split. Graphs are opened
+from their path, because weights beyond 2 GB lie beside them. A tensor of type bfloat16, which numpy
+lacks, is fed and returned as the uint16 of its bits; ONNX Runtime has no bfloat16 arithmetic on the
+CPU, so such a graph is refused there when it is opened.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from engines.bundle import TensorSpec
+from engines.engine import Engine, check_feeds
+from engines.errors import EngineError
+
+Device = Literal["auto", "cpu", "cuda"]
+
+_DTYPES: dict[str, Any] = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+    "tensor(bool)": "bool",
+    **{f"tensor({name})": name for name in ("uint8", "int8", "uint16", "int16", "int32", "int64")},
+}
+_ONNX_BFLOAT16 = 16
+
+
+class OrtEngine(Engine):
+    """One ONNX graph, opened in ONNX Runtime.
+
+    Args:
+        path: the ``.onnx`` file.
+        threads: CPU threads used inside one operation; None means every core this process may use.
+        device: ``auto`` takes CUDA when ONNX Runtime offers it and the CPU otherwise.
+
+    Attributes:
+        device: where it really runs, ``cpu`` or ``cuda``.
+
+    Raises:
+        EngineError: when the graph cannot be opened, or CUDA was asked for and is absent.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        device: Device = "auto",
+    ) -> None:
+        import onnxruntime as ort
+
+        self._path = Path(path)
+        if device not in get_args(Device):
+            raise EngineError(
+                f"device is {device!r}, expected one of {', '.join(get_args(Device))}"
+            )
+        if threads is not None and threads < 1:
+            raise EngineError(f"threads is {threads}, expected at least 1")
+        if not self._path.is_file():
+            raise EngineError(f"{self._path} is missing")
+        self._ort = ort
+        self._session: Any = self._open(threads, device)
+        providers = self._session.get_providers()
+        self.device: Literal["cpu", "cuda"] = "cpu"
+        if "CUDAExecutionProvider" in providers:
+            self.device = "cuda"
+        elif device == "cuda":
+            raise EngineError(
+                "CUDA was asked for, but ONNX Runtime could not start it: see that the NVIDIA "
+                "driver, CUDA and cuDNN it was built for are installed, or use --device cpu"
+            )
+        self.inputs = tuple(_spec(node, self._path) for node in self._session.get_inputs())
+        self.outputs = tuple(_spec(node, self._path) for node in self._session.get_outputs())
+        self._bfloat16 = any(s.dtype == "bfloat16" for s in (*self.inputs, *self.outputs))
+
+    def _open(self, threads: int | None, device: Device) -> Any:
+        ort = self._ort
+        options = ort.SessionOptions()
+        # An explicit count also keeps ONNX Runtime from pinning its threads to cores, where those
+        # of the next node on this machine would sit as well.
+        options.intra_op_num_threads = threads or _cores()
+        options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if device != "cpu":
+            if "CUDAExecutionProvider" in ort.get_available_providers():
+                # TF32 would cost three decimal digits of a float32 bundle.
+                providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))
+            elif device == "cuda":
+                raise EngineError(
+                    "CUDA was asked for, but this ONNX Runtime has none: "
+                    "`pip uninstall onnxruntime; pip install onnxruntime-gpu`, or use --device cpu"
+                )
+        try:
+            return ort.InferenceSession(str(self._path), options, providers=providers)
+        except Exception as error:
+            text = str(error)
+            if "NOT_IMPLEMENTED" in text and len(providers) == 1:
+                raise EngineError(
+                    f"{self._path} cannot run on the CPU: {_first_line(text)}. ONNX Runtime has no "
+                    "bfloat16 arithmetic there: use an fp32 or fp16 bundle, or --device cuda"
+                ) from error
+            raise EngineError(f"{self._path} cannot be opened: {_first_line(text)}") from error
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self._session is None:
+            raise EngineError(f"{self._path.name} was closed")
+        dims = check_feeds(self.inputs, feeds)
+        names = [spec.name for spec in self.outputs]
+        contiguous = {name: np.asarray(array, order="C") for name, array in feeds.items()}
+        try:
+            if self._bfloat16:
+                return self._run_bound(contiguous, dims)
+            return dict(zip(names, self._session.run(names, contiguous), strict=True))
+        except EngineError:
+            raise
+        except Exception as error:
+            raise EngineError(f"{self._path.name} failed: {_first_line(str(error))}") from error
+
+    def _run_bound(
+        self, feeds: Mapping[str, np.ndarray], dims: Mapping[str, int]
+    ) -> dict[str, np.ndarray]:
+        """Run with every tensor bound to host memory: the way for types that numpy lacks."""
+        value = self._ort.OrtValue
+        binding = self._session.io_binding()
+        outputs = {spec.name: _empty(spec, dims) for spec in self.outputs}
+        for specs, arrays, bind in (
+            (self.inputs, feeds, binding.bind_ortvalue_input),
+            (self.outputs, outputs, binding.bind_ortvalue_output),
+        ):
+            for spec in specs:
+                array = arrays[spec.name]
+                bind(
+                    spec.name,
+                    value.ortvalue_from_numpy_with_onnx_type(array, _ONNX_BFLOAT16)
+                    if spec.dtype == "bfloat16"
+                    else value.ortvalue_from_numpy(array),
+                )
+        self._session.run_with_iobinding(binding)
+        return outputs
+
+    def close(self) -> None:
+        self._session = None
+
+
+def _cores() -> int:
+    """Cores this process may use (a container or taskset may allow fewer than there are)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _spec(node: Any, path: Path) -> TensorSpec:
+    dtype = _DTYPES.get(node.type)
+    if dtype is None:
+        raise EngineError(f"{path} has {node.name} of type {node.type}, which is not supported")
+    shape = tuple(
+        dim if isinstance(dim, int) else str(dim or f"{node.name}.{axis}")
+        for axis, dim in enumerate(node.shape)
+    )
+    return TensorSpec(node.name, dtype, shape)
+
+
+def _empty(spec: TensorSpec, dims: Mapping[str, int]) -> np.ndarray:
+    unknown = [dim for dim in spec.shape if isinstance(dim, str) and dim not in dims]
+    if unknown:
+        raise EngineError(
+            f"output {spec.name} has dimension {unknown[0]}, which no input of the graph names: "
+            "a graph with bfloat16 tensors must name it"
+        )
+    shape = [dims[dim] if isinstance(dim, str) else dim for dim in spec.shape]
+    return np.empty(shape, spec.numpy_dtype)
+
+
+def _first_line(text: str) -> str:
+    lines = text.strip().splitlines() or ["no reason given"]
+    return lines[0][:400].rstrip(". ")

@@ -1,0 +1,198 @@
+"""The whole model in one process: windows, stack, tail, decoder, and no network.
+
+This is what the answer should be. Local mode, the predictor, the exporters' verification and every
+"offloaded equals local" check go through it, and an offloaded run differs only in who computed the
+stack. It promises that results do not depend on the batch size. Stages are opened when first needed
+and kept until :meth:`Pipeline.close`; one caller at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+
+import numpy as np
+
+from engines.bundle import Bundle
+from engines.engine import Engine
+from engines.errors import BundleError, EngineError
+from engines.ort import Device, OrtEngine
+from engines.windows import Windows
+
+
+class Pipeline:
+    """Run a bundle's stages by name. Use it as a context manager, or call :meth:`close`.
+
+    Args:
+        bundle: a full, stock or node bundle; a stage it does not hold is a BundleError when used.
+        threads: CPU threads of each engine; None means every core this process may use.
+        device: ``auto``, ``cpu`` or ``cuda``.
+    """
+
+    def __init__(
+        self, bundle: Bundle, *, threads: int | None = None, device: Device = "auto"
+    ) -> None:
+        self.bundle = bundle
+        self._threads = threads
+        self._device: Device = device
+        self._engines: dict[str, Engine] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def engine(self, stage: str) -> Engine:
+        """The opened engine of a stage. Opening takes seconds, so do it early if that matters.
+
+        Raises:
+            BundleError: when the bundle lacks the stage, or the graph contradicts the manifest.
+            EngineError: when it cannot be opened.
+        """
+        with self._lock:
+            if self._closed:
+                raise EngineError("the pipeline was closed")
+            if stage not in self._engines:
+                self._engines[stage] = self._open(stage)
+            return self._engines[stage]
+
+    def _open(self, name: str) -> Engine:
+        stage = self.bundle.stage(name)
+        path = self.bundle.stage_path(name)
+        engine = OrtEngine(path, threads=self._threads, device=self._device)
+        for side in ("inputs", "outputs"):
+            said = {(spec.name, spec.dtype) for spec in getattr(stage, side)}
+            found = {(spec.name, spec.dtype) for spec in getattr(engine, side)}
+            if said != found:
+                engine.close()
+                raise BundleError(
+                    f"{path} has {side} {_listed(found)}, its manifest says {_listed(said)}: "
+                    "export the bundle again with `edge-runtime export`"
+                )
+        return engine
+
+    def leave_home(self, windows: Windows) -> dict[str, np.ndarray]:
+        """What the stack is fed, in the order of ``windows``; leading dimension n.
+
+        Returns:
+            ``pixels`` uint8 ``[n, w, w, 3]``, ``extent`` int64 ``[n, 2]`` and ``window`` int64
+            ``[n]``; or, when the bundle has a head, the head's ``hidden`` ``[n, t, c]`` and
+            ``window``.
+        """
+        feeds = {"pixels": windows.pixels, "extent": windows.extent, "window": windows.window}
+        if self.bundle.has("head"):
+            return {**self.engine("head").run(feeds), "window": windows.window}
+        return feeds
+
+    def stack(
+        self, feeds: Mapping[str, np.ndarray], batch: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """Run the window blocks.
+
+        Args:
+            feeds: as :meth:`leave_home` returns them, or any selection of their rows.
+            batch: windows per run of the engine; None runs all at once.
+
+        Returns:
+            ``tokens`` ``[n, t, c]`` and whatever the codec adds, each with leading dimension n.
+        """
+        engine = self.engine("stack")
+        total = len(feeds["window"])
+        size = total if batch is None else batch
+        if total == 0:
+            raise EngineError("no windows to run the stack on")
+        if size < 1:
+            raise EngineError(f"batch is {size}, expected at least 1")
+        if size >= total:
+            return engine.run(feeds)
+        parts = [
+            engine.run({name: array[start : start + size] for name, array in feeds.items()})
+            for start in range(0, total, size)
+        ]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def tail(self, outputs: Mapping[str, np.ndarray], windows: Windows) -> np.ndarray:
+        """Run the global blocks and the neck on the tokens of every window.
+
+        Args:
+            outputs: the stack's, one row for each of ``windows``, in the same order.
+            windows: of the image; the tail itself supplies the tokens of windows not among them.
+
+        Returns:
+            the image embedding ``[1, d, g, g]``.
+        """
+        engine = self.engine("tail")
+        feeds: dict[str, np.ndarray] = {"present": windows.present}
+        for spec in engine.inputs:
+            if spec.name != "present":
+                if spec.name not in outputs:
+                    raise EngineError(f"the stack's output {spec.name} is missing")
+                feeds[spec.name] = _scatter(outputs[spec.name], windows, spec.name)
+        return engine.run(feeds)["embedding"]
+
+    def embed(self, windows: Windows, batch: int | None = None) -> np.ndarray:
+        """The image embedding ``[1, d, g, g]`` of a cut image; ``batch`` as in :meth:`stack`."""
+        if self.bundle.has("encoder"):
+            return self.engine("encoder").run(
+                {
+                    "pixels": _scatter(windows.pixels, windows, "pixels"),
+                    "extent": _scatter(windows.extent, windows, "extent"),
+                }
+            )["embedding"]
+        return self.tail(self.stack(self.leave_home(windows), batch), windows)
+
+    def decode(
+        self,
+        embedding: np.ndarray,
+        point_coords: np.ndarray,
+        point_labels: np.ndarray,
+        mask_input: np.ndarray,
+        has_mask_input: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Decode p prompts against one embedding.
+
+        Args:
+            embedding: ``[1, d, g, g]``, from :meth:`embed` or :meth:`tail`.
+            point_coords: float32 ``[p, k, 2]``, (x, y) in pixels of the padded square; k may be 0.
+            point_labels: float32 ``[p, k]``: 1 foreground, 0 background, 2 and 3 the corners of a
+                box, -1 the padding point SAM adds to points without a box.
+            mask_input: float32 ``[p, 1, 4g, 4g]``, low-resolution logits of an earlier answer.
+            has_mask_input: float32 ``[p]``, 1 where ``mask_input`` counts and 0 where not.
+
+        Returns:
+            low-resolution logits float32 ``[p, 4, 4g, 4g]`` and predicted IoU float32 ``[p, 4]``;
+            index 0 is SAM's single mask, 1 to 3 its multimask answer.
+        """
+        result = self.engine("decoder").run(
+            {
+                "embedding": embedding,
+                "point_coords": point_coords,
+                "point_labels": point_labels,
+                "mask_input": mask_input,
+                "has_mask_input": has_mask_input,
+            }
+        )
+        return result["low_res_logits"], result["iou"]
+
+    def close(self) -> None:
+        """Close every engine that was opened."""
+        with self._lock:
+            self._closed = True
+            while self._engines:
+                self._engines.popitem()[1].close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _scatter(rows: np.ndarray, windows: Windows, name: str) -> np.ndarray:
+    """Rows of the windows at hand, put at their index among all windows; zeros elsewhere."""
+    if len(rows) != len(windows):
+        raise EngineError(f"{name} has {len(rows)} rows for {len(windows)} windows")
+    full = np.zeros((len(windows.present), *rows.shape[1:]), rows.dtype)
+    full[windows.window] = rows
+    return full
+
+
+def _listed(specs: set[tuple[str, str]]) -> str:
+    return ", ".join(f"{name} {dtype}" for name, dtype in sorted(specs))
