@@ -1,0 +1,252 @@
+"""Key files: a CURVE key pair per node and per (edge, node), and the edge's own placement secret.
+
+Promises that a secret file is 0600 from its first instant whatever the umask, is written whole or
+not at all and never overwrites another, and that a file readable by others is refused with the
+command that mends it. Who may talk to whom is decided in `auth`, from the public keys this module
+reads.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import zmq
+from zmq.utils import z85
+
+from engines.errors import KeyFileError
+
+SECRET_BYTES = 32
+AUTHORIZED = "authorized"
+"""Folder of the public keys a node lets in."""
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}\Z")
+_FILE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class KeyPair:
+    """A CURVE key pair. `public` and `secret` are Z85 text (40 characters); `secret` stays out of
+    `repr`."""
+
+    name: str
+    public: str
+    secret: str = field(repr=False)
+
+
+def generate(directory: Path | str, name: str) -> KeyPair:
+    """Make a key pair and write ``NAME.key`` (secret, 0600) and ``NAME.pub`` into `directory`.
+
+    Raises:
+        KeyFileError: one of the files exists, the name is unfit for a file, or writing fails.
+    """
+    folder = make_directory(directory)
+    secret_path, public_path = folder / f"{check_name(name)}.key", folder / f"{name}.pub"
+    for path in (secret_path, public_path):
+        _refuse_existing(path)
+    public, secret = (part.decode() for part in zmq.curve_keypair())
+    _write_new(
+        secret_path,
+        f"# Secret key of {name}. Never send or copy this file.\n"
+        f"public-key {public}\nsecret-key {secret}\n",
+        0o600,
+    )
+    try:
+        write_public(public_path, public, name)
+    except KeyFileError:
+        secret_path.unlink(missing_ok=True)
+        raise
+    return KeyPair(name, public, secret)
+
+
+def load_secret(path: Path | str) -> KeyPair:
+    """Read a ``.key`` file.
+
+    Raises:
+        KeyFileError: missing, readable by others, malformed, or its two halves don't belong
+            together.
+    """
+    path = Path(path)
+    fields = _fields(path, _read(path, private=True), ("public-key", "secret-key"))
+    public, secret = (_z85(path, fields[word]) for word in ("public-key", "secret-key"))
+    if zmq.curve_public(secret.encode()).decode() != public:
+        raise KeyFileError(f"{path}: the public key in it does not belong to the secret key")
+    return KeyPair(path.stem, public, secret)
+
+
+def load_public(path: Path | str) -> str:
+    """Read the Z85 public key of a ``.pub`` file.
+
+    Raises:
+        KeyFileError: missing or malformed, or a secret key file.
+    """
+    path = Path(path)
+    text = _read(path, private=False)
+    if re.search(r"^secret-key ", text, re.MULTILINE):
+        raise KeyFileError(f"{path} holds a secret key; a public key (.pub) is expected here")
+    return _z85(path, _fields(path, text, ("public-key",))["public-key"])
+
+
+def write_public(path: Path | str, public: str, name: str) -> None:
+    """Write a ``.pub`` file that must not exist yet.
+
+    Raises:
+        KeyFileError: it exists or can't be written.
+    """
+    text = f"# Public key of {name}. Safe to send.\npublic-key {public}\n"
+    _write_new(Path(path), text, 0o644)
+
+
+def generate_secret(path: Path | str) -> bytes:
+    """Make the edge's placement secret (32 random bytes) and write it, 0600.
+
+    Raises:
+        KeyFileError: the file exists or can't be written.
+    """
+    path = Path(path)
+    make_directory(path.parent)
+    secret = secrets.token_bytes(SECRET_BYTES)
+    text = (
+        "# Placement secret of this edge. Never send or copy this file.\n"
+        f"placement-secret {secret.hex()}\n"
+    )
+    _write_new(path, text, 0o600)
+    return secret
+
+
+def load_secret_bytes(path: Path | str) -> bytes:
+    """Read a placement secret: 32 bytes.
+
+    Raises:
+        KeyFileError: missing, readable by others or malformed.
+    """
+    path = Path(path)
+    value = _fields(path, _read(path, private=True), ("placement-secret",))["placement-secret"]
+    if not re.fullmatch(r"[0-9a-f]{64}", value):
+        raise KeyFileError(f"{path}: expected 64 hexadecimal digits after placement-secret")
+    return bytes.fromhex(value)
+
+
+def check_public(text: str) -> str:
+    """`text` if it is a Z85 CURVE key (40 characters, 32 bytes).
+
+    Raises:
+        KeyFileError: it is not.
+    """
+    return _z85(None, text)
+
+
+def check_name(name: str) -> str:
+    """`name` if it is fit for a file.
+
+    Raises:
+        KeyFileError: it is not.
+    """
+    if not _NAME.match(name):
+        raise KeyFileError(
+            f"{name!r} cannot name a key: use up to 64 letters, digits, '.', '_' and '-', "
+            "the first a letter, digit or '_'"
+        )
+    return name
+
+
+def make_directory(directory: Path | str) -> Path:
+    """Make a folder for keys (0700) unless it is there.
+
+    Raises:
+        KeyFileError: it can't be made.
+    """
+    folder = Path(directory)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise KeyFileError(f"cannot make the folder {folder}: {error.strerror}") from None
+    return folder
+
+
+def _refuse_existing(path: Path) -> None:
+    if path.exists() or path.is_symlink():
+        raise KeyFileError(
+            f"{path} exists and keys are never overwritten: choose another name, or move the old "
+            "key away first"
+        )
+
+
+def _write_new(path: Path, text: str, mode: int) -> None:
+    """Write `path` whole or not at all, never over another file, with exactly `mode`."""
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+        try:
+            with os.fdopen(descriptor, "w", encoding="ascii") as file:
+                os.fchmod(descriptor, mode)  # a strict umask must not leave it unreadable to us
+                file.write(text)
+                file.flush()
+                os.fsync(descriptor)
+            os.link(scratch, path)  # unlike rename, fails if the name is taken
+        finally:
+            scratch.unlink(missing_ok=True)
+    except FileExistsError:
+        _refuse_existing(path)
+        raise
+    except OSError as error:
+        raise KeyFileError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _read(path: Path, *, private: bool) -> str:
+    try:
+        # Non-blocking, so that a pipe in the place of a key cannot hang the start.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        hint = "; make one with `edge-runtime keys`" if isinstance(error, FileNotFoundError) else ""
+        raise KeyFileError(f"cannot read the key file {path}: {error.strerror}{hint}") from None
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise KeyFileError(f"{path} is not a regular file")
+        mode = stat.S_IMODE(status.st_mode)
+        if private and mode & 0o077:
+            raise KeyFileError(
+                f"{path} is open to others (mode {mode:04o}): run `chmod 600 {path}`; if others "
+                "use this machine, make a new key instead"
+            )
+        data = file.read(_FILE_BYTES + 1)
+    if len(data) > _FILE_BYTES:
+        raise KeyFileError(f"{path} is no key file: larger than {_FILE_BYTES} bytes")
+    try:
+        return data.decode("ascii")
+    except UnicodeDecodeError:
+        raise KeyFileError(f"{path} is no key file: not plain text") from None
+
+
+def _fields(path: Path, text: str, words: tuple[str, ...]) -> dict[str, str]:
+    """The ``word value`` lines of a key file: exactly `words`, once each; ``#`` opens a comment
+    line."""
+    fields: dict[str, str] = {}
+    for line in text.splitlines():
+        if not line.strip() or line.startswith("#"):
+            continue
+        word, _, value = line.strip().partition(" ")
+        if word in fields or word not in words:
+            break
+        fields[word] = value.strip()
+    else:
+        if len(fields) == len(words):
+            return fields
+    raise KeyFileError(f"{path} is no key file: expected one line each of {', '.join(words)}")
+
+
+def _z85(path: Path | None, text: str) -> str:
+    where = f"{path}: " if path else ""
+    try:
+        fit = len(text) == 40 and len(z85.decode(text)) == 32
+        fit = fit and z85.encode(z85.decode(text)).decode() == text
+    except Exception:  # the decoder fails in several ways on text that is not Z85
+        fit = False
+    if not fit:
+        raise KeyFileError(f"{where}malformed key: expected 40 characters of Z85")
+    return text
