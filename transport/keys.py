@@ -44,9 +44,7 @@ def generate(directory: Path | str, name: str) -> KeyPair:
         KeyFileError: one of the files exists, the name is unfit for a file, or writing fails.
     """
     folder = make_directory(directory)
-    secret_path, public_path = folder / f"{check_name(name)}.key", folder / f"{name}.pub"
-    for path in (secret_path, public_path):
-        _refuse_existing(path)
+    secret_path, public_path = check_new(folder, name)
     public, secret = (part.decode() for part in zmq.curve_keypair())
     _write_new(
         secret_path,
@@ -60,6 +58,19 @@ def generate(directory: Path | str, name: str) -> KeyPair:
         secret_path.unlink(missing_ok=True)
         raise
     return KeyPair(name, public, secret)
+
+
+def check_new(directory: Path | str, name: str) -> tuple[Path, Path]:
+    """Paths of the secret and the public file that `generate` would make.
+
+    Raises:
+        KeyFileError: one of them exists or the name is unfit for a file.
+    """
+    folder = Path(directory)
+    paths = folder / f"{check_name(name)}.key", folder / f"{name}.pub"
+    for path in paths:
+        _refuse_existing(path)
+    return paths
 
 
 def load_secret(path: Path | str) -> KeyPair:
@@ -169,7 +180,7 @@ def make_directory(directory: Path | str) -> Path:
 
 
 def _refuse_existing(path: Path) -> None:
-    if path.exists() or path.is_symlink():
+    if os.path.lexists(path):
         raise KeyFileError(
             f"{path} exists and keys are never overwritten: choose another name, or move the old "
             "key away first"

@@ -206,12 +206,13 @@ def limits_of(specs: Iterable[Spec], batch: int) -> Limits:
     sizes = []
     for spec in specs:
         dims = [batch if i == 0 and isinstance(d, str) else d for i, d in enumerate(spec.shape)]
-        if spec.dtype not in DTYPES or not all(isinstance(d, int) and d > 0 for d in dims):
+        dtype = DTYPES.get("uint16" if spec.dtype == "bfloat16" else spec.dtype)
+        if dtype is None or not all(isinstance(d, int) and d > 0 for d in dims):
             raise ProtocolError(
                 f"tensor {spec.name!r} ({spec.dtype} {spec.shape}) cannot travel: expected one of "
                 f"{', '.join(DTYPES)} and no open dimension but the first"
             )
-        sizes.append(math.prod(int(d) for d in dims) * DTYPES[spec.dtype].itemsize)
+        sizes.append(math.prod(int(d) for d in dims) * dtype.itemsize)
     if not 0 < len(sizes) <= MAX_TENSORS:
         raise ProtocolError(f"a stage must carry 1 to {MAX_TENSORS} tensors, found {len(sizes)}")
     return Limits(len(sizes), max(sizes), sum(sizes))

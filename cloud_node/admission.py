@@ -1,0 +1,61 @@
+"""What a node's engine is allowed to see: requests that fit the stage exactly.
+
+Pure functions of a request's tensors and the bundle; every defect is a `Refusal` with a code and a
+text for the edge's user. The graphs gather tables by window index and extent, so ranges are checked
+here and not left to an engine, which may read out of bounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from engines.bundle import Stage
+from engines.engine import check_feeds
+from engines.errors import EngineError
+from engines.geometry import Geometry
+
+
+class Refusal(Exception):
+    """Why a request gets no result; `code` as in `docs/protocol.md`."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def check_stage(requested: str, stage: Stage, label: str) -> None:
+    """Refuse a request for another bundle's stage, saying what is served."""
+    if requested != stage.sha256:
+        raise Refusal(
+            "wrong_bundle",
+            f"this node serves {label} (stack {stage.sha256[:12]}), the request is for stack "
+            f"{requested[:12]}: use the bundle that this node's was cut from, or another node",
+        )
+
+
+def check_windows(feeds: Mapping[str, np.ndarray], stage: Stage, geometry: Geometry) -> int:
+    """Refuse tensors that don't fit the stage: names, dtypes, shapes, index and extent ranges.
+
+    Returns:
+        how many windows they hold.
+    """
+    try:
+        check_feeds(stage.inputs, feeds)
+    except EngineError as error:
+        raise Refusal("invalid", str(error)) from None
+    window = feeds["window"]
+    if len(window) > geometry.windows:
+        raise Refusal(
+            "invalid", f"{len(window)} windows, this bundle's images have {geometry.windows}"
+        )
+    _check_range("window", window, 0, geometry.windows - 1)
+    if "extent" in feeds:
+        _check_range("extent", feeds["extent"], 1, geometry.window_pixels)
+    return len(window)
+
+
+def _check_range(name: str, values: np.ndarray, least: int, most: int) -> None:
+    if values.min() < least or values.max() > most:
+        raise Refusal("invalid", f"input {name} has values outside {least} to {most}")
