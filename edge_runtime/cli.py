@@ -1,4 +1,4 @@
-"""The ``edge-runtime`` command: finds the subcommand, loads it, runs it, reports errors in one line.
+"""The ``edge-runtime`` command: finds and runs one subcommand, reports errors in one line.
 
 Each subcommand is a module with ``add_arguments(parser)`` (which also sets ``parser.description``
 and ``parser.epilog``) and ``run(args) -> int``. Only the module of the command at hand is imported,
