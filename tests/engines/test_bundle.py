@@ -1,0 +1,333 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engines import bundle as bundle_module
+from engines.bundle import Bundle, Manifest, node_bundle, stage_digest, write_manifest
+from engines.errors import BundleError
+
+
+@pytest.fixture
+def bundle(toy_bundle: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return shutil.copytree(toy_bundle, tmp_path / "bundle")
+
+
+def edit(bundle: Path, change: Callable[[Any], object]) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    change(manifest)
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+
+def refused(bundle: Path, reason: str) -> None:
+    """Loading must fail for ``reason``, in one line that names the bundle."""
+    with pytest.raises(BundleError, match=reason) as caught:
+        Bundle.load(bundle)
+    assert "\n" not in str(caught.value)
+    assert str(bundle) in str(caught.value)
+
+
+def test_a_sound_bundle_loads(toy_bundle: Path) -> None:
+    loaded = Bundle.load(toy_bundle)
+    assert loaded.manifest.kind == "full"
+    assert loaded.geometry.windows == 9
+    assert loaded.stage_path("tail") == toy_bundle / "tail.onnx"
+    assert loaded.has("stack")
+    assert not loaded.has("head")
+    loaded.verify_hashes()
+
+
+def test_a_manifest_survives_writing_and_reading(toy_bundle: Path, tmp_path: Path) -> None:
+    manifest = Bundle.load(toy_bundle).manifest
+    write_manifest(tmp_path, manifest)
+    assert msgspec.json.decode((tmp_path / "manifest.json").read_bytes(), type=Manifest) == manifest
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind"), [({"head": True}, "full"), ({"stock": True}, "stock"), ({}, "full")]
+)
+def test_other_kinds_load(
+    make_toy_bundle: Callable[..., Path], tmp_path: Path, flags: dict[str, bool], kind: str
+) -> None:
+    loaded = Bundle.load(make_toy_bundle(tmp_path / "b", **flags))
+    assert loaded.manifest.kind == kind
+    assert loaded.has("head") == bool(flags.get("head"))
+
+
+def test_a_missing_stage_says_where_to_find_it(toy_bundle: Path) -> None:
+    with pytest.raises(BundleError, match=r"has no encoder.*--order stock"):
+        Bundle.load(toy_bundle).stage_path("encoder")
+
+
+# What may be wrong with a manifest -------------------------------------------------------------
+
+
+def test_no_directory_and_no_manifest(tmp_path: Path) -> None:
+    refused(tmp_path / "absent", "does not exist.*edge-runtime export")
+    refused(tmp_path, "no manifest.json")
+    (tmp_path / "file").touch()
+    refused(tmp_path / "file", "not a directory")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b'{"schema": "1"}',
+        b'{"schema": 1}',
+        b'{"schema": 1, "x":' + b"[" * 100_000,
+        b'{"schema": 1e400}',
+    ],
+)
+def test_garbage_is_refused(bundle: Path, text: bytes) -> None:
+    (bundle / "manifest.json").write_bytes(text)
+    refused(bundle, "damaged")
+
+
+def test_a_huge_manifest_is_not_read(bundle: Path) -> None:
+    (bundle / "manifest.json").write_bytes(b" " * (2 << 20))
+    refused(bundle, "larger than")
+
+
+@pytest.mark.parametrize(("schema", "mend"), [(2, "pip install --upgrade"), (0, "export it again")])
+def test_another_schema_says_what_mends_it(bundle: Path, schema: int, mend: str) -> None:
+    # A future manifest need not look like ours in any other respect.
+    (bundle / "manifest.json").write_text(json.dumps({"schema": schema, "stages": []}))
+    refused(bundle, f"schema {schema}, expected 1.*{mend}")
+
+
+def test_fields_added_within_the_schema_are_ignored(bundle: Path) -> None:
+    edit(bundle, lambda m: m.update(comment="from a newer exporter"))
+    Bundle.load(bundle)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.update(order="shuffled"),
+        lambda m: m.update(precision="int4"),
+        lambda m: m.update(adapted="yes"),
+        lambda m: m.update(head_blocks=-1),
+        lambda m: m.update(weights_sha256="0" * 63 + "\n"),
+        lambda m: m.update(weights_sha256="0" * 64 + "\n"),
+        lambda m: m.update(stages={}),
+        lambda m: m["geometry"].update(image_size=0),
+        lambda m: m["geometry"].update(image_size=1 << 40),
+        lambda m: m["geometry"].update(image_size=41),
+        lambda m: m["geometry"].update(window_size=11),
+        lambda m: m["geometry"].update(image_size=8192, window_size=4),
+        lambda m: m["geometry"].pop("patch_size"),
+        lambda m: m["stages"].pop("decoder"),
+        lambda m: m["stages"].update(extra=m["stages"]["stack"]),
+        lambda m: m.update(order="stock"),
+        lambda m: m.update(head_blocks=2),
+        lambda m: m["stages"]["tail"].update(sha256="0" * 64),
+        lambda m: m["stages"]["tail"].update(file="stack.onnx"),
+        lambda m: m["stages"]["tail"]["files"].update({"tail.onnx": "0" * 64}),
+        lambda m: m["stages"]["stack"]["inputs"].pop(),
+        lambda m: m["stages"]["stack"]["inputs"].append(m["stages"]["stack"]["inputs"][0]),
+        lambda m: m["stages"]["stack"]["inputs"][0].update(dtype="object"),
+        lambda m: m["stages"]["stack"]["inputs"][0].update(dtype="float32"),
+        lambda m: m["stages"]["stack"]["inputs"][0].update(shape=["n", 16, 17, 3]),
+        lambda m: m["stages"]["stack"]["inputs"][0].update(shape=[5, 16, 16, 3]),
+        lambda m: m["stages"]["stack"]["outputs"][0].update(shape=["n", 16]),
+        lambda m: m["stages"]["stack"]["outputs"][0].update(shape=["n", 16, -8]),
+        lambda m: m["stages"]["stack"]["outputs"][0].update(dtype="float16"),
+        lambda m: m["stages"]["decoder"]["inputs"].append(
+            {"name": "prompt", "dtype": "float32", "shape": []}
+        ),
+    ],
+)
+def test_each_defect_of_a_manifest_is_refused(bundle: Path, change: Callable[[Any], None]) -> None:
+    edit(bundle, change)
+    refused(bundle, "is damaged")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret",
+        "/etc/passwd",
+        "golden/../../secret",
+        "a\\b",
+        "",
+        ".",
+        "..",
+        "./stack.onnx",
+        ".hidden",
+        "a//b",
+        "a/",
+        "C:x",
+        "a\0b",
+        "a\n",
+    ],
+)
+@pytest.mark.parametrize("place", ["stage", "golden"])
+def test_no_path_leads_out_of_the_bundle(bundle: Path, name: str, place: str) -> None:
+    (bundle.parent / "secret").write_text("x")
+
+    def change(manifest: Any) -> None:
+        if place == "golden":
+            manifest["golden"] = [name]
+            return
+        stage = manifest["stages"]["stack"]
+        stage["files"][name] = "0" * 64
+        stage["sha256"] = stage_digest(stage["files"])
+
+    edit(bundle, change)
+    refused(bundle, "damaged" if name == "" else "plain path inside the bundle")
+
+
+def test_a_link_out_of_the_bundle_is_refused(bundle: Path) -> None:
+    outside = bundle.parent / "outside.onnx"
+    (bundle / "stack.onnx").rename(outside)
+    (bundle / "stack.onnx").symlink_to(outside)
+    refused(bundle, "outside the bundle")
+
+
+def test_a_bundle_reached_through_a_link_is_fine(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(bundle)
+    Bundle.load(tmp_path / "link").verify_hashes()
+
+
+@pytest.mark.parametrize("name", ["stack.onnx", "tail.onnx.data", "golden/0.npz"])
+def test_a_missing_file_is_named(bundle: Path, name: str) -> None:
+    (bundle / name).unlink()
+    refused(bundle, f"{name} is missing")
+    (bundle / name).mkdir()
+    refused(bundle, f"{name} is missing")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_any_value_anywhere_loads_or_is_one_clear_line(toy_bundle: Path, data: Any) -> None:
+    manifest = json.loads((toy_bundle / "manifest.json").read_text())
+    node: Any = manifest
+    while True:
+        keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+        key = data.draw(st.sampled_from(keys))
+        if not isinstance(node[key], dict | list) or not node[key] or data.draw(st.booleans()):
+            break
+        node = node[key]
+    node[key] = data.draw(JSON)
+    text = json.dumps(manifest).encode()
+    refusal: Exception | None = None
+    try:
+        # As Bundle.load does, without writing a file for each of hundreds of examples.
+        decoded = msgspec.json.decode(text, type=Manifest)
+        bundle_module._check_pipeline(toy_bundle, decoded)
+        for name in [*bundle_module._stage_files(decoded), *decoded.golden]:
+            bundle_module._check_file(toy_bundle, name)
+    except (msgspec.MsgspecError, BundleError) as error:
+        refusal = error
+    assert "\n" not in str(refusal)
+
+
+# Hashes ----------------------------------------------------------------------------------------
+
+
+def test_one_flipped_bit_is_found_and_named(bundle: Path) -> None:
+    data = bytearray((bundle / "tail.onnx.data").read_bytes())
+    data[100] ^= 1
+    (bundle / "tail.onnx.data").write_bytes(data)
+    loaded = Bundle.load(bundle)
+    loaded.verify_hashes(["stack", "decoder"])
+    with pytest.raises(BundleError, match=r"tail.onnx.data is damaged"):
+        loaded.verify_hashes()
+
+
+def test_the_digest_does_not_depend_on_order_and_separates_names() -> None:
+    a, b = "a" * 64, "b" * 64
+    assert stage_digest({"x": a, "y": b}) == stage_digest({"y": b, "x": a})
+    assert len({stage_digest(f) for f in ({"x": a, "y": b}, {"x": b, "y": a}, {"x": a})}) == 3
+
+
+def test_the_digest_is_the_documented_one() -> None:
+    import hashlib
+
+    text = b"stack.onnx\0" + b"1" * 64 + b"\nstack.onnx.data\0" + b"2" * 64 + b"\n"
+    files = {"stack.onnx.data": "2" * 64, "stack.onnx": "1" * 64}
+    assert stage_digest(files) == hashlib.sha256(text).hexdigest()
+
+
+# The node's bundle ------------------------------------------------------------------------------
+
+
+def test_a_node_bundle_holds_the_same_stack_and_nothing_else(bundle: Path, tmp_path: Path) -> None:
+    full = Bundle.load(bundle)
+    node_bundle(full, tmp_path / "deep" / "node")
+    node = Bundle.load(tmp_path / "deep" / "node")
+    node.verify_hashes()
+    assert node.manifest.kind == "node"
+    assert node.stage("stack") == full.stage("stack")
+    found = {str(p.relative_to(node.path)) for p in node.path.rglob("*") if p.is_file()}
+    assert found == {"manifest.json", "stack.onnx", "stack.onnx.data", "golden/0.npz"}
+    with np.load(node.path / "golden" / "0.npz") as golden:
+        assert golden.files == ["stack.tokens"]
+    with pytest.raises(BundleError, match=r"node bundle and has no tail.*full bundle"):
+        node.stage("tail")
+    assert os.listdir(tmp_path / "deep") == ["node"]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert node.path.stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_an_existing_output_is_left_alone(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "node").mkdir()
+    with pytest.raises(BundleError, match=r"node exists.*--out"):
+        node_bundle(Bundle.load(bundle), tmp_path / "node")
+    assert not list((tmp_path / "node").iterdir())
+
+
+@pytest.mark.parametrize("damage", ["hash", "golden", "disk"])
+def test_a_failed_cut_leaves_nothing(bundle: Path, tmp_path: Path, damage: str) -> None:
+    full = Bundle.load(bundle)
+    if damage == "hash":
+        (bundle / "stack.onnx").write_bytes(b"x")
+    elif damage == "golden":
+        (bundle / "golden" / "0.npz").write_bytes(b"x")
+    else:
+        # A file where the parent directory should be stands for every refusal of the disk.
+        (tmp_path / "out").touch()
+    out = tmp_path / "out" / "node"
+    with pytest.raises(BundleError, match=r"damaged|cannot be written") as caught:
+        node_bundle(full, out)
+    assert "\n" not in str(caught.value)
+    assert not out.exists()
+    assert damage == "disk" or not (tmp_path / "out").exists() or not any(out.parent.iterdir())
+
+
+def test_a_stock_bundle_has_nothing_for_nodes(
+    make_toy_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    stock = Bundle.load(make_toy_bundle(tmp_path / "b", stock=True))
+    with pytest.raises(BundleError, match="stock bundle and has no stack"):
+        node_bundle(stock, tmp_path / "node")
+
+
+def test_an_unknown_shipped_bundle_says_what_to_do() -> None:
+    with pytest.raises(BundleError, match="--bundle"):
+        bundle_module.shipped_bundle("int3")
