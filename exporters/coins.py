@@ -1,9 +1,10 @@
 """Reference masks of scikit-image's photo ``coins``, by its own documented recipe.
 
-Sobel elevation map, markers from the two ends of the histogram, marker-based watershed, holes filled: the example
-"Comparing edge-based and region-based segmentation" of scikit-image's gallery (BSD-3-Clause, by the scikit-image team).
-The photo (Greek coins from Pompeii, Brooklyn Museum collection) comes with scikit-image and is never trained on. Run as
-``python -m exporters.coins OUT.png`` to look at the reference. Needs scikit-image, which ``edge-runtime[dev]`` installs.
+Sobel elevation map, markers from the two ends of the histogram, marker-based watershed, holes
+filled: the example "Comparing edge-based and region-based segmentation" of scikit-image's gallery
+(BSD-3-Clause, by the scikit-image team). The photo (Greek coins from Pompeii, Brooklyn Museum
+collection) comes with scikit-image and is never trained on. Run as ``python -m exporters.coins
+OUT.png`` to look at the reference. Needs scikit-image, which ``edge-runtime[dev]`` installs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from scipy import ndimage
 
 
 def coins() -> tuple[np.ndarray, list[np.ndarray]]:
-    """The photo as RGB uint8 [303, 384, 3] and one bool mask [303, 384] per coin, in reading order of labels."""
+    """The photo as RGB uint8 [303, 384, 3] and one bool mask [303, 384] per coin, in reading order
+    of labels.
+    """
     from skimage import data, filters, segmentation
 
     grey = data.coins()

@@ -1,8 +1,9 @@
 """How good a SAM's masks are, from one click an object.
 
-Every object is clicked once, at the pixel farthest from its border; of the three masks ``SamPredictor`` returns, the one
-with the highest *predicted* IoU counts, and the best of the three is given beside it. Samples come from held-out procedural
-scenes, from a photo, or from a COCO annotation file (:mod:`exporters.coco`). The models run in PyTorch through
+Every object is clicked once, at the pixel farthest from its border; of the three masks
+``SamPredictor`` returns, the one with the highest *predicted* IoU counts, and the best of the
+three is given beside it. Samples come from held-out procedural scenes, from a photo, or from a
+COCO annotation file (:mod:`exporters.coco`). The models run in PyTorch through
 ``segment_anything``'s own ``SamPredictor``.
 """
 
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy import ndimage
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
@@ -40,7 +42,7 @@ class Score:
 
 
 def held_out_scenes(count: int, size: int = 192, first: int = 0) -> Iterator[Sample]:
-    """``count`` scenes no training run has seen, with every object of at least 0.35 % of the image."""
+    """``count`` scenes never trained on, with every object of at least 0.35 % of the image."""
     for seed in range(HELD_OUT + first, HELD_OUT + first + count):
         scene = make_scene(seed, size)
         masks = [scene.labels == k for k in objects_of(scene.labels)]
@@ -51,6 +53,19 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
     """Intersection over union of two bool masks; 1 when both are empty."""
     union = int((a | b).sum())
     return int((a & b).sum()) / union if union else 1.0
+
+
+def blurred(sigma: float) -> Callable[[np.ndarray], np.ndarray]:
+    """A Gaussian blur of an image uint8 [h, w, 3]; ``sigma`` counts pixels at a longest side of
+    1024.
+    """
+
+    def blur(image: np.ndarray) -> np.ndarray:
+        width = sigma * max(image.shape[:2]) / 1024
+        smooth = ndimage.gaussian_filter(image.astype(np.float32), (width, width, 0))
+        return np.clip(np.rint(smooth), 0, 255).astype(np.uint8)
+
+    return blur
 
 
 def predict_clicks(

@@ -1,8 +1,9 @@
 """The SAM models this project knows, and their checkpoints.
 
-One table of sizes (:data:`MODELS`), one builder that uses the classes of ``segment_anything`` unchanged, the reordering
-of blocks that makes a SAM splittable, and loading and saving of weights. It promises that whatever :func:`load_checkpoint`
-returns is complete and of the model named. Training, export and evaluation are left to other modules.
+One table of sizes (:data:`MODELS`), one builder that uses the classes of ``segment_anything``
+unchanged, the reordering of blocks that makes a SAM splittable, and loading and saving of weights.
+It promises that whatever :func:`load_checkpoint` returns is complete and of the model named.
+Training, export and evaluation are left to other modules.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def build_from_spec(spec: ModelSpec) -> Sam:
             embed_dim=spec.dim,
             img_size=spec.image_size,
             mlp_ratio=4,
-            norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),  # type: ignore[arg-type]
+            norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
             num_heads=spec.heads,
             patch_size=spec.patch_size,
             qkv_bias=True,
@@ -151,8 +152,8 @@ def build_from_spec(spec: ModelSpec) -> Sam:
 def build_sam(name: str) -> Sam:
     """A fresh SAM called ``name`` (``tiny``, ``vit_b``, ``vit_l``, ``vit_h``) in stock order.
 
-    The model carries three attributes beyond upstream's: ``model_name``, ``order`` (``"stock"`` or ``"reordered"``) and
-    ``adapted`` (whether its weights were trained for the reordered blocks).
+    The model carries three attributes beyond upstream's: ``model_name``, ``order`` (``"stock"`` or
+    ``"reordered"``) and ``adapted`` (whether its weights were trained for the reordered blocks).
     """
     return build_from_spec(spec_of(name))
 
@@ -165,8 +166,9 @@ def is_window_block(block: Any) -> bool:
 def reorder(sam: Sam) -> Sam:
     """Put all window blocks first and all global blocks last, in place; returns the same object.
 
-    The order within each kind stays. The blocks are the upstream objects, so the keys of the state dict are renumbered
-    with them. A reordered model is returned as it is. Reordering changes the function: see ``edge-runtime adapt``.
+    The order within each kind stays. The blocks are the upstream objects, so the keys of the state
+    dict are renumbered with them. A reordered model is returned as it is. Reordering changes the
+    function: see ``edge-runtime adapt``.
     """
     encoder = sam.image_encoder
     blocks = list(encoder.blocks)
@@ -190,8 +192,9 @@ def weights_hash(sam: Sam) -> str:
 def save_checkpoint(sam: Sam, path: Path | str, made: Mapping[str, Any] | None = None) -> None:
     """Write ``sam``'s weights in this project's format, atomically.
 
-    ``made`` tells how the weights came about (JSON-like values). Tensors keep their dtype. The format is a
-    ``torch.save`` dict ``{format, version, model, order, adapted, state_dict, made}`` that loads with ``weights_only``.
+    ``made`` tells how the weights came about (JSON-like values). Tensors keep their dtype. The
+    format is a ``torch.save`` dict ``{format, version, model, order, adapted, state_dict, made}``
+    that loads with ``weights_only``.
     """
     facts = {"saved": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     content = {
@@ -207,7 +210,9 @@ def save_checkpoint(sam: Sam, path: Path | str, made: Mapping[str, Any] | None =
 
 
 def save_atomically(content: Any, path: Path | str) -> None:
-    """``torch.save`` into a temporary file beside ``path``, then rename: readers never see half a file."""
+    """``torch.save`` into a temporary file beside ``path``, then rename: readers never see half a
+    file.
+    """
     path = Path(path)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -225,7 +230,9 @@ def save_atomically(content: Any, path: Path | str) -> None:
 
 
 def read_torch_file(path: Path | str) -> Any:
-    """Load a ``torch.save`` file without executing anything in it; CheckpointError when it can't be read."""
+    """Load a ``torch.save`` file without executing anything in it; CheckpointError when it can't be
+    read.
+    """
     path = Path(path)
     if not path.is_file():
         what = "is a directory" if path.is_dir() else "does not exist"
@@ -251,7 +258,7 @@ def read_torch_file(path: Path | str) -> Any:
 
 
 def recognise(state: Mapping[str, Any]) -> str | None:
-    """The name of the model these weights belong to, by their sizes; None when it is none of ours."""
+    """The name of the model these weights belong to, by their sizes; None for none of ours."""
     patch = state.get("image_encoder.patch_embed.proj.weight")
     if not isinstance(patch, torch.Tensor) or patch.ndim != 4:
         return None
@@ -267,26 +274,30 @@ def load_checkpoint(path: Path | str, model: str | None = None) -> Sam:
     """Load a SAM from a stock ``segment_anything`` checkpoint or from one this project saved.
 
     Args:
-        path: file written by ``torch.save``: a bare state dict (stock order is assumed) or this project's format.
+        path: file written by ``torch.save``: a bare state dict (stock order is assumed) or this
+        project's format.
         model: the name expected; None takes what the weights look like.
 
     Returns:
-        The model in eval mode on the CPU, with ``model_name``, ``order`` and ``adapted`` set, and ``made`` (a dict).
+        The model in eval mode on the CPU, with ``model_name``, ``order`` and ``adapted`` set, and
+        ``made`` (a dict).
 
     Raises:
-        CheckpointError: missing, truncated, not a checkpoint, incomplete, or of another model than named.
+        CheckpointError: missing, truncated, not a checkpoint, incomplete, or of another model than
+        named.
     """
     if model is not None:
         spec_of(model)
     content = read_torch_file(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a SAM state dict")
-    order, adapted, made = STOCK, False, {}
+    order: str | None = STOCK
+    adapted, made = False, {}
     if "format" in content:
         if content["format"] != FORMAT or content.get("version") != FORMAT_VERSION:
             raise CheckpointError(
-                f"{path} is of format {content['format']!r} version {content.get('version')!r}; this "
-                f"version reads {FORMAT!r} version {FORMAT_VERSION}"
+                f"{path} is of format {content['format']!r} version {content.get('version')!r}; "
+                f"this software reads {FORMAT!r} version {FORMAT_VERSION}"
             )
         state = content.get("state_dict")
         order, adapted = content.get("order"), bool(content.get("adapted"))
@@ -298,8 +309,8 @@ def load_checkpoint(path: Path | str, model: str | None = None) -> Sam:
     looks_like = recognise(state)
     if looks_like is None:
         raise CheckpointError(
-            f"{path} holds no weights of a SAM known here ({', '.join(MODELS)}); expected keys like "
-            "'image_encoder.patch_embed.proj.weight'"
+            f"{path} holds no weights of a SAM known here ({', '.join(MODELS)}); expected keys "
+            "like 'image_encoder.patch_embed.proj.weight'"
         )
     if model is not None and looks_like != model:
         raise CheckpointError(

@@ -1,10 +1,12 @@
 """Procedural scenes with exact masks: what ``tiny`` is trained and judged on.
 
-A scene is an RGB image and a label map, both a pure function of ``(seed, size)``; no photo is involved. There are four
-kinds: textured objects that occlude one another on a textured background; partitions of the whole image into cells; many
-small objects alike in colour and texture on a shaded background, often grey, where only the place of a click tells them
-apart; and objects made of parts, whose inside varies more than their edge. Labels are drawn without antialiasing, so masks
-are exact; the image is softened afterwards. Sampling of clicks, augmentation and training are left to other modules.
+A scene is an RGB image and a label map, both a pure function of ``(seed, size)``; no photo is
+involved. There are four
+kinds: textured objects that occlude one another on a textured background; partitions of the whole
+image into cells; many small objects alike in colour and texture on a shaded background, often
+grey, where only the place of a click tells them apart; and objects made of parts, whose inside
+varies more than their edge. Labels are drawn without antialiasing, so masks are exact; the image
+is softened afterwards. Sampling of clicks, augmentation and training are left to other modules.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ _TILE = 320
 
 @dataclass(frozen=True)
 class Scene:
-    """image uint8 [s, s, 3]; labels uint8 [s, s]; the background is label 0 and an object like the others."""
+    """image uint8 [s, s, 3]; labels uint8 [s, s]; the background is label 0 and an object like the
+    others.
+    """
 
     image: np.ndarray
     labels: np.ndarray
@@ -33,7 +37,9 @@ class Scene:
 
 
 def _noise(rng: np.random.Generator, size: int, cells: float) -> np.ndarray:
-    """Smooth noise float32 [size, size], mean 0, about unit range, with ``cells`` bumps along a side."""
+    """Smooth noise float32 [size, size], mean 0, about unit range, with ``cells`` bumps along a
+    side.
+    """
     n = max(2, round(cells)) + 3
     small = Image.fromarray(rng.standard_normal((n, n)).astype(np.float32))
     big = small.resize((size, size), Image.Resampling.BICUBIC, box=(1, 1, n - 1, n - 1))
@@ -42,7 +48,9 @@ def _noise(rng: np.random.Generator, size: int, cells: float) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _bank() -> np.ndarray:
-    """Grey textures float32 [_BANK, _TILE, _TILE], mean 0, unit deviation: noise, stripes, checks, dots, relief."""
+    """Grey textures float32 [_BANK, _TILE, _TILE], mean 0, unit deviation: noise, stripes, checks,
+    dots, relief.
+    """
     rng = np.random.default_rng(20240607)
     yy, xx = np.mgrid[0:_TILE, 0:_TILE].astype(np.float32)
     tiles = np.empty((_BANK, _TILE, _TILE), np.float32)
@@ -97,7 +105,9 @@ def _colour(rng: np.random.Generator, grey: bool) -> np.ndarray:
 def _distinct(
     rng: np.random.Generator, grey: bool, others: list[np.ndarray], apart: float
 ) -> np.ndarray:
-    """A colour at least ``apart`` (largest channel difference) from ``others``, if 12 draws find one."""
+    """A colour at least ``apart`` (largest channel difference) from ``others``, if 12 draws find
+    one.
+    """
     best, best_gap = _colour(rng, grey), -1.0
     for _ in range(12):
         colour = _colour(rng, grey)
@@ -111,7 +121,7 @@ def _distinct(
 
 def _paint(rng: np.random.Generator, colour: np.ndarray, size: int, strength: float) -> np.ndarray:
     """A textured, shaded surface float32 [size, size, 3] of this mean colour."""
-    surface = np.broadcast_to(colour, (size, size, 3)).astype(np.float32)
+    surface: np.ndarray = np.broadcast_to(colour, (size, size, 3)).astype(np.float32)
     if rng.random() < 0.75:
         tint = rng.uniform(0.6, 1.0, 3).astype(np.float32) if rng.random() < 0.5 else np.ones(3)
         surface = surface + _texture(rng, size)[..., None] * (tint * strength).astype(np.float32)
@@ -206,9 +216,7 @@ def _objects(
         if parts:
             radius = size * float(rng.uniform(0.12, 0.32))
         cy, cx = rng.uniform(0, size, 2)
-        mask = _fill(
-            size, _outline(rng, cy, cx, radius, _SHAPES[int(rng.integers(len(_SHAPES)))])
-        )
+        mask = _fill(size, _outline(rng, cy, cx, radius, _SHAPES[int(rng.integers(len(_SHAPES)))]))
         if not parts and rng.random() < 0.06:  # a ring or frame
             mask &= ~_fill(size, _outline(rng, cy, cx, radius * rng.uniform(0.3, 0.55), "disc"))
         colour = _distinct(rng, grey, colours[-4:], 45)
@@ -242,7 +250,9 @@ def _objects(
 
 
 def _partition(rng: np.random.Generator, size: int, grey: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Cells around random seeds with warped borders, each of its own colour; sometimes objects on top."""
+    """Cells around random seeds with warped borders, each of its own colour; sometimes objects on
+    top.
+    """
     count = int(rng.integers(3, 15))
     seeds = rng.uniform(0, size, (count, 2)).astype(np.float32)
     line = np.arange(size, dtype=np.float32)
@@ -264,7 +274,9 @@ def _partition(rng: np.random.Generator, size: int, grey: bool) -> tuple[np.ndar
 
 
 def _alike(rng: np.random.Generator, size: int, grey: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Many small objects of one look on a background whose brightness drifts: only place tells them apart."""
+    """Many small objects of one look on a background whose brightness drifts: only place tells them
+    apart.
+    """
     base = _distinct(rng, grey, [], 0)
     drift = _ramp(rng, size) * rng.uniform(0, 60) + _noise(
         rng, size, rng.uniform(1, 4)
@@ -353,13 +365,15 @@ def make_scene(seed: int, size: int = 192, kind: str | None = None) -> Scene:
 
 
 def objects_of(labels: np.ndarray, min_share: float = 0.0035) -> list[int]:
-    """Labels that cover at least ``min_share`` of the pixels, ascending; the background counts too."""
+    """Labels that cover at least ``min_share`` of the pixels, background included, ascending."""
     counts = np.bincount(labels.ravel(), minlength=256)
     return [int(k) for k in np.flatnonzero(counts >= max(1, min_share * labels.size)) if k < 255]
 
 
 def depth_of(labels: np.ndarray) -> np.ndarray:
-    """Distance (pixels, uint8, capped) of every pixel to the nearest border between labels or to the image's edge."""
+    """Distance (pixels, uint8, capped) of every pixel to the nearest border between labels or to
+    the image's edge.
+    """
     same = np.zeros((labels.shape[0] + 2, labels.shape[1] + 2), bool)
     inner = np.ones(labels.shape, bool)
     inner[1:] &= labels[1:] == labels[:-1]
@@ -370,7 +384,9 @@ def depth_of(labels: np.ndarray) -> np.ndarray:
 
 
 def click_of(mask: np.ndarray) -> tuple[int, int]:
-    """(x, y) of the pixel of ``mask`` (bool [h, w]) farthest from its border; the image's edge counts as border."""
+    """(x, y) of the pixel of ``mask`` (bool [h, w]) farthest from its border; the image's edge
+    counts as border.
+    """
     depth = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
     y, x = np.unravel_index(int(depth.argmax()), mask.shape)
     return int(x), int(y)

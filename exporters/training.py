@@ -1,16 +1,18 @@
-"""How a SAM is trained here: batches of scenes and clicks, losses, and a trainer whose runs resume exactly.
+"""How a SAM is trained here: batches of scenes and clicks, losses, and a trainer whose runs resume
+exactly.
 
-Every batch is a pure function of ``(seed, step)``, so a run interrupted and resumed takes the same steps as one that was
-not. The recipe (see ``docs/training.md`` for the reasons): an affinity loss warms the encoder up; decoder cross-attentions
-start with tied and scaled query and key projections; class-balanced BCE and dice; half of the scenes leave no background
-to ignore a click in; the single mask is supervised beside the best of three; the last part runs at full resolution.
+Every batch is a pure function of ``(seed, step)``, so a run interrupted and resumed takes the same
+steps as one that was not. The recipe (see ``docs/training.md`` for the reasons): an affinity loss
+warms the encoder up; decoder cross-attentions start with tied and scaled query and key
+projections; class-balanced BCE and dice; half of the scenes leave no background to ignore a click
+in; the single mask is supervised beside the best of three; the last part runs at full resolution.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ class TrainConfig:
 
     model: str = "tiny"
     seed: int = 1
-    steps: int = 4000
+    steps: int = 4600
     images: int = 12  # per step
     clicks: int = 8  # per image
     warmup_steps: int = 250  # encoder alone, affinity loss
@@ -51,11 +53,10 @@ class TrainConfig:
     ema: float = 0.998
     low_size: int = 144  # pixels of the first phase; 0: full resolution throughout
     low_window: int = 4
-    low_until: float = 0.6  # share of the steps
+    low_until: float = 0.52  # share of the steps
     fresh_scenes: int = 4  # new scenes a step
     pool: int = 3000  # most recent scenes a step draws from
     amp: bool = True
-    channels: dict[str, Any] = field(default_factory=dict)  # free for notes; not read
 
 
 def spec_at(config: TrainConfig, step: int) -> ModelSpec:
@@ -82,6 +83,12 @@ class Batch:
     mask_input: Tensor | None  # f32 [B*P, 1, m, m] logits
     tokens: Tensor  # int64 [B, g, g]: label at each token's centre, -1 in the padding
 
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on ``device``."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: v if v is None else v.to(device) for k, v in values.items()}
+        return Batch(**moved)
+
 
 class ScenePool:
     """Scenes by number, kept in memory: image, labels and depth of each."""
@@ -106,9 +113,9 @@ _STD = np.array([58.395, 57.12, 57.375], np.float32)
 
 def _augment_colour(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     """Grey, channel order, gamma, gain: float32 in 0..255."""
-    out = image.astype(np.float32)
+    out: np.ndarray = image.astype(np.float32)
     if rng.random() < 0.25:
-        out = np.repeat((out @ np.float32([0.299, 0.587, 0.114]))[..., None], 3, 2)
+        out = np.repeat((out @ np.array([0.299, 0.587, 0.114], np.float32))[..., None], 3, 2)
     elif rng.random() < 0.5:
         out = out[..., rng.permutation(3)]
     if rng.random() < 0.5:
@@ -211,7 +218,8 @@ def make_batch(config: TrainConfig, spec: ModelSpec, pool: ScenePool, step: int)
 def tie_cross_attention(sam: Sam, scale: float = 2.5) -> None:
     """Start every cross-attention of the decoder with ``k_proj = q_proj``, both scaled.
 
-    Queries and keys carry the same position encoding, so a click then attends to its own place from the first step.
+    Queries and keys carry the same position encoding, so a click then attends to its own place
+    from the first step.
     """
     transformer = sam.mask_decoder.transformer
     crosses = [transformer.final_attn_token_to_image]
@@ -286,17 +294,15 @@ def affinity_loss(head: nn.Linear, embeddings: Tensor, tokens: Tensor, rng: Tens
 def mask_losses(logits: Tensor, target: Tensor, valid: Tensor, balance: float) -> Tensor:
     """BCE + dice of every mask: [N, c] for logits [N, c, m, m], target and valid [N, m, m].
 
-    ``balance`` 1 averages positives and negatives apart (leaves empty masks at once), 0 averages all pixels (truer
-    borders later on).
+    ``balance`` 1 averages positives and negatives apart (leaves empty masks at once), 0 averages
+    all pixels (truer borders later on).
     """
     target, valid = target[:, None], valid[:, None]
     bce = F.binary_cross_entropy_with_logits(logits, target.expand_as(logits), reduction="none")
     positive, negative = target * valid, (1 - target) * valid
     n_pos = positive.sum((2, 3)).clamp(min=1)
     n_neg = negative.sum((2, 3)).clamp(min=1)
-    apart = 0.5 * (
-        (bce * positive).sum((2, 3)) / n_pos + (bce * negative).sum((2, 3)) / n_neg
-    )
+    apart = 0.5 * ((bce * positive).sum((2, 3)) / n_pos + (bce * negative).sum((2, 3)) / n_neg)
     share = torch.sqrt(n_pos / (n_pos + n_neg)).clamp(min=0.1)
     plain = (bce * valid).sum((2, 3)) / (n_pos + n_neg) / share
     chance = torch.sigmoid(logits) * valid
@@ -306,7 +312,9 @@ def mask_losses(logits: Tensor, target: Tensor, valid: Tensor, balance: float) -
 
 
 def iou_of(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """IoU [N, c] of thresholded logits [N, c, m, m] against target [N, m, m] within valid [N, m, m]."""
+    """IoU [N, c] of thresholded logits [N, c, m, m] against target [N, m, m] within valid [N, m,
+    m].
+    """
     found = (logits > 0) & (valid[:, None] > 0)
     wanted = ((target > 0.5) & (valid > 0))[:, None]
     union = (found | wanted).sum((2, 3)).clamp(min=1)
@@ -324,16 +332,22 @@ def joint_loss(
         true = iou_of(logits, target, valid)
     predicted = (iou - true).square().mean()
     loss = losses[:, 0].mean() + multi.min(1).values.mean() + 0.15 * multi.mean() + predicted
-    rows = torch.arange(len(iou))
+    rows = torch.arange(len(iou), device=iou.device)
     picked = true[rows, 1 + iou[:, 1:].argmax(1)].mean()
-    return loss, {"loss": float(loss.detach()), "iou": float(picked), "best": float(true[:, 1:].amax(1).mean())}
+    return loss, {
+        "loss": float(loss.detach()),
+        "iou": float(picked),
+        "best": float(true[:, 1:].amax(1).mean()),
+    }
 
 
 # --- resolution ----------------------------------------------------------------------------------
 
 
 def resize_state(state: dict[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
-    """``state`` of the same model at another resolution, its position tables interpolated to ``spec``."""
+    """``state`` of the same model at another resolution, its position tables interpolated to
+    ``spec``.
+    """
     out = {}
     for name, value in state.items():
         if name == "image_encoder.pos_embed" and value.shape[1] != spec.grid:
@@ -355,8 +369,9 @@ def resize_state(state: dict[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]
 class Trainer:
     """A run of training: model, optimiser, running average, and where it stands."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, device: torch.device | None = None) -> None:
         self.config, self.step = config, 0
+        self.device = device or torch.device("cpu")
         self.spec = spec_at(config, 0)
         self.history: list[dict[str, Any]] = []
         self.seconds = 0.0
@@ -365,6 +380,8 @@ class Trainer:
         tie_cross_attention(self.sam)
         nn.init.trunc_normal_(self.sam.image_encoder.pos_embed, std=0.02)
         self.head = nn.Linear(self.spec.out_chans, 24)
+        self.sam.to(self.device)
+        self.head.to(self.device)
         self.average = {k: v.detach().clone() for k, v in self.sam.state_dict().items()}
         self._attach()
 
@@ -391,7 +408,7 @@ class Trainer:
         self.spec = spec
         state = resize_state(self.sam.state_dict(), spec)
         self.average = resize_state(self.average, spec)
-        self.sam = build_from_spec(spec)
+        self.sam = build_from_spec(spec).to(self.device)
         self.sam.load_state_dict(state)
         self._attach()
         order = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -429,19 +446,20 @@ class Trainer:
         spec = spec_at(config, self.step)
         if spec != self.spec:
             self._change_resolution(spec)
-        batch = make_batch(config, self.spec, self.pool, self.step)
+        batch = make_batch(config, self.spec, self.pool, self.step).to(self.device)
         warming = self.step < config.warmup_steps
+        figures: dict[str, float] = {}
         places = np.random.default_rng([config.seed, self.step, 13]).permutation(self.spec.grid**2)
-        index = torch.from_numpy(places[:144].copy())
+        index = torch.from_numpy(places[:144].copy()).to(self.device)
         self.sam.train()
         rate = self.learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.amp):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.amp):
             embeddings = self.sam.image_encoder(batch.images)
             near = affinity_loss(self.head, embeddings, batch.tokens, index)
             if warming:
-                loss, figures = near, {}
+                loss = near
             else:
                 logits, iou = decode_batch(
                     self.sam,
@@ -470,9 +488,9 @@ class Trainer:
         return {**figures, "affinity": float(near.detach()), "lr": rate, "seconds": spent}
 
     def averaged(self) -> Sam:
-        """A model of the running average of the weights, in eval mode, at the current resolution."""
+        """A model of the running average, in eval mode on the CPU, at the current resolution."""
         sam = build_from_spec(self.spec)
-        sam.load_state_dict(self.average)
+        sam.load_state_dict({k: v.cpu() for k, v in self.average.items()})
         return sam
 
     def save(self, path: Path) -> None:
@@ -496,18 +514,24 @@ class Trainer:
         )
 
     @classmethod
-    def resume(cls, path: Path, **changes: Any) -> Trainer:
-        """Continue a run from :meth:`save`'s file; ``changes`` replace fields of its configuration."""
+    def resume(
+        cls, path: Path, device: torch.device | None = None, steps: int | None = None
+    ) -> Trainer:
+        """Continue a run from :meth:`save`'s file; ``steps`` replaces its budget, reshaping its
+        schedule.
+        """
         state = read_torch_file(path)
         if not isinstance(state, dict) or state.get("format") != "edge-runtime-train":
             raise CheckpointError(f"{path} is not the state of a training run")
-        config = TrainConfig(**{**state["config"], **changes})
-        trainer = cls(config)
+        config = TrainConfig(**{k: v for k, v in state["config"].items() if k != "channels"})
+        if steps is not None:
+            config = replace(config, steps=steps)
+        trainer = cls(config, device)
         trainer.spec = spec_of(config.model).at(state["image_size"], state["window_size"])
-        trainer.sam = build_from_spec(trainer.spec)
+        trainer.sam = build_from_spec(trainer.spec).to(trainer.device)
         trainer.sam.load_state_dict(state["sam"])
         trainer.head.load_state_dict(state["head"])
-        trainer.average = state["average"]
+        trainer.average = {k: v.to(trainer.device) for k, v in state["average"].items()}
         trainer._attach()
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.step, trainer.seconds = state["step"], state["seconds"]

@@ -1,0 +1,151 @@
+"""``edge-runtime adapt``: make a SAM's weights fit the reordered blocks."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from exporters.adapt import Adaptation
+
+_DESCRIPTION = """\
+Adapt a SAM to the reordered blocks (window blocks first, global blocks last) that splitting over
+nodes needs. A reordered copy of the image encoder learns to give the embeddings of the original on
+unlabelled images; prompt encoder and mask decoder stay as they are. Interrupted runs (Ctrl-C saves)
+are continued exactly by the same command."""
+_EPILOG = """\
+examples:
+  edge-runtime adapt --model vit_b --checkpoint sam_vit_b_01ec64.pth --images photos/ --out
+  sam_vit_b-adapted.pt edge-runtime adapt --checkpoint runs/tiny/tiny-stock.pt --scenes --out tiny-
+  adapted.pt torchrun --nproc-per-node 8 -m edge_runtime.cli adapt --model vit_h --checkpoint
+  sam_vit_h_4b8939.pth \\
+      --images sa1b/ --steps 20000 --batch 32 --out sam_vit_h-adapted.pt
+
+Prints the relative squared error of the image embedding: 0 is the original, 1 no better than a
+constant. Any photos like those to be segmented will do; 11,000 (one part of SA-1B) are plenty.
+`edge-runtime evaluate` measures masks, `edge-runtime export` makes a bundle of the result."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.description, parser.epilog = _DESCRIPTION, _EPILOG
+    add = parser.add_argument
+    add("--model", choices=("tiny", "vit_b", "vit_l", "vit_h"), help="default: what the file holds")
+    add("--checkpoint", type=Path, required=True, metavar="FILE", help="stock-order SAM weights")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--images", type=Path, metavar="DIR", help="folder of unlabelled images")
+    source.add_argument("--scenes", action="store_true", help="procedural scenes instead of images")
+    add("--out", type=Path, required=True, metavar="FILE", help="adapted weights to write")
+    add("--steps", type=int, default=400, metavar="N", help="optimiser steps (default 400)")
+    add("--batch", type=int, metavar="N", help="images a step, all processes (12; big models 2)")
+    add("--lr", type=float, metavar="X", help="highest learning rate (tiny 3e-4, others 2e-5)")
+    add("--seed", type=int, default=1, metavar="N")
+    add("--save-every", type=int, default=50, metavar="N", help="steps between checkpoints (50)")
+    add("--force", action="store_true", help="replace --out if it exists")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    add("--no-amp", action="store_true", help="compute in float32 instead of mixed bfloat16")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Adapt until the budget of steps is spent, or until interrupted."""
+    import torch
+
+    from engines.errors import ConfigError
+    from exporters.adapt import Adaptation, AdaptConfig, Folder, Ranks, Scenes, default_lr, smoothed
+    from exporters.models import load_checkpoint, save_checkpoint
+    from exporters.runs import choose_device, made_with, say
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    for name in ("steps", "batch", "lr", "save_every"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    if args.out.exists() and not args.force:
+        raise ConfigError(f"{args.out} exists already; choose another --out or add --force")
+    if not args.out.absolute().parent.is_dir():
+        raise ConfigError(f"the directory of --out {args.out} does not exist; make it first")
+    ranks = Ranks.from_environment()
+    device = choose_device(args.device)
+    if device.type == "cuda" and ranks.world > 1:
+        device = torch.device("cuda", ranks.local)
+        torch.cuda.set_device(device)
+    stock = load_checkpoint(args.checkpoint, args.model)
+    model = stock.model_name
+    config = AdaptConfig(
+        model=model,
+        steps=args.steps,
+        batch=args.batch or (12 if model == "tiny" else 2 * ranks.world),
+        lr=args.lr or default_lr(model),
+        seed=args.seed,
+        amp=not args.no_amp,
+    )
+    source: Folder | Scenes
+    if args.images is not None:
+        source = Folder(args.images, args.seed)
+        if source.unreadable and ranks.rank == 0:
+            first = source.unreadable[0].name
+            say(f"skipping {len(source.unreadable)} unreadable images, first {first}")
+    else:
+        source = Scenes(args.seed, stock.image_encoder.img_size)
+    if ranks.world > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    state = args.out.with_name(args.out.name + ".state")
+    adaptation = Adaptation(stock, config, source, device, ranks)
+    try:
+        if state.exists():
+            adaptation.restore(state)
+            if ranks.rank == 0:
+                say(f"continuing {state} at step {adaptation.step} of {config.steps}")
+        finished = _steps(adaptation, state, args.save_every)
+        if ranks.rank == 0 and finished:
+            where = f"--images {args.images.name}" if args.images is not None else "--scenes"
+            command = (
+                f"edge-runtime adapt --model {model} --checkpoint {args.checkpoint.name} {where} "
+                f"--steps {config.steps} --batch {config.batch} --lr {config.lr:g} "
+                f"--seed {config.seed} --out {args.out.name}"
+            )
+            error = smoothed(adaptation.losses)
+            facts = {**made_with(command), "relative_error": error, "losses": adaptation.losses}
+            facts["stock_weights_sha256"] = adaptation.teacher_hash
+            save_checkpoint(adaptation.result(), args.out, facts)
+            state.unlink(missing_ok=True)
+            say(f"relative error of the image embedding: {error:.4f}")
+            print(os.fspath(args.out))
+        if not finished:
+            if ranks.rank == 0:
+                say(f"stopped at step {adaptation.step}; the same command continues")
+            raise KeyboardInterrupt
+    finally:
+        adaptation.close()
+        if ranks.world > 1:
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+def _steps(adaptation: Adaptation, state: Path, save_every: int) -> bool:
+    """Step until done (True) or interrupted (False, saved). All stop together."""
+    import torch
+
+    from exporters.adapt import smoothed
+    from exporters.runs import Interrupt, progress_bar
+
+    steps, ranks = adaptation.config.steps, adaptation.ranks
+    quiet = ranks.rank != 0
+    with Interrupt() as interrupt, progress_bar("adapting", steps, adaptation.step, quiet) as tell:
+        while adaptation.step < steps:
+            adaptation.train_step()
+            tell(f"relative error {smoothed(adaptation.losses):.4f}")
+            stop = interrupt.requested
+            if ranks.world > 1:
+                flag = torch.tensor(float(stop), device=adaptation.device)
+                torch.distributed.all_reduce(flag)
+                stop = bool(flag.item())
+            if ranks.rank == 0 and (stop or adaptation.step % save_every == 0):
+                adaptation.save(state)
+            if stop and adaptation.step < steps:
+                return False
+    return True
