@@ -1,0 +1,77 @@
+# Everything here works on a fresh machine with python3 (3.10 to 3.14, with its venv module) and make.
+# PYTHON=python3.12 make demo   chooses another interpreter.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+PYTHON ?= python3
+DEMO_VENV ?= .venv-demo
+VENV ?= .venv
+OUT ?= out/demo
+PACKAGES := engines transport cloud_node edge_runtime exporters
+
+# $(call venv,DIRECTORY): make a virtual environment there unless one exists; say what is missing if it can't be made.
+define venv
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' || { \
+	  echo "error: $(PYTHON) is not Python 3.10 to 3.14; run 'make PYTHON=python3.12 ...'" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "error: $(PYTHON) lacks its venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+endef
+
+.PHONY: help
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+.PHONY: demo
+demo: $(DEMO_VENV)/.ready ## Segment a photo through three cloud nodes on this machine (no torch; result in out/demo)
+	@$(DEMO_VENV)/bin/edge-runtime demo --out $(OUT)
+
+.PHONY: test
+test: lint types ## Lint, types and all tests, in the full environment
+	$(VENV)/bin/python -m pytest
+
+.PHONY: lint
+lint: $(VENV)/.ready ## Lint and format check
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+.PHONY: types
+types: $(VENV)/.ready ## Type check
+	$(VENV)/bin/mypy $(PACKAGES)
+
+.PHONY: format
+format: $(VENV)/.ready ## Rewrite the sources in the project's format
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+.PHONY: venv
+venv: $(VENV)/.ready ## The full environment (about 6 GB, with torch)
+
+.PHONY: lock
+lock: ## Resolve the dependencies anew and rewrite requirements/*.txt (Python 3.11 or newer)
+	$(PYTHON) requirements/lock.py
+
+.PHONY: check-locks
+check-locks: $(DEMO_VENV)/.ready ## Prove that every wheel a Jetson needs exists, by downloading it (about 100 MB)
+	@$(DEMO_VENV)/bin/python requirements/lock.py --check
+
+.PHONY: clean
+clean: ## Remove what builds, tests and the demo leave behind (not the virtual environments)
+	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find $(PACKAGES) tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(DEMO_VENV)/.ready: requirements/cpu.txt pyproject.toml
+	$(call venv,$(DEMO_VENV))
+	$(DEMO_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/cpu.txt
+	$(DEMO_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+$(VENV)/.ready: requirements/dev.txt pyproject.toml
+	$(call venv,$(VENV))
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
