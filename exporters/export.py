@@ -1,0 +1,296 @@
+"""From a SAM checkpoint to a bundle on disk, whole and verified, or nothing.
+
+:func:`export` orders the blocks, writes one stage after another into a temporary directory beside
+the target, verifies each against the original as soon as it is written, stores a golden sample
+and renames the directory into place. An error, a full disk or an interrupt at any point leaves
+neither a bundle nor the temporary directory. Stages are made one at a time and their engines
+closed, so that memory stays within a few times the weights. Argument parsing and display are left
+to :mod:`exporters.commands.export`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import importlib.metadata
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+from segment_anything.modeling import Sam
+from torch import nn
+
+from engines.bundle import Bundle, Manifest, Stage, write_manifest
+from engines.errors import ExportError
+
+from . import models, stages, verify
+from .golden import make_sample, sample_images, write_sample
+from .onnx_export import stage_specs, write_float32_twin, write_stage
+from .precision import TORCH_DTYPES, Precision, cast
+
+Order = Literal["reordered", "stock"]
+GOLDEN = "golden/0.npz"
+
+UNADAPTED = (
+    "these weights were not trained for reordered blocks, so masks will be poor: "
+    "run `edge-runtime adapt` on the checkpoint and export what it writes"
+)
+BF16_TWIN = (
+    "ONNX Runtime has no bfloat16 arithmetic on CPUs: the graphs were verified as float32 graphs "
+    "holding the same bfloat16-rounded weights"
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an export made: the bundle, how each stage compared, and what the user should know."""
+
+    bundle: Bundle
+    rows: tuple[verify.Row, ...]
+    notes: tuple[str, ...]
+
+
+class Watcher:
+    """What an export tells while it runs; override what you want to know."""
+
+    def begin(self, steps: int) -> None:
+        """``steps`` calls of :meth:`step` will follow."""
+
+    def step(self, text: str) -> None:
+        """The next step begins."""
+
+    def row(self, row: verify.Row) -> None:
+        """A stage was compared with the original, with whatever outcome."""
+
+
+def export(
+    checkpoint: Path,
+    out: Path,
+    *,
+    model: str | None = None,
+    order: Order = "reordered",
+    precision: Precision = "fp32",
+    head_blocks: int | None = None,
+    node_only: bool = False,
+    watcher: Watcher | None = None,
+) -> Result:
+    """Export ``checkpoint`` as the bundle ``out``.
+
+    Args:
+        checkpoint: of ``segment_anything``, or saved by this project.
+        out: directory to make; must not exist.
+        model: the model expected; None takes what the checkpoint looks like.
+        order: ``stock`` writes one encoder for a single device, ``reordered`` the stages to split.
+        precision: of matrices and tokens.
+        head_blocks: K >= 0 keeps the patch embedding and K window blocks on the edge; None sends
+            pixels to nodes.
+        node_only: write the stack alone, as nodes need it.
+        watcher: is told of progress.
+
+    Raises:
+        CheckpointError: the checkpoint can't be read or is of another model.
+        ExportError: the request is contradictory, ``out`` exists or can't be written, or a stage
+            misses its tolerance.
+    """
+    watcher = watcher or Watcher()
+    if order == "stock" and head_blocks is not None:
+        raise ExportError("--head-blocks splits reordered bundles; leave it out with --order stock")
+    if order == "stock" and node_only:
+        raise ExportError("--for node needs a stack, and a stock bundle has none; use reordered")
+    _refuse_existing(out)
+    names = _stage_names(order, head_blocks, node_only)
+    watcher.begin(3 + len(names))
+    watcher.step(f"loading {checkpoint.name}")
+    sam = _load(checkpoint, model, order, head_blocks)
+    with _directory(out, _bytes_needed(sam, precision)) as (work, scratch):
+        watcher.step("running the original model")
+        images = sample_images(stages.geometry_of(sam))
+        samples = [make_sample(sam, image, head_blocks) for image in images]
+        manifest = _manifest(sam, order, precision, head_blocks, checkpoint, out, node_only)
+        twin = msgspec.structs.replace(manifest, precision="fp32")
+        tolerance, rows = verify.TOLERANCES[precision], []
+
+        def judge(row: verify.Row) -> None:
+            rows.append(row)
+            watcher.row(row)
+            verify.require(row, precision, tolerance)
+
+        for name in names:
+            watcher.step(f"writing and verifying {name}")
+            stage = _write(name, sam, precision, head_blocks, work)
+            manifest.stages[name] = stage
+            run, at = stage, work
+            if precision == "bf16":
+                run, at = write_float32_twin(stage, work, scratch), scratch
+                twin.stages[name] = run
+            judge(verify.verify_stage(name, run, at / run.file, samples, sam, tolerance))
+            gc.collect()
+        watcher.step("running the bundle end to end" if not node_only else "finishing")
+        write_sample(work / GOLDEN, samples[0], manifest.stages)
+        write_manifest(work, manifest)
+        bundle = Bundle.load(work)
+        if not node_only:
+            if precision == "bf16":
+                write_manifest(scratch, msgspec.structs.replace(twin, golden=()))
+                judge(verify.verify_bundle(Bundle.load(scratch), samples[0], tolerance))
+            else:
+                judge(verify.verify_bundle(bundle, samples[0], tolerance))
+    notes = []
+    if order == "reordered" and not sam.adapted:
+        notes.append(UNADAPTED)
+    if precision == "bf16":
+        notes.append(BF16_TWIN)
+    return Result(Bundle.load(out), tuple(rows), tuple(notes))
+
+
+def _stage_names(order: Order, head_blocks: int | None, node_only: bool) -> list[str]:
+    if order == "stock":
+        return ["encoder", "decoder"]
+    if node_only:
+        return ["stack"]
+    return ([] if head_blocks is None else ["head"]) + ["stack", "tail", "decoder"]
+
+
+def _load(checkpoint: Path, model: str | None, order: Order, head_blocks: int | None) -> Sam:
+    sam = models.load_checkpoint(checkpoint, model)
+    if order == "stock" and sam.order == "reordered":
+        raise ExportError(
+            f"{checkpoint} holds weights trained for reordered blocks; they make no sense in stock "
+            "order. Leave out --order stock, or name the checkpoint they were adapted from"
+        )
+    windowed = len(stages.window_blocks(sam.image_encoder))
+    if head_blocks is not None and not 0 <= head_blocks < windowed:
+        raise ExportError(
+            f"--head-blocks {head_blocks}: {sam.model_name} has {windowed} window blocks, of which "
+            f"nodes need at least one; give 0 to {windowed - 1}"
+        )
+    if order == "reordered":
+        models.reorder(sam)
+    return sam.requires_grad_(False)
+
+
+def _write(
+    name: str, sam: Sam, precision: Precision, head_blocks: int | None, directory: Path
+) -> Stage:
+    make: dict[str, Callable[[], nn.Module]] = {
+        "head": lambda: stages.make_head(sam, head_blocks or 0),
+        "stack": lambda: stages.make_stack(sam, head_blocks),
+        "tail": lambda: stages.Tail(sam),
+        "encoder": lambda: stages.Encoder(sam),
+        "decoder": lambda: stages.Decoder(sam),
+    }
+    inputs, outputs = stage_specs(name, stages.geometry_of(sam), precision, head_blocks)
+    return write_stage(name, cast(make[name](), precision), inputs, outputs, directory)
+
+
+def _manifest(
+    sam: Sam,
+    order: Order,
+    precision: Precision,
+    head_blocks: int | None,
+    checkpoint: Path,
+    out: Path,
+    node_only: bool,
+) -> Manifest:
+    command = ["edge-runtime export", f"--model {sam.model_name}"]
+    command += [f"--checkpoint {checkpoint.name}", f"--out {out.name}"]
+    command += [f"--order {order}", f"--precision {precision}"]
+    command += [] if head_blocks is None else [f"--head-blocks {head_blocks}"]
+    command += ["--for node"] if node_only else []
+    packages = ("edge-runtime", "torch", "segment-anything", "onnx", "onnxruntime")
+    return Manifest(
+        model=sam.model_name,
+        geometry=stages.geometry_of(sam),
+        order=order,
+        adapted=bool(sam.adapted),
+        precision=precision,
+        head_blocks=head_blocks,
+        weights_sha256=models.weights_hash(sam),
+        stages={},
+        golden=(GOLDEN,),
+        made={
+            "command": " ".join(command),
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **{name: _version(name) for name in packages},
+        },
+        mask_threshold=float(sam.mask_threshold),
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # onnxruntime-gpu serves as onnxruntime
+        return "unknown"
+
+
+def _bytes_needed(sam: Sam, precision: Precision) -> int:
+    """Disk an export of ``sam`` takes at its peak: weights, constants (a tenth), float32 twins."""
+    count = sum(p.numel() for p in sam.parameters())
+    each = TORCH_DTYPES[precision].itemsize + (4 if precision == "bf16" else 0)
+    return int(1.1 * count * each) + (16 << 20)
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise ExportError(f"{out} exists; remove it or choose another --out")
+
+
+@contextlib.contextmanager
+def _directory(out: Path, needed: int) -> Iterator[tuple[Path, Path]]:
+    """Two temporary directories beside ``out``; the first becomes ``out`` unless an error occurs.
+
+    Disk errors become an ExportError of one line.
+    """
+    made: list[Path] = []
+    try:
+        for kind in ("partial", "scratch"):
+            made.append(Path(tempfile.mkdtemp(prefix=f".{out.name}.{kind}-", dir=out.parent)))
+        free = shutil.disk_usage(out.parent).free
+        if free < needed:
+            raise ExportError(
+                f"no room for {out}: about {needed / 1e9:.2f} GB are needed, "
+                f"{free / 1e9:.2f} GB are free; make room or choose another --out"
+            )
+        yield made[0], made[1]
+        umask = os.umask(0)
+        os.umask(umask)
+        made[0].chmod(0o777 & ~umask)
+        _refuse_existing(out)
+        made[0].rename(out)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ExportError(
+                f"no room for {out}: {error.strerror}; make room or choose another --out"
+            ) from error
+        raise ExportError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        with _uninterrupted():
+            for path in made:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Keep a second Ctrl-C from stopping the clean-up after the first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before: dict[int, Any] = {s: signal.signal(s, signal.SIG_IGN) for s in _STOP}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+_STOP = (signal.SIGINT, signal.SIGTERM)

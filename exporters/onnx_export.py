@@ -1,0 +1,239 @@
+"""Stage modules to ONNX files.
+
+One function, :func:`write_stage`: exports a module in opset 23 with dynamic window and prompt
+counts, checks that the graph's inputs and outputs are the ones promised in the manifest, strips
+everything that tells of the machine it was made on, and saves it, weights beside the graph when
+they are large. The same weights give the same bytes, so edges and nodes that export on their own
+agree on a stage's digest. What a stage computes is :mod:`exporters.stages`; whether the file
+computes it is :mod:`exporters.verify`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from engines.bundle import Stage, TensorSpec, hash_file, stage_digest
+from engines.errors import ExportError
+from engines.geometry import Geometry
+
+from .precision import Precision
+
+OPSET = 23
+EXTERNAL_FROM = 64 << 20
+"""Weights of this many bytes or more get a file of their own; one protobuf holds 2 GiB at most."""
+
+_FLOAT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_EXAMPLE_SIZES = {"n": 3, "p": 2, "k": 4}
+_TORCH = {
+    "uint8": torch.uint8,
+    "int64": torch.int64,
+    "bool": torch.bool,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+Specs = tuple[TensorSpec, ...]
+
+
+def stage_specs(
+    stage: str, geometry: Geometry, precision: Precision, head_blocks: int | None = None
+) -> tuple[Specs, Specs]:
+    """Inputs and outputs of ``stage``: the contract its graph has to keep."""
+    g, real = geometry, _FLOAT[precision]
+    w, t, c, low = g.window_pixels, g.tokens_per_window, g.embed_dim, g.low_res
+    pixels = TensorSpec("pixels", "uint8", ("n", w, w, 3))
+    extent = TensorSpec("extent", "int64", ("n", 2))
+    window = TensorSpec("window", "int64", ("n",))
+    hidden = TensorSpec("hidden", real, ("n", t, c))  # type: ignore[arg-type]
+    tokens = TensorSpec("tokens", real, ("n", t, c))  # type: ignore[arg-type]
+    embedding = TensorSpec("embedding", "float32", (1, g.out_chans, g.grid, g.grid))
+    if stage == "head":
+        return (pixels, extent, window), (hidden,)
+    if stage == "stack":
+        return ((pixels, extent) if head_blocks is None else (hidden,)) + (window,), (tokens,)
+    if stage == "tail":
+        every = TensorSpec("tokens", real, (g.windows, t, c))  # type: ignore[arg-type]
+        return (every, TensorSpec("present", "bool", (g.windows,))), (embedding,)
+    if stage == "encoder":
+        return (
+            TensorSpec("pixels", "uint8", (g.windows, w, w, 3)),
+            TensorSpec("extent", "int64", (g.windows, 2)),
+        ), (embedding,)
+    if stage == "decoder":
+        return (
+            embedding,
+            TensorSpec("point_coords", "float32", ("p", "k", 2)),
+            TensorSpec("point_labels", "float32", ("p", "k")),
+            TensorSpec("mask_input", "float32", ("p", 1, low, low)),
+            TensorSpec("has_mask_input", "float32", ("p",)),
+        ), (
+            TensorSpec("low_res_logits", "float32", ("p", 4, low, low)),
+            TensorSpec("iou", "float32", ("p", 4)),
+        )
+    raise ValueError(f"no stage is called {stage!r}")
+
+
+def write_stage(
+    name: str, module: nn.Module, inputs: Specs, outputs: Specs, directory: Path
+) -> Stage:
+    """Export ``module`` as ``directory/name.onnx`` and describe it for the manifest.
+
+    Raises:
+        ExportError: the graph's inputs or outputs are not ``inputs`` and ``outputs``.
+        OSError: the file could not be written.
+    """
+    model = _to_onnx(module.eval(), inputs, outputs)
+    _make_anonymous(model)
+    return _save(name, model, inputs, outputs, directory)
+
+
+def _save(name: str, model: ir.Model, inputs: Specs, outputs: Specs, directory: Path) -> Stage:
+    _check_signature(name, model, inputs, outputs)
+    file = directory / f"{name}.onnx"
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
+    files = [file.name]
+    if size >= EXTERNAL_FROM:
+        files.append(f"{name}.onnx.data")
+        ir.save(model, file, external_data=files[1])
+    else:
+        ir.save(model, file)
+    hashes = {f: hash_file(directory / f) for f in files}
+    return Stage(
+        file=file.name, files=hashes, sha256=stage_digest(hashes), inputs=inputs, outputs=outputs
+    )
+
+
+def _to_onnx(module: nn.Module, inputs: Specs, outputs: Specs) -> ir.Model:
+    dims = {s: torch.export.Dim(s, min=int(s != "k"), max=4096) for s in _EXAMPLE_SIZES}
+    examples, dynamic = [], []
+    for spec in inputs:
+        shape = [_EXAMPLE_SIZES[d] if isinstance(d, str) else d for d in spec.shape]
+        examples.append(torch.zeros(shape, dtype=_TORCH[spec.dtype]))
+        dynamic.append({i: dims[d] for i, d in enumerate(spec.shape) if isinstance(d, str)})
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            _Positional(module),
+            tuple(examples),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[s.name for s in inputs],
+            output_names=[s.name for s in outputs],
+            dynamic_shapes=(tuple(dynamic),),
+            verbose=False,
+        )
+    assert program is not None
+    return program.model
+
+
+class _Positional(nn.Module):
+    """Gives every stage the one signature the exporter's dynamic shapes can be written for."""
+
+    def __init__(self, stage: nn.Module) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        return self.stage(*inputs)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's chatter off the terminal; its exceptions still say what is wrong."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _make_anonymous(model: ir.Model) -> None:
+    """Remove stack traces and the like: they hold paths, and make equal graphs differ."""
+    model.metadata_props.clear()
+    model.doc_string = None
+    model.producer_name, model.producer_version = "edge-runtime", None
+    model.graph.metadata_props.clear()
+    model.graph.doc_string = None
+    model.graph.name = "main"
+    values = [*model.graph.inputs, *model.graph.initializers.values()]
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        values += node.outputs
+    for value in values:
+        value.metadata_props.clear()
+        value.doc_string = None
+
+
+def _check_signature(name: str, model: ir.Model, inputs: Specs, outputs: Specs) -> None:
+    for side, specs, values in (
+        ("inputs", inputs, model.graph.inputs),
+        ("outputs", outputs, model.graph.outputs),
+    ):
+        found, wanted = [_describe(v) for v in values], [_wanted(s) for s in specs]
+        if found != wanted:
+            raise ExportError(f"{side} of stage {name} came out as {found}, expected {wanted}")
+
+
+def _wanted(spec: TensorSpec) -> tuple[str, str, tuple[int | str, ...]]:
+    return spec.name, spec.dtype, spec.shape
+
+
+def _describe(value: ir.Value) -> tuple[str | None, str, tuple[int | str | None, ...]]:
+    dims = tuple(d if isinstance(d, int) else d.value for d in value.shape or ())
+    name = value.dtype.name.lower() if value.dtype else "unknown"
+    return value.name, "float32" if name == "float" else name, dims
+
+
+def write_float32_twin(stage: Stage, source: Path, directory: Path) -> Stage:
+    """Rewrite a bfloat16 stage as float32: same graph, same (already rounded) weights.
+
+    ONNX Runtime has no bfloat16 arithmetic on CPUs; the twin lets the graph that was written be
+    run there.
+
+    Args:
+        stage: the stage to rewrite, its files in ``source``.
+        directory: where the twin goes.
+    """
+    model = ir.load(source / stage.file)
+    for value in model.graph.initializers.values():
+        if value.dtype == ir.DataType.BFLOAT16:
+            assert value.const_value is not None
+            value.const_value = ir.Tensor(
+                value.const_value.numpy().astype("float32"), name=value.name
+            )
+    values = [*model.graph.inputs, *model.graph.initializers.values()]
+    for node in model.graph.all_nodes():
+        values += node.outputs
+        for attribute in list(node.attributes.values()):
+            tensor = attribute.value
+            if attribute.name == "to" and tensor == ir.DataType.BFLOAT16:
+                node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
+            elif isinstance(tensor, ir.TensorProtocol) and tensor.dtype == ir.DataType.BFLOAT16:
+                exact = ir.Tensor(tensor.numpy().astype("float32"), name=tensor.name)
+                node.attributes[attribute.name] = ir.AttrTensor(attribute.name, exact)
+    for value in values:
+        if value.dtype == ir.DataType.BFLOAT16:
+            value.dtype = ir.DataType.FLOAT
+    inputs, outputs = (
+        tuple(
+            msgspec.structs.replace(s, dtype="float32") if s.dtype == "bfloat16" else s
+            for s in specs
+        )
+        for specs in (stage.inputs, stage.outputs)
+    )
+    return _save(Path(stage.file).stem, model, inputs, outputs, directory)
