@@ -1,0 +1,318 @@
+"""One connection to one node: requests out, checked replies in, and why if not.
+
+A :class:`NodeClient` holds a DEALER socket, one task that reads it for as long as it lives (a
+receive is never cancelled half-way), and one that follows the link's state. It promises that
+:meth:`NodeClient.infer` ends at its deadline at the latest, with the stage's outputs or an
+:class:`~engines.errors.OffloadError` that names the node and the likely cause, and that it sends
+nothing without a permit of the exposure ledger. Which windows to send is decided in
+:mod:`edge_runtime.placement`, what to do about failures in :mod:`edge_runtime.offload`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import zmq
+import zmq.asyncio
+
+from edge_runtime.config import Node
+from edge_runtime.integrity import check_reply
+from edge_runtime.placement import Permit
+from engines.bundle import Stage
+from engines.errors import OffloadError, ProtocolError
+from transport.messages import (
+    NO_ID,
+    Accepted,
+    Info,
+    InfoRequest,
+    Message,
+    Refused,
+    Request,
+    Result,
+    StageLimits,
+    VersionsSpoken,
+    decode_header,
+    decode_tensors,
+    encode,
+    new_id,
+)
+from transport.sockets import LinkEvent, client, watch
+
+_GRACE_S = 1.0
+"""How long an unreachable or lost node may take to come back before a request to it fails."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A node's checked outputs and where the time went, in milliseconds.
+
+    ``upload_ms`` ends when the node says that it has the whole request. ``compute_ms`` and
+    ``queue_ms`` are the node's own account; ``download_ms`` is the rest. All by the edge's clock
+    but those two, so clocks need not agree.
+    """
+
+    outputs: dict[str, np.ndarray]
+    bytes_up: int
+    bytes_down: int
+    upload_ms: float
+    queue_ms: float
+    compute_ms: float
+    download_ms: float
+
+
+class _Pending:
+    """A message waiting for its answer."""
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.accepted: float | None = None  # loop time
+        self.answered: float | None = None
+        self.answer: asyncio.Future[tuple[Message, list[zmq.Frame]]] = loop.create_future()
+
+    def fail(self, reason: str) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(OffloadError(reason))
+
+
+class NodeClient:
+    """Connected to ``node`` from :meth:`start` to :meth:`close`, within one event loop.
+
+    Args:
+        ctx: asyncio context of that loop.
+        node: whom to talk to.
+        stage: the stage asked for, by its hash.
+        limits: of that stage, for both directions.
+
+    Attributes:
+        strays: messages that answered nothing we had asked, all ignored.
+    """
+
+    def __init__(
+        self, ctx: zmq.asyncio.Context, node: Node, stage: Stage, limits: StageLimits
+    ) -> None:
+        self.node = node
+        self.strays = 0
+        self._ctx = ctx
+        self._stage = stage
+        self._limits = limits
+        self._pending: dict[bytes, _Pending] = {}
+        self._link: LinkEvent | None = None
+        self._link_since = 0.0
+        self._link_changed = asyncio.Event()
+        self._socket: Any = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def name(self) -> str:
+        return self.node.name
+
+    @property
+    def link(self) -> LinkEvent | None:
+        """The link's last known state; None while the first connection is being made."""
+        return self._link
+
+    def start(self) -> None:
+        """Begin connecting, in the running event loop; returns at once."""
+        self._link_since = asyncio.get_running_loop().time()
+        self._socket = client(
+            self._ctx,
+            self.node.endpoint,
+            self.node.server_key,
+            self.node.keypair,
+            self._limits,
+            connect=False,
+        )
+        self._tasks = [
+            asyncio.create_task(self._follow(), name=f"link-{self.name}"),
+            asyncio.create_task(self._read(), name=f"read-{self.name}"),
+        ]
+
+        for task in self._tasks:
+            task.add_done_callback(self._ended)
+
+    async def close(self) -> None:
+        """Drop the connection; requests under way fail."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._fail_all("the connection was closed")
+        if self._socket is not None:
+            self._socket.close(linger=0)
+
+    async def infer(self, feeds: Mapping[str, np.ndarray], permit: Permit, until: float) -> Reply:
+        """Have the node run the stage.
+
+        Args:
+            feeds: the stage's inputs, leading dimension n; ``window`` says which windows these are.
+            permit: to send exactly these windows to this node, once.
+            until: deadline, in the event loop's time.
+
+        Raises:
+            OffloadError: no checked outputs by the deadline; names the node and the cause.
+            PlacementError: the permit is for something else.
+        """
+        permit.spend(self.name, feeds["window"].tolist())
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        await self._connected(until)
+        started = loop.time()
+        request = Request(new_id(), self._stage.sha256, max(0, int((until - started) * 1000)))
+        frames = encode(request, dict(feeds))
+        pending = _Pending()
+        message, parts = await self._ask(request.id, frames, pending, until, begun)
+        if not isinstance(message, Result):
+            raise self._error(f"answered with {type(message).__name__} where a result was due")
+        finished = pending.answered or loop.time()
+        try:
+            outputs = decode_tensors(message, parts, self._limits.result)
+            check_reply(outputs, self._stage.outputs, len(feeds["window"]))
+        except ProtocolError as error:
+            raise self._error(f"wrong answer: {error}") from None
+        accepted = finished if pending.accepted is None else pending.accepted
+        node_ms = (message.queue_us + message.compute_us) / 1000
+        return Reply(
+            outputs=outputs,
+            bytes_up=sum(memoryview(frame).nbytes for frame in frames),
+            bytes_down=sum(len(part) for part in parts),
+            upload_ms=(accepted - started) * 1000,
+            queue_ms=message.queue_us / 1000,
+            compute_ms=message.compute_us / 1000,
+            download_ms=max(0.0, (finished - accepted) * 1000 - node_ms),
+        )
+
+    async def info(self, until: float) -> tuple[Info, float]:
+        """What the node serves, and the round trip in milliseconds once connected.
+
+        Raises:
+            OffloadError: no answer by the deadline; names the node and the cause.
+        """
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        await self._connected(until)
+        started = loop.time()
+        request = InfoRequest(new_id())
+        pending = _Pending()
+        message, _ = await self._ask(request.id, encode(request), pending, until, begun)
+        if not isinstance(message, Info):
+            raise self._error(f"answered with {type(message).__name__} where its info was due")
+        return message, ((pending.answered or loop.time()) - started) * 1000
+
+    async def _ask(
+        self, id: bytes, frames: list[Any], pending: _Pending, until: float, begun: float
+    ) -> tuple[Message, list[zmq.Frame]]:
+        """Send and wait for the answer of that id, or for what makes it impossible."""
+        loop = asyncio.get_running_loop()
+        self._pending[id] = pending
+        sending = asyncio.ensure_future(self._socket.send_multipart(frames, copy=False))
+        try:
+            done, _ = await asyncio.wait(
+                {pending.answer, sending},
+                timeout=max(0.0, until - loop.time()),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if sending in done and pending.answer not in done:
+                sending.result()
+                done, _ = await asyncio.wait(
+                    {pending.answer}, timeout=max(0.0, until - loop.time())
+                )
+            if pending.answer in done:
+                message, parts = pending.answer.result()
+            else:
+                after = f"within {loop.time() - begun:.1f} s"
+                if pending.accepted is not None:
+                    raise OffloadError(
+                        f"no result {after}, though it has the windows: it is overloaded, slow or "
+                        "frozen"
+                    )
+                raise OffloadError(f"no answer {after}: the node is frozen or the link is slow")
+        except OffloadError as error:
+            raise self._error(str(error)) from None
+        except zmq.ZMQError as error:
+            raise self._error(f"sending failed: {error}") from None
+        finally:
+            self._pending.pop(id, None)
+            for future in (sending, pending.answer):
+                if not future.cancel() and not future.cancelled():
+                    future.exception()  # told already, or too late to matter
+        if isinstance(message, Refused):
+            raise self._error(f"refused ({message.code}): {message.message}")
+        return message, parts
+
+    def _error(self, reason: str) -> OffloadError:
+        return OffloadError(f"node {self.name} ({self.node.endpoint}): {reason}")
+
+    async def _connected(self, until: float) -> None:
+        """Wait for the link; raise as soon as it is known that waiting is in vain."""
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        while self._link is None or self._link.state != "up":
+            limit = until
+            if self._link is not None:
+                if self._link.state == "refused":
+                    raise self._error(self._link.reason)
+                limit = min(until, self._link_since + _GRACE_S)
+            changed = self._link_changed
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(changed.wait(), max(0.0, limit - loop.time()))
+            if not changed.is_set() and loop.time() >= limit:
+                if self._link is not None:
+                    raise self._error(self._link.reason)
+                raise self._error(
+                    f"no connection within {loop.time() - begun:.1f} s: the host does not answer, "
+                    "or the node is frozen"
+                )
+
+    async def _follow(self) -> None:
+        """Keep the link's state for as long as the client lives."""
+        events: Any = watch(self._socket, self.node.endpoint)
+        async with contextlib.aclosing(events):
+            async for event in events:
+                self._link = event
+                self._link_since = asyncio.get_running_loop().time()
+                changed, self._link_changed = self._link_changed, asyncio.Event()
+                changed.set()
+                if event.state != "up":  # the node forgets us with the connection
+                    self._fail_all(event.reason)
+
+    async def _read(self) -> None:
+        """Receive for as long as the client lives."""
+        loop = asyncio.get_running_loop()
+        while True:
+            frames = await self._socket.recv_multipart(copy=False)
+            try:
+                self._handle(frames, loop.time())
+            except ProtocolError as error:
+                # Whatever it was meant to answer, this node does not speak our protocol.
+                self._fail_all(f"wrong answer: {error}")
+
+    def _handle(self, frames: list[zmq.Frame], now: float) -> None:
+        message = decode_header(frames[0])
+        if isinstance(message, VersionsSpoken):
+            spoken = ", ".join(map(str, message.versions))
+            self._fail_all(f"speaks only protocol versions {spoken}: update the older side")
+            return
+        if isinstance(message, Refused) and message.id == NO_ID:
+            self._fail_all(f"refused ({message.code}): {message.message}")
+            return
+        pending = self._pending.get(message.id)
+        if pending is None or pending.answer.done():
+            self.strays += 1
+        elif isinstance(message, Accepted):
+            pending.accepted = now
+        else:
+            pending.answered = now
+            pending.answer.set_result((message, frames[1:]))
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """A task that ends by itself is a defect; do not let anybody wait for it."""
+        if not task.cancelled() and (error := task.exception()):
+            self._fail_all(f"the connection failed: {error!r}")
+
+    def _fail_all(self, reason: str) -> None:
+        for pending in self._pending.values():
+            pending.fail(reason)

@@ -1,0 +1,307 @@
+"""``OffloadPredictor``: ``segment_anything.SamPredictor`` with the encoder on nodes, and no torch.
+
+``set_image`` and ``predict`` take and return what the original's do, so a program changes one line.
+The embedding is computed once per image, through the nodes of an ``edge.toml`` or on this machine,
+and prompts are decoded here: they never leave. A failed ``set_image`` leaves no image set, so that
+no mask can come from part of one. Reading files and drawing masks is left to others.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from edge_runtime.config import EdgeConfig, load_config
+from edge_runtime.images import resize_longest, transform_coords, upscale, upscale_mask
+from edge_runtime.offload import Offloader, OffloadReport
+from engines.bundle import Bundle, shipped_bundle
+from engines.errors import ImageError, PromptError
+from engines.ort import Device
+from engines.pipeline import Pipeline
+from engines.windows import Windows, cut
+
+
+@dataclass
+class Timing:
+    """Milliseconds of the last image and prompt. ``encode`` covers everything but ``windows``
+    and ``tail``: the nodes, or the stack (of a stock bundle, the whole encoder) on this machine."""
+
+    windows: float = 0.0
+    encode: float = 0.0
+    tail: float = 0.0
+    decoder: float = 0.0
+    upscale: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    img_size: int
+
+
+@dataclass
+class _Model:
+    """What programs read from ``SamPredictor.model``."""
+
+    mask_threshold: float
+    image_encoder: _Encoder
+    image_format: str = field(default="RGB", init=False)
+
+
+class OffloadPredictor:
+    """Segment one image at a time by points, boxes and masks.
+
+    Example::
+
+        with OffloadPredictor("edge.toml") as predictor:
+            predictor.set_image(image)
+            masks, iou, low_res = predictor.predict(point_coords=np.array([[120, 80]]),
+                                                    point_labels=np.array([1]))
+
+    Args:
+        config: an ``edge.toml`` or its contents; None computes everything on this machine.
+        bundle: full or (without config) stock bundle; None takes the configuration's, or the one
+            that comes with the package.
+        threads: CPU threads of this machine's engines; None means all cores.
+        device: of this machine's engines.
+
+    Attributes:
+        features: image embedding float ``[1, d, g, g]``, or None.
+        original_size, input_size: ``(H, W)`` of the image and ``(h, w)`` of its resized copy.
+        is_image_set: whether :meth:`predict` may be called.
+        windows, stack_outputs: the image's windows and what the stack made of them, or None.
+        report: who saw what of the image; None when nothing left this machine.
+        timing: milliseconds by stage.
+
+    Raises:
+        EdgeRuntimeError: bundle, configuration or keys are not in order.
+    """
+
+    features: np.ndarray | None
+    original_size: tuple[int, int] | None
+    input_size: tuple[int, int] | None
+    is_image_set: bool
+    windows: Windows | None
+    stack_outputs: dict[str, np.ndarray] | None
+    report: OffloadReport | None
+    timing: Timing
+
+    def __init__(
+        self,
+        config: EdgeConfig | str | os.PathLike[str] | None = None,
+        *,
+        bundle: Bundle | str | os.PathLike[str] | None = None,
+        threads: int | None = None,
+        device: Device = "auto",
+    ) -> None:
+        if config is not None and not isinstance(config, EdgeConfig):
+            config = load_config(config)
+        if bundle is None:
+            bundle = (config.bundle if config else None) or shipped_bundle()
+        if not isinstance(bundle, Bundle):
+            bundle = Bundle.load(bundle)
+        self.bundle = bundle
+        self.pipeline = Pipeline(bundle, threads=threads, device=device)
+        self.offloader = Offloader(config, self.pipeline) if config else None
+        self.model = _Model(bundle.manifest.mask_threshold, _Encoder(bundle.geometry.image_size))
+        self.reset_image()
+
+    def set_image(self, image: np.ndarray, image_format: str = "RGB") -> None:
+        """Compute the image's embedding, so that :meth:`predict` can be called.
+
+        Args:
+            image: uint8 ``[H, W, 3]``, values 0 to 255.
+            image_format: ``RGB`` or ``BGR``.
+
+        Raises:
+            ImageError: it is not such an array.
+            OffloadError: a node failed; no image is set then.
+            PlacementError: the nodes cannot satisfy the exposure budget.
+        """
+        assert image_format in ("RGB", "BGR"), (
+            f"image_format must be in ['RGB', 'BGR'], is {image_format}."
+        )
+        self.reset_image()
+        timing = Timing()
+        start = time.perf_counter()
+        if not isinstance(image, np.ndarray) or image.ndim != 3:
+            raise ImageError(f"expected an array (height, width, 3), found {np.shape(image)}")
+        if image_format == "BGR":
+            image = image[..., ::-1]
+        windows = cut(resize_longest(image, self.bundle.geometry.image_size), self.bundle.geometry)
+        timing.windows = _ms_since(start)
+
+        start = time.perf_counter()
+        report = None
+        outputs = None
+        if self.offloader:
+            outputs, report = self.offloader.stack(windows)
+        elif not self.bundle.has("encoder"):
+            outputs = self.pipeline.stack(self.pipeline.leave_home(windows))
+        else:
+            features = self.pipeline.embed(windows)
+        timing.encode = _ms_since(start)
+        if outputs is not None:
+            start = time.perf_counter()
+            features = self.pipeline.tail(outputs, windows)
+            timing.tail = _ms_since(start)
+
+        self.features = features
+        self.original_size = (image.shape[0], image.shape[1])
+        self.input_size = windows.size
+        self.windows, self.stack_outputs = windows, outputs
+        self.report, self.timing = report, timing
+        self.is_image_set = True
+
+    def predict(
+        self,
+        point_coords: np.ndarray | None = None,
+        point_labels: np.ndarray | None = None,
+        box: np.ndarray | None = None,
+        mask_input: np.ndarray | None = None,
+        multimask_output: bool = True,
+        return_logits: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Masks of one object in the image that is set.
+
+        Args:
+            point_coords: ``[N, 2]``, (x, y) in pixels of the image.
+            point_labels: ``[N]``, 1 for foreground, 0 for background, -1 for a point to ignore.
+            box: length 4, (x0, y0, x1, y1) in pixels of the image.
+            mask_input: ``[1, 4g, 4g]``, low-resolution logits of an earlier answer.
+            multimask_output: three masks for an ambiguous prompt, instead of one.
+            return_logits: the masks' logits instead of ``logits > mask_threshold``.
+
+        Returns:
+            masks bool (or float32 logits) ``[C, H, W]``; predicted quality float32 ``[C]``;
+            low-resolution logits float32 ``[C, 4g, 4g]``, fit for ``mask_input``.
+
+        Raises:
+            RuntimeError: no image is set.
+            PromptError: a prompt has the wrong shape or is not finite.
+        """
+        if not self.is_image_set:
+            raise RuntimeError("An image must be set with .set_image(...) before mask prediction.")
+        assert self.features is not None
+        assert self.original_size is not None
+        assert self.input_size is not None
+        coords, labels = self._prompt(point_coords, point_labels, box)
+        mask, has_mask = self._mask_prompt(mask_input)
+
+        start = time.perf_counter()
+        low_res, iou = self.pipeline.decode(self.features, coords, labels, mask, has_mask)
+        self.timing.decoder = _ms_since(start)
+        chosen = slice(1, None) if multimask_output else slice(0, 1)
+        low_res, iou = low_res[0, chosen], iou[0, chosen]
+
+        start = time.perf_counter()
+        size = (self.bundle.geometry.image_size, self.input_size, self.original_size)
+        if return_logits:
+            masks = upscale(low_res, *size)
+        else:
+            masks = upscale_mask(low_res, *size, self.model.mask_threshold)
+        self.timing.upscale = _ms_since(start)
+        return masks, iou, low_res
+
+    def get_image_embedding(self) -> np.ndarray:
+        """The embedding of the image that is set, float ``[1, d, g, g]``.
+
+        Raises:
+            RuntimeError: no image is set.
+        """
+        if not self.is_image_set or self.features is None:
+            raise RuntimeError(
+                "An image must be set with .set_image(...) to generate an embedding."
+            )
+        return self.features
+
+    def reset_image(self) -> None:
+        """Forget the image."""
+        self.is_image_set = False
+        self.features = None
+        self.original_size = None
+        self.input_size = None
+        self.windows = None
+        self.stack_outputs = None
+        self.report = None
+        self.timing = Timing()
+
+    def close(self) -> None:
+        """Drop the connections and give the engines' memory back."""
+        self.reset_image()
+        if self.offloader:
+            self.offloader.close()
+        self.pipeline.close()
+
+    def __enter__(self) -> OffloadPredictor:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _prompt(
+        self,
+        point_coords: np.ndarray | None,
+        point_labels: np.ndarray | None,
+        box: np.ndarray | None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Points, then the box's corners, as the decoder takes them: ``[1, k, 2]``, ``[1, k]``."""
+        assert self.original_size is not None
+        assert self.input_size is not None
+        points, labels = np.zeros((0, 2)), np.zeros(0)
+        if point_coords is not None:
+            assert point_labels is not None, (
+                "point_labels must be supplied if point_coords is supplied."
+            )
+            points, labels = _numbers(point_coords, "point_coords"), np.asarray(point_labels)
+            if points.ndim != 2 or points.shape[1] != 2 or labels.shape != points.shape[:1]:
+                raise PromptError(
+                    f"point_coords has shape {list(points.shape)} and point_labels "
+                    f"{list(labels.shape)}; expected [N, 2] and [N]"
+                )
+            if not np.isin(labels, (-1, 0, 1)).all():
+                raise PromptError(
+                    "point_labels must be 1 (foreground), 0 (background) or -1 (ignored)"
+                )
+        if box is not None:
+            corners = _numbers(box, "box")
+            if corners.size != 4:
+                raise PromptError(
+                    f"box has shape {list(corners.shape)}; expected 4 numbers, x0 y0 x1 y1: "
+                    "call predict once per box"
+                )
+            points = np.concatenate([points, corners.reshape(2, 2)])
+            labels = np.concatenate([labels, (2, 3)])
+        moved = transform_coords(points, self.original_size, self.input_size)
+        if point_coords is not None and box is None:
+            moved = np.concatenate([moved, np.zeros((1, 2))])  # SAM pads points without a box
+            labels = np.concatenate([labels, (-1,)])
+        return moved[None].astype(np.float32), labels[None].astype(np.float32)
+
+    def _mask_prompt(self, mask_input: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        side = self.bundle.geometry.low_res
+        if mask_input is None:
+            return np.zeros((1, 1, side, side), np.float32), np.zeros(1, np.float32)
+        mask = _numbers(mask_input, "mask_input")
+        if mask.shape != (1, side, side):
+            raise PromptError(
+                f"mask_input has shape {list(mask.shape)}; expected [1, {side}, {side}], one of "
+                "the low-resolution masks of an earlier answer"
+            )
+        return mask[None].astype(np.float32), np.ones(1, np.float32)
+
+
+def _numbers(values: np.ndarray, name: str) -> np.ndarray:
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise PromptError(f"{name} does not hold numbers") from None
+    if not np.isfinite(array).all():
+        raise PromptError(f"{name} holds numbers that are not finite")
+    return array
+
+
+def _ms_since(start: float) -> float:
+    return (time.perf_counter() - start) * 1000
