@@ -215,8 +215,8 @@ def _read(path: Path, *, private: bool) -> str:
     except OSError as error:
         hint = "; make one with `edge-runtime keys`" if isinstance(error, FileNotFoundError) else ""
         raise KeyFileError(f"cannot read the key file {path}: {error.strerror}{hint}") from None
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
+    try:
+        status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise KeyFileError(f"{path} is not a regular file")
         mode = stat.S_IMODE(status.st_mode)
@@ -225,7 +225,9 @@ def _read(path: Path, *, private: bool) -> str:
                 f"{path} is open to others (mode {mode:04o}): run `chmod 600 {path}`; if others "
                 "use this machine, make a new key instead"
             )
-        data = file.read(_FILE_BYTES + 1)
+        data = os.read(descriptor, _FILE_BYTES + 1)
+    finally:
+        os.close(descriptor)
     if len(data) > _FILE_BYTES:
         raise KeyFileError(f"{path} is no key file: larger than {_FILE_BYTES} bytes")
     try:

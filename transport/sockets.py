@@ -15,7 +15,7 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -223,7 +223,7 @@ _RETRY_GRACE_S = 0.2
 
 async def watch(
     socket: Any, endpoint: str, *, first_retry_s: float = 0.5, last_retry_s: float = 10.0
-) -> AsyncIterator[LinkEvent]:
+) -> AsyncGenerator[LinkEvent, None]:
     """Connect a `client` made with ``connect=False``, keep it so, and tell how its link fares.
 
     Iterate for as long as the socket lives (one task per socket), then `aclose` the iterator before

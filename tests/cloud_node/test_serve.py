@@ -1,0 +1,304 @@
+"""`cloud-node serve` as a process: start, refuse to start, let in and keep out, stop."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import zmq
+
+from engines.bundle import Bundle, write_manifest
+from transport import keys, messages, sockets
+from transport.messages import Accepted, Info, InfoRequest, Refused, Result, encode
+
+Feeds = dict[str, np.ndarray]
+
+
+def _serve(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cloud_node.cli", "serve", *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.fixture
+def options(tmp_path: Path, bundle_of: Callable[[str], Path]) -> dict[str, str]:
+    """Options of a node that would start."""
+    folder = tmp_path / "keys"
+    keys.generate(folder, "node")
+    keys.make_directory(folder / "authorized")
+    return {
+        "--bundle": str(bundle_of("pixels")),
+        "--bind": "tcp://127.0.0.1:0",
+        "--keys": str(folder),
+    }
+
+
+def _refusal(options: dict[str, str]) -> str:
+    done = _serve(*(word for pair in options.items() for word in pair))
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    return errors[0]
+
+
+def test_no_keys(options: dict[str, str], tmp_path: Path) -> None:
+    error = _refusal({**options, "--keys": str(tmp_path / "nowhere")})
+    assert "node.key" in error
+    assert "edge-runtime keys" in error
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
+def test_secret_key_open_to_others(options: dict[str, str], mode: int) -> None:
+    path = Path(options["--keys"], "node.key")
+    path.chmod(mode)
+    assert f"chmod 600 {path}" in _refusal(options)
+
+
+def test_folder_of_authorised_keys_open_to_others(options: dict[str, str]) -> None:
+    path = Path(options["--keys"], "authorized")
+    path.chmod(0o777)
+    assert f"chmod 700 {path}" in _refusal(options)
+
+
+def test_stock_order_bundle(options: dict[str, str], tmp_path: Path) -> None:
+    from engines.bundle import Stage, TensorSpec
+
+    source = Bundle.load(options["--bundle"])
+    shutil.copytree(source.path, tmp_path / "stock")
+    g, stack = source.geometry, source.stage("stack")
+    embedding = TensorSpec("embedding", "float32", (1, g.out_chans, g.grid, g.grid))
+    low = g.low_res
+
+    def stage(inputs: Any, outputs: Any) -> Stage:
+        return msgspec.structs.replace(stack, inputs=inputs, outputs=outputs)
+
+    encoder = stage(
+        (
+            TensorSpec("pixels", "uint8", (g.windows, g.window_pixels, g.window_pixels, 3)),
+            TensorSpec("extent", "int64", (g.windows, 2)),
+        ),
+        (embedding,),
+    )
+    decoder = stage(
+        (
+            embedding,
+            TensorSpec("point_coords", "float32", ("p", "k", 2)),
+            TensorSpec("point_labels", "float32", ("p", "k")),
+            TensorSpec("mask_input", "float32", ("p", 1, low, low)),
+            TensorSpec("has_mask_input", "float32", ("p",)),
+        ),
+        (
+            TensorSpec("low_res_logits", "float32", ("p", 4, low, low)),
+            TensorSpec("iou", "float32", ("p", 4)),
+        ),
+    )
+    stages = {"encoder": encoder, "decoder": decoder}
+    manifest = msgspec.structs.replace(source.manifest, order="stock", stages=stages)
+    write_manifest(tmp_path / "stock", manifest)
+    error = _refusal({**options, "--bundle": str(tmp_path / "stock")})
+    assert "stock order" in error
+    assert "--order reordered" in error
+
+
+def test_damaged_stack(options: dict[str, str], tmp_path: Path) -> None:
+    shutil.copytree(options["--bundle"], tmp_path / "bundle")
+    path = tmp_path / "bundle" / "stack.onnx"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    error = _refusal({**options, "--bundle": str(tmp_path / "bundle")})
+    assert "stack.onnx is damaged" in error
+
+
+def test_missing_bundle(options: dict[str, str], tmp_path: Path) -> None:
+    assert "does not exist" in _refusal({**options, "--bundle": str(tmp_path / "nowhere")})
+
+
+@pytest.mark.parametrize(
+    "bind", ["0.0.0.0:5555", "tcp://0.0.0.0", "ipc:///tmp/x", "tcp://0.0.0.0:70000", "tcp://:5"]
+)
+def test_malformed_endpoint(options: dict[str, str], bind: str) -> None:
+    error = _refusal({**options, "--bind": bind})
+    assert bind in error
+    assert "tcp://0.0.0.0:5555" in error
+
+
+def test_port_taken(options: dict[str, str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        bind = f"tcp://127.0.0.1:{other.getsockname()[1]}"
+        error = _refusal({**options, "--bind": bind})
+    assert bind in error
+    assert "choose another" in error
+
+
+def test_unwritable_ready_file(options: dict[str, str], tmp_path: Path) -> None:
+    error = _refusal({**options, "--ready-file": str(tmp_path / "no" / "ready.json")})
+    assert "ready file" in error
+
+
+@pytest.mark.parametrize("threads", ["0", "-1"])
+def test_silly_threads(options: dict[str, str], threads: str) -> None:
+    assert "--threads" in _refusal({**options, "--threads": threads})
+
+
+def test_usage_errors_exit_2() -> None:
+    assert _serve().returncode == 2
+    assert _serve("--bundle", "x", "--keys", "y", "--device", "abacus").returncode == 2
+
+
+def test_help_is_light() -> None:
+    code = (
+        "import sys, cloud_node.cli as c\n"
+        "try: c.main(['serve', '--help'])\n"
+        "except SystemExit as e: assert e.code == 0\n"
+        "heavy = {'numpy', 'zmq', 'onnxruntime', 'msgspec'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "edge-runtime keys authorize" in done.stdout
+
+
+def _admitted(socket: Any, within_ms: int) -> bool:
+    """Whether an InfoRequest through this socket is answered."""
+    try:
+        socket.send_multipart(encode(InfoRequest(messages.new_id())), flags=zmq.NOBLOCK)
+    except zmq.Again:  # IMMEDIATE: no link to send through
+        if not socket.poll(within_ms, zmq.POLLOUT):
+            return False
+        socket.send_multipart(encode(InfoRequest(messages.new_id())))
+    return bool(socket.poll(within_ms))
+
+
+def _stranger(ctx: zmq.Context[Any], node: Any, kind: str) -> Any:
+    """A client that must not get in."""
+    pair = keys.KeyPair("x", *(part.decode() for part in zmq.curve_keypair()))
+    if kind == "unauthorised key":
+        return sockets.client(ctx, node.endpoint, node.ready["public_key"], pair, node.limits)
+    if kind == "wrong server key":
+        pair = node.authorise(f"lost-{os.urandom(4).hex()}")
+        other = zmq.curve_keypair()[0].decode()
+        return sockets.client(ctx, node.endpoint, other, pair, node.limits)
+    raw = ctx.socket(zmq.DEALER)
+    raw.set(zmq.LINGER, 0)
+    if kind == "PLAIN":
+        raw.set(zmq.PLAIN_USERNAME, b"admin")
+        raw.set(zmq.PLAIN_PASSWORD, b"admin")
+    raw.connect(node.endpoint)
+    return raw
+
+
+@pytest.mark.parametrize("kind", ["unauthorised key", "wrong server key", "NULL", "PLAIN"])
+def test_strangers_are_kept_out_and_edges_get_in_after_them(
+    node: Any, connect: Any, zmq_context: zmq.Context[Any], feeds: Feeds, local: Any, kind: str
+) -> None:
+    strangers = [_stranger(zmq_context, node, kind) for _ in range(3)]
+    try:
+        assert [_admitted(stranger, 300) for stranger in strangers] == [False] * 3
+        outputs = connect(node).ask(feeds)
+        assert outputs["tokens"].tobytes() == local(node, feeds)["tokens"].tobytes()
+        assert not any(stranger.poll(0) for stranger in strangers)
+    finally:
+        for stranger in strangers:
+            stranger.close()
+
+
+def test_keys_come_and_go_without_a_restart(
+    start_node: Any, connect: Any, zmq_context: zmq.Context[Any]
+) -> None:
+    node = start_node()
+    assert "NO EDGE IS AUTHORISED" in node.logged()
+    assert node.ready["authorised_keys"] == 0
+    outsider = _stranger(zmq_context, node, "unauthorised key")
+    assert not _admitted(outsider, 300)
+    outsider.close()
+    assert "is not authorised; to let it in" in node.logged()
+
+    pair = node.authorise("kitchen")
+    edge = connect(node, pair)
+    edge.send(encode(InfoRequest(messages.new_id())))
+    assert isinstance(edge.receive()[0], Info)
+
+    (node.keys / "authorized" / "kitchen.pub").unlink()
+    again = sockets.client(zmq_context, node.endpoint, node.ready["public_key"], pair, node.limits)
+    assert not _admitted(again, 300)
+    again.close()
+
+
+def test_a_malformed_authorised_key_is_skipped_with_a_warning(
+    start_node: Any, connect: Any
+) -> None:
+    node = start_node()
+    (node.keys / "authorized" / "broken.pub").write_text("public-key not-a-key\n")
+    edge = connect(node)
+    edge.send(encode(InfoRequest(messages.new_id())))
+    assert isinstance(edge.receive()[0], Info)
+    assert "ignored authorised key" in node.logged()
+    assert "broken.pub" in node.logged()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_stop_the_node_cleanly(start_node: Any, number: signal.Signals) -> None:
+    node = start_node()
+    assert node.ready["pid"] == node.process.pid
+    assert node.stop(number) == 0
+    assert not node.ready_file.exists()
+    assert "Traceback" not in node.logged()
+    assert node.logged().rstrip().endswith("stopped")
+
+
+def test_stopping_finishes_the_run_and_refuses_the_rest(
+    start_node: Any, connect: Any, feeds: Feeds
+) -> None:
+    node = start_node("slow")
+    edge = connect(node)
+    sent = [edge.request(feeds) for _ in range(3)]
+    for id in sent:
+        assert edge.receive()[0] == Accepted(id)
+    node.process.send_signal(signal.SIGTERM)
+    replies = [edge.receive()[0] for _ in range(3)]
+    assert node.process.wait(timeout=30) == 0
+    finished = [m for m in replies if isinstance(m, Result)]
+    refused = [m for m in replies if isinstance(m, Refused)]
+    assert len(finished) in (0, 1)
+    assert len(finished) + len(refused) == 3
+    assert {m.code for m in refused} == {"shutdown"}
+    assert sorted(getattr(m, "id", b"") for m in replies) == sorted(sent)
+
+
+def test_a_second_signal_stops_at_once(start_node: Any, connect: Any, feeds: Feeds) -> None:
+    node = start_node("slow")
+    edge = connect(node)
+    edge.request(feeds)
+    edge.receive()
+    node.process.send_signal(signal.SIGTERM)
+    give_up = time.monotonic() + 20
+    while "stopping" not in node.logged():
+        assert time.monotonic() < give_up
+        time.sleep(0.005)
+    node.process.send_signal(signal.SIGTERM)
+    assert node.process.wait(timeout=20) in (-signal.SIGTERM, 0)  # 0: it was just done
+
+
+def test_an_edge_that_leaves_does_no_harm(
+    start_node: Any, connect: Any, feeds: Feeds, local: Any
+) -> None:
+    node = start_node("slow")
+    leaver = connect(node)
+    leaver.request(feeds)
+    leaver.receive()
+    leaver.socket.close()
+    stayer = connect(node)
+    assert stayer.ask(feeds)["tokens"].tobytes() == local(node, feeds)["tokens"].tobytes()
+    assert "Result to an edge dropped: it left" in node.logged()

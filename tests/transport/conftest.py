@@ -1,0 +1,41 @@
+"""Keys, limits and a bare server for tests of the secure sockets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import zmq
+
+from transport.keys import KeyPair, make_directory, write_public
+from transport.messages import Limits, StageLimits
+
+
+@pytest.fixture
+def limits() -> StageLimits:
+    return StageLimits(Limits(3, 1 << 20, 3 << 20), Limits(2, 1 << 20, 2 << 20))
+
+
+@pytest.fixture
+def new_pair() -> Callable[[str], KeyPair]:
+    """Key pairs in memory."""
+
+    def make(name: str = "x") -> KeyPair:
+        public, secret = zmq.curve_keypair()
+        return KeyPair(name, public.decode(), secret.decode())
+
+    return make
+
+
+@pytest.fixture
+def authorized(tmp_path: Path) -> Path:
+    return make_directory(tmp_path / "authorized")
+
+
+@pytest.fixture
+def authorise(authorized: Path) -> Callable[[KeyPair], None]:
+    def add(pair: KeyPair) -> None:
+        write_public(authorized / f"{pair.name}.pub", pair.public, pair.name)
+
+    return add

@@ -1,0 +1,205 @@
+"""The authenticator lets in whom the folder names, nobody else, and survives its own failures."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+import zmq.asyncio
+
+from engines.errors import KeyFileError
+from transport import sockets
+from transport.auth import AllowList, Authenticator
+from transport.keys import KeyPair
+from transport.messages import StageLimits
+
+NewPair = Callable[[str], KeyPair]
+
+
+@asynccontextmanager
+async def _serving(
+    allowed: AllowList | None, node: KeyPair, limits: StageLimits
+) -> AsyncIterator[tuple[zmq.asyncio.Context, Any]]:
+    """A context with an authenticator (unless None) and a server."""
+    ctx = zmq.asyncio.Context()
+    authenticator = Authenticator(ctx, allowed) if allowed is not None else None
+    if authenticator:
+        authenticator.start()
+    server = sockets.server(ctx, "tcp://127.0.0.1:0", node, limits)
+    try:
+        yield ctx, server
+    finally:
+        server.close()
+        if authenticator:
+            await authenticator.stop()
+        ctx.destroy(linger=0)
+
+
+async def _admitted(
+    ctx: Any, server: Any, node: KeyPair, pair: KeyPair, limits: Any, within_s: float = 0.4
+) -> str | None:
+    """The name a client was let in under, None if it could not send within that time."""
+    client = sockets.client(ctx, server.last_endpoint.decode(), node.public, pair, limits)
+    try:
+        await asyncio.wait_for(client.send(b"hello"), within_s)
+        frames = await asyncio.wait_for(server.recv_multipart(copy=False), 5)
+        return str(frames[-1].get("User-Id"))
+    except asyncio.TimeoutError:
+        return None
+    finally:
+        client.close()
+
+
+def test_only_authorised_keys_get_in_under_their_name(
+    authorized: Path, authorise: Any, new_pair: NewPair, limits: StageLimits
+) -> None:
+    node, kitchen, stranger = new_pair("node"), new_pair("kitchen"), new_pair("stranger")
+    authorise(kitchen)
+
+    async def scene() -> None:
+        async with _serving(AllowList(authorized), node, limits) as (ctx, server):
+            assert await _admitted(ctx, server, node, stranger, limits) is None
+            assert await _admitted(ctx, server, node, kitchen, limits, 20) == "kitchen"
+            authorise(stranger)
+            assert await _admitted(ctx, server, node, stranger, limits, 20) == "stranger"
+            (authorized / "stranger.pub").unlink()
+            assert await _admitted(ctx, server, node, stranger, limits) is None
+
+    asyncio.run(scene())
+
+
+def test_without_an_authenticator_nobody_gets_in(new_pair: NewPair, limits: StageLimits) -> None:
+    node, pair = new_pair("node"), new_pair("kitchen")
+
+    async def scene() -> None:
+        async with _serving(None, node, limits) as (ctx, server):
+            assert await _admitted(ctx, server, node, pair, limits) is None
+
+    asyncio.run(scene())
+
+
+def test_an_exception_refuses_and_the_next_client_gets_in(
+    authorized: Path, authorise: Any, new_pair: NewPair, limits: StageLimits
+) -> None:
+    node, pair = new_pair("node"), new_pair("kitchen")
+    authorise(pair)
+
+    class Shaky(AllowList):
+        broken = False
+
+        def name_of(self, public: str) -> str | None:
+            if self.broken:
+                raise RuntimeError("boom")
+            return super().name_of(public)
+
+    async def scene() -> None:
+        allowed = Shaky(authorized)
+        async with _serving(allowed, node, limits) as (ctx, server):
+            allowed.broken = True
+            for _ in range(3):
+                assert await _admitted(ctx, server, node, pair, limits) is None
+            allowed.broken = False
+            assert await _admitted(ctx, server, node, pair, limits, 20) == "kitchen"
+
+    asyncio.run(scene())
+
+
+def test_a_folder_that_becomes_unsafe_or_vanishes_lets_in_nobody(
+    authorized: Path, authorise: Any, new_pair: NewPair, limits: StageLimits
+) -> None:
+    node, pair = new_pair("node"), new_pair("kitchen")
+    authorise(pair)
+
+    async def scene() -> None:
+        async with _serving(AllowList(authorized), node, limits) as (ctx, server):
+            authorized.chmod(0o777)
+            assert await _admitted(ctx, server, node, pair, limits) is None
+            authorized.chmod(0o700)
+            assert await _admitted(ctx, server, node, pair, limits, 20) == "kitchen"
+            authorized.rename(authorized.with_name("gone"))
+            assert await _admitted(ctx, server, node, pair, limits) is None
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        [],
+        [b"1.0"],
+        [b"2.0", b"1", b"edge-runtime", b"127.0.0.1", b"", b"CURVE", b"k" * 32],
+        [b"1.0", b"1", b"another", b"127.0.0.1", b"", b"CURVE", b"k" * 32],
+        [b"1.0", b"1", b"edge-runtime", b"127.0.0.1", b"", b"NULL"],
+        [b"1.0", b"1", b"edge-runtime", b"127.0.0.1", b"", b"PLAIN", b"user", b"password"],
+        [b"1.0", b"1", b"edge-runtime", b"127.0.0.1", b"", b"PLAIN", b"k" * 32],
+        [b"1.0", b"1", b"edge-runtime", b"127.0.0.1", b"", b"CURVE", b"short"],
+        [b"1.0", b"1", b"edge-runtime", b"\xff\xfe", b"", b"CURVE", b"k" * 32],
+    ],
+)
+def test_other_questions_are_answered_no(authorized: Path, question: list[bytes]) -> None:
+    async def scene() -> list[bytes]:
+        ctx = zmq.asyncio.Context()
+        authenticator = Authenticator(ctx, AllowList(authorized))
+        authenticator.start()
+        asker = ctx.socket(zmq.DEALER)
+        asker.connect("inproc://zeromq.zap.01")
+        try:
+            await asker.send_multipart([b"", *question])
+            return await asyncio.wait_for(asker.recv_multipart(), 5)
+        finally:
+            asker.close(linger=0)
+            await authenticator.stop()
+            ctx.destroy(linger=0)
+
+    if not question:
+        return  # a REQ envelope without a body is dropped by libzmq itself
+    _, version, request_id, status, text, user, metadata = asyncio.run(scene())
+    assert version == b"1.0"
+    assert request_id == (question[1] if len(question) > 1 else b"")
+    assert status in (b"400", b"500")
+    assert text
+    assert (user, metadata) == (b"", b"")
+
+
+def test_refusals_are_logged_once_a_minute_and_key(
+    authorized: Path, new_pair: NewPair, limits: StageLimits, caplog: pytest.LogCaptureFixture
+) -> None:
+    node, stranger = new_pair("node"), new_pair("stranger")
+
+    async def scene() -> None:
+        async with _serving(AllowList(authorized), node, limits) as (ctx, server):
+            for _ in range(3):
+                await _admitted(ctx, server, node, stranger, limits)
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(scene())
+    (line,) = [r.getMessage() for r in caplog.records if stranger.public in r.getMessage()]
+    assert "edge-runtime keys authorize" in line
+
+
+def test_folder_must_exist_and_be_closed_to_others(tmp_path: Path) -> None:
+    with pytest.raises(KeyFileError, match="edge-runtime keys node"):
+        AllowList(tmp_path / "nowhere")
+    for mode in (0o770, 0o702, 0o777):
+        folder = tmp_path / f"{mode:o}"
+        folder.mkdir()
+        folder.chmod(mode)
+        with pytest.raises(KeyFileError, match=f"chmod 700 {folder}"):
+            AllowList(folder)
+
+
+def test_only_pub_files_count(authorized: Path, authorise: Any, new_pair: NewPair) -> None:
+    kept, other = new_pair("kept"), new_pair("other")
+    authorise(kept)
+    for name in ("other.txt", ".other.pub", "other.pub~"):
+        (authorized / name).write_text(f"public-key {other.public}\n")
+    allowed = AllowList(authorized)
+    assert len(allowed) == 1
+    assert allowed.name_of(kept.public) == "kept"
+    assert allowed.name_of(other.public) is None

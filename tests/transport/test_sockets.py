@@ -1,0 +1,293 @@
+"""Secure sockets between real peers: what gets through, and why if nothing does."""
+
+from __future__ import annotations
+
+import asyncio
+import socket as plain
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zmq
+import zmq.asyncio
+
+from engines.errors import ConfigError
+from transport import messages, sockets
+from transport.auth import AllowList, Authenticator
+from transport.keys import KeyPair
+from transport.messages import Limits, StageLimits
+from transport.sockets import LinkEvent
+
+NewPair = Callable[[str], KeyPair]
+
+
+@pytest.fixture
+def run_scene(
+    authorized: Path, new_pair: NewPair, limits: StageLimits
+) -> Callable[[Callable[[Any], Awaitable[None]]], None]:
+    """Run a scene in an event loop, beside an authenticator over the folder `authorized`."""
+
+    class Stage:
+        node = new_pair("node")
+        ctx: zmq.asyncio.Context
+
+        def server(self, bind: str = "tcp://127.0.0.1:0") -> Any:
+            return sockets.server(self.ctx, bind, self.node, limits)
+
+        @asynccontextmanager
+        async def watching(
+            self, endpoint: str, pair: KeyPair, server_key: str | None = None
+        ) -> AsyncIterator[tuple[Any, asyncio.Queue[LinkEvent]]]:
+            key = server_key or self.node.public
+            client = sockets.client(self.ctx, endpoint, key, pair, limits, connect=False)
+            events: asyncio.Queue[LinkEvent] = asyncio.Queue()
+            watcher = sockets.watch(client, endpoint, first_retry_s=0.1)
+
+            async def listen() -> None:
+                async for event in watcher:
+                    events.put_nowait(event)
+
+            task = asyncio.create_task(listen())
+            try:
+                yield client, events
+            finally:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                await watcher.aclose()
+                client.close()
+
+    async def main(scene: Callable[[Any], Awaitable[None]]) -> None:
+        stage = Stage()
+        stage.ctx = zmq.asyncio.Context()
+        authenticator = Authenticator(stage.ctx, AllowList(authorized))
+        authenticator.start()
+        try:
+            await asyncio.wait_for(scene(stage), 30)
+        finally:
+            await authenticator.stop()
+            stage.ctx.destroy(linger=0)
+
+    return lambda scene: asyncio.run(main(scene))
+
+
+def test_tensors_cross_intact(
+    run_scene: Any, authorise: Any, new_pair: NewPair, limits: StageLimits
+) -> None:
+    pair = new_pair("edge")
+    authorise(pair)
+    rng = np.random.default_rng(0)
+    feeds: dict[str, np.ndarray] = {
+        "pixels": rng.integers(0, 256, (5, 64, 64, 3), dtype=np.uint8),
+        "window": np.arange(5),
+    }
+
+    async def scene(stage: Any) -> None:
+        server = stage.server()
+        client = sockets.client(
+            stage.ctx, server.last_endpoint.decode(), stage.node.public, pair, limits
+        )
+        request = messages.Request(messages.new_id(), "0" * 64, 1000)
+        await client.send_multipart(messages.encode(request, feeds), copy=False)
+        peer, *frames = await server.recv_multipart(copy=False)
+        message, arrays = messages.decode(frames, limits.request)
+        assert message.id == request.id  # type: ignore[union-attr]
+        assert all(np.array_equal(arrays[name], feeds[name]) for name in feeds)
+        result = messages.Result(request.id, 1, 2)
+        await server.send_multipart([peer, *messages.encode(result, arrays)], copy=False)
+        _, back = messages.decode(await client.recv_multipart(copy=False), limits.result)
+        assert all(back[name].tobytes() == feeds[name].tobytes() for name in feeds)
+        client.close()
+        server.close()
+
+    run_scene(scene)
+
+
+def test_a_link_comes_up_goes_down_and_comes_back(
+    run_scene: Any, authorise: Any, new_pair: NewPair
+) -> None:
+    pair = new_pair("edge")
+    authorise(pair)
+
+    async def scene(stage: Any) -> None:
+        server = stage.server()
+        endpoint = server.last_endpoint.decode()
+        async with stage.watching(endpoint, pair) as (client, events):
+            assert (await events.get()).state == "up"
+            server.close()
+            assert await events.get() == LinkEvent("down", sockets.CONNECTION_LOST)
+            assert await events.get() == LinkEvent("unreachable", sockets.UNREACHABLE)
+            server = stage.server(endpoint)
+            assert (await events.get()).state == "up"
+            await client.send(b"hello")
+            assert (await server.recv_multipart())[-1] == b"hello"
+        server.close()
+
+    run_scene(scene)
+
+
+def test_an_edge_authorised_later_gets_in_by_itself(
+    run_scene: Any, authorise: Any, new_pair: NewPair
+) -> None:
+    pair = new_pair("edge")
+
+    async def scene(stage: Any) -> None:
+        server = stage.server()
+        async with stage.watching(server.last_endpoint.decode(), pair) as (client, events):
+            assert await events.get() == LinkEvent("refused", sockets.NOT_AUTHORISED)
+            authorise(pair)
+            assert (await events.get()).state == "up"
+            await client.send(b"hello")
+            assert (await server.recv_multipart())[-1] == b"hello"
+        server.close()
+
+    run_scene(scene)
+
+
+def test_wrong_server_key(run_scene: Any, authorise: Any, new_pair: NewPair) -> None:
+    pair = new_pair("edge")
+    authorise(pair)
+
+    async def scene(stage: Any) -> None:
+        server = stage.server()
+        endpoint = server.last_endpoint.decode()
+        async with stage.watching(endpoint, pair, new_pair("other").public) as (_, events):
+            assert await events.get() == LinkEvent("refused", sockets.WRONG_SERVER_KEY)
+            await asyncio.sleep(0.5)
+            assert events.empty()  # the same news is told once
+        server.close()
+
+    run_scene(scene)
+
+
+@pytest.mark.parametrize("kind", ["NULL", "PLAIN"])
+def test_a_node_without_curve_is_not_talked_to(
+    run_scene: Any, new_pair: NewPair, kind: str
+) -> None:
+    async def scene(stage: Any) -> None:
+        insecure = stage.ctx.socket(zmq.ROUTER)
+        insecure.set(zmq.PLAIN_SERVER, int(kind == "PLAIN"))
+        insecure.bind("tcp://127.0.0.1:0")
+        endpoint = insecure.last_endpoint.decode()
+        async with stage.watching(endpoint, new_pair("edge")) as (client, events):
+            assert await events.get() == LinkEvent("refused", sockets.NOT_A_NODE)
+            with pytest.raises(zmq.Again):
+                await client.send(b"secret", flags=zmq.NOBLOCK)
+            assert not await insecure.poll(300)
+        insecure.close(linger=0)
+
+    run_scene(scene)
+
+
+def test_something_else_listens_there(run_scene: Any, new_pair: NewPair) -> None:
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n" + b"x" * 100)
+        await writer.drain()
+        writer.close()
+
+    async def scene(stage: Any) -> None:
+        web = await asyncio.start_server(answer, "127.0.0.1", 0)
+        endpoint = f"tcp://127.0.0.1:{web.sockets[0].getsockname()[1]}"
+        async with stage.watching(endpoint, new_pair("edge")) as (_, events):
+            assert await events.get() == LinkEvent("refused", sockets.NOT_A_NODE)
+        web.close()
+
+    run_scene(scene)
+
+
+def test_a_frozen_listener(run_scene: Any, new_pair: NewPair) -> None:
+    async def scene(stage: Any) -> None:
+        with plain.create_server(("127.0.0.1", 0)) as silent:
+            endpoint = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+            async with stage.watching(endpoint, new_pair("edge")) as (_, events):
+                assert await events.get() == LinkEvent("refused", sockets.NO_ANSWER)
+
+    run_scene(scene)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
+def test_nothing_listens_there(run_scene: Any, new_pair: NewPair, host: str) -> None:
+    async def scene(stage: Any) -> None:
+        with plain.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+        async with stage.watching(f"tcp://{host}:{port}", new_pair("edge")) as (client, events):
+            assert await events.get() == LinkEvent("unreachable", sockets.UNREACHABLE)
+            with pytest.raises(zmq.Again):  # nothing is queued for a node that isn't there
+                await client.send(b"late", flags=zmq.NOBLOCK)
+
+    run_scene(scene)
+
+
+def test_a_part_over_the_limit_cuts_the_link_and_the_link_recovers(
+    run_scene: Any, authorise: Any, new_pair: NewPair, limits: StageLimits
+) -> None:
+    pair = new_pair("edge")
+    authorise(pair)
+
+    async def scene(stage: Any) -> None:
+        server = stage.server()
+        async with stage.watching(server.last_endpoint.decode(), pair) as (client, events):
+            assert (await events.get()).state == "up"
+            await client.send(bytes(limits.request.part_bytes))
+            assert len((await server.recv_multipart())[-1]) == limits.request.part_bytes
+            await client.send(bytes(limits.request.part_bytes + 8192))
+            assert (await events.get()).state == "down"
+            assert (await events.get()).state == "up"
+            await client.send(b"again")
+            assert (await server.recv_multipart())[-1] == b"again"
+        server.close()
+
+    run_scene(scene)
+
+
+def test_ipv6(run_scene: Any, authorise: Any, new_pair: NewPair, limits: StageLimits) -> None:
+    try:
+        plain.create_server(("::1", 0), family=plain.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    pair = new_pair("edge")
+    authorise(pair)
+
+    async def scene(stage: Any) -> None:
+        server = stage.server("tcp://[::1]:0")
+        async with stage.watching(server.last_endpoint.decode(), pair) as (_, events):
+            assert (await events.get()).state == "up"
+        server.close()
+
+    run_scene(scene)
+
+
+def test_heartbeats_leave_a_slow_link_its_time() -> None:
+    small = StageLimits(Limits(1, 1000, 1000), Limits(1, 1000, 1000))
+    assert sockets.heartbeat_timeout_ms(small) == 3000
+    large = StageLimits(Limits(1, 1000, 1000), Limits(1, 10_000_000, 10_000_000))
+    assert sockets.heartbeat_timeout_ms(large) == 20_000  # twice ten seconds at 8 Mbit/s
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "bind", "fits"),
+    [
+        ("tcp://node.example.org:5555", False, True),
+        ("tcp://10.0.0.1:1", False, True),
+        ("tcp://[fe80::1%eth0]:5555", False, True),
+        ("tcp://*:5555", True, True),
+        ("tcp://0.0.0.0:0", True, True),
+        ("tcp://*:5555", False, False),
+        ("tcp://10.0.0.1:0", False, False),
+        ("tcp://10.0.0.1:65536", False, False),
+        ("tcp://10.0.0.1", False, False),
+        ("10.0.0.1:5555", False, False),
+        ("ipc:///tmp/x", False, False),
+        ("tcp://fe80::1:5555", False, False),
+        ("tcp://a b:5555", False, False),
+        ("tcp://a:5555\n", False, False),
+    ],
+)
+def test_endpoints(endpoint: str, bind: bool, fits: bool) -> None:
+    if fits:
+        assert sockets.check_endpoint(endpoint, bind=bind) == endpoint
+        return
+    with pytest.raises(ConfigError, match=r"expected tcp://HOST:PORT"):
+        sockets.check_endpoint(endpoint, bind=bind)
