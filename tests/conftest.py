@@ -271,3 +271,38 @@ def toy_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_toy_bundle() -> Callable[..., Path]:
     """:func:`write_toy_bundle`."""
     return write_toy_bundle
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ``tiny`` SAM in stock order with random weights.
+
+    SAM starts with relative-position tables and position embeddings of zero, and norms and biases
+    that change nothing; left so, a mistake in how they are used would not show.
+    """
+    torch = pytest.importorskip("torch")
+    from exporters.models import build_sam, save_checkpoint
+
+    generator = torch.Generator().manual_seed(7)
+    torch.manual_seed(7)
+    sam = build_sam("tiny").eval()
+    with torch.no_grad():
+        for name, parameter in sam.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "rel_pos" in name or "pos_embed" in name:
+                parameter.copy_(0.3 * noise)
+            elif "norm" in name or name.endswith("bias"):
+                parameter.add_(0.1 * noise)
+    path = tmp_path_factory.mktemp("random") / "tiny-random.pt"
+    save_checkpoint(sam, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def random_bundle(random_checkpoint: Path) -> Path:
+    """``random_checkpoint`` reordered and exported in fp32; nodes are sent pixels."""
+    from exporters.export import export
+
+    out = random_checkpoint.parent / "bundle"
+    export(random_checkpoint, out, model="tiny")
+    return out

@@ -136,15 +136,14 @@ def _print(bundle: Bundle, facts: dict[str, Any]) -> None:
     rows.add_row("files", "match their hashes" if facts["verified"] else "present, not verified")
     console.print(rows)
 
-    stages = Table(box=None, padding=(0, 2, 0, 0), title_justify="left")
-    for heading in ("stage", "runs on", "size", "sha256"):
-        stages.add_column(heading, no_wrap=True, justify="right" if heading == "size" else "left")
-    stages.add_column("takes -> returns", overflow="fold")
+    stages = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    stages.add_column("stage", no_wrap=True)
+    stages.add_column("runs on, size, sha256; takes, returns", overflow="fold")
     for name, stage in manifest.stages.items():
-        takes, returns = map(_signature, (stage.inputs, stage.outputs))
         size = _human(facts["stages"][name]["bytes"])
-        signature = f"{takes} -> {returns}"
-        stages.add_row(name, _RUNS_ON[name], size, stage.sha256[:12], signature, end_section=True)
+        takes, returns = map(_signature, (stage.inputs, stage.outputs))
+        facts_line = f"{_RUNS_ON[name]}, {size}, {stage.sha256[:12]}"
+        stages.add_row(name, f"{facts_line}\n<- {takes}\n-> {returns}")
     console.print()
     console.print(stages)
 

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from conftest import Toy
+from onnx import TensorProto as T
+from onnx import helper as h
+
+from engines.bundle import TensorSpec
+from engines.engine import check_feeds
+from engines.errors import EngineError
+from engines.ort import OrtEngine
+
+
+def save(path: Path, nodes: list, inputs: list, outputs: list) -> Path:
+    def infos(tensors: list) -> list:
+        return [h.make_tensor_value_info(*tensor) for tensor in tensors]
+
+    graph = h.make_graph(nodes, "g", infos(inputs), infos(outputs))
+    opset = [h.make_opsetid("", 21)]
+    onnx.save(h.make_model(graph, opset_imports=opset, ir_version=10), path)
+    return path
+
+
+def toy_feeds(n: int = 2) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "pixels": rng.integers(0, 256, (n, 16, 16, 3), np.uint8),
+        "extent": np.full((n, 2), 16),
+        "window": np.arange(n),
+    }
+
+
+@pytest.fixture
+def engine(toy_bundle: Path) -> OrtEngine:
+    return OrtEngine(toy_bundle / "stack.onnx", threads=1, device="cpu")
+
+
+def test_it_says_what_it_takes_and_returns(engine: OrtEngine) -> None:
+    assert engine.inputs == (
+        TensorSpec("pixels", "uint8", ("n", 16, 16, 3)),
+        TensorSpec("extent", "int64", ("n", 2)),
+        TensorSpec("window", "int64", ("n",)),
+    )
+    assert engine.outputs == (TensorSpec("tokens", "float32", ("n", 16, 8)),)
+    assert engine.device == "cpu"
+
+
+def test_it_computes_with_weights_that_lie_beside_the_graph(engine: OrtEngine, toy: Toy) -> None:
+    feeds = toy_feeds()
+    # Not contiguous, as a row selection in another order may be.
+    feeds["pixels"] = feeds["pixels"][::-1, :, ::-1]
+    np.testing.assert_allclose(engine.run(feeds)["tokens"], toy.stack(**feeds), rtol=1e-5)
+
+
+def changed(**feeds: np.ndarray | None) -> dict[str, np.ndarray]:
+    both: dict[str, np.ndarray | None] = {**toy_feeds(), **feeds}
+    return {name: array for name, array in both.items() if array is not None}
+
+
+@pytest.mark.parametrize(
+    ("feeds", "reason"),
+    [
+        ({}, "missing extent, pixels, window"),
+        (changed(window=None), r"missing window\. The stage takes extent, pixels, window"),
+        (changed(prompt=np.zeros(1)), "unknown prompt"),
+        (changed(window=np.zeros(2, np.int32)), "window is int32, expected int64"),
+        (changed(window=np.zeros(2, ">i8")), "window is >i8, expected int64"),
+        (changed(window=np.zeros((2, 1), np.int64)), r"window has shape \(2, 1\)"),
+        (changed(extent=np.zeros((2, 3), np.int64)), r"extent has shape \(2, 3\)"),
+        (changed(window=np.zeros(3, np.int64)), "makes n 3, but input pixels makes it 2"),
+    ],
+)
+def test_feeds_that_do_not_fit_are_refused(
+    engine: OrtEngine, feeds: dict[str, np.ndarray], reason: str
+) -> None:
+    with pytest.raises(EngineError, match=reason):
+        engine.run(feeds)
+
+
+def test_checked_feeds_give_the_dynamic_sizes(engine: OrtEngine) -> None:
+    assert check_feeds(engine.inputs, toy_feeds(5)) == {"n": 5}
+
+
+def test_what_the_library_refuses_is_one_clear_line(engine: OrtEngine) -> None:
+    with pytest.raises(EngineError, match=r"stack\.onnx failed: ") as caught:
+        engine.run(changed(window=np.array([0, 9])))  # no such window in the position table
+    assert "\n" not in str(caught.value)
+
+
+def test_after_closing_it_does_not_run(engine: OrtEngine) -> None:
+    with engine as opened:
+        opened.run(toy_feeds())
+    engine.close()
+    with pytest.raises(EngineError, match="was closed"):
+        engine.run(toy_feeds())
+
+
+def test_a_missing_and_a_broken_file(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="is missing"):
+        OrtEngine(tmp_path / "no.onnx")
+    (tmp_path / "bad.onnx").write_bytes(b"not a graph")
+    with pytest.raises(EngineError, match=r"bad\.onnx cannot be opened"):
+        OrtEngine(tmp_path / "bad.onnx")
+
+
+def test_missing_weights_are_one_clear_line(toy_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "stack.onnx").write_bytes((toy_bundle / "stack.onnx").read_bytes())
+    with pytest.raises(EngineError, match="cannot be opened") as caught:
+        OrtEngine(tmp_path / "stack.onnx")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"), [({"threads": 0}, "threads is 0"), ({"device": "tpu"}, "'tpu'")]
+)
+def test_senseless_settings_are_refused(toy_bundle: Path, arguments: dict, reason: str) -> None:
+    with pytest.raises(EngineError, match=reason):
+        OrtEngine(toy_bundle / "stack.onnx", **arguments)
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="CUDA is here"
+)
+def test_cuda_asked_for_and_absent_says_how_to_get_it(toy_bundle: Path) -> None:
+    with pytest.raises(EngineError, match="pip install onnxruntime-gpu"):
+        OrtEngine(toy_bundle / "stack.onnx", device="cuda")
+    assert OrtEngine(toy_bundle / "stack.onnx", device="auto").device == "cpu"
+
+
+THREADS = """
+import os, sys
+from engines.ort import OrtEngine
+first = OrtEngine(sys.argv[1], threads=1)  # the library's own threads start with it
+before = len(os.listdir("/proc/self/task"))
+engine = OrtEngine(sys.argv[1], threads=int(sys.argv[2]))
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_it_starts_no_more_threads_than_told(toy_bundle: Path, threads: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS, str(toy_bundle / "stack.onnx"), str(threads)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    # The caller's own thread works too.
+    assert int(done.stdout) == threads - 1
+
+
+def test_idle_threads_sleep(toy_bundle: Path) -> None:
+    # A spinning pool burns processor time between runs; ours must not, or three nodes on one
+    # machine starve one another.
+    engine = OrtEngine(toy_bundle / "stack.onnx", threads=4)
+    options = engine._session.get_session_options()
+    for pool in ("intra_op", "inter_op"):
+        assert options.get_session_config_entry(f"session.{pool}.allow_spinning") == "0"
+    assert options.inter_op_num_threads == 1
+
+
+def test_bfloat16_travels_as_its_bits(tmp_path: Path) -> None:
+    nodes = [
+        h.make_node("Cast", ["x"], ["f"], to=T.FLOAT),
+        h.make_node("Add", ["f", "y"], ["s"]),
+        h.make_node("Cast", ["s"], ["z"], to=T.BFLOAT16),
+    ]
+    inputs = [("x", T.BFLOAT16, ["n", 2]), ("y", T.FLOAT, ["n", 2])]
+    path = save(tmp_path / "b.onnx", nodes, inputs, [("z", T.BFLOAT16, ["n", 2])])
+    engine = OrtEngine(path, device="cpu")
+    assert [spec.dtype for spec in engine.outputs] == ["bfloat16"]
+    one, two, four = 0x3F80, 0x4000, 0x4080
+    feeds = {"x": np.array([[one, two]], np.uint16), "y": np.array([[1, 2]], np.float32)}
+    found = engine.run(feeds)["z"]
+    np.testing.assert_array_equal(found, np.array([[two, four]], np.uint16))
+
+
+def test_bfloat16_arithmetic_is_refused_on_the_cpu(tmp_path: Path) -> None:
+    nodes = [h.make_node("MatMul", ["x", "x"], ["z"])]
+    spec = [T.BFLOAT16, [2, 2]]
+    path = save(tmp_path / "m.onnx", nodes, [("x", *spec)], [("z", *spec)])
+    with pytest.raises(EngineError, match=r"use an fp32 or fp16 bundle, or --device cuda"):
+        OrtEngine(path, device="cpu")
+
+
+def test_an_unsupported_type_is_named(tmp_path: Path) -> None:
+    nodes = [h.make_node("Identity", ["x"], ["z"])]
+    spec = [T.STRING, [2]]
+    path = save(tmp_path / "s.onnx", nodes, [("x", *spec)], [("z", *spec)])
+    with pytest.raises(EngineError, match=r"x of type tensor\(string\)"):
+        OrtEngine(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs processor affinity")
+def test_by_default_it_uses_the_cores_it_may_use(engine: OrtEngine, toy_bundle: Path) -> None:
+    threads = OrtEngine(toy_bundle / "stack.onnx")._session.get_session_options()
+    assert threads.intra_op_num_threads == len(os.sched_getaffinity(0))

@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Toy
+
+from engines.bundle import Bundle, node_bundle
+from engines.errors import BundleError, EngineError
+from engines.pipeline import Pipeline
+from engines.windows import Windows, cut
+
+
+@pytest.fixture
+def windows(toy: Toy) -> Windows:
+    """Six of the nine windows; the last two rows of pixels end inside a patch."""
+    image = np.random.default_rng(1).integers(0, 256, (27, 40, 3), np.uint8)
+    return cut(image, toy.geometry)
+
+
+@pytest.fixture
+def pipeline(toy_bundle: Path) -> Iterator[Pipeline]:
+    with Pipeline(Bundle.load(toy_bundle), threads=1, device="cpu") as opened:
+        yield opened
+
+
+def expected_embedding(toy: Toy, windows: Windows) -> np.ndarray:
+    tokens = np.full((9, 16, 8), np.nan, np.float32)  # absent windows must not be looked at
+    tokens[windows.window] = toy.stack(windows.pixels, windows.extent, windows.window)
+    return toy.tail(tokens, windows.present)
+
+
+def test_embed_is_what_the_model_says(pipeline: Pipeline, toy: Toy, windows: Windows) -> None:
+    embedding = pipeline.embed(windows)
+    assert embedding.shape == (1, 4, 10, 10)
+    np.testing.assert_allclose(embedding, expected_embedding(toy, windows), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("flags", [{"head": True}, {"stock": True}])
+def test_every_kind_of_bundle_gives_the_same_embedding(
+    make_toy_bundle: Callable[..., Path],
+    tmp_path: Path,
+    toy: Toy,
+    windows: Windows,
+    flags: dict[str, bool],
+) -> None:
+    bundle = Bundle.load(make_toy_bundle(tmp_path / "b", **flags))
+    with Pipeline(bundle, threads=1) as pipeline:
+        found = pipeline.embed(windows)
+        np.testing.assert_allclose(found, expected_embedding(toy, windows), rtol=1e-5, atol=1e-5)
+
+
+def test_what_leaves_home_without_and_with_a_head(
+    pipeline: Pipeline,
+    make_toy_bundle: Callable[..., Path],
+    tmp_path: Path,
+    toy: Toy,
+    windows: Windows,
+) -> None:
+    feeds = pipeline.leave_home(windows)
+    assert feeds.keys() == {"pixels", "extent", "window"}
+    assert feeds["pixels"] is windows.pixels
+    with Pipeline(Bundle.load(make_toy_bundle(tmp_path / "b", head=True))) as with_head:
+        feeds = with_head.leave_home(windows)
+    assert feeds.keys() == {"hidden", "window"}
+    np.testing.assert_allclose(feeds["hidden"], toy.head(windows.pixels, windows.extent), rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 5, 6, 99])
+def test_the_batch_changes_nothing(pipeline: Pipeline, windows: Windows, batch: int) -> None:
+    feeds = pipeline.leave_home(windows)
+    whole, split = pipeline.stack(feeds), pipeline.stack(feeds, batch)
+    assert split.keys() == whole.keys()
+    np.testing.assert_array_equal(split["tokens"], whole["tokens"])
+
+
+def test_decode(pipeline: Pipeline, toy: Toy, windows: Windows) -> None:
+    rng = np.random.default_rng(3)
+    embedding = pipeline.embed(windows)
+    for k in (0, 1, 3):
+        prompts = (
+            rng.uniform(0, 40, (2, k, 2)).astype(np.float32),
+            rng.integers(-1, 4, (2, k)).astype(np.float32),
+            rng.standard_normal((2, 1, 40, 40)).astype(np.float32),
+            np.array([0, 1], np.float32),
+        )
+        logits, iou = pipeline.decode(embedding, *prompts)
+        expected_logits, expected_iou = toy.decode(embedding, *prompts)
+        np.testing.assert_allclose(logits, expected_logits, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(iou, expected_iou)
+
+
+def test_rows_that_do_not_fit_the_windows_are_refused(pipeline: Pipeline, windows: Windows) -> None:
+    tokens = pipeline.stack(pipeline.leave_home(windows))["tokens"]
+    with pytest.raises(EngineError, match="tokens has 5 rows for 6 windows"):
+        pipeline.tail({"tokens": tokens[:-1]}, windows)
+    with pytest.raises(EngineError, match="output tokens is missing"):
+        pipeline.tail({}, windows)
+
+
+def test_no_windows_and_no_batch_are_refused(pipeline: Pipeline, windows: Windows) -> None:
+    feeds = pipeline.leave_home(windows)
+    with pytest.raises(EngineError, match="no windows"):
+        pipeline.stack({name: array[:0] for name, array in feeds.items()})
+    with pytest.raises(EngineError, match="batch is 0"):
+        pipeline.stack(feeds, 0)
+
+
+def test_a_node_bundle_runs_the_stack_and_only_that(
+    toy_bundle: Path, tmp_path: Path, pipeline: Pipeline, windows: Windows
+) -> None:
+    with Pipeline(node_bundle(Bundle.load(toy_bundle), tmp_path / "node")) as node:
+        feeds = node.leave_home(windows)
+        tokens = node.stack(feeds)
+        np.testing.assert_array_equal(tokens["tokens"], pipeline.stack(feeds)["tokens"])
+        with pytest.raises(BundleError, match="node bundle and has no tail"):
+            node.tail(tokens, windows)
+
+
+def test_stages_are_opened_when_needed_and_closed_with_the_pipeline(
+    toy_bundle: Path, tmp_path: Path, windows: Windows
+) -> None:
+    copy = shutil.copytree(toy_bundle, tmp_path / "b")
+    bundle = Bundle.load(copy)
+    (copy / "tail.onnx").write_bytes(b"broken")
+    pipeline = Pipeline(bundle, threads=1)
+    tokens = pipeline.stack(pipeline.leave_home(windows))
+    assert pipeline.engine("stack") is pipeline.engine("stack")
+    with pytest.raises(EngineError, match=r"tail\.onnx cannot be opened"):
+        pipeline.tail(tokens, windows)
+    engine = pipeline.engine("stack")
+    pipeline.close()
+    with pytest.raises(EngineError, match="pipeline was closed"):
+        pipeline.embed(windows)
+    with pytest.raises(EngineError, match="was closed"):
+        engine.run({})
+
+
+def test_a_graph_that_contradicts_its_manifest_is_refused(toy_bundle: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(toy_bundle, tmp_path / "b")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    for stage, side in (("stack", "outputs"), ("tail", "inputs")):
+        manifest["stages"][stage][side][0]["dtype"] = "float16"
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with (
+        Pipeline(Bundle.load(copy)) as pipeline,
+        pytest.raises(BundleError, match=r"tokens float32, its manifest says tokens float16"),
+    ):
+        pipeline.engine("stack")
+
+
+# The model itself ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real(random_bundle: Path) -> Bundle:
+    bundle = Bundle.load(random_bundle)
+    bundle.verify_hashes()
+    return bundle
+
+
+def test_results_are_bit_identical_however_windows_are_batched(real: Bundle) -> None:
+    """What makes "offloaded equals local" checkable: batch, order and threads change no bit."""
+    size = real.geometry.image_size
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (size * 3 // 4 + 3, size, 3), dtype=np.uint8)
+    windows = cut(image, real.geometry)
+    with Pipeline(real, threads=1) as one, Pipeline(real, threads=2) as two:
+        feeds = one.leave_home(windows)
+        whole = one.stack(feeds)["tokens"]
+        assert np.isfinite(whole).all()
+        for batch in (1, 3, 7, 8):
+            np.testing.assert_array_equal(one.stack(feeds, batch)["tokens"], whole)
+        np.testing.assert_array_equal(two.stack(feeds, 9)["tokens"], whole)
+        order = rng.permutation(len(windows))
+        shuffled = one.stack({name: array[order] for name, array in feeds.items()}, 5)["tokens"]
+        np.testing.assert_array_equal(shuffled, whole[order])
+        embedding = one.tail({"tokens": whole}, windows)
+        np.testing.assert_array_equal(two.embed(windows, 4), embedding)
+
+
+def test_a_prompt_does_not_depend_on_the_prompts_beside_it(real: Bundle) -> None:
+    g = real.geometry
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (g.image_size, g.image_size // 2, 3), dtype=np.uint8)
+    coords = rng.uniform(0, g.image_size, (3, 2, 2)).astype(np.float32)
+    labels = np.array([[1, -1], [1, 0], [2, 3]], np.float32)
+    mask = rng.standard_normal((3, 1, g.low_res, g.low_res)).astype(np.float32)
+    has_mask = np.array([0, 1, 0], np.float32)
+    with Pipeline(real, threads=1) as pipeline:
+        embedding = pipeline.embed(cut(image, g))
+        logits, iou = pipeline.decode(embedding, coords, labels, mask, has_mask)
+        assert logits.shape == (3, 4, g.low_res, g.low_res)
+        for i in range(3):
+            row = slice(i, i + 1)
+            alone = pipeline.decode(embedding, coords[row], labels[row], mask[row], has_mask[row])
+            np.testing.assert_allclose(alone[0], logits[row], atol=1e-4, rtol=1e-4)
+            np.testing.assert_allclose(alone[1], iou[row], atol=1e-5)
