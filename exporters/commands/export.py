@@ -1,0 +1,218 @@
+"""``edge-runtime export``: make a bundle from a SAM checkpoint.
+
+Parses arguments and shows progress and the table of parity; the work is :mod:`exporters.export`'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from exporters.export import Result
+    from exporters.verify import Row
+
+_DESCRIPTION = """\
+Make a bundle, the directory that edge and nodes run, from a SAM checkpoint: of segment_anything, or
+one that `edge-runtime adapt` or `train` wrote.
+
+The blocks are reordered (window blocks first, so that nodes can compute them window by window) and
+split into stages. Every stage is then run in ONNX Runtime and compared with the original PyTorch
+model, and the table of differences is printed. If a stage misses its tolerance, or you press
+Ctrl-C, nothing is left behind."""
+
+_EPILOG = """\
+examples:
+  edge-runtime export --model vit_b --checkpoint adapted.pt --out vit_b
+      the usual case: a bundle for the edge, fp32, nodes get pixels
+  edge-runtime export --model vit_b --checkpoint adapted.pt --out vit_b-fp16 --precision fp16
+      half the size and traffic; for GPUs and TensorRT
+  edge-runtime export --model vit_b --checkpoint adapted.pt --out vit_b-head --head-blocks 2
+      nodes get hidden states after the patch embedding and 2 window blocks instead of pixels
+  edge-runtime export --model vit_b --checkpoint adapted.pt --out vit_b-node --for node
+      the stack alone, to copy to a node; the same weights give the same stack, wherever exported
+  edge-runtime export --model vit_b --checkpoint sam_vit_b.pth --out vit_b-stock --order stock
+      one encoder, the original function: to compare with on one device
+
+Weights for the stock order give poor masks once reordered, and export says so: adapt them first with
+`edge-runtime adapt`. fp16 that overflows is reported; bf16 has fp32's range. `edge-runtime info
+BUNDLE` shows what a bundle is."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.description, parser.epilog = _DESCRIPTION, _EPILOG
+    add = parser.add_argument
+    add(
+        "--model",
+        choices=("tiny", "vit_b", "vit_l", "vit_h"),
+        help="the model the checkpoint should hold (default: what it looks like)",
+    )
+    add("--checkpoint", type=Path, required=True, metavar="FILE", help="SAM weights (.pth, .pt)")
+    add("--out", type=Path, required=True, metavar="BUNDLE", help="directory to make")
+    add(
+        "--order",
+        choices=("reordered", "stock"),
+        default="reordered",
+        help="reordered: stages that can be split over nodes (default); stock: one encoder",
+    )
+    add(
+        "--precision",
+        choices=("fp32", "fp16", "bf16"),
+        default="fp32",
+        help="of matrices and tokens (default fp32); what is fragile stays fp32",
+    )
+    add(
+        "--head-blocks",
+        type=int,
+        metavar="K",
+        help="keep the patch embedding and K >= 0 window blocks on the edge (default: send pixels)",
+    )
+    add(
+        "--for",
+        dest="only",
+        choices=("all", "node"),
+        default="all",
+        help="node: write the stack alone (default all)",
+    )
+    add("--json", action="store_true", help="print the result as JSON; progress goes to stderr")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export, then print the table of parity and where to go next."""
+    from rich.console import Console
+
+    started = time.monotonic()
+    terminal = Console(stderr=True)
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        result = _export(args, terminal)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    seconds = time.monotonic() - started
+    if args.json:
+        print(json.dumps(_facts(result, seconds), indent=2))
+        return 0
+    console = Console()
+    console.print(_table(result.rows))
+    for note in result.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+    size = sum(f.stat().st_size for f in result.bundle.path.rglob("*") if f.is_file())
+    console.print(
+        f"{args.out}: {size / 1e6:.1f} MB, {seconds:.0f} s", highlight=False, soft_wrap=True
+    )
+    if args.only == "all":
+        console.print(
+            f"next: edge-runtime segment PHOTO --point X,Y --local --bundle {args.out}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return 0
+
+
+def _export(args: argparse.Namespace, terminal: Console) -> Result:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns, TimeElapsedColumn(), console=terminal, disable=not terminal.is_terminal
+    ) as progress:
+        if not terminal.is_terminal:
+            terminal.print("loading PyTorch", highlight=False)
+        return _run_export(args, terminal, progress)
+
+
+def _run_export(args: argparse.Namespace, terminal: Console, progress: Progress) -> Result:
+    task = progress.add_task("loading PyTorch", total=None)
+    from exporters.export import Watcher, export
+
+    class Display(Watcher):
+        """Shows steps as a bar on a terminal, as lines elsewhere; rows as they come."""
+
+        def begin(self, steps: int) -> None:
+            self.steps, self.done = steps, 0
+            progress.update(task, total=steps)
+
+        def step(self, text: str) -> None:
+            progress.update(task, description=text, completed=self.done)
+            self.done += 1
+            if not terminal.is_terminal:
+                terminal.print(f"[{self.done}/{self.steps}] {text}", markup=False, highlight=False)
+
+        def row(self, row: Row) -> None:
+            if not row.passed:
+                terminal.print(_table([row]))
+
+    result = export(
+        args.checkpoint,
+        args.out,
+        model=args.model,
+        order=args.order,
+        precision=args.precision,
+        head_blocks=args.head_blocks,
+        node_only=args.only == "node",
+        watcher=Display(),
+    )
+    progress.update(task, completed=progress.tasks[0].total)
+    return result
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """Stop as Ctrl-C does, cleaning up, with the exit code shells report for SIGTERM."""
+    sys.exit(128 + number)
+
+
+def _table(rows: Any) -> Any:
+    from rich.table import Table
+
+    table = Table(title="ONNX Runtime against PyTorch, worst of all samples")
+    table.add_column("stage")
+    for name in ("cosine", "max abs", "of peak", "mask IoU"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for row in rows:
+        table.add_row(
+            row.stage,
+            f"{row.cosine:.7f}",
+            f"{row.max_abs:.1e}",
+            f"{row.error:.1e}",
+            f"{row.mask_iou:.5f}",
+            "ok" if row.passed else "MISSED",
+        )
+    return table
+
+
+def _facts(result: Result, seconds: float) -> dict[str, Any]:
+    import dataclasses
+    import resource
+
+    manifest, path = result.bundle.manifest, result.bundle.path
+    return {
+        "bundle": str(path),
+        "model": manifest.model,
+        "order": manifest.order,
+        "adapted": manifest.adapted,
+        "precision": manifest.precision,
+        "head_blocks": manifest.head_blocks,
+        "weights_sha256": manifest.weights_sha256,
+        "stages": {
+            name: {
+                "sha256": stage.sha256,
+                "bytes": sum((path / file).stat().st_size for file in stage.files),
+            }
+            for name, stage in manifest.stages.items()
+        },
+        "verification": [dataclasses.asdict(row) for row in result.rows],
+        "notes": list(result.notes),
+        "seconds": round(seconds, 1),
+        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }
