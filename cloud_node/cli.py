@@ -123,6 +123,7 @@ def _serve(args: argparse.Namespace) -> int:
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)
     logging.basicConfig(level=args.log_level.upper(), handlers=[handler])
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)  # until the server can stop in order
     try:

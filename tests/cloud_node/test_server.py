@@ -302,7 +302,7 @@ def test_an_oversized_part_costs_only_its_sender(
     part = node.limits.request.part_bytes
     before = _resident(node.process.pid)
     vandal.send([b"ERT\1", bytes(64 * 1024 * 1024)])
-    assert not vandal.socket.poll(500)
+    assert not vandal.socket.poll(2000)  # not even a refusal: the link was cut
     assert part < 1 << 20
     assert _resident(node.process.pid) - before < 16 << 20
     assert honest.ask(feeds)["tokens"].tobytes() == local(node, feeds)["tokens"].tobytes()
