@@ -57,16 +57,15 @@ def load_image(path: str | os.PathLike[str], max_megapixels: float = 100) -> np.
     )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = Image.open(path, formats=_formats())
-        with opened as image:
-            width, height = image.size
-            if width * height > max_megapixels * 1e6:
-                raise ImageError(f"{path} is {width} x {height} pixels, {too_large}")
-            image.load()
-            # A TIFF is turned by its decoder, which then drops the tag: read it after loading.
-            turned = _upright(image)
-            return np.array(_rgb(turned, path))
+            # Pillow warns of large images below our limit, and of metadata we do not need.
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=_formats()) as image:
+                width, height = image.size
+                if width * height > max_megapixels * 1e6:
+                    raise ImageError(f"{path} is {width} x {height} pixels, {too_large}")
+                image.load()
+                # A TIFF is turned by its decoder, which then drops the tag: read it after loading.
+                return np.array(_rgb(_upright(image), path))
     except ImageError:
         raise
     except FileNotFoundError:

@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from conftest import Toy
 from onnx import TensorProto as T
 from onnx import helper as h
+from toy import Toy
 
 from engines.bundle import TensorSpec
 from engines.engine import check_feeds
@@ -179,8 +179,8 @@ def test_bfloat16_travels_as_its_bits(tmp_path: Path) -> None:
     engine = OrtEngine(path, device="cpu")
     assert [spec.dtype for spec in engine.outputs] == ["bfloat16"]
     one, two, four = 0x3F80, 0x4000, 0x4080
-    feeds = {"x": np.array([[one, two]], np.uint16), "y": np.array([[1, 2]], np.float32)}
-    found = engine.run(feeds)["z"]
+    x, y = np.array([[one, two]], np.uint16), np.array([[1, 2]], np.float32)
+    found = engine.run({"x": x, "y": y})["z"]
     np.testing.assert_array_equal(found, np.array([[two, four]], np.uint16))
 
 

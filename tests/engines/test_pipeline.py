@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Toy
+from toy import Toy
 
 from engines.bundle import Bundle, node_bundle
 from engines.errors import BundleError, EngineError
