@@ -155,6 +155,10 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _run(name: str, arguments: list[str]) -> int:
     command = COMMANDS[name]
+    if not command.module.startswith("exporters."):
+        from transport.process import disable_core_dumps
+
+        disable_core_dumps()  # this process will hold pictures and keys
     module = importlib.import_module(command.module)
     parser = argparse.ArgumentParser(
         prog=f"edge-runtime {name}",

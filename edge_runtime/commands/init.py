@@ -1,0 +1,231 @@
+"""`edge-runtime init`: write the edge.toml of an edge, explained line by line.
+
+Promises that what it writes is a configuration that loads, that nothing is ever overwritten, and
+that nothing is written when an argument is wrong. Keys that are still missing are made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edge_runtime.config import EdgeConfig
+
+DESCRIPTION = """\
+Write an edge.toml that names your nodes, with every setting explained in it. Makes this edge's
+secret and its key for each node where they don't exist yet. Overwrites nothing."""
+
+EPILOG = """\
+KEY is the node's public key: the node.pub file that its operator sent you, or the 40 characters in
+it. Three nodes or more are needed for no node to see over half of a picture.
+
+examples:
+  edge-runtime init --node alpha=tcp://alpha.example.org:5555,keys/alpha-node.pub \\
+                    --node beta=tcp://10.0.0.7:5555,keys/beta-node.pub \\
+                    --node gamma=tcp://[2001:db8::7]:5555,keys/gamma-node.pub
+  edge-runtime nodes                                       (checks them)
+  edge-runtime segment photo.jpg --point 120,80 --config edge.toml
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from edge_runtime.placement import DEFAULT_MAX_EXPOSURE
+
+    parser.description = DESCRIPTION
+    parser.epilog = EPILOG
+    parser.add_argument(
+        "--node",
+        action="append",
+        required=True,
+        metavar="NAME=ENDPOINT,KEY",
+        help="a node: your name for it, tcp://HOST:PORT and its public key; once for each",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("edge.toml"),
+        metavar="FILE",
+        help="where to write (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--keys",
+        type=Path,
+        default=Path("keys"),
+        metavar="DIR",
+        help="folder of this edge's keys (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--bundle",
+        type=Path,
+        metavar="DIR",
+        help="full bundle this edge uses (default: the one that comes with the package)",
+    )
+    parser.add_argument(
+        "--max-exposure",
+        type=float,
+        default=DEFAULT_MAX_EXPOSURE,
+        metavar="SHARE",
+        help="largest share of a picture's area one node may see (default: %(default)g)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Raises ConfigError or KeyFileError, before anything is written."""
+    from edge_runtime.config import EdgeConfig, NodeConfig, is_key, load_nodes
+    from engines.bundle import Bundle
+    from engines.errors import ConfigError
+    from transport.keys import check_new, check_public, generate, generate_secret, load_public
+    from transport.sockets import check_endpoint
+
+    out: Path = args.out
+    if os.path.lexists(out):
+        raise ConfigError(
+            f"{out} exists and is never overwritten: edit it, move it away, or name another file "
+            "with --out"
+        )
+    if not out.parent.is_dir():
+        raise ConfigError(f"the folder {out.parent} does not exist")
+    if args.bundle is not None:
+        Bundle.load(args.bundle)
+    nodes = []
+    for text in args.node:
+        name, endpoint, key = _split(text)
+        check_endpoint(endpoint)
+        check_public(key) if is_key(key) else load_public(key)
+        nodes.append(
+            NodeConfig(
+                name=name,
+                endpoint=endpoint,
+                server_key=key,
+                client_key=str(args.keys / f"{name}.key"),
+            )
+        )
+    config = EdgeConfig(
+        nodes=tuple(nodes),
+        bundle=None if args.bundle is None else str(args.bundle),
+        secret=str(args.keys / "edge.secret"),
+        max_exposure=args.max_exposure,
+    )
+
+    missing = [node.name for node in nodes if not os.path.lexists(node.client_key)]
+    for name in missing:
+        check_new(args.keys, name)
+    for name in missing:
+        generate(args.keys, name)
+    if not os.path.lexists(config.secret):
+        generate_secret(config.secret)
+    load_nodes(config)  # reads every key and sees that no two nodes share one
+    try:
+        with open(out, "x", encoding="utf-8") as file:
+            file.write(_toml(config, out.parent))
+    except OSError as error:
+        raise ConfigError(f"cannot write {out}: {error.strerror}") from None
+
+    warning = _warning(config)
+    if args.json:
+        made = [str(args.keys / f"{name}.pub") for name in missing]
+        print(json.dumps({"config": str(out), "made_keys": made, "warning": warning}, indent=2))
+        return 0
+    print(f"Wrote {out}: {len(nodes)} {'node' if len(nodes) == 1 else 'nodes'}.")
+    if warning:
+        print(f"\nNote: {warning}")
+    if missing:
+        print("\nMade this edge's keys. Send each node's operator the one made for that node:")
+        print("\n".join(f"  {args.keys / name}.pub  to the operator of {name}" for name in missing))
+    where = "" if out == Path("edge.toml") else f" --config {out}"
+    print(f"\nNext: edge-runtime nodes{where}")
+    return 0
+
+
+def _split(text: str) -> tuple[str, str, str]:
+    from engines.errors import ConfigError
+
+    name, equals, rest = text.partition("=")
+    endpoint, comma, key = rest.partition(",")
+    if not (name and equals and endpoint and comma and key):
+        raise ConfigError(
+            f"--node {text!r}: expected NAME=ENDPOINT,KEY such as "
+            "alpha=tcp://alpha.example.org:5555,keys/alpha-node.pub"
+        )
+    return name, endpoint, key
+
+
+def _warning(config: EdgeConfig) -> str | None:
+    """What the budget refuses with so few nodes; None if ordinary photos can be placed."""
+    import math
+
+    from edge_runtime.placement import best_share
+    from engines.bundle import Bundle, shipped_bundle
+    from engines.errors import BundleError
+
+    try:
+        geometry = Bundle.load(config.bundle or shipped_bundle()).geometry
+    except BundleError:
+        return None
+    side = geometry.windows_per_side
+    rects = [geometry.window_rect(i) for i in range(geometry.windows)]
+    areas = [(y1 - y0) * (x1 - x0) for y0, x0, y1, x1 in rects]
+    share = best_share(areas, range(geometry.windows), side, len(config.nodes))
+    if share is None or share <= config.max_exposure:
+        return None
+    least = min(1.0, math.ceil(share * 100) / 100)
+    return (
+        f"with {len(config.nodes)} node(s), one sees {least:g} or more of a square picture, and "
+        f"max_exposure {config.max_exposure:g} forbids that: pictures will be refused. Add nodes, "
+        'raise max_exposure, or set fallback = "local"'
+    )
+
+
+def _toml(config: EdgeConfig, base: Path) -> str:
+    from edge_runtime.config import is_key
+
+    def quoted(text: str) -> str:
+        return json.dumps(text)
+
+    def path(text: str) -> str:
+        return quoted(os.path.relpath(text, base))
+
+    bundle = f"bundle = {path(config.bundle)}" if config.bundle else '# bundle = "path/to/bundle"'
+    head = f"""\
+# Settings of this edge, read by `edge-runtime --config`. Relative paths are relative to this file.
+
+# The full bundle this edge uses. Nodes must serve a stack cut from the same one.
+# Without this line: the small model that comes with the package.
+{bundle}
+
+# Keys the choice of windows, so that nodes can't predict it. Keep it: with another secret, the same
+# picture is placed differently, and nodes that see it again see more of it.
+secret = {path(config.secret)}
+
+# Largest share of a picture's area that any one node may see. Pictures for which these nodes can't
+# keep it are refused, with what would suffice. 0.5 needs three nodes, 0.37 does for most photos.
+max_exposure = {config.max_exposure:g}
+
+# Seconds from a picture's first window leaving to all results being back.
+deadline_s = {config.deadline_s:g}
+
+# What to do when a node fails, or the budget lets nobody take a window:
+# "error" stops with a message; "local" has this machine compute those windows (slowly).
+fallback = {quoted(config.fallback)}
+
+# Most windows in one message. Without this line, a node gets all of its windows at once.
+# windows_per_request = 4
+"""
+    tables = [
+        f"""
+[[nodes]]
+name = {quoted(node.name)}
+endpoint = {quoted(node.endpoint)}
+# The node's public key, from its operator: a file, or the key itself.
+server_key = {quoted(node.server_key) if is_key(node.server_key) else path(node.server_key)}
+# This edge's secret key for this node alone. Its .pub file is what the operator must authorise.
+client_key = {path(node.client_key)}
+"""
+        for node in config.nodes
+    ]
+    return head + "".join(tables)

@@ -1,0 +1,154 @@
+"""The `edge-runtime` command itself: help, dispatch, errors and exit codes."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import pytest
+
+from edge_runtime import cli
+from engines.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def _keep_core_dumps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test process is not to be changed for good by a command run inside it."""
+    monkeypatch.setattr("transport.process.disable_core_dumps", lambda: None)
+
+
+def command(monkeypatch: pytest.MonkeyPatch, behaviour: object) -> None:
+    """Make `edge-runtime info` do something else."""
+
+    def run(args: object) -> int:
+        if isinstance(behaviour, BaseException):
+            raise behaviour
+        return int(behaviour)  # type: ignore[call-overload]
+
+    module = SimpleNamespace(add_arguments=lambda parser: None, run=run)
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: module)
+
+
+def test_help_names_every_command_and_imports_nothing_heavy() -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from edge_runtime.cli import main; code = main(['--help']);"
+            "print([m for m in ('torch', 'onnxruntime', 'numpy', 'zmq', 'PIL', 'rich')"
+            " if m in sys.modules], file=sys.stderr); sys.exit(code)",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr.strip() == "[]"
+    for name in cli.COMMANDS:
+        assert f"\n  {name} " in done.stdout
+    for taught in ("--local", "init --node", "--config edge.toml"):
+        assert taught in done.stdout
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_exists(name: str) -> None:
+    assert importlib.util.find_spec(cli.COMMANDS[name].module) is not None
+
+
+@pytest.mark.parametrize("name", ["init", "nodes"])
+def test_help_of_a_command_teaches(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"usage: edge-runtime {name}" in text
+    assert "examples:" in text
+    assert cli.main(["help", name]) == 0
+    assert capsys.readouterr().out == text
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("edge-runtime 0.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "usage: edge-runtime"),
+        (["segmnet"], "did you mean segment?"),
+        (["--versoin"], "did you mean --version?"),
+        (["qqq"], "--help` lists"),
+        (["nodes", "--nonsense"], "unrecognized arguments"),
+    ],
+)
+def test_usage_errors_exit_with_2(
+    arguments: Sequence[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert says in captured.err
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "code", "says"),
+    [
+        (0, 0, ""),
+        (3, 3, ""),
+        (ConfigError("mend this"), 1, "error: mend this\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (
+            ModuleNotFoundError("No module named 'torch'", name="torch"),
+            1,
+            "error: this command needs torch, which is not installed: "
+            "pip install 'edge-runtime[export]'\n",
+        ),
+        (
+            FileNotFoundError(2, "No such file or directory", "x.jpg"),
+            1,
+            "error: No such file or directory: x.jpg\n",
+        ),
+        (ValueError("odd"), 1, "error: unexpected ValueError: odd (a bug; --debug shows where)\n"),
+    ],
+)
+def test_what_happens_becomes_one_line_and_an_exit_code(
+    behaviour: object,
+    code: int,
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command(monkeypatch, behaviour)
+    assert cli.main(["info"]) == code
+    assert capsys.readouterr().err == says
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "info"], ["info", "--debug"]])
+def test_debug_shows_the_traceback(
+    arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command(monkeypatch, ConfigError("mend this"))
+    with pytest.raises(ConfigError):
+        cli.main(arguments)
+
+
+def test_missing_torch_is_no_traceback_in_a_real_process() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.argv = ['edge-runtime', 'export', "
+        "'--model', 'tiny', '--checkpoint', 'x.pt', '--out', 'y'];"
+        "from edge_runtime.cli import main; sys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: this command needs torch, which is not installed")
+    assert last.endswith("pip install 'edge-runtime[export]'")
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    shell = f"{sys.executable} -m edge_runtime.cli --help | head -n 1"
+    done = subprocess.run(shell, shell=True, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage:")
+    assert done.stderr == ""

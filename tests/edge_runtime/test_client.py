@@ -1,0 +1,342 @@
+"""One client against a node that speaks the real protocol and then misbehaves as told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zmq.asyncio
+
+from edge_runtime.client import NodeClient, Reply
+from edge_runtime.config import Node
+from edge_runtime.placement import ExposureLedger, place
+from engines.bundle import Bundle
+from engines.errors import OffloadError, PlacementError
+from transport.auth import AllowList, Authenticator
+from transport.keys import generate
+from transport.messages import (
+    NO_ID,
+    VERSIONS,
+    Accepted,
+    Info,
+    InfoRequest,
+    Request,
+    Result,
+    StageInfo,
+    VersionsSpoken,
+    decode_header,
+    encode,
+    new_id,
+    refuse,
+    stage_limits,
+)
+from transport.sockets import server
+
+WINDOWS = [0, 4]
+Say = Callable[..., Awaitable[None]]
+Behaviour = Callable[[Request, Say], Awaitable[None]]
+
+
+def tokens(n: int = 2) -> dict[str, np.ndarray]:
+    return {"tokens": np.arange(n * 16 * 8, dtype=np.float32).reshape(n, 16, 8)}
+
+
+def feeds(bundle: Bundle) -> dict[str, np.ndarray]:
+    w = bundle.geometry.window_pixels
+    return {
+        "pixels": np.zeros((2, w, w, 3), np.uint8),
+        "extent": np.full((2, 2), w, np.int64),
+        "window": np.array(WINDOWS),
+    }
+
+
+def ledger() -> ExposureLedger:
+    """Grants everything to the one node there is."""
+    return ExposureLedger(place([1] * 9, range(9), 3, ["alpha"], 1.0, bytes(32), b""))
+
+
+class Case:
+    """A client connected to a scripted node, in one event loop."""
+
+    def __init__(self, client: NodeClient, bundle: Bundle) -> None:
+        self.client = client
+        self.bundle = bundle
+        self.requests: list[Request] = []
+
+    async def infer(self, seconds: float = 20.0) -> Reply:
+        until = asyncio.get_running_loop().time() + seconds
+        permit = ledger().permit("alpha", WINDOWS)
+        return await self.client.infer(feeds(self.bundle), permit, until)
+
+
+@asynccontextmanager
+async def connected(folder: Path, bundle_path: Path, behaviour: Behaviour) -> AsyncIterator[Case]:
+    bundle = Bundle.load(bundle_path)
+    stage = bundle.stage("stack")
+    limits = stage_limits(stage.inputs, stage.outputs, bundle.geometry.windows)
+    node_key, edge_key = generate(folder / "node", "node"), generate(folder / "authorized", "edge")
+    ctx = zmq.asyncio.Context()
+    authenticator = Authenticator(ctx, AllowList(folder / "authorized"))
+    authenticator.start()
+    router: Any = server(ctx, "tcp://127.0.0.1:0", node_key, limits)
+    endpoint = router.last_endpoint.decode()
+    client = NodeClient(ctx, Node("alpha", endpoint, node_key.public, edge_key), stage, limits)
+    case = Case(client, bundle)
+
+    async def serve() -> None:
+        while True:
+            peer, header, *_ = await router.recv_multipart()
+
+            async def say(message: Any, arrays: Any = None, raw: list[bytes] | None = None) -> None:
+                frames = raw if raw is not None else encode(message, arrays)
+                await router.send_multipart([peer, *frames])  # noqa: B023
+
+            request = decode_header(header)
+            case.requests.append(request)  # type: ignore[arg-type]
+            await behaviour(request, say)  # type: ignore[arg-type]
+
+    serving = asyncio.create_task(serve())
+    client.start()
+    try:
+        yield case
+    finally:
+        await client.close()
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+        router.close(linger=0)
+        await authenticator.stop()
+        ctx.destroy(linger=0)
+
+
+async def honest(request: Request, say: Say) -> None:
+    await say(Accepted(request.id))
+    await say(Result(request.id, 1000, 2000), tokens())
+
+
+@pytest.fixture
+def run(tmp_path: Path, toy_bundle: Path) -> Callable[..., Any]:
+    """Run ``work(case)`` against a node that does as ``behaviour`` says."""
+
+    def run(behaviour: Behaviour, work: Callable[[Case], Awaitable[Any]]) -> Any:
+        async def all_of_it() -> Any:
+            async with connected(tmp_path, toy_bundle, behaviour) as case:
+                return await work(case)
+
+        return asyncio.run(all_of_it())
+
+    return run
+
+
+def test_an_answer_comes_with_its_times_and_sizes(run: Callable[..., Any]) -> None:
+    async def work(case: Case) -> Reply:
+        reply = await case.infer()
+        assert case.requests[0].stage == case.bundle.stage("stack").sha256
+        assert 0 < case.requests[0].deadline_ms <= 20_000
+        return reply
+
+    reply = run(honest, work)
+    np.testing.assert_array_equal(reply.outputs["tokens"], tokens()["tokens"])
+    assert (reply.queue_ms, reply.compute_ms) == (1.0, 2.0)
+    assert reply.upload_ms > 0
+    assert reply.download_ms >= 0
+    pixels = 2 * 16 * 16 * 3
+    assert pixels < reply.bytes_up < pixels + 500
+    assert reply.bytes_down == tokens()["tokens"].nbytes
+
+
+def test_two_requests_at_once_get_their_own_answers(run: Callable[..., Any]) -> None:
+    waiting: list[tuple[Request, Say]] = []
+
+    async def backwards(request: Request, say: Say) -> None:
+        waiting.append((request, say))
+        if len(waiting) == 2:
+            for number, (earlier, answer) in reversed(list(enumerate(waiting))):
+                outputs = {"tokens": tokens()["tokens"] + number}
+                await answer(Result(earlier.id, 0, 0), outputs)
+
+    async def work(case: Case) -> None:
+        first = asyncio.create_task(case.infer())
+        await asyncio.sleep(0)
+        second = asyncio.create_task(case.infer())
+        offset = (await second).outputs["tokens"] - (await first).outputs["tokens"]
+        assert abs(offset).min() == abs(offset).max() == 1
+
+    run(backwards, work)
+
+
+def test_strays_and_duplicates_are_ignored_and_counted(run: Callable[..., Any]) -> None:
+    async def noisy(request: Request, say: Say) -> None:
+        await say(Accepted(new_id()))
+        await say(Result(new_id(), 0, 0), tokens())
+        await say(Result(request.id, 0, 0), tokens())
+        await say(Result(request.id, 0, 0), {"tokens": -tokens()["tokens"]})
+
+    async def work(case: Case) -> None:
+        for count in (1, 2):
+            reply = await case.infer()
+            np.testing.assert_array_equal(reply.outputs["tokens"], tokens()["tokens"])
+            while case.client.strays < 3 * count:
+                await asyncio.sleep(0.01)
+            assert case.client.strays == 3 * count
+
+    run(noisy, work)
+
+
+NAN = {"tokens": np.full((2, 16, 8), np.nan, np.float32)}
+
+
+def answering(message: Callable[[Request], Any], arrays: Any = None) -> Behaviour:
+    async def behaviour(request: Request, say: Say) -> None:
+        await say(message(request), arrays)
+
+    return behaviour
+
+
+async def garbage(request: Request, say: Say) -> None:
+    await say(None, raw=[b"\x80\x04garbage", b"\x00" * 100])
+
+
+async def short_frame(request: Request, say: Say) -> None:
+    frames = encode(Result(request.id, 0, 0), tokens())
+    await say(None, raw=[frames[0], bytes(frames[1])[:-4]])
+
+
+def result(request: Request) -> Result:
+    return Result(request.id, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "says"),
+    [
+        (answering(result, NAN), "not finite"),
+        (answering(result, tokens(3)), r"\[3, 16, 8\]; expected float32 \[2, 16, 8\]"),
+        (answering(result, {"other": np.ones(2, np.float32)}), "returned tensors other"),
+        (answering(result), "returned tensors none"),
+        (garbage, "not an edge-runtime message"),
+        (short_frame, "bytes arrived"),
+        (answering(lambda r: refuse(r.id, "engine", "it broke")), r"refused \(engine\): it broke"),
+        (answering(lambda r: refuse(NO_ID, "malformed", "what?")), r"refused \(malformed\)"),
+        (answering(lambda r: VersionsSpoken((9,))), "versions 9: update the older side"),
+        (answering(lambda r: Info(r.id, VERSIONS, (), "x")), "answered with Info"),
+    ],
+)
+def test_wrong_answers_fail_at_once_and_name_the_node(
+    behaviour: Behaviour, says: str, run: Callable[..., Any]
+) -> None:
+    async def work(case: Case) -> None:
+        with pytest.raises(OffloadError, match=says) as caught:
+            await case.infer(seconds=60)
+        assert str(caught.value).startswith(f"node alpha ({case.client.node.endpoint}): ")
+
+    run(behaviour, work)
+
+
+async def silence(request: Request, say: Say) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "says"),
+    [
+        (silence, "no answer within .* frozen"),
+        (answering(lambda r: Accepted(r.id)), "no result within .* overloaded"),
+    ],
+)
+def test_silence_ends_at_the_deadline(
+    behaviour: Behaviour, says: str, run: Callable[..., Any]
+) -> None:
+    async def work(case: Case) -> None:
+        with pytest.raises(OffloadError, match=says):
+            await case.infer(seconds=1.5)
+        assert case.client._pending == {}
+
+    run(behaviour, work)
+
+
+def test_an_answer_after_the_deadline_is_a_stray(run: Callable[..., Any]) -> None:
+    late: list[Callable[[], Awaitable[None]]] = []
+
+    async def slow(request: Request, say: Say) -> None:
+        if not late:
+            late.append(lambda: say(result(request), {"tokens": -tokens()["tokens"]}))
+        else:
+            await late[0]()
+            await say(result(request), tokens())
+
+    async def work(case: Case) -> None:
+        with pytest.raises(OffloadError, match="no answer"):
+            await case.infer(seconds=1.5)
+        reply = await case.infer()
+        np.testing.assert_array_equal(reply.outputs["tokens"], tokens()["tokens"])
+        assert case.client.strays == 1
+
+    run(slow, work)
+
+
+def test_nothing_is_sent_without_the_right_permit(run: Callable[..., Any]) -> None:
+    async def work(case: Case) -> None:
+        until = asyncio.get_running_loop().time() + 20
+        permit = ledger().permit("alpha", [1, 2])
+        with pytest.raises(PlacementError, match="no permit"):
+            await case.client.infer(feeds(case.bundle), permit, until)
+        permit = ledger().permit("alpha", WINDOWS)
+        await case.client.infer(feeds(case.bundle), permit, until)
+        with pytest.raises(PlacementError, match="no permit"):
+            await case.client.infer(feeds(case.bundle), permit, until)
+        assert len(case.requests) == 1
+
+    run(honest, work)
+
+
+def test_cancelling_a_request_leaves_the_connection_working(run: Callable[..., Any]) -> None:
+    async def on_second(request: Request, say: Say) -> None:
+        if len(seen) < 5:
+            seen.append(request)
+        else:
+            await say(result(request), tokens())
+
+    seen: list[Request] = []
+
+    async def work(case: Case) -> None:
+        for steps in range(5):
+            task = asyncio.create_task(case.infer())
+            while len(seen) < steps + 1:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert case.client._pending == {}
+        await case.infer()
+
+    run(on_second, work)
+
+
+def test_closing_ends_requests_under_way(run: Callable[..., Any]) -> None:
+    async def work(case: Case) -> None:
+        task = asyncio.create_task(case.infer())
+        while not case.requests:
+            await asyncio.sleep(0.01)
+        await case.client.close()
+        with pytest.raises(OffloadError, match="closed"):
+            await task
+
+    run(silence, work)
+
+
+def test_info_tells_what_is_served_and_the_round_trip(run: Callable[..., Any]) -> None:
+    async def inform(request: Any, say: Say) -> None:
+        assert isinstance(request, InfoRequest)
+        await say(Info(request.id, VERSIONS, (StageInfo("0" * 64, "toy", (), ()),), "node 1"))
+
+    async def work(case: Case) -> None:
+        until = asyncio.get_running_loop().time() + 20
+        info, round_trip = await case.client.info(until)
+        assert info.stages[0].label == "toy"
+        assert 0 < round_trip < 20_000
+
+    run(inform, work)

@@ -1,0 +1,151 @@
+"""edge.toml: what is read, and what is refused with which advice."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from edge_runtime.config import EdgeConfig, NodeConfig, load_config, load_nodes
+from engines.errors import ConfigError, KeyFileError
+from transport.keys import generate
+
+KEY = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"
+NODE = '[[nodes]]\nname = "alpha"\nendpoint = "tcp://a:5555"\nserver_key = "keys/alpha-node.pub"\n'
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "edge.toml"
+    path.write_text(text)
+    return path
+
+
+def test_paths_are_relative_to_the_file_and_defaults_apply(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "deep").mkdir()
+    path = written(tmp_path / "deep", 'bundle = "../b"\n' + NODE)
+    monkeypatch.chdir(tmp_path)
+    config = load_config("deep/edge.toml")
+    here = tmp_path / "deep"
+    assert config == EdgeConfig(
+        bundle=str(here / "../b"),
+        secret=str(here / "keys/edge.secret"),
+        nodes=(
+            NodeConfig(
+                name="alpha",
+                endpoint="tcp://a:5555",
+                server_key=str(here / "keys/alpha-node.pub"),
+                client_key=str(here / "keys/alpha.key"),
+            ),
+        ),
+    )
+    assert (config.deadline_s, config.max_exposure, config.fallback) == (10.0, 0.5, "error")
+    assert load_config(path) == config
+
+
+def test_a_key_may_stand_in_the_file_itself(tmp_path: Path) -> None:
+    path = written(tmp_path, NODE.replace("keys/alpha-node.pub", KEY))
+    assert load_config(path).nodes[0].server_key == KEY
+
+
+def test_integers_do_for_numbers(tmp_path: Path) -> None:
+    path = written(tmp_path, "deadline_s = 3\nmax_exposure = 1\nwindows_per_request = 2\n" + NODE)
+    config = load_config(path)
+    assert (config.deadline_s, config.max_exposure, config.windows_per_request) == (3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("max_exposre = 0.4\n" + NODE, "unknown key 'max_exposre'; did you mean max_exposure"),
+        (NODE + 'endpont = "x"\n', "unknown key 'endpont' in .*table 1; did you mean endpoint"),
+        ("zzz = 1\n" + NODE, "known are nodes, bundle"),
+        ("max_exposure = 0\n" + NODE, "max_exposure is 0"),
+        ("max_exposure = 1.01\n" + NODE, "max_exposure is 1.01"),
+        ("max_exposure = nan\n" + NODE, "max_exposure is nan"),
+        ("deadline_s = -1\n" + NODE, "deadline_s is -1"),
+        ("deadline_s = inf\n" + NODE, "deadline_s is inf"),
+        ('deadline_s = "soon"\n' + NODE, "Expected `float`, got `str` - at `deadline_s`"),
+        ('fallback = "retry"\n' + NODE, "'error'|'local'|retry"),
+        ("windows_per_request = 0\n" + NODE, "windows_per_request is 0"),
+        ("", "no nodes"),
+        ("nodes = []\n", "no nodes"),
+        ("nodes = 3\n", "Expected `array`"),
+        ("nodes = [3]\n", "Expected `object`"),
+        (NODE.replace("endpoint", "#"), "table 1 has no endpoint"),
+        (NODE.replace('"alpha"', '"a b"'), "node name 'a b'"),
+        (NODE.replace('"alpha"', "7"), "Expected `str`"),
+        (NODE + NODE, "same name 'alpha'"),
+        (NODE + NODE.replace('"alpha"', '"beta"'), "same endpoint"),
+        (NODE + NODE.replace("alpha", "beta", 1).replace("//a", "//b"), "same server_key"),
+        ("deadline_s = \n" + NODE, "not valid TOML"),
+    ],
+)
+def test_mistakes_are_refused_with_what_mends_them(tmp_path: Path, text: str, says: str) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(ConfigError, match=says) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_says_how_to_make_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="edge-runtime init"):
+        load_config(tmp_path / "edge.toml")
+
+
+def two_nodes(folder: Path) -> EdgeConfig:
+    for name in ("alpha", "beta"):
+        generate(folder, name)
+        generate(folder, f"{name}-node")
+    return EdgeConfig(
+        nodes=tuple(
+            NodeConfig(
+                name=name,
+                endpoint=f"tcp://{name}:5555",
+                server_key=str(folder / f"{name}-node.pub"),
+                client_key=str(folder / f"{name}.key"),
+            )
+            for name in ("alpha", "beta")
+        )
+    )
+
+
+def test_keys_are_read(tmp_path: Path) -> None:
+    alpha, beta = load_nodes(two_nodes(tmp_path))
+    assert (alpha.name, beta.endpoint) == ("alpha", "tcp://beta:5555")
+    assert len({alpha.server_key, beta.server_key, alpha.keypair.public, beta.keypair.public}) == 4
+    assert alpha.keypair.secret not in repr(alpha)
+
+
+def test_an_open_secret_key_is_refused(tmp_path: Path) -> None:
+    config = two_nodes(tmp_path)
+    os.chmod(tmp_path / "alpha.key", 0o640)
+    with pytest.raises(KeyFileError, match="chmod 600"):
+        load_nodes(config)
+
+
+@pytest.mark.parametrize(("copied", "says"), [("-node.pub", "one machine"), (".key", "keys edge")])
+def test_nodes_that_share_a_key_are_refused(tmp_path: Path, copied: str, says: str) -> None:
+    config = two_nodes(tmp_path)
+    text = (tmp_path / f"alpha{copied}").read_text()
+    (tmp_path / f"beta{copied}").write_text(text)
+    with pytest.raises(ConfigError, match=f"alpha and beta have the same .*{says}"):
+        load_nodes(config)
+
+
+def test_a_malformed_endpoint_is_refused(tmp_path: Path) -> None:
+    config = two_nodes(tmp_path)
+    bad = EdgeConfig(
+        nodes=(
+            NodeConfig(
+                name="alpha",
+                endpoint="alpha:5555",
+                server_key=config.nodes[0].server_key,
+                client_key=config.nodes[0].client_key,
+            ),
+        )
+    )
+    with pytest.raises(ConfigError, match="tcp://HOST:PORT"):
+        load_nodes(bad)

@@ -1,0 +1,100 @@
+"""`edge-runtime init`: what it writes loads, and what it must not touch stays."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+
+from edge_runtime import cli
+from edge_runtime.config import load_config, load_nodes
+from transport.keys import generate, load_secret_bytes
+
+KEY = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"
+
+
+@pytest.fixture(autouse=True)
+def _workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transport.process.disable_core_dumps", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    for name in ("alpha", "beta"):
+        generate(Path("theirs"), f"{name}-node")
+
+
+def node(name: str, key: str = "") -> str:
+    return f"--node={name}=tcp://{name}.example.org:5555,{key or f'theirs/{name}-node.pub'}"
+
+
+def test_writes_a_configuration_that_loads_and_the_keys_it_needs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "conf").mkdir()
+    arguments = ["init", node("alpha"), node("beta"), node("gamma", KEY), "--out=conf/edge.toml"]
+    assert cli.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "Send each node's operator" in said
+    assert "edge-runtime nodes --config conf/edge.toml" in said
+    config = load_config("conf/edge.toml")
+    assert [n.name for n in config.nodes] == ["alpha", "beta", "gamma"]
+    assert (config.max_exposure, config.fallback, config.bundle) == (0.5, "error", None)
+    loaded = load_nodes(config)
+    assert loaded[2].server_key == KEY
+    assert len(load_secret_bytes(config.secret)) == 32
+    for secret in ("keys/edge.secret", "keys/alpha.key", "keys/beta.key", "keys/gamma.key"):
+        assert stat.S_IMODE((tmp_path / secret).stat().st_mode) == 0o600
+    text = (tmp_path / "conf/edge.toml").read_text()
+    assert '"../keys/alpha.key"' in text  # relative: the folders may move together
+    assert str(tmp_path) not in text
+
+
+def test_existing_keys_are_used_and_an_existing_file_is_kept(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = generate(Path("keys"), "alpha")
+    assert cli.main(["init", node("alpha"), "--json", "--max-exposure=1"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "config": "edge.toml",
+        "made_keys": [],
+        "warning": None,
+    }
+    assert load_nodes(load_config("edge.toml"))[0].keypair == before
+    written = Path("edge.toml").read_text()
+    assert cli.main(["init", node("beta")]) == 1
+    assert "never overwritten" in capsys.readouterr().err
+    assert Path("edge.toml").read_text() == written
+    assert not Path("keys/beta.key").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--node=alpha"], "expected NAME=ENDPOINT,KEY"),
+        (["--node=alpha=tcp://a:5555"], "expected NAME=ENDPOINT,KEY"),
+        (["--node=alpha=a:5555,theirs/alpha-node.pub"], "tcp://HOST:PORT"),
+        (["--node=alpha=tcp://a:5555,nowhere.pub"], "cannot read the key file nowhere.pub"),
+        (["--node=alpha=tcp://a:5555,theirs/alpha-node.key"], "secret key"),
+        ([node("alpha"), node("alpha", "theirs/beta-node.pub")], "same name"),
+        ([node("alpha"), node("beta", "theirs/alpha-node.pub")], "same server_key"),
+        (["--node=al pha=tcp://a:5555,theirs/alpha-node.pub"], "node name"),
+        ([node("alpha"), "--max-exposure=0"], "max_exposure is 0"),
+        ([node("alpha"), "--bundle=nowhere"], "nowhere"),
+        ([node("alpha"), "--out=nowhere/edge.toml"], "folder nowhere does not exist"),
+    ],
+)
+def test_mistakes_leave_nothing_behind(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["init", *arguments]) == 1
+    assert says in capsys.readouterr().err
+    assert not Path("edge.toml").exists()
+    assert not Path("keys").exists()
+
+
+def test_a_budget_that_so_few_nodes_cannot_keep_is_noted(
+    toy_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["init", node("alpha"), node("beta"), f"--bundle={toy_bundle}"]
+    assert cli.main([*arguments, "--max-exposure=0.3"]) == 0
+    assert "pictures will be refused" in capsys.readouterr().out
