@@ -50,9 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--bundle",
         type=Path,
-        required=True,
         metavar="BUNDLE",
-        help="full or node-only bundle to serve; edges must use the same one",
+        help="full or node-only bundle to serve; edges must use the same one (default: the small "
+        "one that comes with the package)",
     )
     serve.add_argument(
         "--bind",
@@ -63,9 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--keys",
         type=Path,
-        required=True,
+        default=Path("keys"),
         metavar="DIR",
-        help="folder with node.key and authorized/*.pub",
+        help="folder with node.key and authorized/*.pub (default %(default)s)",
     )
     serve.add_argument(
         "--threads",
@@ -143,9 +143,10 @@ def _run(args: argparse.Namespace) -> int:
     from cloud_node.config import NodeConfig, prepare
     from cloud_node.server import Server
     from cloud_node.worker import Worker
+    from engines.bundle import shipped_bundle
 
     config = NodeConfig(
-        bundle=args.bundle,
+        bundle=args.bundle or shipped_bundle(),
         bind=args.bind,
         keys=args.keys,
         threads=args.threads,
