@@ -32,8 +32,11 @@ _CHUNK = 1 << 20
 Dtype = Literal[
     "bool", "uint8", "int8", "uint16", "int16", "int32", "int64", "float16", "float32", "bfloat16"
 ]
-Dim = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)] | Annotated[str, msgspec.Meta(max_length=64)]
-Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+# Text of a manifest ends up on terminals and in logs: no control characters, no escapes.
+_PRINTABLE = r"\A[^\x00-\x1f\x7f-\x9f]*\Z"
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200, pattern=_PRINTABLE)]
+Line = Annotated[str, msgspec.Meta(max_length=4096, pattern=_PRINTABLE)]
+Dim = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)] | Name
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$", max_length=64)]
 
 
@@ -84,9 +87,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     codec: Name = "lossless"
     head_blocks: Annotated[int, msgspec.Meta(ge=0, le=1024)] | None = None
     weights_sha256: Sha256
-    stages: Annotated[dict[str, Stage], msgspec.Meta(min_length=1, max_length=8)]
+    stages: Annotated[dict[Name, Stage], msgspec.Meta(min_length=1, max_length=8)]
     golden: Annotated[tuple[Name, ...], msgspec.Meta(max_length=256)] = ()
-    made: dict[str, str] = {}
+    made: dict[Name, Line] = {}
     mask_threshold: float = 0.0
 
     @property

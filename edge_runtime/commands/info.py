@@ -103,7 +103,7 @@ def _print(bundle: Bundle, facts: dict[str, Any]) -> None:
     from rich.table import Table
 
     manifest, geometry = bundle.manifest, bundle.geometry
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     rows = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     rows.add_column(no_wrap=True, style="bold")
     rows.add_column(overflow="fold")
@@ -161,7 +161,6 @@ def _order(bundle: Bundle) -> str:
 
 
 def _signature(specs: tuple[TensorSpec, ...]) -> str:
-    # A rich table would read [n, 2] as markup.
     return ", ".join(
         f"{spec.name} {spec.dtype} ({', '.join(map(str, spec.shape))})" for spec in specs
     )

@@ -233,6 +233,15 @@ def test_the_limit_can_be_set_and_is_exact(tmp_path: Path) -> None:
     refused(tmp_path / "a.png", r"1000 x 1000 pixels, the limit is 0\.5", max_megapixels=0.5)
 
 
+def test_50_megapixels_are_read_and_resized(tmp_path: Path) -> None:
+    Image.new("L", (8660, 5774), 77).save(tmp_path / "a.jpg")
+    image = load_image(tmp_path / "a.jpg")
+    assert image.shape == (5774, 8660, 3)
+    small = resize_longest(image, 1024)
+    assert small.shape == (683, 1024, 3)
+    assert (small == 77).all()
+
+
 # Resizing, coordinates ---------------------------------------------------------------------------
 
 

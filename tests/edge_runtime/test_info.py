@@ -70,6 +70,17 @@ def test_a_node_bundle(
     assert list(facts["stages"]) == ["stack"]
 
 
+def test_text_of_a_manifest_is_shown_as_it_is(
+    toy_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(toy_bundle, tmp_path / "b")
+    manifest = json.loads((copy / MANIFEST).read_text())
+    manifest["made"] = {"by": "[red]:smile: [link=http://x]y[/link]"}
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    assert main(["info", str(copy)]) == 0
+    assert "[red]:smile: [link=http://x]y[/link]" in capsys.readouterr().out
+
+
 def test_damage_is_one_line_and_a_failure(
     toy_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,10 +31,10 @@ def edit(bundle: Path, change: Callable[[Any], object]) -> None:
 
 
 def refused(bundle: Path, reason: str) -> None:
-    """Loading must fail for ``reason``, in one line that names the bundle."""
+    """Loading must fail for ``reason``, in one harmless line that names the bundle."""
     with pytest.raises(BundleError, match=reason) as caught:
         Bundle.load(bundle)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable()
     assert str(bundle) in str(caught.value)
 
 
@@ -127,6 +127,11 @@ def test_fields_added_within_the_schema_are_ignored(bundle: Path) -> None:
         lambda m: m.update(weights_sha256="0" * 63 + "\n"),
         lambda m: m.update(weights_sha256="0" * 64 + "\n"),
         lambda m: m.update(stages={}),
+        lambda m: m.update(model=""),
+        lambda m: m.update(model="tiny\x1b]0;title\x07"),
+        lambda m: m.update(made={"command": "two\nlines"}),
+        lambda m: m["stages"].update({"\x9b31m": m["stages"]["stack"]}),
+        lambda m: m["stages"]["stack"]["outputs"][0].update(shape=["n\n", 16, 8]),
         lambda m: m["geometry"].update(image_size=0),
         lambda m: m["geometry"].update(image_size=1 << 40),
         lambda m: m["geometry"].update(image_size=41),
@@ -174,8 +179,7 @@ def test_each_defect_of_a_manifest_is_refused(bundle: Path, change: Callable[[An
         "a//b",
         "a/",
         "C:x",
-        "a\0b",
-        "a\n",
+        "a b",
     ],
 )
 @pytest.mark.parametrize("place", ["stage", "golden"])
