@@ -11,11 +11,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import importlib.metadata
 import json
 import logging
 import os
 import tempfile
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +128,11 @@ class Server:
             try:
                 self._handle(frames, asyncio.get_running_loop().time())
             except Exception as error:  # a peer's message must not stop the node
-                log.error("message dropped: %s", type(error).__name__, exc_info=error)
+                # Where, but not the exception's text, which may quote what arrived.
+                where = "".join(traceback.format_tb(error.__traceback__))
+                log.error("message dropped: %s at\n%s", type(error).__name__, where)
+            # Receiving what is there already doesn't yield; replies and handshakes want their turn.
+            await asyncio.sleep(0)
 
     def _handle(self, frames: list[zmq.Frame], arrived: float) -> None:
         peer, *parts = frames
@@ -266,6 +272,7 @@ class Server:
                 path.unlink(missing_ok=True)
 
 
+@functools.cache
 def software() -> str:
     """Name and version of this node, as told to edges."""
     try:
