@@ -1,0 +1,282 @@
+"""Pictures for people: the masks on the photo, and what each node was shown of it.
+
+Pure functions from arrays to Pillow images, drawn with Pillow alone and its built-in font. Small
+photos are enlarged and large ones reduced so that outlines, clicks and titles stay readable.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+
+if TYPE_CHECKING:
+    from edge_runtime.offload import OffloadReport
+    from edge_runtime.segmentation import Box, Point, Prompt
+    from engines.geometry import Geometry
+    from engines.windows import Windows
+
+Colour = tuple[int, int, int]
+
+_COLOURS: tuple[Colour, ...] = (
+    (45, 140, 255),
+    (255, 122, 24),
+    (35, 200, 100),
+    (255, 60, 120),
+    (165, 105, 255),
+    (255, 205, 40),
+    (20, 195, 205),
+    (240, 130, 220),
+    (160, 220, 50),
+    (190, 135, 90),
+)
+_MIN_SIDE, _MAX_SIDE = 1152, 4096
+_TINT = 0.42
+_ON, _OFF = (28, 190, 90), (230, 50, 60)
+_PAPER, _INK, _FAINT = (250, 250, 248), (28, 30, 34), (110, 114, 122)
+_GRID = (88, 92, 100)
+
+
+def colour(number: int) -> Colour:
+    """The colour of object ``number`` (from 1): distinct for the first ten, then by hue."""
+    if number <= len(_COLOURS):
+        return _COLOURS[number - 1]
+    hue = (number * 0.618034) % 1  # the golden ratio spreads hues evenly however many there are
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.7, 0.95)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def label_image(labels: np.ndarray) -> Image.Image:
+    """Object numbers ``[H, W]`` as a picture: palette indices (uint8), or plain uint16."""
+    image = Image.fromarray(labels)
+    if labels.dtype == np.uint8:
+        image.putpalette([0, 0, 0] + [part for k in range(1, 256) for part in colour(k)])
+    return image
+
+
+def overlay(
+    photo: np.ndarray, masks: Sequence[np.ndarray], prompts: Sequence[Prompt]
+) -> Image.Image:
+    """The photo with tinted, outlined, numbered masks, clicks and boxes.
+
+    Args:
+        photo: uint8 ``[H, W, 3]``.
+        masks: bool, one per object, each the photo's size or the photo's reduced by a whole number.
+        prompts: one per object, in pixels of the photo.
+    """
+    height, width = photo.shape[:2]
+    scale = _scale(width, height)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    canvas = Image.fromarray(photo).resize(size, Image.Resampling.LANCZOS)
+    line = max(2, round(max(size) / 400))
+    soft = [_soft(mask, size) for mask in masks]
+    for number, mask in enumerate(soft, 1):
+        canvas.paste(colour(number), mask=mask.point(lambda v: round(v * _TINT)))
+    for number, mask in enumerate(soft, 1):
+        ring = _outline(mask, line)
+        canvas.paste((255, 255, 255), mask=_outline(mask, 2 * line).point(lambda v: v // 3))
+        canvas.paste(_darker(colour(number)), mask=ring)
+    for number, prompt in enumerate(prompts, 1):
+        if prompt.box:
+            _draw_box(canvas, prompt.box, scale, line, colour(number))
+        for point in prompt.points:
+            _draw_click(canvas, point, scale, 5 * line)
+    if len(prompts) > 1:
+        for number, prompt in enumerate(prompts, 1):
+            _draw_number(canvas, number, prompt, scale, line)
+    return canvas
+
+
+def what_each_node_saw(
+    photo: np.ndarray, windows: Windows, geometry: Geometry, report: OffloadReport
+) -> Image.Image:
+    """Side by side: the photo, and for each node the windows it was sent, the rest black.
+
+    Args:
+        photo: uint8 ``[H, W, 3]``.
+        windows: of the photo; the panels show the very pixels the nodes were sent.
+        geometry: of the bundle.
+        report: who was sent what.
+    """
+    small = _reassembled(windows, geometry)
+    height, width = windows.size
+    panel_width = 520 if width >= height else max(260, round(520 * width / height))
+    scale = panel_width / width
+    size = (panel_width, max(1, round(height * scale)))
+
+    panels = [("The photo", "stays on the edge; no node sees the whole", _photo_panel(photo, size))]
+    for node in report.nodes:
+        count = len(node.windows)
+        detail = f"{count} of {report.windows_total} windows, {node.exposure:.0%} of the picture"
+        seen = _panel(small, windows, geometry, node.windows, size, scale)
+        panels.append((f"What {node.name} saw", detail, seen))
+    if report.home:
+        detail = f"{len(report.home)} windows, computed at home"
+        kept = _panel(small, windows, geometry, report.home, size, scale)
+        panels.append(("The edge itself", detail, kept))
+    return _sheet(panels, size)
+
+
+def _scale(width: int, height: int) -> float:
+    """How much larger to draw than the photo is; whole numbers up, so that pixels stay even."""
+    side = max(width, height)
+    if side < _MIN_SIDE:
+        return float(min(-(-_MIN_SIDE // side), 64))
+    return min(1.0, _MAX_SIDE / side)
+
+
+def _soft(mask: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    """The mask at drawing size as grey with smooth edges."""
+    image = Image.fromarray(mask).convert("L")
+    factor = max(size) / max(image.size)
+    grown = image.resize(size, Image.Resampling.BICUBIC)
+    if factor > 1:  # round the stairs that enlarging makes, then sharpen the edge again
+        grown = grown.filter(ImageFilter.GaussianBlur(factor * 0.6))
+        grown = grown.point(lambda v: max(0, min(255, (v - 128) * 3 + 128)))
+    return grown
+
+
+def _outline(mask: Image.Image, width: int) -> Image.Image:
+    """A line along the inside of the mask's border."""
+    inner = mask
+    for _ in range(width):  # repeated 3 x 3 is much faster than one large filter
+        inner = inner.filter(ImageFilter.MinFilter(3))
+    return ImageChops.subtract(mask, inner)
+
+
+def _darker(rgb: Colour) -> Colour:
+    red, green, blue = (round(part * 0.92) for part in rgb)
+    return red, green, blue
+
+
+def _draw_click(canvas: Image.Image, point: Point, scale: float, radius: int) -> None:
+    """A dot with a white rim: green with a plus on the object, red with a minus off it."""
+    fine = 4
+    side = 2 * radius + 3
+    sprite = Image.new("RGBA", (side * fine, side * fine))
+    draw = ImageDraw.Draw(sprite)
+    centre = side * fine / 2
+
+    def disc(r: float, fill: tuple[int, ...]) -> None:
+        draw.ellipse((centre - r, centre - r, centre + r, centre + r), fill=fill)
+
+    disc(radius * fine + fine, (0, 0, 0, 110))
+    disc(radius * fine, (255, 255, 255, 255))
+    disc(radius * fine * 0.78, (*(_ON if point.label else _OFF), 255))
+    arm, half = radius * fine * 0.45, radius * fine * 0.11
+    draw.rectangle((centre - arm, centre - half, centre + arm, centre + half), fill="white")
+    if point.label:
+        draw.rectangle((centre - half, centre - arm, centre + half, centre + arm), fill="white")
+    sprite = sprite.resize((side, side), Image.Resampling.LANCZOS)
+    # A click on pixel x means its centre.
+    x, y = (point.x + 0.5) * scale, (point.y + 0.5) * scale
+    canvas.paste(sprite, (round(x - side / 2), round(y - side / 2)), sprite)
+
+
+def _draw_box(canvas: Image.Image, box: Box, scale: float, line: int, rgb: Colour) -> None:
+    draw = ImageDraw.Draw(canvas)
+    corners = tuple(round(v * scale) for v in (box.x0, box.y0, box.x1, box.y1))
+    draw.rectangle(corners, outline="white", width=line + 2)
+    inner = (corners[0] + 1, corners[1] + 1, corners[2] - 1, corners[3] - 1)
+    if inner[0] < inner[2] and inner[1] < inner[3]:
+        draw.rectangle(inner, outline=_darker(rgb), width=line)
+
+
+def _draw_number(canvas: Image.Image, number: int, prompt: Prompt, scale: float, line: int) -> None:
+    """The object's number, on its box's corner or beside its first click."""
+    if prompt.box:
+        x, y = prompt.box.x0 * scale, prompt.box.y0 * scale
+    else:
+        first = next(point for point in prompt.points if point.label)
+        x, y = first.x * scale + 9 * line, first.y * scale - 9 * line
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(9 * line)
+    text = str(number)
+    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+    pad = 2 * line
+    wide = max(right - left, bottom - top) + 2 * pad
+    high = bottom - top + 2 * pad
+    x = min(max(x - wide / 2, 0), canvas.width - wide)
+    y = min(max(y - high / 2, 0), canvas.height - high)
+    draw.rounded_rectangle((x, y, x + wide, y + high), radius=pad, fill=_darker(colour(number)))
+    place = (x + (wide - right + left) / 2 - left, y + pad - top)
+    draw.text(place, text, font=font, fill="white")
+
+
+def _reassembled(windows: Windows, geometry: Geometry) -> np.ndarray:
+    """The resized photo, put together from the windows' pixels."""
+    image = np.zeros((*windows.size, 3), np.uint8)
+    for row, index in enumerate(windows.window):
+        y0, x0, _, _ = geometry.window_rect(int(index))
+        h, w = windows.extent[row]
+        image[y0 : y0 + h, x0 : x0 + w] = windows.pixels[row, :h, :w]
+    return image
+
+
+def _photo_panel(photo: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    return Image.fromarray(photo).resize(size, Image.Resampling.LANCZOS)
+
+
+def _panel(
+    small: np.ndarray,
+    windows: Windows,
+    geometry: Geometry,
+    shown: Sequence[int],
+    size: tuple[int, int],
+    scale: float,
+) -> Image.Image:
+    """Some windows of the photo on black, in the grid of all windows."""
+    masked = np.zeros_like(small)
+    frames = []
+    for row, index in enumerate(windows.window):
+        y0, x0, _, _ = geometry.window_rect(int(index))
+        y1, x1 = y0 + int(windows.extent[row, 0]), x0 + int(windows.extent[row, 1])
+        if int(index) in shown:
+            masked[y0:y1, x0:x1] = small[y0:y1, x0:x1]
+        frames.append((x0, y0, x1, y1))
+    # Nearest: what is shown ends exactly where the window ends.
+    panel = Image.fromarray(masked).resize(size, Image.Resampling.NEAREST)
+    draw = ImageDraw.Draw(panel)
+    for frame in frames:
+        x0, y0, x1, y1 = (math.floor(v * scale) for v in frame)
+        draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=_GRID)
+    return panel
+
+
+def _sheet(panels: Sequence[tuple[str, str, Image.Image]], size: tuple[int, int]) -> Image.Image:
+    """Titled panels on one light sheet, at most four to a row."""
+    columns = min(4, len(panels))
+    gap, title, detail = 24, 26, 17
+    header = title + detail + 22
+    rows = -(-len(panels) // columns)
+    width = columns * size[0] + (columns + 1) * gap
+    height = rows * (size[1] + header) + (rows + 1) * gap
+    sheet = Image.new("RGB", (width, height), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    large, normal = ImageFont.load_default(title), ImageFont.load_default(detail)
+    for position, (name, text, panel) in enumerate(panels):
+        x = gap + (position % columns) * (size[0] + gap)
+        y = gap + (position // columns) * (size[1] + header + gap)
+        draw.text((x, y), _fitted(draw, name, large, size[0]), font=large, fill=_INK)
+        text = _fitted(draw, text, normal, size[0])
+        draw.text((x, y + title + 9), text, font=normal, fill=_FAINT)
+        sheet.paste(panel, (x, y + header))
+    return sheet
+
+
+def _fitted(
+    draw: ImageDraw.ImageDraw,
+    text: str,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    width: int,
+) -> str:
+    """The text, cut short if it is wider than ``width`` pixels."""
+    if draw.textlength(text, font=font) <= width:
+        return text
+    while text and draw.textlength(text + "...", font=font) > width:
+        text = text[:-1]
+    return text + "..."

@@ -1,0 +1,459 @@
+"""From prompts on a photo to a folder of masks: what ``edge-runtime segment`` and the demo share.
+
+Promises that prompts outside the photo are refused before anything is computed or sent, that every
+object is decoded against one embedding of one photo, and that the folder appears whole or not at
+all. Drawing is left to :mod:`edge_runtime.render`, the model to :mod:`edge_runtime.predictor`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from engines.errors import ConfigError, PromptError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from edge_runtime.predictor import OffloadPredictor
+
+RESULT = "result.json"
+DRAWING_SIDE = 4096
+"""Longest side of drawings, in pixels; masks are written at the photo's own size."""
+
+
+class Point(msgspec.Struct, frozen=True):
+    """A click, in pixels of the upright photo; ``label`` 1 is on the object, 0 is not."""
+
+    x: float
+    y: float
+    label: int = 1
+
+
+class Box(msgspec.Struct, frozen=True):
+    """A box around an object, in pixels of the upright photo."""
+
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """What the user says about one object."""
+
+    points: tuple[Point, ...] = ()
+    box: Box | None = None
+
+
+@dataclass(frozen=True)
+class Object:
+    """What the model made of one prompt.
+
+    ``masks``: bool ``[n, H, W]``, ``scores``: the model's own estimate of each mask's IoU, best
+    mask first. n is 1, or 3 when all of the model's answers were asked for.
+    """
+
+    prompt: Prompt
+    masks: np.ndarray
+    scores: tuple[float, ...]
+
+
+def parse_point(text: str) -> Point:
+    """``X,Y`` or ``X,Y,LABEL``.
+
+    Raises:
+        PromptError: it is something else.
+    """
+    parts = _numbers(text)
+    if parts is None or len(parts) not in (2, 3):
+        raise PromptError(
+            f"--point {text!r}: expected X,Y or X,Y,LABEL, such as 120,80 or 120,80,0"
+        )
+    label = parts[2] if len(parts) == 3 else 1.0
+    if label not in (0.0, 1.0):
+        raise PromptError(
+            f"--point {text!r}: the label is {label:g}; 1 is on the object, 0 is not part of it"
+        )
+    return Point(parts[0], parts[1], int(label))
+
+
+def parse_box(text: str) -> Box:
+    """``X0,Y0,X1,Y1``.
+
+    Raises:
+        PromptError: it is something else, or empty.
+    """
+    parts = _numbers(text)
+    if parts is None or len(parts) != 4:
+        raise PromptError(f"--box {text!r}: expected X0,Y0,X1,Y1, such as 20,30,180,150")
+    box = Box(*parts)
+    if not (box.x0 < box.x1 and box.y0 < box.y1):
+        raise PromptError(
+            f"--box {text!r} is empty: expected the left top corner, then the right bottom one"
+        )
+    return box
+
+
+def _numbers(text: str) -> list[float] | None:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        return None
+    return values if all(math.isfinite(value) for value in values) else None
+
+
+def group(sequence: Sequence[Point | Box | None]) -> list[Prompt]:
+    """Prompts in the order they were given, one :class:`Prompt` for each object.
+
+    Without a marker (None), each box and each point on an object begins an object, and a point with
+    label 0 belongs to the object before it. With markers, all between two of them is one object.
+
+    Raises:
+        PromptError: no prompt at all, a marker with nothing after it, two boxes for one object, or
+            nothing that says where an object is.
+    """
+    if not any(item is not None for item in sequence):
+        raise PromptError("say what to segment: at least one --point X,Y or --box X0,Y0,X1,Y1")
+    objects: list[list[Point | Box]] = []
+    if None in sequence:
+        if sequence[0] is not None:
+            raise PromptError(
+                "prompts stand before the first --object: put one --object before each object's "
+                "prompts"
+            )
+        for item in sequence:
+            if item is None:
+                objects.append([])
+            else:
+                objects[-1].append(item)
+    else:
+        for item in sequence:
+            assert item is not None
+            if isinstance(item, Point) and item.label == 0:
+                if not objects:
+                    raise PromptError(
+                        f"the point {item.x:g},{item.y:g} with label 0 belongs to the object "
+                        "before it, and there is none: give a point on the object, or a box, first"
+                    )
+                objects[-1].append(item)
+            else:
+                objects.append([item])
+    return [_prompt(number, items) for number, items in enumerate(objects, 1)]
+
+
+def _prompt(number: int, items: list[Point | Box]) -> Prompt:
+    boxes = [item for item in items if isinstance(item, Box)]
+    points = tuple(item for item in items if isinstance(item, Point))
+    if len(boxes) > 1:
+        raise PromptError(f"object {number} has {len(boxes)} boxes; it can have one")
+    if not boxes and not any(point.label == 1 for point in points):
+        raise PromptError(
+            f"nothing says where object {number} is: give a point with label 1, or a box"
+        )
+    return Prompt(points, boxes[0] if boxes else None)
+
+
+def check(prompts: Sequence[Prompt], size: tuple[int, int]) -> None:
+    """Refuse prompts outside a photo of ``size = (H, W)``.
+
+    Raises:
+        PromptError: naming the prompt and the photo's size.
+    """
+    height, width = size
+    for prompt in prompts:
+        for point in prompt.points:
+            if not (0 <= point.x < width and 0 <= point.y < height):
+                raise PromptError(
+                    f"the point {point.x:g},{point.y:g} is outside the photo, which is "
+                    f"{width} x {height} pixels (x from 0 to {width - 1}, y from 0 to "
+                    f"{height - 1}, after turning it upright)"
+                )
+        box = prompt.box
+        inside = box is None or (  # corners may lie on the border
+            min(box.x0, box.y0) >= 0 and box.x1 <= width and box.y1 <= height
+        )
+        if box and not inside:
+            raise PromptError(
+                f"the box {box.x0:g},{box.y0:g},{box.x1:g},{box.y1:g} reaches outside the photo, "
+                f"which is {width} x {height} pixels (after turning it upright)"
+            )
+
+
+def predict(predictor: OffloadPredictor, prompt: Prompt, all_masks: bool = False) -> Object:
+    """Decode one object on the photo that is set.
+
+    Of the model's three answers, the one that the model itself thinks best; or, with ``all_masks``,
+    all three.
+    """
+    points = prompt.points
+    masks, scores, _ = predictor.predict(
+        point_coords=np.array([(p.x, p.y) for p in points]) if points else None,
+        point_labels=np.array([p.label for p in points]) if points else None,
+        box=np.array(msgspec.structs.astuple(prompt.box)) if prompt.box else None,
+    )
+    order = np.argsort(-scores, kind="stable")[: None if all_masks else 1]
+    return Object(prompt, masks[order], tuple(float(scores[i]) for i in order))
+
+
+@dataclass
+class Segmentation:
+    """All objects of a photo, with masks as drawn (``[h, w]``, ``scale`` times the photo's size).
+
+    ``labels``: unsigned ``[H, W]``, 0 or the number of the last object that covers the pixel.
+    ``report``: plain data for ``result.json``.
+    """
+
+    drawn: list[np.ndarray]
+    labels: np.ndarray
+    report: dict[str, Any]
+
+
+def segment(
+    predictor: OffloadPredictor,
+    image: np.ndarray,
+    prompts: Sequence[Prompt],
+    *,
+    all_masks: bool = False,
+    each: Callable[[int, Object], None] = lambda number, found: None,
+) -> Segmentation:
+    """Segment a photo.
+
+    Args:
+        image: uint8 ``[H, W, 3]``, upright.
+        prompts: one per object, as :func:`group` makes them.
+        all_masks: keep all three of the model's masks of each object.
+        each: called with each object's number (from 1) and masks as soon as they exist. Masks at
+            the photo's size are not kept, so that many objects of a large photo fit into memory.
+
+    Raises:
+        EdgeRuntimeError: see :class:`~edge_runtime.predictor.OffloadPredictor`.
+    """
+    check(prompts, image.shape[:2])
+    start = time.perf_counter()
+    predictor.set_image(image)
+    timing = predictor.timing
+    decoder = upscale = 0.0
+    height, width = image.shape[:2]
+    small = np.uint8 if len(prompts) < 256 else np.uint16
+    labels = np.zeros((height, width), small)
+    drawn: list[np.ndarray] = []
+    objects: list[dict[str, Any]] = []
+    for number, prompt in enumerate(prompts, 1):
+        found = predict(predictor, prompt, all_masks)
+        decoder += timing.decoder
+        upscale += timing.upscale
+        each(number, found)
+        labels[found.masks[0]] = number
+        drawn.append(_reduced(found.masks[0]))
+        objects.append(_described(number, found))
+    offload = predictor.report
+    report: dict[str, Any] = {
+        "size": {"width": width, "height": height},
+        "model": _model(predictor),
+        "offloaded": offload is not None,
+        "objects": objects,
+        "latency_ms": {
+            "windows": timing.windows,
+            **({"nodes": _node_times(predictor)} if offload else {}),
+            "stack" if predictor.stack_outputs is not None else "encoder": timing.encode,
+            "tail": timing.tail,
+            "decoder": decoder,
+            "upscale": upscale,
+            "total": (time.perf_counter() - start) * 1000,
+        },
+    }
+    if offload:
+        report["exposure"] = {
+            "max_exposure": offload.max_exposure,
+            "separation": offload.separation,
+            "windows_total": offload.windows_total,
+            "windows_sent": offload.windows_sent,
+            "windows_at_home": list(offload.home),
+            "bytes_up": offload.bytes_up,
+            "bytes_down": offload.bytes_down,
+            "nodes": [
+                {
+                    "name": node.name,
+                    "windows": list(node.windows),
+                    "share_of_image": node.exposure,
+                    "bytes_up": node.bytes_up,
+                    "bytes_down": node.bytes_down,
+                    "failure": node.failure,
+                }
+                for node in offload.nodes
+            ],
+            "ledger": msgspec.to_builtins(offload.ledger),
+        }
+    return Segmentation(drawn, labels, report)
+
+
+def _node_times(predictor: OffloadPredictor) -> dict[str, dict[str, float]]:
+    assert predictor.report is not None
+    return {
+        node.name: {
+            "upload": node.upload_ms,
+            "queue": node.queue_ms,
+            "compute": node.compute_ms,
+            "download": node.download_ms,
+        }
+        for node in predictor.report.nodes
+    }
+
+
+def _model(predictor: OffloadPredictor) -> dict[str, Any]:
+    manifest = predictor.bundle.manifest
+    return {
+        "name": manifest.model,
+        "order": manifest.order,
+        "adapted": manifest.adapted,
+        "precision": manifest.precision,
+        "weights_sha256": manifest.weights_sha256,
+    }
+
+
+def _described(number: int, found: Object) -> dict[str, Any]:
+    masks = [
+        {
+            "file": mask_name(number, i),
+            "score": score,
+            "area": int(np.count_nonzero(mask)),
+            "box": bounds(mask),
+        }
+        for i, (mask, score) in enumerate(zip(found.masks, found.scores, strict=True))
+    ]
+    return {"object": number, "prompt": msgspec.to_builtins(found.prompt), "masks": masks}
+
+
+def mask_name(number: int, rank: int = 0) -> str:
+    """File name of an object's mask; ``rank`` 0 is the best one."""
+    return f"mask-{number}.png" if rank == 0 else f"mask-{number}-{rank + 1}.png"
+
+
+def bounds(mask: np.ndarray) -> list[int] | None:
+    """Smallest ``[x0, y0, x1, y1]`` (right and bottom exclusive) around a mask; None if empty."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return None
+    return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
+
+
+def _reduced(mask: np.ndarray) -> np.ndarray:
+    """The mask at the size of drawings."""
+    step = -(-max(mask.shape) // DRAWING_SIDE)
+    return mask[::step, ::step]
+
+
+def write(
+    folder: Path,
+    photo: str,
+    image: np.ndarray,
+    predictor: OffloadPredictor,
+    prompts: Sequence[Prompt],
+    *,
+    all_masks: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Segment a photo into a folder that appears whole or not at all; returns its report.
+
+    The folder holds ``mask-K.png`` for each object (white on black), ``masks.png`` (all of them in
+    colours; a pixel's palette index is the object's number), ``overlay.png``, ``result.json`` and,
+    if nodes saw anything, ``what-each-node-saw.png``.
+
+    Raises:
+        ConfigError: the folder exists and ``overwrite`` is off, or something else is in its place.
+        EdgeRuntimeError: see :func:`segment`.
+    """
+    from PIL import Image
+
+    from edge_runtime import render
+
+    check_folder(folder, overwrite)
+    check(prompts, image.shape[:2])
+    with whole_folder(folder) as scratch:
+
+        def save(number: int, found: Object) -> None:
+            for rank, mask in enumerate(found.masks):
+                Image.fromarray(mask).save(scratch / mask_name(number, rank))
+
+        found = segment(predictor, image, prompts, all_masks=all_masks, each=save)
+        render.label_image(found.labels).save(scratch / "masks.png")
+        render.overlay(image, found.drawn, prompts).save(scratch / "overlay.png")
+        if predictor.report is not None and predictor.windows is not None:
+            picture = render.what_each_node_saw(
+                image, predictor.windows, predictor.bundle.geometry, predictor.report
+            )
+            picture.save(scratch / "what-each-node-saw.png")
+        report = {"photo": photo, **found.report}
+        (scratch / RESULT).write_text(dumps(report), encoding="utf-8")
+    return report
+
+
+def dumps(report: dict[str, Any]) -> str:
+    """A report as JSON with lists of numbers on one line each."""
+    text = json.dumps(report, indent=2, ensure_ascii=False)
+    lists = re.compile(r"\[\n\s+([-0-9.e+,\s]+?)\s+\]")
+    return lists.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text) + "\n"
+
+
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that :func:`write` would have to overwrite, or can't.
+
+    Raises:
+        ConfigError: saying how to go on.
+    """
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir() or folder.is_symlink():
+        raise ConfigError(f"{folder} is in the way: name another folder with --out")
+    names = os.listdir(folder)
+    if not names:
+        return
+    if RESULT not in names:
+        raise ConfigError(f"{folder} holds other things than results: name a new folder with --out")
+    if not overwrite:
+        raise ConfigError(
+            f"{folder} holds earlier results: name another folder with --out, or replace them "
+            "with --overwrite"
+        )
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A scratch folder that takes the place of ``folder`` at the end, or vanishes on any error."""
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+    old: Path | None = None
+    try:
+        yield scratch
+        mask = os.umask(0)
+        os.umask(mask)
+        scratch.chmod(0o777 & ~mask)  # mkdtemp's is private; results are as open as other files
+        if folder.is_dir():
+            old = scratch.with_name(f"{scratch.name}.old")
+        try:
+            if old is not None:
+                folder.rename(old)
+            scratch.rename(folder)
+        except BaseException:
+            if old is not None and old.exists():
+                old.rename(folder)
+            raise
+    finally:
+        for leftover in (scratch, old):
+            if leftover is not None:
+                shutil.rmtree(leftover, ignore_errors=True)

@@ -1,0 +1,43 @@
+"""Makes the photo that the demo segments, and its reference masks.
+
+``python -m exporters.photos`` copies scikit-image's ``coins`` byte for byte to
+``edge_runtime/photos/coins.png`` and writes the reference masks of :mod:`exporters.coins` beside it
+as one label image: 0 is background, k the k-th coin. ``edge_runtime/photos/README.md`` says where
+the photo comes from. Needs scikit-image, which ``edge-runtime[dev]`` installs.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from exporters.coins import coins
+
+PHOTOS = Path(__file__).parent.parent / "edge_runtime" / "photos"
+
+
+def labels() -> np.ndarray:
+    """The reference as uint8 ``[303, 384]``: 0 for the background, k for the k-th coin."""
+    _, masks = coins()
+    image = np.zeros(masks[0].shape, np.uint8)
+    for number, mask in enumerate(masks, 1):
+        image[mask] = number
+    return image
+
+
+def main() -> None:
+    """Write both files."""
+    import skimage
+    from PIL import Image
+
+    source = Path(skimage.__file__).parent / "data" / "coins.png"
+    shutil.copyfile(source, PHOTOS / "coins.png")
+    reference = labels()
+    Image.fromarray(reference).save(PHOTOS / "coins-reference.png", optimize=True)
+    print(f"{PHOTOS}: coins.png and coins-reference.png with {reference.max()} coins")
+
+
+if __name__ == "__main__":
+    main()
