@@ -134,9 +134,11 @@ def _soft(mask: np.ndarray, size: tuple[int, int]) -> Image.Image:
     image = Image.fromarray(mask).convert("L")
     factor = max(size) / max(image.size)
     grown = image.resize(size, Image.Resampling.BICUBIC)
-    if factor > 1:  # round the stairs that enlarging makes, then sharpen the edge again
-        grown = grown.filter(ImageFilter.GaussianBlur(factor * 0.6))
-        grown = grown.point(lambda v: max(0, min(255, (v - 128) * 3 + 128)))
+    if factor > 1:  # round the stairs that enlarging makes, then make the edge two pixels wide
+        blur = factor * 0.6
+        gain = max(1.0, blur * math.sqrt(2 * math.pi) / 2)
+        grown = grown.filter(ImageFilter.GaussianBlur(blur))
+        grown = grown.point(lambda v: max(0, min(255, round((v - 128) * gain + 128))))
     return grown
 
 

@@ -1,0 +1,230 @@
+"""``edge-runtime segment``, in this process and through real nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edge_runtime.cli import main
+from edge_runtime.config import EdgeConfig
+from edge_runtime.predictor import OffloadPredictor
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(3)
+    path = tmp_path / "photo.png"
+    Image.fromarray(rng.integers(0, 256, (48, 60, 3), np.uint8)).save(path)
+    return path
+
+
+def toml(config: EdgeConfig, path: Path) -> Path:
+    lines = [f'bundle = "{config.bundle}"', f'secret = "{config.secret}"', "deadline_s = 30"]
+    for node in config.nodes:
+        lines += ["[[nodes]]", f'name = "{node.name}"', f'endpoint = "{node.endpoint}"']
+        lines += [f'server_key = "{node.server_key}"', f'client_key = "{node.client_key}"']
+    path.write_text("\n".join(lines))
+    return path
+
+
+def mask(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.array(image) > 0
+
+
+def test_local_writes_masks_overlay_and_json(
+    photo: Path, tmp_path: Path, toy_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    prompts = ["--point", "5,6", "--point", "30,20", "--point", "31,2,0", "--box", "1,2,30,40"]
+    options = ["--local", "--bundle", str(toy_bundle), "--out", str(out)]
+    assert main(["segment", str(photo), *prompts, *options]) == 0
+    names = ["mask-1.png", "mask-2.png", "mask-3.png", "masks.png", "overlay.png", "result.json"]
+    assert sorted(os.listdir(out)) == names
+    result = json.loads((out / "result.json").read_text())
+    assert result["photo"] == "photo.png"
+    assert result["size"] == {"width": 60, "height": 48}
+    assert result["offloaded"] is False
+    assert "exposure" not in result
+    assert [len(item["prompt"]["points"]) for item in result["objects"]] == [1, 2, 0]
+    assert result["objects"][2]["prompt"]["box"] == {"x0": 1, "y0": 2, "x1": 30, "y1": 40}
+    with Image.open(photo) as image, OffloadPredictor(bundle=toy_bundle) as predictor:
+        predictor.set_image(np.array(image))
+        expected, scores, _ = predictor.predict(np.array([[5, 6]]), np.array([1]))
+    best = int(scores.argmax())
+    assert np.array_equal(mask(out / "mask-1.png"), expected[best])
+    first = result["objects"][0]["masks"]
+    assert [m["file"] for m in first] == ["mask-1.png"]
+    assert first[0]["score"] == pytest.approx(float(scores[best]))
+    assert first[0]["area"] == np.count_nonzero(expected[best])
+    with Image.open(out / "masks.png") as labels:
+        numbers = np.array(labels)
+    assert np.array_equal(numbers == 3, mask(out / "mask-3.png"))
+    assert "object 3:" in capsys.readouterr().out
+
+
+def test_multimask_keeps_all_three_best_first(
+    photo: Path, tmp_path: Path, toy_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    options = ["--local", "--bundle", str(toy_bundle), "--out", str(out), "--multimask", "--json"]
+    assert main(["segment", str(photo), "--point", "5,6", *options]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((out / "result.json").read_text())
+    masks = printed["objects"][0]["masks"]
+    assert [m["file"] for m in masks] == ["mask-1.png", "mask-1-2.png", "mask-1-3.png"]
+    assert all((out / m["file"]).is_file() for m in masks)
+    scores = [m["score"] for m in masks]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_through_nodes_the_masks_are_the_same_and_exposure_is_told(
+    photo: Path, tmp_path: Path, shared_fleet: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = toml(shared_fleet.config(), tmp_path / "edge.toml")
+    prompts = ["--point", "5,6", "--point", "50,40"]
+    local = ["--local", "--bundle", str(shared_fleet.bundle), "--out", str(tmp_path / "local")]
+    away = ["--config", str(config), "--out", str(tmp_path / "away")]
+    assert main(["segment", str(photo), *prompts, *local]) == 0
+    assert main(["segment", str(photo), *prompts, *away, "--max-exposure", "0.45"]) == 0
+    for name in ("mask-1.png", "mask-2.png"):
+        assert (tmp_path / "local" / name).read_bytes() == (tmp_path / "away" / name).read_bytes()
+    assert (tmp_path / "away" / "what-each-node-saw.png").is_file()
+    result = json.loads((tmp_path / "away" / "result.json").read_text())
+    exposure = result["exposure"]
+    assert exposure["max_exposure"] <= 0.45
+    assert {node["name"] for node in exposure["nodes"]} == {"alpha", "beta", "gamma"}
+    shown = sorted(w for node in exposure["nodes"] for w in node["windows"])
+    assert len(shown) == exposure["windows_sent"] == len(set(shown))
+    assert sum(node["share_of_image"] for node in exposure["nodes"]) == pytest.approx(1)
+    assert set(result["latency_ms"]["nodes"]["alpha"]) == {
+        "upload",
+        "queue",
+        "compute",
+        "download",
+    }
+    assert "alpha saw" in capsys.readouterr().out
+
+
+def test_edge_toml_of_the_current_folder_is_found(
+    photo: Path, tmp_path: Path, shared_fleet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toml(shared_fleet.config(), tmp_path / "edge.toml")
+    monkeypatch.chdir(tmp_path)
+    assert main(["segment", "photo.png", "--point", "5,6"]) == 0
+    result = json.loads((tmp_path / "out" / "photo" / "result.json").read_text())
+    assert result["offloaded"] is True
+
+
+def test_without_nodes_the_message_explains_both_ways(
+    photo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["segment", str(photo), "--point", "5,6"]) == 1
+    said = capsys.readouterr().err
+    assert "--local" in said
+    assert "edge-runtime init" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_that_cannot_be_met_leaves_nothing_behind(
+    photo: Path, tmp_path: Path, shared_fleet: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = toml(shared_fleet.config(), tmp_path / "edge.toml")
+    command = ["segment", str(photo), "--point", "5,6", "--config", str(config)]
+    command += ["--out", str(tmp_path / "result"), "--max-exposure", "0.1"]
+    assert main(command) == 1
+    assert "what would suffice" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["edge.toml", "photo.png"]
+    assert main([*command, "--fallback", "local"]) == 0
+    result = json.loads((tmp_path / "result" / "result.json").read_text())
+    assert result["exposure"]["max_exposure"] <= 0.1
+    assert result["exposure"]["windows_at_home"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--local"], "say what to segment"),
+        (["--local", "--point", "60,5"], "outside the photo, which is 60 x 48 pixels"),
+        (["--local", "--point", "x"], "expected X,Y"),
+        (["--local", "--box", "0,0,61,5"], "which is 60 x 48 pixels"),
+        (["--local", "--point", "1,1", "--max-exposure", "0.3"], "--max-exposure is about nodes"),
+        (["--local", "--point", "1,1", "--deadline", "3"], "--deadline is about nodes"),
+        (["--config", "no.toml", "--point", "1,1"], "no.toml does not exist"),
+        (["--local", "--point", "1,1", "--threads", "0"], "expected at least 1"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(
+    photo: Path,
+    tmp_path: Path,
+    toy_bundle: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    out = tmp_path / "result"
+    code = main(["segment", str(photo), "--bundle", str(toy_bundle), "--out", str(out), *options])
+    said = capsys.readouterr()
+    assert code == 1
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    assert message in said.err
+    assert os.listdir(tmp_path) == ["photo.png"]
+
+
+def test_earlier_results_are_kept_unless_asked(
+    photo: Path, tmp_path: Path, toy_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "result"
+    command = ["segment", str(photo), "--local", "--bundle", str(toy_bundle), "--out", str(out)]
+    assert main([*command, "--point", "5,6", "--point", "9,9"]) == 0
+    before = (out / "result.json").read_bytes()
+    assert main([*command, "--point", "7,7"]) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert (out / "result.json").read_bytes() == before
+    assert main([*command, "--point", "7,7", "--overwrite"]) == 0
+    assert not (out / "mask-2.png").exists()
+    assert sorted(os.listdir(tmp_path)) == ["photo.png", "result"]
+
+
+def test_prompts_are_in_pixels_of_the_upright_photo(
+    tmp_path: Path, toy_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(3)
+    upright = rng.integers(0, 256, (60, 40, 3), np.uint8)
+    Image.fromarray(upright).save(tmp_path / "upright.png")
+    lying = Image.fromarray(upright).transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
+    lying.save(tmp_path / "lying.png", exif=exif)
+    results: list[Any] = []
+    for name in ("upright", "lying"):
+        command = ["segment", str(tmp_path / f"{name}.png"), "--point", "5,55", "--local"]
+        command += ["--bundle", str(toy_bundle), "--out", str(tmp_path / name)]
+        assert main(command) == 0
+        results.append((tmp_path / name / "mask-1.png").read_bytes())
+        assert mask(tmp_path / name / "mask-1.png").shape == (60, 40)
+    assert results[0] == results[1]
+
+
+def test_it_works_with_the_model_that_comes_with_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edge_runtime.demo import CLICKS, PHOTO, REFERENCE, mask_ious
+
+    monkeypatch.chdir(tmp_path)
+    x, y = CLICKS[0]
+    assert main(["segment", str(PHOTO), "--point", f"{x},{y}", "--local"]) == 0
+    found = mask(tmp_path / "out" / "coins" / "mask-1.png")
+    with Image.open(REFERENCE) as reference:
+        assert mask_ious([found], np.array(reference), [(x, y)])[0] > 0.5
