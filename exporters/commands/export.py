@@ -43,9 +43,9 @@ examples:
   edge-runtime export --model vit_b --checkpoint sam_vit_b.pth --out vit_b-stock --order stock
       one encoder, the original function: to compare with on one device
 
-Weights for the stock order give poor masks once reordered, and export says so: adapt them first with
-`edge-runtime adapt`. fp16 that overflows is reported; bf16 has fp32's range. `edge-runtime info
-BUNDLE` shows what a bundle is."""
+Weights for the stock order give poor masks once reordered, and export says so: adapt them first
+with `edge-runtime adapt`. fp16 that overflows is reported; bf16 has fp32's range. `edge-runtime
+info BUNDLE` shows what a bundle is."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,12 +110,12 @@ def run(args: argparse.Namespace) -> int:
     console.print(
         f"{args.out}: {size / 1e6:.1f} MB, {seconds:.0f} s", highlight=False, soft_wrap=True
     )
-    if args.only == "all":
-        console.print(
-            f"next: edge-runtime segment PHOTO --point X,Y --local --bundle {args.out}",
-            highlight=False,
-            soft_wrap=True,
-        )
+    following = (
+        f"edge-runtime segment PHOTO --point X,Y --local --bundle {args.out}"
+        if args.only == "all"
+        else f"cloud-node serve --bundle {args.out} --keys DIR   (on the node)"
+    )
+    console.print(f"next: {following}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -196,6 +196,7 @@ def _facts(result: Result, seconds: float) -> dict[str, Any]:
     import resource
 
     manifest, path = result.bundle.manifest, result.bundle.path
+    usage = resource.getrusage(resource.RUSAGE_SELF)
     return {
         "bundle": str(path),
         "model": manifest.model,
@@ -214,5 +215,6 @@ def _facts(result: Result, seconds: float) -> dict[str, Any]:
         "verification": [dataclasses.asdict(row) for row in result.rows],
         "notes": list(result.notes),
         "seconds": round(seconds, 1),
-        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_rss_mib": usage.ru_maxrss // 1024,
     }

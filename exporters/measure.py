@@ -1,0 +1,103 @@
+"""Measure what exporting costs: ``python -m exporters.measure --out docs/results/export.json``.
+
+Makes a checkpoint of random weights in the format of ``segment_anything``, so that no download is
+needed, exports it with ``edge-runtime export --json`` in a process of its own, and adds time,
+peak memory, size and parity to a JSON file, with the command, commit and machine. It promises
+nothing about speed; it writes down what it saw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .models import MODELS, build_sam
+
+
+def randomise(sam: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Give every weight that SAM initialises to a constant a random value, in place.
+
+    Fresh relative positions, position embeddings, norms and biases are zeros and ones: whatever
+        is done wrongly with them would not show.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in sam.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if "rel_pos" in name or "pos_embed" in name:
+                weight.copy_(0.3 * noise)
+            elif "norm" in name or name.endswith("bias"):
+                weight.add_(0.1 * noise)
+    return sam
+
+
+def random_checkpoint(model: str, path: Path) -> None:
+    """Write random weights of ``model`` as a stock ``segment_anything`` checkpoint."""
+    torch.manual_seed(0)
+    torch.save(randomise(build_sam(model)).state_dict(), path)
+
+
+def measure(model: str, precision: str, directory: Path, machine: str) -> dict[str, Any]:
+    """Export random weights of ``model`` and return what it took."""
+    checkpoint, bundle = directory / f"{model}-random.pth", directory / f"{model}-{precision}"
+    if not checkpoint.exists():
+        making = [sys.executable, "-m", __spec__.name, "--checkpoint", str(checkpoint)]
+        subprocess.run([*making, "--models", model], check=True)
+    command = ["edge-runtime", "export", "--model", model, "--checkpoint", checkpoint.name]
+    command += ["--out", bundle.name, "--precision", precision, "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "edge_runtime.cli", *command[1:]],
+        check=True,
+        stdout=subprocess.PIPE,
+        cwd=directory,
+    )
+    facts = json.loads(done.stdout)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent
+    )
+    return {
+        "command": " ".join(command),
+        "weights": "random, stock segment_anything format",
+        "commit": commit.stdout.strip(),
+        "machine": machine,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "checkpoint_bytes": checkpoint.stat().st_size,
+        "bundle_bytes": sum(f.stat().st_size for f in bundle.rglob("*") if f.is_file()),
+        **{k: v for k, v in facts.items() if k != "bundle"},
+    }
+
+
+def main() -> None:
+    """Measure every model and precision asked for; results are added to the file one by one."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add = parser.add_argument
+    add("--models", nargs="+", choices=tuple(MODELS), default=["vit_b", "vit_h"])
+    add("--precisions", nargs="+", choices=("fp32", "fp16", "bf16"), default=["fp32", "fp16"])
+    add("--machine", default="unnamed machine", help="what to write down as the machine")
+    add("--out", type=Path, help="JSON file to add to")
+    add("--checkpoint", type=Path, help="only write a random checkpoint of the model here")
+    args = parser.parse_args()
+    if args.checkpoint:
+        random_checkpoint(args.models[0], args.checkpoint)
+        return
+    if not args.out:
+        parser.error("--out or --checkpoint is needed")
+    for model in args.models:
+        with tempfile.TemporaryDirectory(prefix="edge-runtime-measure-") as directory:
+            for precision in args.precisions:
+                result = measure(model, precision, Path(directory), args.machine)
+                known = json.loads(args.out.read_text()) if args.out.exists() else {}
+                known[f"{model}-{precision}"] = result
+                args.out.write_text(json.dumps(known, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
