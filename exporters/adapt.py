@@ -198,12 +198,13 @@ class Encoder(nn.Module):
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
-    """Squared error over the variance of ``wanted``: 0 is perfect, 1 is no better than the mean
-    embedding.
+    """Squared error of embeddings [B, d, g, g] over their variance, mean over the images.
+
+    0 is perfect; 1 is no better than each image's mean embedding.
     """
     found, wanted = found.float(), wanted.float()
-    centred = wanted - wanted.mean((0, 2, 3), keepdim=True)
-    return (found - wanted).square().sum() / centred.square().sum().clamp(min=1e-12)
+    variance = (wanted - wanted.mean((2, 3), keepdim=True)).square().sum((1, 2, 3))
+    return ((found - wanted).square().sum((1, 2, 3)) / variance.clamp(min=1e-6)).mean()
 
 
 class Adaptation:

@@ -9,6 +9,7 @@ Training, export and evaluation are left to other modules.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 import tempfile
@@ -204,7 +205,7 @@ def save_checkpoint(sam: Sam, path: Path | str, made: Mapping[str, Any] | None =
         "order": sam.order,
         "adapted": bool(sam.adapted),
         "state_dict": {k: v.detach().cpu().contiguous() for k, v in sam.state_dict().items()},
-        "made": {**facts, **(made or {})},
+        "made": json.loads(json.dumps({**facts, **(made or {})})),  # plain types only
     }
     save_atomically(content, path)
 

@@ -84,7 +84,7 @@ def made_with(command: str) -> dict[str, str]:
     """Versions and command line, for provenance notes."""
     return {
         "command": command,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
     }

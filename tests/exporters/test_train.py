@@ -1,0 +1,213 @@
+"""The trainer: batches, losses, resolution, exact resume, and the command."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from engines.errors import CheckpointError
+from exporters.models import MODELS, build_from_spec, build_sam, load_checkpoint
+from exporters.training import (
+    ScenePool,
+    TrainConfig,
+    Trainer,
+    decode_batch,
+    iou_of,
+    joint_loss,
+    make_batch,
+    mask_losses,
+    resize_state,
+    spec_at,
+    tie_cross_attention,
+)
+
+MINUTE = TrainConfig(
+    steps=4, images=2, clicks=2, warmup_steps=1, low_size=64, low_window=2, low_until=0.75, pool=8
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_two_and_two_steps_equal_four(tmp_path):
+    """Bit for bit, across a checkpoint, the warm-up and the change of resolution."""
+    whole = Trainer(MINUTE)
+    figures = [whole.train_step() for _ in range(4)]
+    first = Trainer(MINUTE)
+    for _ in range(2):
+        first.train_step()
+    first.save(tmp_path / "state.pt")
+    second = Trainer.resume(tmp_path / "state.pt")
+    again = [second.train_step() for _ in range(2)]
+    assert [f.get("loss") for f in again] == [f.get("loss") for f in figures[2:]]
+    assert whole.spec.image_size == second.spec.image_size == 192
+    for name, value in whole.sam.state_dict().items():
+        assert torch.equal(value, second.sam.state_dict()[name]), name
+        assert torch.equal(whole.average[name], second.average[name]), name
+
+
+def test_steps_change_the_weights_and_another_seed_gives_others():
+    trainer, other = Trainer(MINUTE), Trainer(replace(MINUTE, seed=2))
+    before = {k: v.clone() for k, v in trainer.sam.state_dict().items()}
+    trainer.train_step()
+    trainer.train_step()
+    after = trainer.sam.state_dict()
+    moved = [k for k in before if not torch.equal(before[k], after[k])]
+    assert any(k.startswith("image_encoder.blocks.7") for k in moved)
+    assert any(k.startswith("mask_decoder") for k in moved)
+    assert not torch.equal(
+        before["image_encoder.pos_embed"], other.average["image_encoder.pos_embed"]
+    )
+
+
+def test_a_state_of_another_kind_is_refused(tmp_path):
+    torch.save({"format": "something"}, tmp_path / "state.pt")
+    with pytest.raises(CheckpointError, match="not the state of a training run"):
+        Trainer.resume(tmp_path / "state.pt")
+
+
+def test_batches_follow_the_step_and_their_clicks_lie_on_their_masks():
+    config = replace(MINUTE, images=4, clicks=3)
+    spec = spec_at(config, 0)
+    modes = set()
+    for step in range(12):
+        batch = make_batch(config, spec, ScenePool(1, spec.image_size, 100), step)
+        again = make_batch(config, spec, ScenePool(1, spec.image_size, 100), step)
+        assert torch.equal(batch.images, again.images)
+        assert torch.equal(batch.coords, again.coords)
+        assert batch.images.shape == (4, 3, 64, 64)
+        assert batch.masks.shape == (12, 32, 32)
+        cell = (batch.coords[:, 0] / 2).long()
+        on = batch.masks[torch.arange(12), cell[:, 1], cell[:, 0]]
+        assert (on > 0).all()
+        padded = batch.valid.repeat_interleave(3, 0) == 0
+        assert float((batch.masks * padded).max()) < 1
+        modes.add((batch.boxes is not None, batch.mask_input is not None, batch.coords.shape[1]))
+    assert len(modes) >= 2
+
+
+def test_decoding_in_batches_is_upstreams_decoder():
+    torch.manual_seed(0)
+    sam = build_sam("tiny")
+    embeddings = torch.randn(2, 128, 24, 24)
+    coords, labels = torch.rand(6, 2, 2) * 192, torch.tensor([[1, 0]] * 6)
+    masks = torch.randn(6, 1, 96, 96)
+    with torch.no_grad():
+        logits, iou = decode_batch(sam, embeddings, coords, labels, mask_input=masks)
+        for k in range(2):
+            part = slice(3 * k, 3 * k + 3)
+            sparse, dense = sam.prompt_encoder((coords[part], labels[part]), None, masks[part])
+            pe = sam.prompt_encoder.get_dense_pe()
+            wanted = sam.mask_decoder.predict_masks(embeddings[k : k + 1], pe, sparse, dense)
+            assert torch.allclose(logits[part], wanted[0], atol=1e-5)
+            assert torch.allclose(iou[part], wanted[1], atol=1e-5)
+
+
+def test_tied_attention_looks_at_the_place_of_the_click():
+    torch.manual_seed(0)
+    sam = build_sam("tiny")
+    tie_cross_attention(sam)
+    attention = sam.mask_decoder.transformer.layers[0].cross_attn_token_to_image
+    pe = sam.prompt_encoder.get_dense_pe()[0].flatten(1).T
+    with torch.no_grad():
+        scores = attention.q_proj(pe[300]) @ attention.k_proj(pe).T
+    assert int(scores.argmax()) == 300
+
+
+def test_losses_prefer_the_right_mask():
+    target = torch.zeros(1, 16, 16)
+    target[:, 4:9, 5:12] = 1
+    valid = torch.ones_like(target)
+    right = (target * 2 - 1)[:, None] * 8
+    logits = torch.cat([right, -right, torch.full_like(right, -8.0)], 1)
+    for balance in (0.0, 1.0):
+        losses = mask_losses(logits, target, valid, balance)[0]
+        assert losses[0] < 0.05 < losses[2] < losses[1]
+    assert iou_of(logits, target, valid)[0].tolist() == [1.0, 0.0, 0.0]
+
+
+def test_padding_has_no_say_in_the_loss():
+    target, valid = torch.zeros(1, 8, 8), torch.ones(1, 8, 8)
+    target[:, 2:5, 2:5] = 1
+    valid[:, :, 6:] = 0
+    logits = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    changed = logits.clone()
+    changed[..., 6:] = 50
+    iou = torch.zeros(1, 4)
+    one = joint_loss(logits, iou, target, valid, 0.5, 0.5)[0]
+    two = joint_loss(changed, iou, target, valid, 0.5, 0.5)[0]
+    assert torch.isclose(one, two)
+
+
+def test_position_tables_keep_their_course_at_another_resolution():
+    low = build_from_spec(MODELS["tiny"].at(144, 4))
+    with torch.no_grad():
+        line = torch.linspace(-1, 1, 18)
+        low.image_encoder.pos_embed.copy_(line[None, :, None, None].expand(1, 18, 18, 128))
+    state = resize_state(low.state_dict(), MODELS["tiny"])
+    build_sam("tiny").load_state_dict(state)
+    column = state["image_encoder.pos_embed"][0, :, 3, 0]
+    assert (column.diff() > 0).all()
+    same = resize_state(state, MODELS["tiny"])
+    assert all(torch.equal(same[k], state[k]) for k in state)
+
+
+def run_cli(*args, **kw):
+    command = [sys.executable, "-m", "edge_runtime.cli", "train", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, **kw)
+
+
+def test_the_command_is_interrupted_continued_and_done(tmp_path):
+    out = tmp_path / "run"
+    options = ["--out", str(out), "--images", "1", "--clicks", "1", "--threads", "1"]
+    options += ["--held-out", "1", "--save-every", "1000"]
+    command = [sys.executable, "-m", "edge_runtime.cli", "train", *options, "--steps", "100000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    log = out / "log.jsonl"
+    deadline = time.monotonic() + 200
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "the same command continues" in errors
+    reached = torch.load(out / "state.pt", weights_only=True)["step"]
+    assert reached >= 2
+
+    refused = run_cli(*options, "--seed", "5")
+    assert refused.returncode == 1
+    assert "--seed 1" in refused.stderr
+
+    done = run_cli(*options, "--steps", str(reached + 1))
+    assert done.returncode == 0, done.stderr
+    assert f"at step {reached} of {reached + 1}" in done.stderr
+    sam = load_checkpoint(out / "tiny-stock.pt", "tiny")
+    assert (sam.order, sam.adapted) == ("stock", False)
+    assert sam.image_encoder.img_size == 192
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if "lr" in line]
+    assert steps == list(range(1, reached + 2))
+
+
+def test_the_learning_rate_warms_up_and_decays():
+    trainer = Trainer(replace(MINUTE, steps=1000, warmup_steps=0, lr_warmup=10))
+    rates = []
+    for trainer.step in range(1000):
+        rates.append(trainer.learning_rate())
+    assert rates[0] < rates[5] < rates[9]
+    assert int(np.argmax(rates)) < 20
+    assert rates[-1] < 0.05 * max(rates)
