@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from edge_runtime.predictor import OffloadPredictor
 
 RESULT = "result.json"
-DRAWING_SIDE = 4096
+DRAWING_SIDE = 2048
 """Longest side of drawings, in pixels; masks are written at the photo's own size."""
 
 

@@ -63,10 +63,10 @@ def test_a_click_is_drawn_where_it_was_made() -> None:
 def test_every_size_can_be_drawn(size: tuple[int, int]) -> None:
     photo = np.zeros((*size, 3), np.uint8)
     prompts = [Prompt((Point(0, 0),)), Prompt(box=Box(0, 0, size[1], size[0]))]
-    step = -(-max(size) // 4096)
+    step = -(-max(size) // 2048)
     masks = [np.ones(size, bool)[::step, ::step]] * 2
     picture = render.overlay(photo, masks, prompts)
-    assert max(picture.size) <= 4096
+    assert max(picture.size) <= 2048
     windows = cut_of(photo)
     sheet = render.what_each_node_saw(
         photo, windows, GEOMETRY, report({"a": tuple(windows.window.tolist())})
