@@ -57,13 +57,18 @@ class TrainConfig:
     low_until: float = 0.52  # share of the steps
     fresh_scenes: int = 4  # new scenes a step
     pool: int = 3000  # most recent scenes a step draws from
+    offset: float = 0.0  # share of the schedules passed before the first step
     amp: bool = True
+
+    def progress(self, step: int) -> float:
+        """Where in the schedules this step is, 0 to 1."""
+        return self.offset + (1 - self.offset) * min(1.0, step / max(1, self.steps))
 
 
 def spec_at(config: TrainConfig, step: int) -> ModelSpec:
     """The model's geometry at this step."""
     spec = spec_of(config.model)
-    if config.low_size and step < config.low_until * config.steps:
+    if config.low_size and config.progress(step) < config.low_until:
         return spec.at(config.low_size, config.low_window)
     return spec
 
@@ -413,6 +418,12 @@ class Trainer:
         self.average = {k: v.detach().clone() for k, v in self.sam.state_dict().items()}
         self._attach()
 
+    def begin_from(self, sam: Sam) -> None:
+        """Take over the weights of a stock-order model of the same kind before the first step."""
+        state = resize_state(sam.state_dict(), self.spec)
+        self.sam.load_state_dict(state)
+        self.average = {k: v.detach().clone() for k, v in self.sam.state_dict().items()}
+
     def _attach(self) -> None:
         decay = [p for p in self._parameters() if p.ndim > 1]
         plain = [p for p in self._parameters() if p.ndim <= 1]
@@ -458,13 +469,13 @@ class Trainer:
         """Warm-up, then a cosine; the joint phase warms up again."""
         c = self.config
         since = self.step if self.step < c.warmup_steps else self.step - c.warmup_steps
-        progress = min(1.0, self.step / max(1, c.steps))
+        progress = c.progress(self.step)
         cosine = c.lr_end + (c.lr - c.lr_end) * 0.5 * (1 + math.cos(math.pi * progress))
         return cosine * min(1.0, (since + 1) / max(1, c.lr_warmup))
 
     def balance(self) -> float:
         """Weight of the class-balanced BCE at this step: 1 at first, 0.2 from the middle on."""
-        progress = self.step / max(1, self.config.steps)
+        progress = self.config.progress(self.step)
         return float(np.interp(progress, (0.25, 0.5), (1.0, 0.2)))
 
     def agreement(self) -> float:
@@ -473,7 +484,7 @@ class Trainer:
         The scenes are hardly ambiguous: with three masks far apart, choosing by predicted IoU lost
         more than the best of them gained (0.799 chosen, 0.814 for the single mask).
         """
-        progress = self.step / max(1, self.config.steps)
+        progress = self.config.progress(self.step)
         return float(np.interp(progress, (0.45, 0.55, 0.72, 0.78), (0.13, 0.5, 0.5, 0.9)))
 
     def train_step(self) -> dict[str, float]:

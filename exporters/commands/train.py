@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 _DESCRIPTION = """\
 Train the model `tiny` (2.6 M parameters, SAM's architecture) from scratch on procedurally generated
@@ -16,6 +17,7 @@ examples:
   edge-runtime train --out runs/tiny                    about an hour on 2 cores
   edge-runtime train --out runs/tiny --steps 8000       continue it with a larger budget
   edge-runtime train --out runs/try --steps 600 --seed 7
+  edge-runtime train --out runs/more --weights tiny-stock.pt --steps 6000 --seed 2
 
 what is in the directory:
   state.pt       full state of the run      tiny-stock.pt  weights (running average) when done
@@ -30,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = _DESCRIPTION, _EPILOG
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="directory of the run")
+    add("--weights", type=Path, metavar="FILE", help="begin a new run from these weights")
     add("--steps", type=int, metavar="N", help="optimiser steps in all (default 4600)")
     add("--seed", type=int, metavar="N", help="seed of weights and scenes (default 1)")
     add("--images", type=int, metavar="N", help="images a step (default 12)")
@@ -50,14 +53,14 @@ def run(args: argparse.Namespace) -> int:
 
     from engines.errors import ConfigError
     from exporters.evaluate import evaluate, held_out_scenes
-    from exporters.models import save_checkpoint
+    from exporters.models import STOCK, load_checkpoint, save_checkpoint
     from exporters.runs import Interrupt, choose_device, made_with, progress_bar, say
     from exporters.training import TrainConfig, Trainer
 
     if args.threads:
         torch.set_num_threads(args.threads)
     device = choose_device(args.device)
-    given = {
+    given: dict[str, Any] = {
         name: value
         for name in ("steps", "seed", "images", "clicks", "lr")
         if (value := getattr(args, name)) is not None
@@ -78,8 +81,15 @@ def run(args: argparse.Namespace) -> int:
             )
         say(f"continuing {args.out} at step {trainer.step} of {trainer.config.steps}")
     else:
+        begin = None if args.weights is None else load_checkpoint(args.weights, "tiny")
+        if begin is not None:
+            if begin.order != STOCK:
+                raise ConfigError(f"{args.weights} is reordered; --weights wants stock order")
+            given.update(offset=0.6, warmup_steps=0)  # full resolution, a lower learning rate
         args.out.mkdir(parents=True, exist_ok=True)
         trainer = Trainer(TrainConfig(**given), device)
+        if begin is not None:
+            trainer.begin_from(begin)
     scenes = list(held_out_scenes(args.held_out, first=500_000))
     config = trainer.config
 

@@ -73,6 +73,18 @@ def test_steps_change_the_weights_and_another_seed_gives_others():
     )
 
 
+def test_a_run_may_begin_from_weights():
+    torch.manual_seed(5)
+    sam = build_sam("tiny")
+    trainer = Trainer(replace(MINUTE, steps=100, offset=0.8, warmup_steps=0))
+    trainer.begin_from(sam)
+    assert trainer.spec == MODELS["tiny"]
+    wanted = sam.state_dict()
+    assert all(torch.equal(v, wanted[k]) for k, v in trainer.result().state_dict().items())
+    assert "iou" in trainer.train_step()
+    assert trainer.learning_rate() < 0.2 * MINUTE.lr
+
+
 def test_a_state_of_another_kind_is_refused(tmp_path):
     torch.save({"format": "something"}, tmp_path / "state.pt")
     with pytest.raises(CheckpointError, match="not the state of a training run"):
