@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -131,7 +132,7 @@ def _steps(adaptation: Adaptation, state: Path, save_every: int) -> bool:
     import torch
 
     from exporters.adapt import smoothed
-    from exporters.runs import Interrupt, progress_bar
+    from exporters.runs import Interrupt, progress_bar, say
 
     steps, ranks = adaptation.config.steps, adaptation.ranks
     quiet = ranks.rank != 0
@@ -146,6 +147,9 @@ def _steps(adaptation: Adaptation, state: Path, save_every: int) -> bool:
                 stop = bool(flag.item())
             if ranks.rank == 0 and (stop or adaptation.step % save_every == 0):
                 adaptation.save(state)
+                if not sys.stderr.isatty():  # a log file gets lines instead of the moving bar
+                    error = smoothed(adaptation.losses)
+                    say(f"step {adaptation.step} of {steps}: relative error {error:.4f}")
             if stop and adaptation.step < steps:
                 return False
     return True
