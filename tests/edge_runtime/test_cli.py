@@ -143,7 +143,7 @@ def test_missing_torch_is_no_traceback_in_a_real_process() -> None:
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: this command needs torch, which is not installed")
+    assert last.startswith("error: this command needs ")
     assert last.endswith("pip install 'edge-runtime[export]'")
 
 
