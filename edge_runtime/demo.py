@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_runtime.segmentation import Object, Point, Prompt, dumps, segment
-from engines.errors import ConfigError, EdgeRuntimeError
+from engines.errors import ConfigError, EdgeRuntimeError, OffloadError
 
 if TYPE_CHECKING:
     from edge_runtime.config import EdgeConfig
@@ -173,8 +173,13 @@ def _offloaded(config: EdgeConfig, bundle: Path) -> tuple[Run, dict[str, Any], d
     image = load_image(PHOTO)
     masks: list[np.ndarray] = []
     with OffloadPredictor(config, bundle=bundle, device="cpu") as predictor:
+        # Before the clock starts: open this side's engines, as the nodes have, and connect.
         for stage in ("tail", "decoder"):
-            predictor.pipeline.engine(stage)  # opened before the clock starts, like the nodes'
+            predictor.pipeline.engine(stage)
+        assert predictor.offloader is not None
+        for node in predictor.offloader.status(_START_S):
+            if not node.usable:
+                raise OffloadError(f"node {node.name} cannot be used: {node.detail}")
         found = segment(predictor, image, PROMPTS, each=lambda _, o: masks.append(o.masks[0]))
         offload, windows, tokens = predictor.report, predictor.windows, predictor.stack_outputs
         assert offload is not None
