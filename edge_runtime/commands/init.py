@@ -173,11 +173,12 @@ def _warning(config: EdgeConfig) -> str | None:
     share = best_share(areas, range(geometry.windows), side, len(config.nodes))
     if share is None or share <= config.max_exposure:
         return None
-    least = min(1.0, math.ceil(share * 100) / 100)
+    count = len(config.nodes)
     return (
-        f"with {len(config.nodes)} node(s), one sees {least:g} or more of a square picture, and "
-        f"max_exposure {config.max_exposure:g} forbids that: pictures will be refused. Add nodes, "
-        'raise max_exposure, or set fallback = "local"'
+        f"with {count} {'node' if count == 1 else 'nodes'}, one of them sees at least "
+        f"{math.ceil(share * 100)} % of a square picture, and max_exposure "
+        f"{config.max_exposure:g} forbids that: pictures will be refused. Add nodes, raise "
+        'max_exposure, or set fallback = "local"'
     )
 
 
