@@ -92,7 +92,11 @@ def overlay(
 
 
 def what_each_node_saw(
-    photo: np.ndarray, windows: Windows, geometry: Geometry, report: OffloadReport
+    photo: np.ndarray,
+    windows: Windows,
+    geometry: Geometry,
+    report: OffloadReport,
+    hidden: bool = False,
 ) -> Image.Image:
     """Side by side: the photo, and for each node the windows it was sent, the rest black.
 
@@ -101,6 +105,7 @@ def what_each_node_saw(
         windows: of the photo; the panels show the very pixels the nodes were sent.
         geometry: of the bundle.
         report: who was sent what.
+        hidden: the nodes got hidden states of the windows, not the pixels that are drawn.
     """
     small = _reassembled(windows, geometry)
     height, width = windows.size
@@ -111,7 +116,10 @@ def what_each_node_saw(
     panels = [("The photo", "stays on the edge; no node sees the whole", _photo_panel(photo, size))]
     for node in report.nodes:
         count = len(node.windows)
-        detail = f"{count} of {report.windows_total} windows, {node.exposure:.0%} of the picture"
+        form = " as hidden states" if hidden else ""
+        detail = (
+            f"{count} of {report.windows_total} windows{form}, {node.exposure:.0%} of the picture"
+        )
         seen = _panel(small, windows, geometry, node.windows, size, scale)
         panels.append((f"What {node.name} saw", detail, seen))
     if report.home:

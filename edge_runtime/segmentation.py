@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -394,7 +394,11 @@ def write(
         render.overlay(image, found.drawn, prompts).save(scratch / "overlay.png")
         if predictor.report is not None and predictor.windows is not None:
             picture = render.what_each_node_saw(
-                image, predictor.windows, predictor.bundle.geometry, predictor.report
+                image,
+                predictor.windows,
+                predictor.bundle.geometry,
+                predictor.report,
+                hidden=predictor.bundle.has("head"),
             )
             picture.save(scratch / "what-each-node-saw.png")
         report = {"photo": photo, **found.report}
@@ -404,7 +408,7 @@ def write(
 
 def dumps(report: dict[str, Any]) -> str:
     """A report as JSON with lists of numbers on one line each."""
-    text = json.dumps(report, indent=2, ensure_ascii=False)
+    text = json.dumps(report, indent=2)
     lists = re.compile(r"\[\n\s+([-0-9.e+,\s]+?)\s+\]")
     return lists.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text) + "\n"
 
@@ -435,6 +439,7 @@ def check_folder(folder: Path, overwrite: bool) -> None:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A scratch folder that takes the place of ``folder`` at the end, or vanishes on any error."""
     folder = folder.absolute()
+    made = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
     old: Path | None = None
@@ -457,3 +462,6 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         for leftover in (scratch, old):
             if leftover is not None:
                 shutil.rmtree(leftover, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()  # does nothing if the folder is in it

@@ -38,10 +38,10 @@ def children(pid: int) -> set[int]:
 
 
 @pytest.fixture(scope="module")
-def finished(random_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that the command left, run with random weights."""
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the command left."""
     out = tmp_path_factory.mktemp("demo") / "out"
-    assert main(["demo", "--bundle", str(random_bundle), "--out", str(out)]) == 0
+    assert main(["demo", "--out", str(out)]) == 0
     return out
 
 
@@ -61,7 +61,7 @@ def test_the_report_says_what_was_promised(report: dict[str, Any]) -> None:
     assert report["max_exposure"] == max(node["share_of_image"] for node in report["nodes"])
     assert report["bytes_up"] >= report["windows_sent"] * 32 * 40 * 3
     assert report["bytes_down"] == sum(node["bytes_down"] for node in report["nodes"]) > 0
-    assert 0 <= report["mask_iou"] <= 1
+    assert report["mask_iou"] > 0.75  # three of the coins; all of them: docs/results
     assert report["mask_iou"] == pytest.approx(np.mean(report["mask_iou_per_click"]))
     latency = report["latency_ms"]
     assert set(latency["nodes"]) == {"alpha", "beta", "gamma"}
@@ -89,9 +89,7 @@ def test_no_node_is_left_running(finished: Path) -> None:
     assert not [command for command in commands if b"edge-runtime-demo-" in command]
 
 
-def test_one_corrupted_token_is_noticed(
-    random_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_corrupted_token_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One bit of one number of one token, in what the nodes returned."""
     real = demo._offloaded
 
@@ -102,7 +100,7 @@ def test_one_corrupted_token_is_noticed(
         return demo.Run(tokens, run.masks), found, pictures
 
     monkeypatch.setattr(demo, "_offloaded", corrupted)
-    assert main(["demo", "--bundle", str(random_bundle), "--out", str(tmp_path)]) == 1
+    assert main(["demo", "--out", str(tmp_path)]) == 1
     assert json.loads((tmp_path / "report.json").read_text())["identical_to_local"] is False
 
 
@@ -147,12 +145,10 @@ def test_the_verdict_names_what_is_wrong(change: dict[str, Any], words: str) -> 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_nodes_too(
-    random_bundle: Path, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_a_signal_ends_the_nodes_too(tmp_path: Path, number: signal.Signals) -> None:
     scratch = tmp_path / "tmp"
     scratch.mkdir()
-    command = [sys.executable, "-m", "edge_runtime.cli", "demo", "--bundle", str(random_bundle)]
+    command = [sys.executable, "-m", "edge_runtime.cli", "demo"]
     process = subprocess.Popen(
         [*command, "--out", str(tmp_path / "out")],
         cwd=ROOT,
@@ -176,7 +172,7 @@ def test_a_signal_ends_the_nodes_too(
 
 
 def test_a_node_that_does_not_start_is_named_and_the_others_are_ended(
-    random_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = subprocess.Popen
     started: list[subprocess.Popen[bytes]] = []
@@ -189,7 +185,7 @@ def test_a_node_that_does_not_start_is_named_and_the_others_are_ended(
 
     monkeypatch.setattr(subprocess, "Popen", breaking)
     with pytest.raises(EdgeRuntimeError, match=r"node beta ended before it served.*--threads 0"):
-        demo.run_demo(tmp_path / "out", bundle=random_bundle, say=lambda text: None)
+        demo.run_demo(tmp_path / "out", say=lambda text: None)
     assert len(started) == 3
     assert all(process.poll() is not None for process in started)
     assert not (tmp_path / "out").exists()

@@ -147,6 +147,16 @@ def test_an_error_leaves_the_old_folder_and_nothing_else(
     assert os.listdir(tmp_path) == ["result"]
 
 
+def test_an_error_leaves_no_parent_folders_either(tmp_path: Path) -> None:
+    def fail() -> None:
+        with segmentation.whole_folder(tmp_path / "a" / "b" / "result"):
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert os.listdir(tmp_path) == []
+
+
 def test_replacing_a_folder_keeps_nothing_of_the_old_one(tmp_path: Path) -> None:
     folder = tmp_path / "result"
     folder.mkdir()
