@@ -116,7 +116,7 @@ def export(
         images = sample_images(stages.geometry_of(sam))
         samples = [make_sample(sam, image, head_blocks) for image in images]
         manifest = _manifest(sam, order, precision, head_blocks, checkpoint, out, node_only)
-        twin = msgspec.structs.replace(manifest, precision="fp32")
+        twin = msgspec.structs.replace(manifest, precision="fp32", stages={}, golden=())
         tolerance, rows = verify.TOLERANCES[precision], []
 
         def judge(row: verify.Row) -> None:
@@ -140,7 +140,7 @@ def export(
         bundle = Bundle.load(work)
         if not node_only:
             if precision == "bf16":
-                write_manifest(scratch, msgspec.structs.replace(twin, golden=()))
+                write_manifest(scratch, twin)
                 judge(verify.verify_bundle(Bundle.load(scratch), samples[0], tolerance))
             else:
                 judge(verify.verify_bundle(bundle, samples[0], tolerance))
@@ -268,11 +268,12 @@ def _directory(out: Path, needed: int) -> Iterator[tuple[Path, Path]]:
         _refuse_existing(out)
         made[0].rename(out)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        # numpy, which writes the large weights, keeps the reason of a short write to itself.
+        if error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ExportError(
-                f"no room for {out}: {error.strerror}; make room or choose another --out"
+                f"no room for {out}: {error.strerror or error}; make room or choose another --out"
             ) from error
-        raise ExportError(f"cannot write {out}: {error.strerror or error}") from error
+        raise ExportError(f"cannot write {out}: {error.strerror}") from error
     finally:
         with _uninterrupted():
             for path in made:

@@ -1,0 +1,386 @@
+"""Exports through the library and the command: what is written, and that failures leave nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+from edge_runtime.cli import main
+from engines.bundle import Bundle
+from engines.errors import CheckpointError, ExportError
+from engines.ort import OrtEngine
+from engines.pipeline import Pipeline
+from engines.windows import cut
+from exporters import export as export_module
+from exporters import onnx_export, verify
+from exporters.export import GOLDEN, UNADAPTED, Watcher, export
+from exporters.golden import synthetic_image
+from exporters.models import load_checkpoint, reorder, save_checkpoint, weights_hash
+from exporters.verify import TOLERANCES, Tolerance
+
+OPERATORS = {  # what TensorRT's parser is known to take; OneHot, Tile, If, Loop and NonZero are not
+    *("Add", "And", "Attention", "Cast", "Concat", "Conv", "Cos", "Div", "Equal", "Expand"),
+    *("Gather", "Gelu", "Gemm", "Greater", "LayerNormalization", "Less", "MatMul", "Mul", "Pad"),
+    *("Relu", "Reshape", "Shape", "Sin", "Slice", "Softmax", "Squeeze", "Sub", "Transpose"),
+    *("Unsqueeze", "Where"),
+}
+
+
+@pytest.fixture
+def room(tmp_path: Path) -> Iterator[Path]:
+    """A directory in which a failed export has to leave nothing."""
+    room = tmp_path / "room"
+    room.mkdir()
+    yield room
+    assert list(room.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def adapted(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that says it was reordered and adapted."""
+    sam = reorder(load_checkpoint(random_checkpoint))
+    sam.adapted = True
+    path = tmp_path_factory.mktemp("adapted") / "adapted.pt"
+    save_checkpoint(sam, path)
+    return path
+
+
+# What is written
+
+
+def test_manifest(random_bundle: Path, random_checkpoint: Path) -> None:
+    bundle = Bundle.load(random_bundle)
+    bundle.verify_hashes()
+    manifest = bundle.manifest
+    assert (manifest.model, manifest.order, manifest.precision) == ("tiny", "reordered", "fp32")
+    assert manifest.head_blocks is None
+    assert not manifest.adapted
+    assert list(manifest.stages) == ["stack", "tail", "decoder"]
+    assert manifest.weights_sha256 == weights_hash(reorder(load_checkpoint(random_checkpoint)))
+    assert manifest.made["command"].startswith("edge-runtime export --model tiny --checkpoint tiny")
+    assert oct(random_bundle.stat().st_mode & 0o777) == oct(0o777 & ~_umask())
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def test_nothing_tells_of_the_machine(random_bundle: Path) -> None:
+    places = [str(Path.cwd()), str(Path.home()), str(random_bundle.parent), "site-packages"]
+    for file in random_bundle.rglob("*"):
+        if file.is_file():
+            content = file.read_bytes()
+            assert [p for p in places if p.encode() in content] == [], file
+
+
+def test_graphs_hold_what_engines_take(random_bundle: Path) -> None:
+    bundle = Bundle.load(random_bundle)
+    for name in bundle.manifest.stages:
+        model = ir.load(bundle.stage_path(name))
+        assert dict(model.opset_imports) == {"": 23}
+        assert {n.op_type for n in model.graph.all_nodes()} <= OPERATORS, name
+        if name != "decoder":
+            fused = [n for n in model.graph if n.op_type == "Attention"]
+            assert len(fused) == 4
+            for node in fused:
+                shapes = {tuple(v.shape or ())[-1] for v in node.inputs}
+                assert len(shapes) == 1, "q, k and v of one width"
+                assert shapes.pop() % 8 == 0
+
+
+def test_golden_sample_can_be_replayed(random_bundle: Path) -> None:
+    bundle = Bundle.load(random_bundle)
+    assert bundle.manifest.golden == (GOLDEN,)
+    with np.load(random_bundle / GOLDEN, allow_pickle=False) as golden:
+        for name, stage in bundle.manifest.stages.items():
+            with OrtEngine(bundle.stage_path(name), threads=1, device="cpu") as engine:
+                found = engine.run({s.name: golden[f"{name}.{s.name}"] for s in stage.inputs})
+            for output in stage.outputs:
+                wanted = golden[f"{name}.{output.name}"]
+                assert float(np.abs(wanted).max()) > 0.01
+                np.testing.assert_allclose(found[output.name], wanted, atol=3e-5)
+
+
+def test_tokens_do_not_depend_on_batch_or_threads(random_bundle: Path) -> None:
+    """Bit for bit: what makes an offloaded result equal to a local one."""
+    bundle = Bundle.load(random_bundle)
+    windows = cut(synthetic_image(192, 192, seed=8), bundle.geometry)
+    assert len(windows) == 25
+    results = []
+    for threads in (1, 2):
+        with Pipeline(bundle, threads=threads, device="cpu") as pipeline:
+            feeds = pipeline.leave_home(windows)
+            results += [pipeline.stack(feeds, batch)["tokens"] for batch in (None, 9, 8, 1)]
+    for other in results[1:]:
+        np.testing.assert_array_equal(other, results[0])
+    assert len(np.unique(results[0])) > 1000
+
+
+@pytest.mark.parametrize(("p", "k"), [(1, 0), (1, 1), (4, 0), (5, 7)])
+def test_decoder_takes_any_number_of_prompts(random_bundle: Path, p: int, k: int) -> None:
+    bundle = Bundle.load(random_bundle)
+    g, rng = bundle.geometry, np.random.default_rng(p + k)
+    with Pipeline(bundle, threads=1, device="cpu") as pipeline:
+        logits, iou = pipeline.decode(
+            rng.normal(size=(1, g.out_chans, g.grid, g.grid)).astype(np.float32),
+            (rng.random((p, k, 2)) * g.image_size).astype(np.float32),
+            rng.integers(-1, 4, (p, k)).astype(np.float32),
+            np.zeros((p, 1, g.low_res, g.low_res), np.float32),
+            np.zeros(p, np.float32),
+        )
+    assert logits.shape == (p, 4, g.low_res, g.low_res)
+    assert iou.shape == (p, 4)
+    assert np.isfinite(logits).all()
+
+
+def test_stock_order_is_the_original_function(random_checkpoint: Path, tmp_path: Path) -> None:
+    result = export(random_checkpoint, tmp_path / "stock", order="stock")
+    assert list(result.bundle.manifest.stages) == ["encoder", "decoder"]
+    assert [row.stage for row in result.rows] == ["encoder", "decoder", "end to end"]
+    assert result.notes == ()
+    image = synthetic_image(101, 192, seed=4)
+    sam = load_checkpoint(random_checkpoint)
+    with torch.no_grad():
+        square = sam.preprocess(torch.from_numpy(image).permute(2, 0, 1)[None].float())
+        wanted = sam.image_encoder(square).numpy()
+    with Pipeline(result.bundle, threads=1, device="cpu") as pipeline:
+        found = pipeline.embed(cut(image, result.bundle.geometry))
+    np.testing.assert_allclose(found, wanted, atol=3e-5)
+
+
+def test_node_bundle_has_the_same_stack(
+    random_checkpoint: Path, random_bundle: Path, tmp_path: Path
+) -> None:
+    """Exported twice, the stack is the same byte for byte, so edge and node agree on its hash."""
+    node = export(random_checkpoint, tmp_path / "node", node_only=True).bundle
+    assert list(node.manifest.stages) == ["stack"]
+    assert node.manifest.stages["stack"] == Bundle.load(random_bundle).manifest.stages["stack"]
+    with np.load(node.path / GOLDEN) as golden:
+        assert {name.split(".")[0] for name in golden.files} == {"stack"}
+
+
+def test_large_weights_lie_beside_the_graph(
+    random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_export, "EXTERNAL_FROM", 1 << 20)
+    bundle = export(random_checkpoint, tmp_path / "b", node_only=True).bundle
+    assert sorted(bundle.stage("stack").files) == ["stack.onnx", "stack.onnx.data"]
+    assert (bundle.path / "stack.onnx").stat().st_size < 1 << 20
+    bundle.verify_hashes()
+
+
+def test_bf16_with_a_head(adapted: Path, tmp_path: Path) -> None:
+    steps: list[str] = []
+
+    class Recorder(Watcher):
+        def begin(self, steps_to_come: int) -> None:
+            steps.append(str(steps_to_come))
+
+        def step(self, text: str) -> None:
+            steps.append(text)
+
+    result = export(adapted, tmp_path / "b", precision="bf16", head_blocks=1, watcher=Recorder())
+    manifest = result.bundle.manifest
+    assert manifest.adapted
+    assert manifest.head_blocks == 1
+    assert list(manifest.stages) == ["head", "stack", "tail", "decoder"]
+    hidden = manifest.stages["stack"].inputs[0]
+    assert (hidden.name, hidden.dtype) == ("hidden", "bfloat16")
+    result.bundle.verify_hashes()
+    assert [row.stage for row in result.rows][-1] == "end to end"
+    assert result.rows[1].max_abs > 1e-4, "rounded weights must show"
+    assert any("float32 graphs" in note for note in result.notes)
+    assert UNADAPTED not in result.notes
+    assert len(steps) - 1 == int(steps[0])
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+    with np.load(result.bundle.path / GOLDEN) as golden:
+        assert golden["stack.hidden"].dtype == np.uint16
+        assert golden["stack.tokens"].dtype == np.float32
+
+
+# The command
+
+
+def test_command_prints_parity_and_what_to_do_next(
+    random_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "fp16"
+    arguments = ["--model", "tiny", "--checkpoint", str(random_checkpoint), "--out", str(out)]
+    assert main(["export", *arguments, "--precision", "fp16"]) == 0
+    said = capsys.readouterr()
+    for word in ("stack", "tail", "decoder", "end to end", "cosine", "max abs", "mask IoU"):
+        assert word in said.out
+    assert "run `edge-runtime adapt`" in said.out
+    assert f"--bundle {out}" in said.out
+    assert "[3/6] writing and verifying stack" in said.err
+    bundle = Bundle.load(out)
+    assert bundle.manifest.stages["stack"].outputs[0].dtype == "float16"
+    assert main(["export", *arguments]) == 1
+    assert (
+        capsys.readouterr()
+        .err.strip()
+        .endswith(f"error: {out} exists; remove it or choose another --out")
+    )
+
+
+def test_command_as_json(adapted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "node"
+    arguments = ["--checkpoint", str(adapted), "--out", str(out), "--for", "node", "--json"]
+    assert main(["export", *arguments]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["adapted"] is True
+    assert facts["stages"]["stack"]["sha256"] == Bundle.load(out).stage("stack").sha256
+    assert [row["stage"] for row in facts["verification"]] == ["stack"]
+    assert facts["verification"][0]["passed"] is True
+    assert facts["peak_rss_mib"] > 100
+
+
+def test_help_teaches_without_torch() -> None:
+    code = (
+        "import sys; from edge_runtime.cli import main; main(['export', '--help']); "
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "edge-runtime export --model vit_b --checkpoint" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+# Refusals: one clear line and nothing left
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"order": "stock", "head_blocks": 1}, "--head-blocks splits reordered bundles"),
+        ({"order": "stock", "node_only": True}, "--for node needs a stack"),
+        ({"head_blocks": 4}, "tiny has 4 window blocks.*give 0 to 3"),
+        ({"head_blocks": -1}, "give 0 to 3"),
+    ],
+)
+def test_contradictory_requests(
+    random_checkpoint: Path, room: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ExportError, match=message):
+        export(random_checkpoint, room / "b", **options)
+
+
+def test_adapted_weights_in_stock_order_are_refused(adapted: Path, room: Path) -> None:
+    with pytest.raises(ExportError, match="reordered blocks; they make no sense in stock order"):
+        export(adapted, room / "b", order="stock")
+
+
+def test_wrong_model_and_truncated_checkpoint(
+    random_checkpoint: Path, room: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match="looks like tiny, not vit_b; use --model tiny"):
+        export(random_checkpoint, room / "b", model="vit_b")
+    cropped = tmp_path / "cropped.pt"
+    cropped.write_bytes(random_checkpoint.read_bytes()[:300_000])
+    with pytest.raises(CheckpointError, match="truncated"):
+        export(cropped, room / "b")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        export(tmp_path / "none.pt", room / "b")
+
+
+@pytest.mark.parametrize("kind", ["directory", "file", "dangling link"])
+def test_existing_output_is_left_alone(random_checkpoint: Path, tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "b"
+    if kind == "directory":
+        out.mkdir()
+    elif kind == "file":
+        out.write_text("mine")
+    else:
+        out.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ExportError, match="exists; remove it or choose another --out"):
+        export(random_checkpoint, out)
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+    assert kind != "file" or out.read_text() == "mine"
+
+
+def test_missing_parent_directory(random_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"cannot write .*No such file or directory"):
+        export(random_checkpoint, tmp_path / "none" / "b", node_only=True)
+
+
+def test_stage_that_misses_its_tolerance(
+    random_checkpoint: Path, room: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TOLERANCES, "fp32", Tolerance(cosine=0.9, error=1e-12, mask_iou=0.9))
+    seen: list[verify.Row] = []
+
+    class Recorder(Watcher):
+        def row(self, row: verify.Row) -> None:
+            seen.append(row)
+
+    with pytest.raises(ExportError, match=r"stack differs from the original in fp32: relative err"):
+        export(random_checkpoint, room / "b", watcher=Recorder())
+    assert [(row.stage, row.passed) for row in seen] == [("stack", False)]
+
+
+def test_fp16_that_overflows(random_checkpoint: Path, room: Path, tmp_path: Path) -> None:
+    sam = load_checkpoint(random_checkpoint)
+    with torch.no_grad():
+        sam.image_encoder.blocks[2].mlp.lin2.bias.fill_(1e5)
+    save_checkpoint(sam, tmp_path / "huge.pt")
+    with pytest.raises(ExportError, match=r"stack gives NaN or Inf in fp16; .* --precision bf16"):
+        export(tmp_path / "huge.pt", room / "b", precision="fp16", node_only=True)
+
+
+def test_disk_too_small(
+    random_checkpoint: Path, room: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "_bytes_needed", lambda *_: 1 << 60)
+    with pytest.raises(ExportError, match=r"no room for .*b: about 1152921504\.61 GB are needed"):
+        export(random_checkpoint, room / "b")
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_disk_fills_up(
+    random_checkpoint: Path, room: Path, monkeypatch: pytest.MonkeyPatch, external: bool
+) -> None:
+    """A limit on file size stands in for a full disk: both fail in the middle of a write."""
+    monkeypatch.setattr(onnx_export, "EXTERNAL_FROM", 1 if external else 1 << 40)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(ExportError, match=r"no room for .*b: .*; make room or choose"):
+            export(random_checkpoint, room / "b", node_only=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted(random_checkpoint: Path, room: Path, stop: int, code: int) -> None:
+    command = [sys.executable, "-m", "edge_runtime.cli", "export"]
+    command += ["--checkpoint", str(random_checkpoint), "--out", str(room / "b")]
+    # A test run started in the background hands down SIGINT as ignored.
+    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "writing and verifying tail" in line:  # the stack has been written
+            break
+    assert list(room.glob(".b.partial-*/stack.onnx")), "nothing to clean up: test proves nothing"
+    process.send_signal(stop)
+    time.sleep(0.2)
+    process.send_signal(stop)  # impatience must not break the clean-up
+    _, rest = process.communicate(timeout=200)
+    assert process.returncode in (code, -stop), rest  # -stop: hit again when all was done
+    assert "Traceback" not in rest
