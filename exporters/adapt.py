@@ -40,6 +40,7 @@ from exporters.models import (
 )
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+_READERS = min(4, max(1, (os.cpu_count() or 2) // 2))  # threads; the rest of the CPU may compute
 STATE_FORMAT = "edge-runtime-adapt"
 
 
@@ -101,16 +102,20 @@ class Folder:
 
 
 class Scenes:
-    """Procedural training scenes as an endless sequence of images."""
+    """Procedural training scenes as an endless sequence of images: ``count`` scenes over again."""
 
-    def __init__(self, seed: int, size: int) -> None:
-        self.seed, self.size = seed, size
+    def __init__(self, seed: int, size: int, count: int = 2000) -> None:
+        self.seed, self.size, self.count = seed, size, count
+        self._made: dict[int, np.ndarray] = {}
 
     def image(self, number: int) -> np.ndarray:
         """Scene ``number``, uint8 [size, size, 3]."""
         from exporters.scenes import make_scene
 
-        return make_scene(self.seed * 1_000_000 + number, self.size).image
+        number %= self.count
+        if number not in self._made:
+            self._made[number] = make_scene(self.seed * 1_000_000 + number, self.size).image
+        return self._made[number]
 
 
 @lru_cache(maxsize=4)
@@ -252,7 +257,7 @@ class Adaptation:
         )
         self.step = 0
         self.losses: list[float] = []
-        self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="images")
+        self._threads = ThreadPoolExecutor(_READERS, thread_name_prefix="images")
         self._next: tuple[int, list[Future[Tensor]]] | None = None
 
     def _one(self, number: int) -> Tensor:
