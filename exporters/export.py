@@ -258,8 +258,8 @@ def _directory(out: Path, needed: int) -> Iterator[tuple[Path, Path]]:
         free = shutil.disk_usage(out.parent).free
         if free < needed:
             raise ExportError(
-                f"no room for {out}: about {needed / 1e9:.2f} GB are needed, "
-                f"{free / 1e9:.2f} GB are free; make room or choose another --out"
+                f"no room for {out}: about {needed / 1e6:,.0f} MB are needed, "
+                f"{free / 1e6:,.0f} MB are free; make room or choose another --out"
             )
         yield made[0], made[1]
         umask = os.umask(0)
