@@ -56,7 +56,7 @@ class AllowList:
         try:
             mode = self.folder.stat().st_mode
             entries = sorted(
-                (e.name, e.stat().st_mtime_ns, e.stat().st_size, e.inode())
+                _stamp(e)
                 for e in os.scandir(self.folder)
                 if e.name.endswith(".pub") and not e.name.startswith(".")
             )
@@ -86,6 +86,14 @@ class AllowList:
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def _stamp(entry: os.DirEntry[str]) -> tuple[str, int, int, int]:
+    """What changes when a key file does. A link to nowhere is a file to tell of, not an error."""
+    with contextlib.suppress(OSError):
+        status = entry.stat()
+        return entry.name, status.st_mtime_ns, status.st_size, status.st_ino
+    return entry.name, 0, 0, 0
 
 
 class Authenticator:

@@ -16,7 +16,7 @@ import zmq.asyncio
 from engines.errors import KeyFileError
 from transport import sockets
 from transport.auth import AllowList, Authenticator
-from transport.keys import KeyPair
+from transport.keys import KeyPair, write_public
 from transport.messages import StageLimits
 
 NewPair = Callable[[str], KeyPair]
@@ -41,18 +41,23 @@ async def _serving(
         ctx.destroy(linger=0)
 
 
-async def _admitted(
-    ctx: Any, server: Any, node: KeyPair, pair: KeyPair, limits: Any, within_s: float = 0.4
-) -> str | None:
-    """The name a client was let in under, None if it could not send within that time."""
-    client = sockets.client(ctx, server.last_endpoint.decode(), node.public, pair, limits)
+async def _admitted(ctx: Any, server: Any, node: KeyPair, pair: KeyPair, limits: Any) -> str | None:
+    """The name a client was let in under, None if its handshake was refused."""
+    endpoint = server.last_endpoint.decode()
+    client = sockets.client(ctx, endpoint, node.public, pair, limits, connect=False)
+    watcher = sockets.watch(client, endpoint, first_retry_s=0.1)
     try:
-        await asyncio.wait_for(client.send(b"hello"), within_s)
-        frames = await asyncio.wait_for(server.recv_multipart(copy=False), 5)
+        event = await asyncio.wait_for(anext(watcher), 30)
+        while event.reason == sockets.NO_ANSWER:  # this machine was too slow: tried again
+            event = await asyncio.wait_for(anext(watcher), 30)
+        if event.state != "up":
+            assert event.state == "refused"
+            return None
+        await asyncio.wait_for(client.send(b"hello"), 30)
+        frames = await asyncio.wait_for(server.recv_multipart(copy=False), 30)
         return str(frames[-1].get("User-Id"))
-    except asyncio.TimeoutError:
-        return None
     finally:
+        await watcher.aclose()
         client.close()
 
 
@@ -65,9 +70,9 @@ def test_only_authorised_keys_get_in_under_their_name(
     async def scene() -> None:
         async with _serving(AllowList(authorized), node, limits) as (ctx, server):
             assert await _admitted(ctx, server, node, stranger, limits) is None
-            assert await _admitted(ctx, server, node, kitchen, limits, 20) == "kitchen"
+            assert await _admitted(ctx, server, node, kitchen, limits) == "kitchen"
             authorise(stranger)
-            assert await _admitted(ctx, server, node, stranger, limits, 20) == "stranger"
+            assert await _admitted(ctx, server, node, stranger, limits) == "stranger"
             (authorized / "stranger.pub").unlink()
             assert await _admitted(ctx, server, node, stranger, limits) is None
 
@@ -105,7 +110,7 @@ def test_an_exception_refuses_and_the_next_client_gets_in(
             for _ in range(3):
                 assert await _admitted(ctx, server, node, pair, limits) is None
             allowed.broken = False
-            assert await _admitted(ctx, server, node, pair, limits, 20) == "kitchen"
+            assert await _admitted(ctx, server, node, pair, limits) == "kitchen"
 
     asyncio.run(scene())
 
@@ -121,7 +126,7 @@ def test_a_folder_that_becomes_unsafe_or_vanishes_lets_in_nobody(
             authorized.chmod(0o777)
             assert await _admitted(ctx, server, node, pair, limits) is None
             authorized.chmod(0o700)
-            assert await _admitted(ctx, server, node, pair, limits, 20) == "kitchen"
+            assert await _admitted(ctx, server, node, pair, limits) == "kitchen"
             authorized.rename(authorized.with_name("gone"))
             assert await _admitted(ctx, server, node, pair, limits) is None
 
@@ -131,7 +136,6 @@ def test_a_folder_that_becomes_unsafe_or_vanishes_lets_in_nobody(
 @pytest.mark.parametrize(
     "question",
     [
-        [],
         [b"1.0"],
         [b"2.0", b"1", b"edge-runtime", b"127.0.0.1", b"", b"CURVE", b"k" * 32],
         [b"1.0", b"1", b"another", b"127.0.0.1", b"", b"CURVE", b"k" * 32],
@@ -151,14 +155,12 @@ def test_other_questions_are_answered_no(authorized: Path, question: list[bytes]
         asker.connect("inproc://zeromq.zap.01")
         try:
             await asker.send_multipart([b"", *question])
-            return await asyncio.wait_for(asker.recv_multipart(), 5)
+            return await asyncio.wait_for(asker.recv_multipart(), 30)
         finally:
             asker.close(linger=0)
             await authenticator.stop()
             ctx.destroy(linger=0)
 
-    if not question:
-        return  # a REQ envelope without a body is dropped by libzmq itself
     _, version, request_id, status, text, user, metadata = asyncio.run(scene())
     assert version == b"1.0"
     assert request_id == (question[1] if len(question) > 1 else b"")
@@ -203,3 +205,25 @@ def test_only_pub_files_count(authorized: Path, authorise: Any, new_pair: NewPai
     assert len(allowed) == 1
     assert allowed.name_of(kept.public) == "kept"
     assert allowed.name_of(other.public) is None
+
+
+def test_a_link_to_nowhere_is_skipped_until_it_leads_somewhere(
+    authorized: Path,
+    authorise: Any,
+    new_pair: NewPair,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    kept, linked = new_pair("kept"), new_pair("linked")
+    authorise(kept)
+    (authorized / "linked.pub").symlink_to(tmp_path / "later")
+    (authorized / "loop.pub").symlink_to(authorized / "loop.pub")
+    with caplog.at_level(logging.WARNING):
+        allowed = AllowList(authorized)
+    for name in ("linked.pub", "loop.pub"):
+        assert name in caplog.text
+    assert allowed.name_of(kept.public) == "kept"
+    assert allowed.name_of(linked.public) is None
+    write_public(tmp_path / "later", linked.public, "linked")
+    assert allowed.name_of(linked.public) == "linked"
+    assert allowed.name_of(kept.public) == "kept"
