@@ -155,6 +155,11 @@ def _run(args: argparse.Namespace) -> int:
     )
     prepared = prepare(config)
     worker = Worker(prepared.bundle, threads=config.threads, device=config.device)
+    if config.threads is None and config.device != "cuda":
+        logging.getLogger(__name__).info(
+            "on the CPU this node takes all cores; if several nodes share this machine, give each "
+            "its part with --threads"
+        )
 
     async def serve() -> None:
         stop = asyncio.Event()

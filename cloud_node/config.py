@@ -26,8 +26,7 @@ class NodeConfig:
     """The settings of ``cloud-node serve``.
 
     `threads`: CPU threads of the engine, None for all cores. `ready_file`: where to tell scripts
-        the
-    bound endpoint.
+    the bound endpoint.
     """
 
     bundle: Path

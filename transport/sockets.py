@@ -180,8 +180,7 @@ class LinkEvent:
     """What became of a client's link.
 
     `state`: ``up`` (handshake done), ``down`` (was up and broke), ``unreachable`` (no TCP
-        connection), ``refused``
-    (a TCP connection but no handshake). `reason` is for the user.
+    connection), ``refused`` (a TCP connection but no handshake). `reason` is for the user.
     """
 
     state: LinkState

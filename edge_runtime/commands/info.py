@@ -31,9 +31,9 @@ _KINDS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Show what a bundle is: model, geometry, kind of weights, precision, stages with what they "
-        "take and return, and what one window costs to send. Files are checked against their "
-        "hashes; a damaged bundle is an error."
+        "Show what a bundle is: model, geometry, kind of weights, precision, stages with what\n"
+        "they take and return, and what one window costs to send. Files are checked against\n"
+        "their hashes; a damaged bundle is an error."
     )
     parser.epilog = (
         "examples:\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -17,17 +19,23 @@ import msgspec
 import numpy as np
 import pytest
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from engines.bundle import Bundle, write_manifest
 from transport import keys, messages, sockets
 from transport.messages import Accepted, Info, InfoRequest, Refused, Result, encode
 
 Feeds = dict[str, np.ndarray]
+FAILED = (
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+)
 
 
 def _serve(*options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "cloud_node.cli", "serve", *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.fixture
@@ -152,6 +160,14 @@ def test_silly_threads(options: dict[str, str], threads: str) -> None:
     assert "--threads" in _refusal({**options, "--threads": threads})
 
 
+def test_a_node_that_takes_all_cores_says_how_to_share_them(options: dict[str, str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:  # so that it ends by itself
+        words = [word for pair in options.items() for word in pair]
+        words += ["--bind", f"tcp://127.0.0.1:{other.getsockname()[1]}", "--device", "cpu"]
+        assert "give each its part with --threads" in _serve(*words).stderr
+        assert "--threads" not in _serve(*words, "--threads", "1").stderr
+
+
 def test_usage_errors_exit_2() -> None:
     assert _serve("--bundle", "x", "--keys", "y", "--device", "abacus").returncode == 2
 
@@ -169,33 +185,46 @@ def test_help_is_light() -> None:
     assert "edge-runtime keys authorize" in done.stdout
 
 
-def _admitted(socket: Any, within_ms: int) -> bool:
-    """Whether an InfoRequest through this socket is answered."""
+def _admitted(node: Any, client: Any) -> bool:
+    """Connect: whether the handshake succeeds (True) or is refused (False)."""
+    monitor = client.get_monitor_socket()
+    client.connect(node.endpoint)
     try:
-        socket.send_multipart(encode(InfoRequest(messages.new_id())), flags=zmq.NOBLOCK)
-    except zmq.Again:  # IMMEDIATE: no link to send through
-        if not socket.poll(within_ms, zmq.POLLOUT):
-            return False
-        socket.send_multipart(encode(InfoRequest(messages.new_id())))
-    return bool(socket.poll(within_ms))
+        while monitor.poll(60_000):
+            event = parse_monitor_message(monitor.recv_multipart())
+            if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                return True
+            # EAGAIN: no answer in time, as from a busy machine; libzmq tries again.
+            failed = event["event"] & FAILED and event["value"] != errno.EAGAIN
+            if failed:
+                return False
+        raise AssertionError("neither let in nor refused")
+    finally:
+        client.disable_monitor()
+        monitor.close()
 
 
 def _stranger(ctx: zmq.Context[Any], node: Any, kind: str) -> Any:
-    """A client that must not get in."""
-    pair = keys.KeyPair("x", *(part.decode() for part in zmq.curve_keypair()))
+    """A client that must not get in, not connected yet."""
     if kind == "unauthorised key":
-        return sockets.client(ctx, node.endpoint, node.ready["public_key"], pair, node.limits)
+        pair = keys.KeyPair("x", *(part.decode() for part in zmq.curve_keypair()))
+        return _client(ctx, node, pair)
     if kind == "wrong server key":
         pair = node.authorise(f"lost-{os.urandom(4).hex()}")
-        other = zmq.curve_keypair()[0].decode()
-        return sockets.client(ctx, node.endpoint, other, pair, node.limits)
+        return _client(ctx, node, pair, zmq.curve_keypair()[0].decode())
     raw = ctx.socket(zmq.DEALER)
     raw.set(zmq.LINGER, 0)
     if kind == "PLAIN":
         raw.set(zmq.PLAIN_USERNAME, b"admin")
         raw.set(zmq.PLAIN_PASSWORD, b"admin")
-    raw.connect(node.endpoint)
     return raw
+
+
+def _client(
+    ctx: zmq.Context[Any], node: Any, pair: keys.KeyPair, server_key: str | None = None
+) -> Any:
+    key = server_key or node.ready["public_key"]
+    return sockets.client(ctx, node.endpoint, key, pair, node.limits, connect=False)
 
 
 @pytest.mark.parametrize("kind", ["unauthorised key", "wrong server key", "NULL", "PLAIN"])
@@ -204,10 +233,14 @@ def test_strangers_are_kept_out_and_edges_get_in_after_them(
 ) -> None:
     strangers = [_stranger(zmq_context, node, kind) for _ in range(3)]
     try:
-        assert [_admitted(stranger, 300) for stranger in strangers] == [False] * 3
+        assert [_admitted(node, stranger) for stranger in strangers] == [False] * 3
         outputs = connect(node).ask(feeds)
         assert outputs["tokens"].tobytes() == local(node, feeds)["tokens"].tobytes()
-        assert not any(stranger.poll(0) for stranger in strangers)
+        for stranger in strangers:
+            # A raw socket queues until it is let in, another has no link to send through.
+            with contextlib.suppress(zmq.Again):
+                stranger.send_multipart(encode(InfoRequest(messages.new_id())), flags=zmq.NOBLOCK)
+        assert not any(stranger.poll(100) for stranger in strangers)
     finally:
         for stranger in strangers:
             stranger.close()
@@ -220,7 +253,7 @@ def test_keys_come_and_go_without_a_restart(
     assert "NO EDGE IS AUTHORISED" in node.logged()
     assert node.ready["authorised_keys"] == 0
     outsider = _stranger(zmq_context, node, "unauthorised key")
-    assert not _admitted(outsider, 300)
+    assert not _admitted(node, outsider)
     outsider.close()
     assert "is not authorised; to let it in" in node.logged()
 
@@ -230,8 +263,8 @@ def test_keys_come_and_go_without_a_restart(
     assert isinstance(edge.receive()[0], Info)
 
     (node.keys / "authorized" / "kitchen.pub").unlink()
-    again = sockets.client(zmq_context, node.endpoint, node.ready["public_key"], pair, node.limits)
-    assert not _admitted(again, 300)
+    again = _client(zmq_context, node, pair)
+    assert not _admitted(node, again)
     again.close()
 
 
@@ -262,18 +295,23 @@ def test_stopping_finishes_the_run_and_refuses_the_rest(
 ) -> None:
     node = start_node("slow")
     edge = connect(node)
-    sent = [edge.request(feeds) for _ in range(3)]
-    for id in sent:
-        assert edge.receive()[0] == Accepted(id)
+    sent = [edge.request(feeds) for _ in range(12)]
+    last, _ = edge.receive()
+    finished = {}
+    while last != Accepted(sent[-1]):
+        if isinstance(last, Result):
+            finished[last.id] = last
+        last, _ = edge.receive()
     node.process.send_signal(signal.SIGTERM)
-    replies = [edge.receive()[0] for _ in range(3)]
-    assert node.process.wait(timeout=30) == 0
-    finished = [m for m in replies if isinstance(m, Result)]
-    refused = [m for m in replies if isinstance(m, Refused)]
-    assert len(finished) in (0, 1)
-    assert len(finished) + len(refused) == 3
-    assert {m.code for m in refused} == {"shutdown"}
-    assert sorted(getattr(m, "id", b"") for m in replies) == sorted(sent)
+    waited = [id for id in sent if id not in finished]
+    replies = {**finished, **edge.replies(waited, final=True)}
+    assert node.process.wait(timeout=60) == 0
+    # One was running, more only if this machine was slow to send the signal; the others waited.
+    kinds = [type(replies[id]) for id in sent]
+    done = kinds.count(Result)
+    assert kinds == [Result] * done + [Refused] * (12 - done)
+    assert 1 <= done < 12
+    assert {replies[id].code for id in sent[done:]} == {"shutdown"}
 
 
 def test_a_second_signal_stops_at_once(start_node: Any, connect: Any, feeds: Feeds) -> None:
@@ -282,22 +320,26 @@ def test_a_second_signal_stops_at_once(start_node: Any, connect: Any, feeds: Fee
     edge.request(feeds)
     edge.receive()
     node.process.send_signal(signal.SIGTERM)
-    give_up = time.monotonic() + 20
+    give_up = time.monotonic() + 60
     while "stopping" not in node.logged():
         assert time.monotonic() < give_up
         time.sleep(0.005)
     node.process.send_signal(signal.SIGTERM)
-    assert node.process.wait(timeout=20) in (-signal.SIGTERM, 0)  # 0: it was just done
+    assert node.process.wait(timeout=60) in (-signal.SIGTERM, 0)  # 0: it was just done
 
 
 def test_an_edge_that_leaves_does_no_harm(
     start_node: Any, connect: Any, feeds: Feeds, local: Any
 ) -> None:
     node = start_node("slow")
-    leaver = connect(node)
-    leaver.request(feeds)
-    leaver.receive()
-    leaver.socket.close()
     stayer = connect(node)
-    assert stayer.ask(feeds)["tokens"].tobytes() == local(node, feeds)["tokens"].tobytes()
-    assert "Result to an edge dropped: it left" in node.logged()
+    expected = local(node, feeds)["tokens"].tobytes()
+    for _ in range(5):  # again if this machine was so busy that the run was over before it left
+        leaver = connect(node)
+        leaver.request(feeds)
+        leaver.receive()
+        leaver.socket.close()
+        assert stayer.ask(feeds)["tokens"].tobytes() == expected
+        if "Result to an edge dropped: it left" in node.logged():
+            return
+    pytest.fail(node.logged())

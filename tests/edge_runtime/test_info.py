@@ -106,3 +106,8 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 def test_without_a_name_it_shows_the_shipped_bundle(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["path"] == str(shipped_bundle().resolve())
+
+
+def test_help_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--help"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
