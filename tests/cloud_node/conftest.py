@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -256,12 +256,12 @@ class Edge:
         self.socket = sockets.client(
             ctx, node.endpoint, str(node.ready["public_key"]), pair, node.limits
         )
-        self.socket.set(zmq.SNDTIMEO, 10_000)
+        self.socket.set(zmq.SNDTIMEO, 60_000)
 
     def send(self, frames: list[Any]) -> None:
         self.socket.send_multipart(frames, copy=False)
 
-    def receive(self, timeout_ms: int = 30_000) -> tuple[messages.Message, dict[str, np.ndarray]]:
+    def receive(self, timeout_ms: int = 60_000) -> tuple[messages.Message, dict[str, np.ndarray]]:
         assert self.socket.poll(timeout_ms), "no reply"
         frames = self.socket.recv_multipart(copy=False)
         return messages.decode(frames, self.limits.result)
@@ -270,13 +270,24 @@ class Edge:
         self,
         feeds: Mapping[str, np.ndarray],
         *,
-        deadline_ms: int = 30_000,
+        deadline_ms: int = 120_000,
         stage: str | None = None,
     ) -> bytes:
         """Send a request; returns its id."""
         message = messages.Request(messages.new_id(), stage or self.stage.sha256, deadline_ms)
         self.send(messages.encode(message, feeds))
         return message.id
+
+    def replies(self, ids: Iterable[bytes], *, final: bool) -> dict[bytes, messages.Message]:
+        """One reply to each of these requests, in any order: the last, or the first."""
+        waited, found = set(ids), {}
+        while waited:
+            message, _ = self.receive()
+            id = getattr(message, "id", b"")
+            if id in waited and not (final and isinstance(message, messages.Accepted)):
+                waited.remove(id)
+                found[id] = message
+        return found
 
     def ask(self, feeds: Mapping[str, np.ndarray], **options: Any) -> Any:
         """Send a request and return the final reply: a Refused, or the outputs of a Result."""

@@ -29,7 +29,7 @@ def run_node(toy_bundle: Path) -> Iterator[Callable[[Path], str]]:
                 [*command, "--ready-file", "ready.json"], cwd=folder, stderr=log
             )
         processes.append(process)
-        give_up = time.monotonic() + 60
+        give_up = time.monotonic() + 120
         while not (folder / "ready.json").exists():
             assert process.poll() is None, (folder / "log").read_text()
             assert time.monotonic() < give_up
@@ -45,7 +45,7 @@ def run_node(toy_bundle: Path) -> Iterator[Callable[[Path], str]]:
 def _edge_runtime(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "edge_runtime.cli", *words]
     return subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=60, check=False
+        command, cwd=folder, capture_output=True, text=True, timeout=120, check=False
     )
 
 
@@ -71,13 +71,13 @@ def test_the_walk(tmp_path: Path, toy_bundle: Path, run_node: Callable[[Path], s
     (edge / "edge.toml").write_text(settings)
 
     # Before the operators let the edge in, it is told what is missing; afterwards all is well.
-    before = _edge_runtime(edge, "nodes")
+    before = _edge_runtime(edge, "nodes", "--timeout", "60")
     assert before.returncode == 1
     assert before.stdout.count("not authorised on the node") == len(NODES)
     for name, folder in folders.items():
         done = _edge_runtime(folder, "keys", "authorize", f"{name}.pub", "--as", "kitchen")
         assert done.returncode == 0, done.stderr
-    after = _edge_runtime(edge, "nodes")
+    after = _edge_runtime(edge, "nodes", "--timeout", "60")
     assert after.returncode == 0, after.stdout + after.stderr
     assert f"{len(NODES)} of {len(NODES)} nodes can be used" in after.stdout
 
@@ -93,7 +93,7 @@ def test_the_documented_commands_exist() -> None:
         verbs = [word for word in words[:2] if word.isalpha() and words.index(word) < 2]
         verbs = verbs if verbs[0] == "keys" else verbs[:1]
         command = [sys.executable, "-m", module, *verbs, "--help"]
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert shown.returncode == 0, line
         for option in (word for word in words if word.startswith("--")):
             assert option in shown.stdout, f"{option} of: {line}"

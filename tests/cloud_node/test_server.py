@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import zmq
 
 from transport import messages
 from transport.messages import (
@@ -168,29 +170,32 @@ def test_expired_deadline(edge: Any, feeds: Feeds) -> None:
 def test_deadline_that_passes_in_the_queue(start_node: Any, connect: Any, feeds: Feeds) -> None:
     node = start_node("slow")
     edge = connect(node)
-    first = edge.request(feeds)
-    second = edge.request(feeds, deadline_ms=1)
-    replies = [edge.receive() for _ in range(4)]
-    by_id = {id: [m for m, _ in replies if getattr(m, "id", None) == id] for id in (first, second)}
-    assert [type(m) for m in by_id[first]] == [Accepted, Result]
-    assert isinstance(by_id[second][-1], Refused)
-    assert by_id[second][-1].code == "deadline"
+    for _ in range(5):  # again if this machine was so busy that it passed before, or not at all
+        first, second = edge.request(feeds), edge.request(feeds, deadline_ms=100)
+        replies = edge.replies([first, second], final=True)
+        assert isinstance(replies[first], Result)
+        if "while waiting its turn" in getattr(replies[second], "message", ""):
+            assert replies[second].code == "deadline"
+            return
+    pytest.fail(node.logged())
 
 
 def test_full_queue_is_refused_at_once(start_node: Any, connect: Any, feeds: Feeds) -> None:
     node = start_node("slow")
     edges = [connect(node) for _ in range(6)]
-    for edge in edges:
-        for _ in range(5):
-            edge.request(feeds)
-    refused = 0
-    for edge in edges:
-        for _ in range(5):
-            message, _ = edge.receive()
-            if isinstance(message, Refused):
-                assert message.code == "overloaded"
-                refused += 1
-    assert refused >= 30 - 16 - 2  # 16 wait, one or two were taken up meanwhile
+    for edge in edges:  # all handshakes first, so that the requests come at once
+        edge.send(encode(InfoRequest(messages.new_id())))
+        edge.receive()
+    sent = [[edge.request(feeds) for _ in range(5)] for edge in edges]
+    found = [edge.replies(ids, final=False) for edge, ids in zip(edges, sent, strict=True)]
+    replies = [message for answers in found for message in answers.values()]
+    node.stop(signal.SIGKILL)
+    refused = [message for message in replies if isinstance(message, Refused)]
+    accepted = [message for message in replies if isinstance(message, Accepted)]
+    assert len(refused) + len(accepted) == 30
+    assert {message.code for message in refused} == {"overloaded"}
+    assert len(accepted) >= 16
+    assert len(refused) >= 5  # 16 wait; runs begun while a busy machine still sent make room
 
 
 def test_engine_failure_fails_one_request_only(start_node: Any, connect: Any, local: Any) -> None:
@@ -301,8 +306,12 @@ def test_an_oversized_part_costs_only_its_sender(
     vandal, honest = connect(node), connect(node)
     part = node.limits.request.part_bytes
     before = _resident(node.process.pid)
+    monitor = vandal.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
     vandal.send([b"ERT\1", bytes(64 * 1024 * 1024)])
-    assert not vandal.socket.poll(2000)  # not even a refusal: the link was cut
+    assert monitor.poll(60_000), "the link was not cut"
+    vandal.socket.disable_monitor()
+    monitor.close()
+    assert not vandal.socket.poll(0)  # nor refused
     assert part < 1 << 20
     assert _resident(node.process.pid) - before < 16 << 20
     assert honest.ask(feeds)["tokens"].tobytes() == local(node, feeds)["tokens"].tobytes()
@@ -340,13 +349,19 @@ def test_no_log_line_can_be_forged(node: Any, edge: Any) -> None:
     assert not [line for line in node.logged().splitlines() if line.startswith("b FORGED")]
 
 
-def test_no_core_dump_and_nothing_heavy_is_loaded(node: Any, edge: Any, feeds: Feeds) -> None:
-    edge.ask(feeds)
-    proc = Path(f"/proc/{node.process.pid}")
-    limits = (proc / "limits").read_text()
+def test_no_core_dump(node: Any) -> None:
+    limits = Path(f"/proc/{node.process.pid}/limits").read_text()
     core = next(line for line in limits.splitlines() if line.startswith("Max core file size"))
     assert core.split()[4:6] == ["0", "0"]
-    maps = (proc / "maps").read_text()
-    assert "onnxruntime" in maps
-    for heavy in ("torch", "matplotlib", "PIL"):
-        assert f"/{heavy}/" not in maps
+
+
+def test_nothing_heavy_is_imported(
+    start_node: Any, connect: Any, feeds: Feeds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # every import is told on stderr
+    node = start_node()
+    connect(node).ask(feeds)
+    told = [line for line in node.logged().splitlines() if line.startswith("import time:")]
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in told}
+    assert {"numpy", "onnxruntime", "zmq"} <= imported
+    assert not imported & {"torch", "torchvision", "matplotlib", "scipy", "PIL", "rich"}

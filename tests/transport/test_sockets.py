@@ -24,6 +24,13 @@ from transport.sockets import LinkEvent
 NewPair = Callable[[str], KeyPair]
 
 
+async def _next(events: asyncio.Queue[LinkEvent]) -> LinkEvent:
+    """The next event, but for a handshake that a busy machine was too slow for: tried again."""
+    while (event := await events.get()).reason == sockets.NO_ANSWER:
+        pass
+    return event
+
+
 @pytest.fixture
 def run_scene(
     authorized: Path, new_pair: NewPair, limits: StageLimits
@@ -65,7 +72,7 @@ def run_scene(
         authenticator = Authenticator(stage.ctx, AllowList(authorized))
         authenticator.start()
         try:
-            await asyncio.wait_for(scene(stage), 30)
+            await asyncio.wait_for(scene(stage), 60)
         finally:
             await authenticator.stop()
             stage.ctx.destroy(linger=0)
@@ -115,12 +122,12 @@ def test_a_link_comes_up_goes_down_and_comes_back(
         server = stage.server()
         endpoint = server.last_endpoint.decode()
         async with stage.watching(endpoint, pair) as (client, events):
-            assert (await events.get()).state == "up"
+            assert (await _next(events)).state == "up"
             server.close()
-            assert await events.get() == LinkEvent("down", sockets.CONNECTION_LOST)
-            assert await events.get() == LinkEvent("unreachable", sockets.UNREACHABLE)
+            assert await _next(events) == LinkEvent("down", sockets.CONNECTION_LOST)
+            assert await _next(events) == LinkEvent("unreachable", sockets.UNREACHABLE)
             server = stage.server(endpoint)
-            assert (await events.get()).state == "up"
+            assert (await _next(events)).state == "up"
             await client.send(b"hello")
             assert (await server.recv_multipart())[-1] == b"hello"
         server.close()
@@ -136,9 +143,9 @@ def test_an_edge_authorised_later_gets_in_by_itself(
     async def scene(stage: Any) -> None:
         server = stage.server()
         async with stage.watching(server.last_endpoint.decode(), pair) as (client, events):
-            assert await events.get() == LinkEvent("refused", sockets.NOT_AUTHORISED)
+            assert await _next(events) == LinkEvent("refused", sockets.NOT_AUTHORISED)
             authorise(pair)
-            assert (await events.get()).state == "up"
+            assert (await _next(events)).state == "up"
             await client.send(b"hello")
             assert (await server.recv_multipart())[-1] == b"hello"
         server.close()
@@ -154,7 +161,7 @@ def test_wrong_server_key(run_scene: Any, authorise: Any, new_pair: NewPair) -> 
         server = stage.server()
         endpoint = server.last_endpoint.decode()
         async with stage.watching(endpoint, pair, new_pair("other").public) as (_, events):
-            assert await events.get() == LinkEvent("refused", sockets.WRONG_SERVER_KEY)
+            assert await _next(events) == LinkEvent("refused", sockets.WRONG_SERVER_KEY)
             await asyncio.sleep(0.5)
             assert events.empty()  # the same news is told once
         server.close()
@@ -172,7 +179,7 @@ def test_a_node_without_curve_is_not_talked_to(
         insecure.bind("tcp://127.0.0.1:0")
         endpoint = insecure.last_endpoint.decode()
         async with stage.watching(endpoint, new_pair("edge")) as (client, events):
-            assert await events.get() == LinkEvent("refused", sockets.NOT_A_NODE)
+            assert await _next(events) == LinkEvent("refused", sockets.NOT_A_NODE)
             with pytest.raises(zmq.Again):
                 await client.send(b"secret", flags=zmq.NOBLOCK)
             assert not await insecure.poll(300)
@@ -182,7 +189,8 @@ def test_a_node_without_curve_is_not_talked_to(
 
 
 def test_something_else_listens_there(run_scene: Any, new_pair: NewPair) -> None:
-    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(10)  # closing on unread bytes would reset the connection, answer and all
         writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n" + b"x" * 100)
         await writer.drain()
         writer.close()
@@ -191,7 +199,7 @@ def test_something_else_listens_there(run_scene: Any, new_pair: NewPair) -> None
         web = await asyncio.start_server(answer, "127.0.0.1", 0)
         endpoint = f"tcp://127.0.0.1:{web.sockets[0].getsockname()[1]}"
         async with stage.watching(endpoint, new_pair("edge")) as (_, events):
-            assert await events.get() == LinkEvent("refused", sockets.NOT_A_NODE)
+            assert await _next(events) == LinkEvent("refused", sockets.NOT_A_NODE)
         web.close()
 
     run_scene(scene)
@@ -213,7 +221,7 @@ def test_nothing_listens_there(run_scene: Any, new_pair: NewPair, host: str) -> 
         with plain.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
         async with stage.watching(f"tcp://{host}:{port}", new_pair("edge")) as (client, events):
-            assert await events.get() == LinkEvent("unreachable", sockets.UNREACHABLE)
+            assert await _next(events) == LinkEvent("unreachable", sockets.UNREACHABLE)
             with pytest.raises(zmq.Again):  # nothing is queued for a node that isn't there
                 await client.send(b"late", flags=zmq.NOBLOCK)
 
@@ -229,12 +237,12 @@ def test_a_part_over_the_limit_cuts_the_link_and_the_link_recovers(
     async def scene(stage: Any) -> None:
         server = stage.server()
         async with stage.watching(server.last_endpoint.decode(), pair) as (client, events):
-            assert (await events.get()).state == "up"
+            assert (await _next(events)).state == "up"
             await client.send(bytes(limits.request.part_bytes))
             assert len((await server.recv_multipart())[-1]) == limits.request.part_bytes
             await client.send(bytes(limits.request.part_bytes + 8192))
-            assert (await events.get()).state == "down"
-            assert (await events.get()).state == "up"
+            assert (await _next(events)).state == "down"
+            assert (await _next(events)).state == "up"
             await client.send(b"again")
             assert (await server.recv_multipart())[-1] == b"again"
         server.close()
@@ -253,7 +261,7 @@ def test_ipv6(run_scene: Any, authorise: Any, new_pair: NewPair, limits: StageLi
     async def scene(stage: Any) -> None:
         server = stage.server("tcp://[::1]:0")
         async with stage.watching(server.last_endpoint.decode(), pair) as (_, events):
-            assert (await events.get()).state == "up"
+            assert (await _next(events)).state == "up"
         server.close()
 
     run_scene(scene)
