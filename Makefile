@@ -48,8 +48,14 @@ format: $(VENV)/.ready ## Rewrite the sources in the project's format
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+.PHONY: images
+images: $(VENV)/.ready ## Make the README's pictures again, from a run of the demo
+	$(VENV)/bin/edge-runtime demo --out $(OUT)
+	cp $(OUT)/overlay.png $(OUT)/what-each-node-saw.png docs/images
+	$(VENV)/bin/python docs/images/how_it_works.py
+
 .PHONY: venv
-venv: $(VENV)/.ready ## The full environment (about 6 GB, with torch)
+venv: $(VENV)/.ready ## The full environment (about 6 GB, with torch; Linux x86-64)
 
 .PHONY: lock
 lock: ## Resolve the dependencies anew and rewrite requirements/*.txt (Python 3.11 or newer)
