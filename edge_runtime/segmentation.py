@@ -419,15 +419,25 @@ def check_folder(folder: Path, overwrite: bool) -> None:
     Raises:
         ConfigError: saying how to go on.
     """
+    for parent in folder.absolute().parents:
+        if os.path.lexists(parent) and not parent.is_dir():
+            raise ConfigError(f"{parent} is a file, not a folder: name another one with --out")
     if not os.path.lexists(folder):
         return
     if not folder.is_dir() or folder.is_symlink():
         raise ConfigError(f"{folder} is in the way: name another folder with --out")
-    names = os.listdir(folder)
+    with os.scandir(folder) as entries:
+        names = {entry.name: entry.is_file(follow_symlinks=False) for entry in entries}
     if not names:
         return
-    if RESULT not in names:
-        raise ConfigError(f"{folder} holds other things than results: name a new folder with --out")
+    # Replacing removes the whole folder, so that it may hold nothing that we did not write.
+    foreign = sorted(n for n, is_file in names.items() if not (is_file and _OURS.fullmatch(n)))
+    if foreign or RESULT not in names:
+        other = foreign[0] if foreign else next(iter(names))
+        raise ConfigError(
+            f"{folder} holds other things than results, such as {other}: name a new folder with "
+            "--out"
+        )
     if not overwrite:
         raise ConfigError(
             f"{folder} holds earlier results: name another folder with --out, or replace them "

@@ -176,9 +176,20 @@ def test_only_results_are_ever_overwritten(tmp_path: Path) -> None:
     for overwrite in (False, True):
         with pytest.raises(ConfigError, match="holds other things"):
             segmentation.check_folder(folder, overwrite=overwrite)
-    (folder / segmentation.RESULT).touch()
+    (folder / segmentation.RESULT).touch()  # some other program's, for all we know
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match=r"holds other things than results, such as thesis"):
+            segmentation.check_folder(folder, overwrite=overwrite)
+    with pytest.raises(ConfigError, match="is a file, not a folder"):
+        segmentation.check_folder(folder / "thesis.tex" / "results", overwrite=True)
+    with pytest.raises(ConfigError, match="in the way"):
+        segmentation.check_folder(folder / "thesis.tex", overwrite=True)
+    (folder / "thesis.tex").unlink()
+    for name in ("mask-1.png", "mask-2-3.png", "masks.png", "overlay.png"):
+        (folder / name).touch()
     with pytest.raises(ConfigError, match="--overwrite"):
         segmentation.check_folder(folder, overwrite=False)
     segmentation.check_folder(folder, overwrite=True)
-    with pytest.raises(ConfigError, match="in the way"):
-        segmentation.check_folder(folder / "thesis.tex", overwrite=True)
+    (folder / "mask-3.png").mkdir()
+    with pytest.raises(ConfigError, match="such as mask-3.png"):
+        segmentation.check_folder(folder, overwrite=True)
