@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from edge_runtime.predictor import OffloadPredictor
 
 RESULT = "result.json"
+_OURS = re.compile(
+    r"mask-\d+(-\d+)?\.png|masks\.png|overlay\.png|what-each-node-saw\.png|result\.json"
+)
+"""Every name that :func:`write` may give a file."""
 DRAWING_SIDE = 2048
 """Longest side of drawings, in pixels; masks are written at the photo's own size."""
 

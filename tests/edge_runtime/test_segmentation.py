@@ -191,5 +191,5 @@ def test_only_results_are_ever_overwritten(tmp_path: Path) -> None:
         segmentation.check_folder(folder, overwrite=False)
     segmentation.check_folder(folder, overwrite=True)
     (folder / "mask-3.png").mkdir()
-    with pytest.raises(ConfigError, match="such as mask-3.png"):
+    with pytest.raises(ConfigError, match=r"such as mask-3\.png"):
         segmentation.check_folder(folder, overwrite=True)
