@@ -2,8 +2,9 @@
 
 This is what the answer should be. Local mode, the predictor, the exporters' verification and every
 "offloaded equals local" check go through it, and an offloaded run differs only in who computed the
-stack. It promises that results do not depend on the batch size. Stages are opened when first needed
-and kept until :meth:`Pipeline.close`; one caller at a time.
+stack. It promises that results do not depend on the batch size, and that no stage runs whose files
+differ from the manifest's hashes. Stages are opened when first needed and kept until
+:meth:`Pipeline.close`; one caller at a time.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from engines.bundle import Bundle
+from engines.bundle import Bundle, TensorSpec
 from engines.engine import Engine
 from engines.errors import BundleError, EngineError
 from engines.ort import Device, OrtEngine
@@ -43,7 +44,8 @@ class Pipeline:
         """The opened engine of a stage. Opening takes seconds, so do it early if that matters.
 
         Raises:
-            BundleError: when the bundle lacks the stage, or the graph contradicts the manifest.
+            BundleError: when the bundle lacks the stage, a file of it is damaged, or the graph
+                contradicts the manifest.
             EngineError: when it cannot be opened.
         """
         with self._lock:
@@ -56,10 +58,11 @@ class Pipeline:
     def _open(self, name: str) -> Engine:
         stage = self.bundle.stage(name)
         path = self.bundle.stage_path(name)
+        self.bundle.verify_hashes([name])  # a flipped bit is a wrong mask, seldom an error
         engine = OrtEngine(path, threads=self._threads, device=self._device)
         for side in ("inputs", "outputs"):
-            said = {(spec.name, spec.dtype) for spec in getattr(stage, side)}
-            found = {(spec.name, spec.dtype) for spec in getattr(engine, side)}
+            said = {_signature(spec) for spec in getattr(stage, side)}
+            found = {_signature(spec) for spec in getattr(engine, side)}
             if said != found:
                 engine.close()
                 raise BundleError(
@@ -194,5 +197,11 @@ def _scatter(rows: np.ndarray, windows: Windows, name: str) -> np.ndarray:
     return full
 
 
-def _listed(specs: set[tuple[str, str]]) -> str:
-    return ", ".join(f"{name} {dtype}" for name, dtype in sorted(specs))
+def _signature(spec: TensorSpec) -> str:
+    """What graph and manifest must agree on: all but the names of dynamic dimensions."""
+    shape = ", ".join(str(dim) if isinstance(dim, int) else "?" for dim in spec.shape)
+    return f"{spec.name} {spec.dtype} [{shape}]"
+
+
+def _listed(signatures: set[str]) -> str:
+    return ", ".join(sorted(signatures))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from toy import Toy
 
-from engines.bundle import Bundle, node_bundle
+from engines.bundle import Bundle, hash_file, node_bundle, stage_digest
 from engines.errors import BundleError, EngineError
 from engines.pipeline import Pipeline
 from engines.windows import Windows, cut
@@ -126,11 +126,13 @@ def test_stages_are_opened_when_needed_and_closed_with_the_pipeline(
 ) -> None:
     copy = shutil.copytree(toy_bundle, tmp_path / "b")
     bundle = Bundle.load(copy)
-    (copy / "tail.onnx").write_bytes(b"broken")
+    weights = bytearray((copy / "tail.onnx.data").read_bytes())
+    weights[100] ^= 1
+    (copy / "tail.onnx.data").write_bytes(weights)
     pipeline = Pipeline(bundle, threads=1)
     tokens = pipeline.stack(pipeline.leave_home(windows))
     assert pipeline.engine("stack") is pipeline.engine("stack")
-    with pytest.raises(EngineError, match=r"tail\.onnx cannot be opened"):
+    with pytest.raises(BundleError, match=r"tail\.onnx\.data is damaged"):
         pipeline.tail(tokens, windows)
     engine = pipeline.engine("stack")
     pipeline.close()
@@ -148,7 +150,32 @@ def test_a_graph_that_contradicts_its_manifest_is_refused(toy_bundle: Path, tmp_
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with (
         Pipeline(Bundle.load(copy)) as pipeline,
-        pytest.raises(BundleError, match=r"tokens float32, its manifest says tokens float16"),
+        pytest.raises(
+            BundleError, match=r"float32 \[\?, 16, 8\], its manifest says tokens float16"
+        ),
+    ):
+        pipeline.engine("stack")
+
+
+def test_a_graph_of_other_shapes_than_its_manifest_is_refused(
+    toy_bundle: Path, tmp_path: Path
+) -> None:
+    import onnx
+
+    copy = shutil.copytree(toy_bundle, tmp_path / "b")
+    graph = onnx.load(copy / "stack.onnx", load_external_data=False)
+    graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    onnx.save(graph, copy / "stack.onnx")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    stage = manifest["stages"]["stack"]
+    stage["files"]["stack.onnx"] = hash_file(copy / "stack.onnx")
+    stage["sha256"] = stage_digest(stage["files"])
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with (
+        Pipeline(Bundle.load(copy)) as pipeline,
+        pytest.raises(
+            BundleError, match=r"pixels uint8 \[2, 16, 16, 3\].* manifest says .*\[\?, 16"
+        ),
     ):
         pipeline.engine("stack")
 
