@@ -10,14 +10,15 @@ send without its permit.
 
 The choice is drawn with a keyed hash of the edge's secret and the image's hash: a node cannot
 predict which windows it will get, and the same photo with the same nodes is placed the same way
-again, so a repeat shows nobody anything new. Nothing here knows about networks, models or time.
+again, whatever budget allows that placement, so a repeat shows nobody anything new. Nothing here
+knows about networks, models or time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -77,6 +78,7 @@ def place(
     secret: bytes,
     image_hash: bytes,
     keep_home: bool = False,
+    ids: Mapping[str, str] | None = None,
 ) -> Placement:
     """Assign every window to one node (or, with ``keep_home``, to the edge if the budget says so).
 
@@ -88,6 +90,8 @@ def place(
         secret: the edge's secret, at least 16 bytes.
         image_hash: any digest of the image's content.
         keep_home: windows that fit in no node's budget stay at home instead of raising.
+        ids: node name -> what makes the node itself known, such as its key, so that a machine under
+            a new name is placed as before; None: the names.
 
     Raises:
         PlacementError: the budget cannot be met; the message says what would suffice.
@@ -107,8 +111,9 @@ def place(
     random = _KeyedRandom(secret, image_hash)
     colours, separation = _choose(shape, len(nodes), max_exposure, random, nodes, keep_home)
 
-    # Which node gets which colour depends on each name alone, not on the order in the file.
-    ranked = sorted(nodes, key=lambda name: (random.digest(b"node", name.encode()), name))
+    # Which node gets which colour depends on each node alone, not on the order in the file.
+    known = ids or {name: name for name in nodes}
+    ranked = sorted(nodes, key=lambda name: (random.digest(b"node", known[name].encode()), name))
     assignment: dict[str, list[int]] = {name: [] for name in nodes}
     home = []
     for window, colour in zip(shape.windows, colours, strict=True):
@@ -145,13 +150,18 @@ def best_share(
 
 
 class Permit:
-    """Leave to send some windows to one node, once. Only :class:`ExposureLedger` makes them."""
+    """Leave to send some windows to one node, once. Only :class:`ExposureLedger` makes them.
 
-    __slots__ = ("_spent", "node", "windows")
+    ``bytes_sent``: 0 until the sender has handed the windows to a connection; from then on, the
+    node may have seen them.
+    """
+
+    __slots__ = ("_spent", "bytes_sent", "node", "windows")
 
     def __init__(self, node: str, windows: tuple[int, ...]) -> None:
         self.node = node
         self.windows = windows
+        self.bytes_sent = 0
         self._spent = False
 
     def spend(self, node: str, windows: Sequence[int]) -> None:
@@ -271,25 +281,22 @@ def _choose(
     keep_home: bool,
 ) -> tuple[list[int], int]:
     """A colouring within the budget and the separation it reached; colour -1 stays at home."""
+    # Drawn without a look at the budget and kept if it fits: another budget then shows nobody more.
+    widest = next(s for s in (8, 4, 0) if _most_even(shape, k, s) is not None)
+    colours = _randomised(shape, k, widest, random)
+    budget = _budget(shape, max_exposure)
+    if max(_loads(shape, colours, k)) <= budget:
+        return colours, _reached(shape, colours)
     for separation in (8, 4, 0):
         even = _most_even(shape, k, separation)
-        if even is None or max(_loads(shape, even, k)) / shape.total > max_exposure:
+        if even is None or max(_loads(shape, even, k)) > budget:
             continue
-        best = max(_loads(shape, even, k))
-        if separation:
-            limit = min(int(best + _SLACK * shape.total), _budget(shape, max_exposure))
-        else:
-            limit = _budget(shape, max_exposure)  # stop at once: keep what separation there is
-        colours = _randomised(shape, k, separation, max(limit, best), random)
+        drawn = _settle(_Walk(shape, k, separation, colours, random), budget, _SETTLE_STEPS)
+        colours = drawn if max(_loads(shape, drawn, k)) <= budget else list(even)
         return colours, _reached(shape, colours)
     if not keep_home:
         raise PlacementError(_what_would_suffice(shape, nodes, max_exposure))
-    separation = next(s for s in (8, 4, 0) if _most_even(shape, k, s) is not None)
-    even = _most_even(shape, k, separation)
-    assert even is not None
-    limit = int(max(_loads(shape, even, k)) + _SLACK * shape.total)
-    colours = _randomised(shape, k, separation, limit, random)
-    _send_home(shape, colours, k, _budget(shape, max_exposure))
+    _send_home(shape, colours, k, budget)
     return colours, _reached(shape, colours)
 
 
@@ -486,22 +493,19 @@ def _most_even(shape: _Shape, k: int, separation: int) -> tuple[int, ...] | None
     return min((tuple(c) for c in found), key=lambda c: max(_loads(shape, c, k)), default=None)
 
 
-def _randomised(
-    shape: _Shape, k: int, separation: int, limit: int, random: _KeyedRandom
-) -> list[int]:
-    """A colouring drawn with the key whose largest load is within ``limit``.
+def _randomised(shape: _Shape, k: int, separation: int, random: _KeyedRandom) -> list[int]:
+    """A colouring drawn with the key whose largest load is about that of :func:`_most_even`.
 
-    ``limit`` must be at least that of :func:`_most_even`, which is the answer if the draw fails.
+    There must be a colouring of that separation.
     """
     even = _most_even(shape, k, separation)
     assert even is not None
     if k == 1:
         return list(even)
-    # Without separation to keep, start from the colouring that has most of it and stop early.
-    templates = _templates(shape, k, separation or 4)
-    walk = _Walk(shape, k, separation or 4, templates[random.below(len(templates))], random)
+    limit = int(max(_loads(shape, even, k)) + _SLACK * shape.total)
+    templates = _templates(shape, k, separation)
+    walk = _Walk(shape, k, separation, templates[random.below(len(templates))], random)
     for _ in range(_WALK_STEPS * len(shape.windows)):
         walk.step(math.inf)
-    walk = _Walk(shape, k, separation, walk.colours, random)
     drawn = _settle(walk, limit, _SETTLE_STEPS)
     return drawn if max(_loads(shape, drawn, k)) <= limit else list(even)

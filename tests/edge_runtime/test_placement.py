@@ -185,6 +185,33 @@ def test_same_photo_gets_the_same_placement_in_another_process() -> None:
         assert msgspec.json.decode(there.stdout, type=Placement) == here
 
 
+@pytest.mark.parametrize("k", [3, 4])
+def test_a_repeat_under_another_budget_shows_hardly_more(k: int) -> None:
+    areas, windows = windows_of(144, 144, 32, 5)
+    area = dict(zip(windows, areas, strict=True))
+    for i in range(8):
+        first = place(areas, windows, 5, names(k), 0.5, SECRET, bytes([i]))
+        seen = {node: set(mine) for node, mine in first.assignment.items()}
+        for budget in (0.37, 0.34, 0.3, 0.2):
+            again = place(areas, windows, 5, names(k), budget, SECRET, bytes([i]), keep_home=True)
+            for node, mine in again.assignment.items():
+                seen[node] |= set(mine)
+        union = max(sum(area[w] for w in mine) / sum(areas) for mine in seen.values())
+        assert union == max(first.exposure.values())
+
+
+def test_a_machine_under_a_new_name_is_placed_as_before() -> None:
+    areas, windows = windows_of(144, 144, 32, 5)
+    keys = ["key of one", "key of two", "key of three"]
+
+    def who_saw(names: list[str]) -> dict[str, tuple[int, ...]]:
+        ids = dict(zip(names, keys, strict=True))
+        found = place(areas, windows, 5, names, 0.5, SECRET, b"photo", ids=ids).assignment
+        return {ids[name]: mine for name, mine in found.items()}
+
+    assert who_saw(["alpha", "beta", "gamma"]) == who_saw(["zeta", "beta", "alpha"])
+
+
 @pytest.mark.parametrize("k", [3, 4, 5])
 def test_secret_and_photo_each_change_the_placement(k: int) -> None:
     areas, windows = windows_of(144, 144, 32, 5)
