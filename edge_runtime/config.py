@@ -58,7 +58,8 @@ class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         nodes: at least one.
         bundle: directory of the full bundle; None is the one that comes with the package.
         secret: file that keys the placement of windows.
-        deadline_s: seconds from an image's first window leaving home to all tokens being back.
+        deadline_s: seconds from an image's first window leaving home to all tokens being back. With
+            ``fallback = "local"`` nodes get half of it, and the edge the rest for what they missed.
         max_exposure: largest share of an image's area one node may see, in (0, 1].
         fallback: ``error``, or ``local``: the edge computes what the nodes cannot or may not.
         windows_per_request: most windows in one message; None sends a node all of its at once.
@@ -76,7 +77,9 @@ class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         if not self.nodes:
             raise ConfigError("there are no nodes: add a [[nodes]] table for each of yours")
         if not 0 < self.deadline_s <= 86_400:
-            raise ConfigError(f"deadline_s is {self.deadline_s}; expected seconds above 0")
+            raise ConfigError(
+                f"deadline_s is {self.deadline_s}; expected seconds, above 0 and at most 86400"
+            )
         if not 0 < self.max_exposure <= 1:
             raise ConfigError(
                 f"max_exposure is {self.max_exposure}; expected a share above 0 and at most 1"
@@ -201,7 +204,12 @@ def _completed(node: Any, number: int, base: Path) -> Any:
 
 
 def _absolute(path: str, base: Path) -> str:
-    return str((base / Path(path).expanduser()).absolute())
+    try:
+        if "\0" in path:
+            raise ValueError("it holds a NUL character")
+        return str((base / Path(path).expanduser()).absolute())
+    except (RuntimeError, ValueError) as error:  # RuntimeError: ~USER of a user there is not
+        raise ConfigError(f"the path {path!r} cannot be used: {error}") from None
 
 
 def _refuse_unknown(table: dict[str, Any], struct: type[msgspec.Struct], where: str) -> None:

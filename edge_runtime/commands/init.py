@@ -207,7 +207,8 @@ secret = {path(config.secret)}
 # keep it are refused, with what would suffice. 0.5 needs three nodes, 0.37 does for most photos.
 max_exposure = {config.max_exposure:g}
 
-# Seconds from a picture's first window leaving to all results being back.
+# Seconds from a picture's first window leaving to all results being back. With fallback = "local",
+# nodes get half of them; the other half is for this machine to compute what they did not.
 deadline_s = {config.deadline_s:g}
 
 # What to do when a node fails, or the budget lets nobody take a window:

@@ -88,7 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--deadline",
         type=float,
         metavar="SECONDS",
-        help="time for all windows to come back (default: edge.toml's)",
+        help="time for all windows to come back; with --fallback local nodes get half of it, this "
+        "machine the rest (default: edge.toml's)",
     )
     where.add_argument(
         "--fallback",

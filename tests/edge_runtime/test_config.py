@@ -67,6 +67,13 @@ def test_integers_do_for_numbers(tmp_path: Path) -> None:
         ("max_exposure = nan\n" + NODE, "max_exposure is nan"),
         ("deadline_s = -1\n" + NODE, "deadline_s is -1"),
         ("deadline_s = inf\n" + NODE, "deadline_s is inf"),
+        (
+            "deadline_s = 100000\n" + NODE,
+            "is 100000.0; expected seconds, above 0 and at most 86400",
+        ),
+        ('secret = "~nosuchuser/x"\n' + NODE, "path '~nosuchuser/x' cannot be used"),
+        ('bundle = "a\\u0000b"\n' + NODE, "holds a NUL"),
+        (NODE.replace("keys/alpha", "~nosuchuser/alpha"), "nosuchuser.* cannot be used"),
         ('deadline_s = "soon"\n' + NODE, "Expected `float`, got `str` - at `deadline_s`"),
         ('fallback = "retry"\n' + NODE, "'error'|'local'|retry"),
         ("windows_per_request = 0\n" + NODE, "windows_per_request is 0"),
