@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -131,6 +132,34 @@ def test_debug_shows_the_traceback(
     command(monkeypatch, ConfigError("mend this"))
     with pytest.raises(ConfigError):
         cli.main(arguments)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_unwind_a_command_and_are_given_back(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unwound = []
+
+    def run(args: object) -> int:
+        try:
+            signal.raise_signal(number)
+        finally:
+            unwound.append(number)
+        return 0
+
+    module = SimpleNamespace(add_arguments=lambda parser: None, run=run)
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: module)
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["info"])
+        assert stop.value.code == 128 + number
+        assert unwound == [number]
+        assert signal.getsignal(number) == signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN)  # as under nohup
+        assert cli.main(["info"]) == 0
+    finally:
+        signal.signal(number, before)
 
 
 def test_missing_torch_is_no_traceback_in_a_real_process() -> None:
