@@ -57,7 +57,6 @@ class Reply:
     """
 
     outputs: dict[str, np.ndarray]
-    bytes_up: int
     bytes_down: int
     upload_ms: float
     queue_ms: float
@@ -149,7 +148,8 @@ class NodeClient:
 
         Args:
             feeds: the stage's inputs, leading dimension n; ``window`` says which windows these are.
-            permit: to send exactly these windows to this node, once.
+            permit: to send exactly these windows to this node, once; its ``bytes_sent`` tells, also
+                after an error, whether they went out.
             until: deadline, in the event loop's time.
 
         Raises:
@@ -164,7 +164,7 @@ class NodeClient:
         request = Request(new_id(), self._stage.sha256, max(0, int((until - started) * 1000)))
         frames = encode(request, dict(feeds))
         pending = _Pending()
-        message, parts = await self._ask(request.id, frames, pending, until, begun)
+        message, parts = await self._ask(request.id, frames, pending, until, begun, permit)
         if not isinstance(message, Result):
             raise self._error(f"answered with {type(message).__name__} where a result was due")
         finished = pending.answered or loop.time()
@@ -177,7 +177,6 @@ class NodeClient:
         node_ms = (message.queue_us + message.compute_us) / 1000
         return Reply(
             outputs=outputs,
-            bytes_up=sum(memoryview(frame).nbytes for frame in frames),
             bytes_down=sum(len(part) for part in parts),
             upload_ms=(accepted - started) * 1000,
             queue_ms=message.queue_us / 1000,
@@ -203,7 +202,13 @@ class NodeClient:
         return message, ((pending.answered or loop.time()) - started) * 1000
 
     async def _ask(
-        self, id: bytes, frames: list[Any], pending: _Pending, until: float, begun: float
+        self,
+        id: bytes,
+        frames: list[Any],
+        pending: _Pending,
+        until: float,
+        begun: float,
+        permit: Permit | None = None,
     ) -> tuple[Message, list[zmq.Frame]]:
         """Send and wait for the answer of that id, or for what makes it impossible."""
         loop = asyncio.get_running_loop()
@@ -239,6 +244,8 @@ class NodeClient:
             for future in (sending, pending.answer):
                 if not future.cancel() and not future.cancelled():
                     future.exception()  # told already, or too late to matter
+            if permit and not sending.cancelled() and not sending.exception():
+                permit.bytes_sent = sum(memoryview(frame).nbytes for frame in frames)
         if isinstance(message, Refused):
             raise self._error(f"refused ({message.code}): {message.message}")
         return message, parts
@@ -289,6 +296,10 @@ class NodeClient:
             except ProtocolError as error:
                 # Whatever it was meant to answer, this node does not speak our protocol.
                 self._fail_all(f"wrong answer: {error}")
+            except Exception as error:  # a node's message must not stop the reader
+                self._fail_all(f"its answer could not be read ({type(error).__name__})")
+            # Receiving what is there already doesn't yield; deadlines want their turn.
+            await asyncio.sleep(0)
 
     def _handle(self, frames: list[zmq.Frame], now: float) -> None:
         message = decode_header(frames[0])

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -25,12 +25,13 @@ import zmq.asyncio
 
 from edge_runtime.client import NodeClient, Reply
 from edge_runtime.config import EdgeConfig, load_nodes
-from edge_runtime.placement import Decision, ExposureLedger, Placement, place
+from edge_runtime.placement import Decision, ExposureLedger, Permit, Placement, place
 from engines.errors import BundleError, OffloadError
 from engines.pipeline import Pipeline
 from engines.windows import Windows
 from transport.keys import load_secret_bytes
 from transport.messages import stage_limits
+from transport.sockets import NOT_AUTHORISED
 
 _NODES_SHARE = 0.5
 """With a local fallback, the share of the deadline the nodes get; the edge needs the rest."""
@@ -41,9 +42,11 @@ _T = TypeVar("_T")
 class NodeReport(msgspec.Struct, frozen=True):
     """What one node was shown and how long it took (milliseconds; see :class:`.client.Reply`).
 
-    ``exposure`` is the share of the image's area it was sent. With several requests to one node,
-    times are those of the slowest upload and download and the sums of queue and compute.
-    ``failure`` is None if it returned all it was asked for.
+    ``windows`` are those that went out on a connection to it, whether or not it answered, and
+    ``exposure`` is their share of the image's area; what was meant for a node that could not be
+    reached is not among them. With several requests to one node, times are those of the slowest
+    upload and download and the sums of queue and compute. ``failure`` is None if it returned all it
+    was asked for.
     """
 
     name: str
@@ -62,7 +65,7 @@ class OffloadReport(msgspec.Struct, frozen=True):
     """One image's run. ``msgspec.to_builtins`` makes it plain data for JSON.
 
     ``home``: windows the edge computed. ``max_exposure``: the largest share of the image's area any
-    node was sent. ``separation``: as in :class:`.placement.Placement`. ``windows_total``: of the
+    node was shown. ``separation``: as in :class:`.placement.Placement`. ``windows_total``: of the
     padded square, those without an image pixel included.
     """
 
@@ -103,6 +106,7 @@ class _Share:
 
     client: NodeClient
     rows: np.ndarray
+    permit: Permit | None = None
 
 
 class Offloader:
@@ -152,6 +156,17 @@ class Offloader:
         except BaseException:
             self._stop()
             raise
+
+    def prepare(self) -> None:
+        """Open the engines that :meth:`stack` may need, so that its deadline need not bear that.
+
+        Raises:
+            BundleError, EngineError: see :meth:`.pipeline.Pipeline.engine`.
+        """
+        if self.pipeline.bundle.has("head"):
+            self.pipeline.engine("head")
+        if self.config.fallback == "local":
+            self.pipeline.engine("stack")
 
     def stack(self, windows: Windows) -> tuple[dict[str, np.ndarray], OffloadReport]:
         """The stack's outputs for every window, in the order of ``windows``, and how it went.
@@ -224,9 +239,16 @@ class Offloader:
             secret=self._secret,
             image_hash=_image_hash(windows),
             keep_home=local,
+            ids={client.name: client.node.server_key for client in self._clients},
         )
         ledger = ExposureLedger(placement)
-        feeds = await loop.run_in_executor(self._engine_thread, self.pipeline.leave_home, windows)
+        leaving = loop.run_in_executor(self._engine_thread, self.pipeline.leave_home, windows)
+        leaving.add_done_callback(_retrieve)
+        await asyncio.wait({leaving}, timeout=max(0.0, until - loop.time()))
+        if not leaving.done():
+            leaving.cancel()
+            raise self._late("preparing what the nodes are sent")
+        feeds = leaving.result()
         outputs = {
             spec.name: np.empty((len(windows), *(int(d) for d in spec.shape[1:])), spec.numpy_dtype)
             for spec in self._stage.outputs
@@ -234,14 +256,16 @@ class Offloader:
         stop = threading.Event()  # tells the engine's thread that nobody wants its work any more
 
         def compute(rows: np.ndarray) -> asyncio.Future[None]:
-            return loop.run_in_executor(
-                self._engine_thread, self._compute, feeds, rows, outputs, until, stop
+            future = loop.run_in_executor(
+                self._engine_thread, self._compute, feeds, rows, outputs, stop
             )
+            future.add_done_callback(_retrieve)
+            return future
 
         async def send(share: _Share) -> Reply:
             chosen = {name: array[share.rows] for name, array in feeds.items()}
-            permit = ledger.permit(share.client.name, chosen["window"].tolist())
-            reply = await share.client.infer(chosen, permit, nodes_until)
+            share.permit = ledger.permit(share.client.name, chosen["window"].tolist())
+            reply = await share.client.infer(chosen, share.permit, nodes_until)
             for name, array in reply.outputs.items():
                 outputs[name][share.rows] = array
             return reply
@@ -249,17 +273,24 @@ class Offloader:
         sends: dict[asyncio.Future[Any], _Share] = {
             asyncio.ensure_future(send(share)): share for share in self._shares(placement, windows)
         }
-        homework: list[asyncio.Future[None]] = []
+        waiting: set[asyncio.Future[Any]] = set(sends)
+        for sending in sends:
+            sending.add_done_callback(_retrieve)
         kept = np.flatnonzero(np.isin(windows.window, placement.home))
         if len(kept):
-            homework.append(compute(kept))
+            waiting.add(compute(kept))
         returned: dict[int, list[Reply]] = {}
         failures: dict[str, str] = {}
         at_home = set(placement.home)
-        waiting: set[asyncio.Future[Any]] = {*sends, *homework}
         try:
             while waiting:
-                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                # Sends end at their deadline by themselves, and can say why; homework does not.
+                left = None if waiting & sends.keys() else until - loop.time()
+                if left is not None and left <= 0:
+                    raise self._late("computing windows at home")
+                done, waiting = await asyncio.wait(
+                    waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED
+                )
                 for future in done:
                     share = sends.get(future)
                     if share is None:
@@ -283,7 +314,7 @@ class Offloader:
             for future in waiting:
                 future.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
-        report = self._report(placement, ledger, returned, failures, at_home)
+        report = self._report(placement, ledger, sends.values(), returned, failures, at_home)
         return outputs, msgspec.structs.replace(report, total_ms=(loop.time() - started) * 1000)
 
     def _shares(self, placement: Placement, windows: Windows) -> list[_Share]:
@@ -301,42 +332,45 @@ class Offloader:
         feeds: dict[str, np.ndarray],
         rows: np.ndarray,
         outputs: dict[str, np.ndarray],
-        until: float,
         stop: threading.Event,
     ) -> None:
-        """Run the stack at home, one window at a time so as to notice the deadline."""
-        for number, row in enumerate(rows):
+        """Run the stack at home, one window at a time so as to stop soon when told."""
+        for row in rows:
             if stop.is_set():
                 return
-            if self._loop.time() >= until:
-                raise OffloadError(
-                    f"the edge had computed {number} of {len(rows)} windows at home when the "
-                    f"deadline of {self.config.deadline_s:g} s passed: allow more time "
-                    "(--deadline) or use more nodes"
-                )
             one = slice(row, row + 1)
             result = self.pipeline.stack({name: array[one] for name, array in feeds.items()})
             for name, array in result.items():
                 outputs[name][one] = array
 
+    def _late(self, doing: str) -> OffloadError:
+        return OffloadError(
+            f"the edge was still {doing} when the deadline of {self.config.deadline_s:g} s passed: "
+            "allow more time (--deadline) or use more nodes"
+        )
+
     def _report(
         self,
         placement: Placement,
         ledger: ExposureLedger,
+        shares: Iterable[_Share],
         returned: dict[int, list[Reply]],
         failures: dict[str, str],
         at_home: set[int],
     ) -> OffloadReport:
-        exposure = ledger.exposure()
+        sent = [share.permit for share in shares if share.permit and share.permit.bytes_sent]
+        total = sum(placement.areas.values())
         nodes = []
         for client in self._clients:
+            permits = [permit for permit in sent if permit.node == client.name]
+            shown = sorted(window for permit in permits for window in permit.windows)
             replies = returned.get(id(client), [])
             nodes.append(
                 NodeReport(
                     name=client.name,
-                    windows=tuple(sorted(ledger.seen(client.name))),
-                    exposure=exposure[client.name],
-                    bytes_up=sum(reply.bytes_up for reply in replies),
+                    windows=tuple(shown),
+                    exposure=sum(placement.areas[window] for window in shown) / total,
+                    bytes_up=sum(permit.bytes_sent for permit in permits),
                     bytes_down=sum(reply.bytes_down for reply in replies),
                     upload_ms=max((reply.upload_ms for reply in replies), default=0.0),
                     queue_ms=sum(reply.queue_ms for reply in replies),
@@ -348,7 +382,7 @@ class Offloader:
         return OffloadReport(
             nodes=tuple(nodes),
             home=tuple(sorted(at_home)),
-            max_exposure=max(exposure.values()),
+            max_exposure=max(node.exposure for node in nodes),
             separation=placement.separation,
             windows_total=self._geometry.windows,
             windows_sent=sum(len(node.windows) for node in nodes),
@@ -368,11 +402,12 @@ class Offloader:
         except OffloadError as error:
             state = client.link.state if client.link else "unreachable"
             reason = str(error).split("): ", 1)[-1]
+            authorised = True if state == "up" else False if reason == NOT_AUTHORISED else None
             return NodeStatus(
                 name=client.name,
                 endpoint=client.node.endpoint,
                 reachable=state in ("up", "refused"),
-                authorised={"up": True, "refused": False}.get(state),
+                authorised=authorised,
                 same_bundle=None,
                 round_trip_ms=None,
                 detail=reason,
@@ -392,6 +427,12 @@ class Offloader:
             else f"it serves {served}, this edge has stack {ours[:12]}: use the bundle that the "
             "node's was cut from",
         )
+
+
+def _retrieve(future: asyncio.Future[Any]) -> None:
+    """Look at the outcome, lest asyncio complain that nobody did: the first failure is told."""
+    if not future.cancelled():
+        future.exception()
 
 
 def _image_hash(windows: Windows) -> bytes:

@@ -107,6 +107,12 @@ class OffloadPredictor:
         self.offloader = Offloader(config, self.pipeline) if config else None
         self.model = _Model(bundle.manifest.mask_threshold, _Encoder(bundle.geometry.image_size))
         self.reset_image()
+        if self.offloader:
+            try:
+                self.offloader.prepare()
+            except BaseException:
+                self.close()
+                raise
 
     def set_image(self, image: np.ndarray, image_format: str = "RGB") -> None:
         """Compute the image's embedding, so that :meth:`predict` can be called.

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zmq
 import zmq.asyncio
 
 from edge_runtime.client import NodeClient, Reply
@@ -70,8 +71,13 @@ class Case:
 
     async def infer(self, seconds: float = 20.0) -> Reply:
         until = asyncio.get_running_loop().time() + seconds
-        permit = ledger().permit("alpha", WINDOWS)
-        return await self.client.infer(feeds(self.bundle), permit, until)
+        self.permit = ledger().permit("alpha", WINDOWS)
+        return await self.client.infer(feeds(self.bundle), self.permit, until)
+
+    async def up(self) -> None:
+        """Wait for the connection, which may take long where much else is going on."""
+        while self.client.link is None or self.client.link.state != "up":
+            await asyncio.sleep(0.01)
 
 
 @asynccontextmanager
@@ -137,6 +143,8 @@ def test_an_answer_comes_with_its_times_and_sizes(run: Callable[..., Any]) -> No
         reply = await case.infer()
         assert case.requests[0].stage == case.bundle.stage("stack").sha256
         assert 0 < case.requests[0].deadline_ms <= 20_000
+        pixels = 2 * 16 * 16 * 3
+        assert pixels < case.permit.bytes_sent < pixels + 500
         return reply
 
     reply = run(honest, work)
@@ -144,8 +152,6 @@ def test_an_answer_comes_with_its_times_and_sizes(run: Callable[..., Any]) -> No
     assert (reply.queue_ms, reply.compute_ms) == (1.0, 2.0)
     assert reply.upload_ms > 0
     assert reply.download_ms >= 0
-    pixels = 2 * 16 * 16 * 3
-    assert pixels < reply.bytes_up < pixels + 500
     assert reply.bytes_down == tokens()["tokens"].nbytes
 
 
@@ -251,9 +257,11 @@ def test_silence_ends_at_the_deadline(
     behaviour: Behaviour, says: str, run: Callable[..., Any]
 ) -> None:
     async def work(case: Case) -> None:
+        await case.up()
         with pytest.raises(OffloadError, match=says):
             await case.infer(seconds=1.5)
         assert case.client._pending == {}
+        assert case.permit.bytes_sent > 0  # the node has the windows, whatever it does with them
 
     run(behaviour, work)
 
@@ -269,6 +277,7 @@ def test_an_answer_after_the_deadline_is_a_stray(run: Callable[..., Any]) -> Non
             await say(result(request), tokens())
 
     async def work(case: Case) -> None:
+        await case.up()
         with pytest.raises(OffloadError, match="no answer"):
             await case.infer(seconds=1.5)
         reply = await case.infer()
@@ -278,12 +287,61 @@ def test_an_answer_after_the_deadline_is_a_stray(run: Callable[..., Any]) -> Non
     run(slow, work)
 
 
+def test_a_defect_in_reading_fails_the_request_and_not_the_reader(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = NodeClient._handle, []
+
+    def defective(self: NodeClient, *arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise ValueError("odd")
+        real(self, *arguments)
+
+    monkeypatch.setattr(NodeClient, "_handle", defective)
+
+    async def work(case: Case) -> None:
+        with pytest.raises(OffloadError, match=r"could not be read \(ValueError\)"):
+            await case.infer(seconds=60)
+        await case.infer()
+
+    run(answering(result, tokens()), work)
+
+
+def test_a_flood_of_messages_leaves_the_loop_its_turn(toy_bundle: Path, tmp_path: Path) -> None:
+    class Flood:
+        received = 0
+
+        async def recv_multipart(self, copy: bool) -> list[zmq.Frame]:
+            self.received += 1
+            if self.received > 1000:
+                raise asyncio.CancelledError
+            return [zmq.Frame(encode(Accepted(new_id()))[0])]
+
+    async def work() -> int:
+        stage = Bundle.load(toy_bundle).stage("stack")
+        limits = stage_limits(stage.inputs, stage.outputs, 9)
+        keypair = generate(tmp_path, "edge")
+        node = Node("alpha", "tcp://127.0.0.1:1", keypair.public, keypair)
+        client = NodeClient(zmq.asyncio.Context(), node, stage, limits)
+        client._socket = flood = Flood()
+        reading = asyncio.create_task(client._read())
+        while not flood.received:
+            await asyncio.sleep(0)
+        received = flood.received
+        await asyncio.gather(reading, return_exceptions=True)
+        return received
+
+    assert asyncio.run(work()) < 10
+
+
 def test_nothing_is_sent_without_the_right_permit(run: Callable[..., Any]) -> None:
     async def work(case: Case) -> None:
         until = asyncio.get_running_loop().time() + 20
         permit = ledger().permit("alpha", [1, 2])
         with pytest.raises(PlacementError, match="no permit"):
             await case.client.infer(feeds(case.bundle), permit, until)
+        assert permit.bytes_sent == 0
         permit = ledger().permit("alpha", WINDOWS)
         await case.client.infer(feeds(case.bundle), permit, until)
         with pytest.raises(PlacementError, match="no permit"):

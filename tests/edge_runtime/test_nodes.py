@@ -99,6 +99,7 @@ def test_a_node_with_another_key(
     code, found = checked(config, capsys)
     assert code == 1
     assert "wrong server key" in found[0]["detail"]
+    assert (found[0]["reachable"], found[0]["authorised"]) == (True, None)
 
 
 def test_nodes_of_another_bundle(
@@ -128,6 +129,7 @@ def test_a_frozen_node(
     assert code == 1
     assert [status["usable"] for status in found] == [True, False, True]
     assert "frozen" in found[1]["detail"]
+    assert found[1]["authorised"] is None  # nobody can know
 
 
 def test_mistakes_are_one_line(

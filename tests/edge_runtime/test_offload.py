@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from edge_runtime.client import NodeClient
 from edge_runtime.config import EdgeConfig
 from edge_runtime.images import resize_longest
 from edge_runtime.offload import Offloader, OffloadReport
@@ -167,8 +169,9 @@ def test_a_missing_node_is_replaced_by_the_edge_and_by_no_other_node(
     outputs, report = offload(config, photo)
     assert_identical(outputs, alone(photo, shared_fleet.bundle))
     before = {node.name: node.windows for node in healthy.nodes}
-    assert {node.name: node.windows for node in report.nodes} == before
     assert report.home == before["beta"]
+    assert {node.name: node.windows for node in report.nodes} == {**before, "beta": ()}
+    assert report.windows_sent == 6 - len(before["beta"])
     failures = {node.name: node.failure for node in report.nodes}
     assert "unreachable" in str(failures.pop("beta"))
     assert failures == {"alpha": None, "gamma": None}
@@ -180,7 +183,8 @@ def test_all_nodes_missing(shared_fleet: Any, photo: np.ndarray) -> None:
         config = with_node(config, name, endpoint=closed_port())
     outputs, report = offload(config, photo)
     assert_identical(outputs, alone(photo, shared_fleet.bundle))
-    assert (len(report.home), report.bytes_down) == (6, 0)
+    assert (len(report.home), report.bytes_up, report.bytes_down) == (6, 0, 0)
+    assert (report.windows_sent, report.max_exposure) == (0, 0)  # nobody was there to see any
     with pytest.raises(OffloadError, match="unreachable"):
         offload(msgspec.structs.replace(config, fallback="error"), photo)
 
@@ -235,7 +239,8 @@ def test_a_node_that_does_not_know_this_edge(
         offload(config, photo)
     outputs, report = offload(msgspec.structs.replace(config, fallback="local"), photo)
     assert_identical(outputs, alone(photo, shared_fleet.bundle))
-    assert report.home == report.nodes[2].windows
+    assert report.home
+    assert report.nodes[2].windows == ()
 
 
 def test_a_node_with_another_key_than_it_should_have(
@@ -258,6 +263,10 @@ def test_nodes_of_another_bundle_refuse_by_name(
     with pytest.raises(OffloadError, match=r"wrong_bundle.*toy fp32") as caught:
         offload(shared_fleet.config(), photo, other)
     assert all(digest in str(caught.value) for digest in digests)
+    report = offload(shared_fleet.config(fallback="local"), photo, other)[1]
+    assert (report.windows_sent, len(report.home)) == (6, 6)  # refused, but shown
+    assert report.bytes_up > 6 * 16 * 8 * 4
+    assert all(node.failure and node.bytes_up and node.exposure for node in report.nodes)
 
 
 # -- budget, deadline, set-up -------------------------------------------------------------------
@@ -281,8 +290,50 @@ def test_windows_beyond_the_budget_are_computed_at_home_with_fallback(
 def test_no_time_is_an_error_even_with_fallback(shared_fleet: Any, photo: np.ndarray) -> None:
     with pytest.raises(OffloadError):
         offload(shared_fleet.config(deadline_s=1e-6), photo)
-    with pytest.raises(OffloadError, match="computed 0 of"):
+    with pytest.raises(OffloadError, match="when the deadline of 1e-06 s passed"):
         offload(shared_fleet.config(deadline_s=1e-6, fallback="local"), photo)
+
+
+@pytest.mark.parametrize(
+    ("slow", "doing"),
+    [("leave_home", "preparing what the nodes are sent"), ("stack", "computing windows at home")],
+)
+def test_the_edge_s_own_engine_cannot_outlast_the_deadline(
+    shared_fleet: Any, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch, slow: str, doing: str
+) -> None:
+    enough = threading.Event()
+    real = getattr(Pipeline, slow)
+
+    def waiting(*arguments: Any) -> Any:
+        enough.wait(60)
+        return real(*arguments)
+
+    monkeypatch.setattr(Pipeline, slow, waiting)
+    config = shared_fleet.config(deadline_s=4.0, max_exposure=0.25, fallback="local")
+    bundle = Bundle.load(shared_fleet.bundle)
+    with Pipeline(bundle, threads=1) as pipeline, Offloader(config, pipeline) as offloader:
+        try:
+            with pytest.raises(OffloadError, match=f"the edge was still {doing}"):
+                offloader.stack(windows_of(photo, bundle))
+        finally:
+            assert not enough.is_set()
+            enough.set()
+
+
+def test_failures_at_once_leave_no_complaint_of_asyncio(
+    shared_fleet: Any,
+    photo: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def failing(*arguments: Any) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(NodeClient, "infer", failing)
+    with pytest.raises(RuntimeError, match="a defect"):
+        offload(shared_fleet.config(), photo)
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 def test_an_error_leaves_the_offloader_working(shared_fleet: Any, photo: np.ndarray) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from edge_runtime.predictor import OffloadPredictor
-from engines.errors import ImageError, OffloadError, PromptError
+from engines.errors import BundleError, ImageError, OffloadError, PromptError
 
 SIZES = [(144, 144), (300, 401), (97, 33), (7, 500), (1, 1), (801, 600)]
 
@@ -235,6 +236,21 @@ def test_a_failed_image_leaves_none_set(shared_fleet: Any, photo: np.ndarray) ->
         assert predictor.report is None
         with pytest.raises(RuntimeError):
             predictor.predict(np.array([[1, 1]]), np.array([1]))
+
+
+def test_engines_that_the_deadline_would_bear_are_opened_early(
+    shared_fleet: Any, make_toy_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    for stage, config in (
+        ("head", shared_fleet.config()),
+        ("stack", shared_fleet.config(fallback="local")),
+    ):
+        bundle = make_toy_bundle(tmp_path / stage, head=True)
+        (bundle / f"{stage}.onnx").write_bytes(b"broken")
+        before = threading.active_count()
+        with pytest.raises(BundleError, match=rf"{stage}\.onnx is damaged"):
+            OffloadPredictor(config, bundle=bundle)
+        assert threading.active_count() == before
 
 
 def test_a_stock_bundle_works_locally(

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +38,12 @@ def toml(config: EdgeConfig, path: Path) -> Path:
         lines += [f'server_key = "{node.server_key}"', f'client_key = "{node.client_key}"']
     path.write_text("\n".join(lines))
     return path
+
+
+def closed_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
 
 
 def mask(path: Path) -> np.ndarray:
@@ -110,6 +123,41 @@ def test_through_nodes_the_masks_are_the_same_and_exposure_is_told(
         "download",
     }
     assert "alpha saw" in capsys.readouterr().out
+
+
+def test_nodes_that_are_not_there_saw_nothing(
+    photo: Path, tmp_path: Path, shared_fleet: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = toml(shared_fleet.config(), tmp_path / "edge.toml")
+    nobody = re.sub(r"tcp://[^\"]*", lambda _: closed_port(), config.read_text())
+    config.write_text(nobody)
+    command = ["segment", str(photo), "--point", "5,6", "--config", str(config)]
+    assert main([*command, "--out", str(tmp_path / "out"), "--fallback", "local"]) == 0
+    assert "alpha saw 0 of 9 windows, 0.0% of the photo; failed: " in capsys.readouterr().out
+    exposure = json.loads((tmp_path / "out" / "result.json").read_text())["exposure"]
+    assert (exposure["windows_sent"], exposure["bytes_up"]) == (0, 0)
+    assert (exposure["max_exposure"], len(exposure["windows_at_home"])) == (0, 6)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing_behind(
+    photo: Path, tmp_path: Path, make_fleet: Callable[..., Any], number: signal.Signals
+) -> None:
+    fleet = make_fleet("alpha")
+    folder = tmp_path / "here"
+    folder.mkdir()
+    config = toml(fleet.config(), tmp_path / "edge.toml")
+    command = [sys.executable, "-m", "edge_runtime.cli", "segment", str(photo), "--point", "5,6"]
+    command += ["--config", str(config), "--max-exposure", "1", "--out", str(folder / "result")]
+    fleet.nodes["alpha"].signal(signal.SIGSTOP)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not os.listdir(folder):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert (process.returncode, said) == (128 + number, "")
+    assert os.listdir(folder) == []
 
 
 def test_edge_toml_of_the_current_folder_is_found(
