@@ -335,7 +335,10 @@ class Adaptation:
         )
 
     def restore(self, path: Path | str) -> None:
-        """Continue from :meth:`save`'s file; it must come from the same weights and settings."""
+        """Continue from :meth:`save`'s file; from the same weights and settings.
+
+        The number of steps may differ: it reshapes the rest of the learning-rate schedule.
+        """
         state: Any = read_torch_file(path)
         if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
             raise CheckpointError(
@@ -346,7 +349,7 @@ class Adaptation:
                 f"{path} belongs to other stock weights; remove it to begin anew with these"
             )
         mine = asdict(self.config)
-        differing = [k for k in mine if state["config"].get(k) != mine[k]]
+        differing = [k for k in mine if k != "steps" and state["config"].get(k) != mine[k]]
         if differing:
             told = ", ".join(f"{k} {state['config'].get(k)} (now {mine[k]})" for k in differing)
             raise ConfigError(f"{path} was begun with {told}; repeat those settings or remove it")

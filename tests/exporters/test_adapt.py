@@ -111,9 +111,9 @@ def test_a_state_of_other_weights_or_settings_is_refused(tmp_path, photos):
         other.image_encoder.pos_embed += 1
     with pytest.raises(CheckpointError, match="other stock weights"):
         Adaptation(other, CONFIG, Folder(photos, 1)).restore(tmp_path / "state")
-    longer = AdaptConfig("tiny", steps=9, batch=2, lr_warmup=1)
-    with pytest.raises(ConfigError, match=r"steps 4 \(now 9\)"):
-        Adaptation(stock(), longer, Folder(photos, 1)).restore(tmp_path / "state")
+    other_batch = AdaptConfig("tiny", steps=4, batch=3, lr_warmup=1)
+    with pytest.raises(ConfigError, match=r"batch 2 \(now 3\)"):
+        Adaptation(stock(), other_batch, Folder(photos, 1)).restore(tmp_path / "state")
 
 
 def test_reordered_weights_are_refused(photos):
