@@ -78,7 +78,7 @@ def run_demo(
 
     full = Bundle.load(bundle or shipped_bundle())
     _check_out(out)
-    with _stopped_by_sigterm(), tempfile.TemporaryDirectory(prefix="edge-runtime-demo-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="edge-runtime-demo-") as scratch:
         say(f"starting {len(NODES)} nodes, each with its own keys and the stack alone")
         with _nodes(Path(scratch), full.path) as config:
             say("segmenting the photo through them")
@@ -272,7 +272,7 @@ def _nodes(scratch: Path, bundle: Path) -> Iterator[EdgeConfig]:
             command += ["--bundle", str(scratch / "node-bundle"), "--keys", str(keys)]
             command += ["--bind", "tcp://127.0.0.1:0", "--threads", str(threads)]
             command += ["--device", "cpu", "--ready-file", str(scratch / f"{name}.json")]
-            with open(scratch / f"{name}.log", "wb") as log:
+            with open(scratch / f"{name}.log", "wb") as log, _undisturbed():
                 processes.append(
                     subprocess.Popen(
                         command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
@@ -295,7 +295,8 @@ def _nodes(scratch: Path, bundle: Path) -> Iterator[EdgeConfig]:
             max_exposure=MAX_EXPOSURE,
         )
     finally:
-        _end(processes)
+        with _undisturbed():
+            _end(processes)
 
 
 def _ready(scratch: Path, name: str, process: subprocess.Popen[bytes]) -> dict[str, str]:
@@ -328,20 +329,24 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 @contextlib.contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM unwinds the stack like SIGINT does, so that the nodes are ended."""
+def _undisturbed() -> Iterator[None]:
+    """Hold signals back till the end: a node is started and noted down, or ended, in one piece."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def leave(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
+    held: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: held.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if held:
+            signal.raise_signal(held[0])
 
 
 def _cores() -> int:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,8 @@ def test_a_signal_ends_the_nodes_too(tmp_path: Path, number: signal.Signals) -> 
         env={**os.environ, "TMPDIR": str(scratch)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        # A test run started in the background hands down SIGINT as ignored.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
     )
     nodes: set[int] = set()
     give_up = time.monotonic() + 60
