@@ -24,7 +24,14 @@ from engines.errors import EdgeRuntimeError
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
-_EXPORT_PACKAGES = {"torch", "torchvision", "segment_anything", "onnx", "onnxscript"}
+_EXPORT = "pip install 'edge-runtime[export]'"
+# Top-level package -> what installs it.
+_INSTALL = {
+    **dict.fromkeys(
+        ("torch", "torchvision", "segment_anything", "onnx", "onnxscript", "scipy"), _EXPORT
+    ),
+    "skimage": "pip install scikit-image",
+}
 
 
 class Command(NamedTuple):
@@ -201,14 +208,10 @@ def _unwound_by_signals() -> Iterator[None]:
 def _explain(error: Exception) -> str:
     if isinstance(error, EdgeRuntimeError):
         return str(error)
-    if (
-        isinstance(error, ModuleNotFoundError)
-        and (error.name or "").split(".")[0] in _EXPORT_PACKAGES
-    ):
-        return (
-            f"this command needs {error.name}, which is not installed: "
-            "pip install 'edge-runtime[export]'"
-        )
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").split(".")[0]
+        if package in _INSTALL:
+            return f"this command needs {package}, which is not installed: {_INSTALL[package]}"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return f"unexpected {type(error).__name__}: {error} (a bug; --debug shows where)"
