@@ -10,7 +10,8 @@ send without its permit.
 
 The choice is drawn with a keyed hash of the edge's secret and the image's hash: a node cannot
 predict which windows it will get, and the same photo with the same nodes is placed the same way
-again, whatever budget allows that placement, so a repeat shows nobody anything new. Nothing here
+again, whatever budget allows that placement, so a repeat shows nobody anything new. Under a tighter
+budget nodes see less of it if windows may stay at home, and another placement if not. Nothing here
 knows about networks, models or time.
 """
 
@@ -89,7 +90,8 @@ def place(
         max_exposure: largest share of ``sum(areas)`` one node may see, in (0, 1].
         secret: the edge's secret, at least 16 bytes.
         image_hash: any digest of the image's content.
-        keep_home: windows that fit in no node's budget stay at home instead of raising.
+        keep_home: what is too much for a node's budget stays at home, instead of another placement
+            being drawn, with less separation if need be, or none being found.
         ids: node name -> what makes the node itself known, such as its key, so that a machine under
             a new name is placed as before; None: the names.
 
@@ -287,6 +289,9 @@ def _choose(
     budget = _budget(shape, max_exposure)
     if max(_loads(shape, colours, k)) <= budget:
         return colours, _reached(shape, colours)
+    if keep_home:  # less of the same placement, rather than another one
+        _send_home(shape, colours, k, budget)
+        return colours, _reached(shape, colours)
     for separation in (8, 4, 0):
         even = _most_even(shape, k, separation)
         if even is None or max(_loads(shape, even, k)) > budget:
@@ -294,10 +299,7 @@ def _choose(
         drawn = _settle(_Walk(shape, k, separation, colours, random), budget, _SETTLE_STEPS)
         colours = drawn if max(_loads(shape, drawn, k)) <= budget else list(even)
         return colours, _reached(shape, colours)
-    if not keep_home:
-        raise PlacementError(_what_would_suffice(shape, nodes, max_exposure))
-    _send_home(shape, colours, k, budget)
-    return colours, _reached(shape, colours)
+    raise PlacementError(_what_would_suffice(shape, nodes, max_exposure))
 
 
 def _budget(shape: _Shape, max_exposure: float) -> int:
