@@ -192,6 +192,10 @@ class Offloader:
 
         async def disconnect() -> None:
             await asyncio.gather(*(client.close() for client in self._clients))
+            left = asyncio.all_tasks() - {asyncio.current_task()}  # of a call that was interrupted
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
             self._ctx.destroy(linger=0)
 
         self._call(disconnect())

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx_ir as ir
 import pytest
 
-from engines.bundle import Bundle
+from engines.bundle import Bundle, hash_file, stage_digest, write_manifest
 from engines.errors import ExportError
 from exporters import verify
 from exporters.golden import Sample, make_sample, sample_images
@@ -100,6 +101,12 @@ def test_end_to_end_notices_stages_of_two_models(
     model = ir.load(mixed / "tail.onnx")
     nudge("tail", "blocks.0.attn.rel_w")(model)
     ir.save(model, mixed / "tail.onnx")
+    manifest = Bundle.load(mixed).manifest
+    tail = manifest.stages["tail"]
+    files = {name: hash_file(mixed / name) for name in tail.files}
+    tail = msgspec.structs.replace(tail, files=files, sha256=stage_digest(files))
+    stages = {**manifest.stages, "tail": tail}
+    write_manifest(mixed, msgspec.structs.replace(manifest, stages=stages))
     assert not verify_bundle(Bundle.load(mixed), sample, FP32).passed
 
 
