@@ -211,10 +211,14 @@ def decode_prompts(sam: Sam, embedding: Tensor, windows: Windows) -> Arrays:
 
 
 def write_sample(path: Path, sample: Sample, stages: Mapping[str, Stage]) -> None:
-    """Store ``sample`` for ``stages``: inputs in the types they take, outputs in float32."""
+    """Store ``sample`` for ``stages``: inputs in the types they take, outputs in float32.
+
+    ``decoder.embedding`` is left out: it is the ``embedding`` of the stage before, stored once.
+    """
     arrays: Arrays = {}
     for name, stage in stages.items():
         for tensors in (sample.feeds(name, stage), sample.expected(name, stage)):
             arrays.update({f"{name}.{tensor}": array for tensor, array in tensors.items()})
+    arrays.pop("decoder.embedding", None)  # absent from a bundle for nodes
     path.parent.mkdir(exist_ok=True)
     np.savez_compressed(path, **arrays)  # type: ignore[arg-type]

@@ -107,7 +107,9 @@ def test_graphs_hold_what_engines_take(random_bundle: Path) -> None:
 def test_golden_sample_can_be_replayed(random_bundle: Path) -> None:
     bundle = Bundle.load(random_bundle)
     assert bundle.manifest.golden == (GOLDEN,)
-    with np.load(random_bundle / GOLDEN, allow_pickle=False) as golden:
+    with np.load(random_bundle / GOLDEN, allow_pickle=False) as stored:
+        assert "decoder.embedding" not in stored
+        golden = {**stored, "decoder.embedding": stored["tail.embedding"]}
         for name, stage in bundle.manifest.stages.items():
             with OrtEngine(bundle.stage_path(name), threads=1, device="cpu") as engine:
                 found = engine.run({s.name: golden[f"{name}.{s.name}"] for s in stage.inputs})
