@@ -75,7 +75,8 @@ class Folder:
                 f"{', '.join(sorted(SUFFIXES))}"
             )
         self.paths = [p for p in found if _opens(p)]
-        self.unreadable = [p for p in found if p not in set(self.paths)]
+        readable = set(self.paths)
+        self.unreadable = [p for p in found if p not in readable]
         if not self.paths:
             raise ImageError(
                 f"none of the {len(found)} images under {directory} can be read, "

@@ -18,11 +18,12 @@ unlabelled images; prompt encoder and mask decoder stay as they are. Interrupted
 are continued exactly by the same command."""
 _EPILOG = """\
 examples:
-  edge-runtime adapt --model vit_b --checkpoint sam_vit_b_01ec64.pth --images photos/ --out
-  sam_vit_b-adapted.pt edge-runtime adapt --checkpoint runs/tiny/tiny-stock.pt --scenes --out tiny-
-  adapted.pt torchrun --nproc-per-node 8 -m edge_runtime.cli adapt --model vit_h --checkpoint
-  sam_vit_h_4b8939.pth \\
-      --images sa1b/ --steps 20000 --batch 32 --out sam_vit_h-adapted.pt
+  edge-runtime adapt --model vit_b --checkpoint sam_vit_b_01ec64.pth --images photos/ \\
+      --out vit_b-adapted.pt
+  edge-runtime adapt --checkpoint runs/tiny/tiny-stock.pt --scenes --out tiny-adapted.pt
+  torchrun --nproc-per-node 8 -m edge_runtime.cli adapt --model vit_h \\
+      --checkpoint sam_vit_h_4b8939.pth --images sa1b/ --steps 20000 --batch 32 \\
+      --out vit_h-adapted.pt
 
 Prints the relative squared error of the image embedding: 0 is the original, 1 no better than a
 constant. Any photos like those to be segmented will do; 11,000 (one part of SA-1B) are plenty.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ examples:
   edge-runtime evaluate --coins                          scikit-image's coins, one click each
   edge-runtime evaluate --stock sam_vit_b_01ec64.pth --adapted sam_vit_b-adapted.pt \\
       --annotations instances_val2017.json --images val2017 --limit 500
-  edge-runtime evaluate --json > docs/results/evaluation.json"""
+  edge-runtime evaluate --json > evaluation.json"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,12 +115,31 @@ def run(args: argparse.Namespace) -> int:
             score = evaluate(sam.to(device), samples, change, lambda: advance(""))
             results.append({"row": name, "blur_sigma": sigma, **asdict(score)})
     if args.json:
-        command = "edge-runtime evaluate" + (" --coins" if args.coins else "")
         report = {"data": what, "weights_sha256": weights, "rows": results}
-        print(json.dumps({**report, "made": made_with(command)}, indent=2))
+        print(json.dumps({**report, "made": made_with(_command(args))}, indent=2))
         return 0
     print(f"{what}; {results[0]['objects']} objects, one click each")
     print(f"{'':36}{'miou':>8}{'best of 3':>12}")
     for row in results:
         print(f"{row['row']:36}{row['miou']:8.3f}{row['best_of_three']:12.3f}")
     return 0
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command line that gives these figures; of files the names alone, not where they lie."""
+    words = ["edge-runtime", "evaluate"]
+    for name in ("stock", "adapted", "annotations", "images"):
+        path: Path | None = getattr(args, name)
+        if path is not None:
+            words += [f"--{name}", path.name]
+    if args.annotations is not None:
+        words += ["--min-area", str(args.min_area)]
+        if args.limit is not None:
+            words += ["--limit", str(args.limit)]
+    elif args.coins:
+        words.append("--coins")
+    else:
+        words += ["--scenes", str(args.scenes)]
+    if args.no_blur:
+        words.append("--no-blur")
+    return shlex.join(words)

@@ -83,6 +83,9 @@ def test_the_table(weights, capsys):
         assert row in out
     assert main(["evaluate", *files, "--scenes", "2", "--no-blur", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
+    assert report["made"]["command"] == (
+        "edge-runtime evaluate --stock stock.pt --adapted adapted.pt --scenes 2 --no-blur"
+    )
     assert [r["blur_sigma"] for r in report["rows"]] == [None] * 3
     stock, reordered, adapted = report["rows"]
     assert reordered["miou"] == adapted["miou"]  # the adapted file holds the same weights here
