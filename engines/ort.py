@@ -93,6 +93,9 @@ class OrtEngine(Engine):
         providers: list[Any] = ["CPUExecutionProvider"]
         if device != "cpu":
             if "CUDAExecutionProvider" in ort.get_available_providers():
+                # CUDA and cuDNN from PyPI lie where the loader does not look by itself.
+                if hasattr(ort, "preload_dlls"):
+                    ort.preload_dlls()
                 # TF32 would cost three decimal digits of a float32 bundle.
                 providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))
             elif device == "cuda":
