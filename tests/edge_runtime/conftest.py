@@ -18,8 +18,6 @@ import pytest
 from edge_runtime.config import EdgeConfig, NodeConfig
 from transport.keys import generate, generate_secret, make_directory, write_public
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
 
 @dataclass
 class Node:
@@ -49,6 +47,9 @@ class Fleet:
     root: Path
     bundle: Path
     nodes: dict[str, Node] = field(default_factory=dict)
+    environment: dict[str, str] = field(
+        default_factory=lambda: {**os.environ, "OMP_NUM_THREADS": "1"}
+    )
 
     @property
     def keys(self) -> Path:
@@ -71,7 +72,7 @@ class Fleet:
             command += ["--bind", "tcp://127.0.0.1:0", "--threads", "1"]
             command += ["--ready-file", str(folder / "ready.json"), "--log-level", "debug"]
             with open(folder / "log", "wb") as log:
-                process = subprocess.Popen(command, stdout=log, stderr=log, env=ENVIRONMENT)
+                process = subprocess.Popen(command, stdout=log, stderr=log, env=self.environment)
             self.nodes[name] = Node(name, folder, process)
         for name in names:
             node = self.nodes[name]

@@ -52,14 +52,13 @@ def test_no_log_or_temporary_file_holds_the_canary(
     ending: str,
     tmp_path: Path,
     make_fleet: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     photo, out, scratch = tmp_path / "photo.ppm", tmp_path / "out" / "result", tmp_path / "tmp"
     out.parent.mkdir()
     scratch.mkdir()
     Image.fromarray(np.tile(np.frombuffer(PIXEL, np.uint8), (40, 40, 1))).save(photo)
     fleet = make_fleet()
-    monkeypatch.setitem(sys.modules[type(fleet).__module__].ENVIRONMENT, "TMPDIR", str(scratch))
+    fleet.environment["TMPDIR"] = str(scratch)
     fleet.start("alpha", "beta", "gamma")  # they log at debug level
     config = fleet.config()
     lines = [f'bundle = "{config.bundle}"', f'secret = "{config.secret}"', "deadline_s = 10"]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,9 @@ def test_a_signal_leaves_nothing_behind(
     command = [sys.executable, "-m", "edge_runtime.cli", "segment", str(photo), "--point", "5,6"]
     command += ["--config", str(config), "--max-exposure", "1", "--out", str(folder / "result")]
     fleet.nodes["alpha"].signal(signal.SIGSTOP)
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A test run started by nohup hands down SIGHUP as ignored.
+    heed = partial(signal.signal, number, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     while not os.listdir(folder):
         assert process.poll() is None
         time.sleep(0.01)
