@@ -154,8 +154,9 @@ def server(ctx: zmq.Context[Any], bind: str, keypair: KeyPair, limits: StageLimi
         socket.set(zmq.ROUTER_MANDATORY, 1)
         # A newcomer using another's routing id must not take over its replies.
         socket.set(zmq.ROUTER_HANDOVER, 0)
-        # Two messages a request (Accepted, Result), for more requests than one edge has in flight.
-        socket.set(zmq.SNDHWM, 16)
+        # Two messages for each request that may wait (16), and some room: libzmq gives credit for
+        # what was read only half a mark at a time.
+        socket.set(zmq.SNDHWM, 48)
         socket.set(zmq.BACKLOG, 256)
         try:
             socket.bind(bind)
