@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge_runtime.segmentation import Object, Point, Prompt, dumps, segment
+from edge_runtime.prompts import Point, Prompt
+from edge_runtime.segmentation import Object, dumps, segment
 from engines.errors import ConfigError, EdgeRuntimeError, OffloadError
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 if TYPE_CHECKING:
     from edge_runtime.offload import OffloadReport
-    from edge_runtime.segmentation import Box, Point, Prompt
+    from edge_runtime.prompts import Box, Point, Prompt
     from engines.geometry import Geometry
     from engines.windows import Windows
 

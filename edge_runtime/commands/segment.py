@@ -117,18 +117,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Raises any EdgeRuntimeError; then no folder is left behind."""
+    from edge_runtime import prompts as prompting
     from edge_runtime import segmentation
     from edge_runtime.images import load_image
     from engines.errors import ConfigError
 
     if args.threads is not None and args.threads < 1:
         raise ConfigError(f"--threads is {args.threads}; expected at least 1")
-    prompts = segmentation.group([_parsed(option, text) for option, text in args.prompts])
+    prompts = prompting.group([_parsed(option, text) for option, text in args.prompts])
     config = _config(args)
     out = args.out or Path("out") / (args.photo.stem or "photo")
     segmentation.check_folder(out, args.overwrite)
     image = load_image(args.photo)
-    segmentation.check(prompts, image.shape[:2])
+    prompting.check(prompts, image.shape[:2])
 
     from edge_runtime.predictor import OffloadPredictor
 
@@ -147,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _parsed(option: str, text: str | None) -> Any:
-    from edge_runtime.segmentation import parse_box, parse_point
+    from edge_runtime.prompts import parse_box, parse_point
 
     if text is None:
         return None

@@ -8,7 +8,7 @@ import pytest
 from edge_runtime import render
 from edge_runtime.images import resize_longest
 from edge_runtime.offload import NodeReport, OffloadReport
-from edge_runtime.segmentation import Box, Point, Prompt
+from edge_runtime.prompts import Box, Point, Prompt
 from engines.geometry import Geometry
 from engines.windows import Windows, cut
 
