@@ -74,7 +74,6 @@ def prepare(config: NodeConfig) -> Prepared:
             "node serves a reordered bundle (`edge-runtime export --order reordered`)"
         )
     stage = bundle.stage("stack")
-    bundle.verify_hashes(["stack"])
     # An edge sends each window of an image at most once, so a request never holds more.
     limits = stage_limits(stage.inputs, stage.outputs, bundle.geometry.windows)
     return Prepared(config, bundle, stage, limits, keypair, allowed)

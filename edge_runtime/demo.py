@@ -254,13 +254,14 @@ def _nodes(scratch: Path, bundle: Path) -> Iterator[EdgeConfig]:
     """Running nodes with keys exchanged, as a configuration of an edge that may use them."""
     from edge_runtime.config import EdgeConfig, NodeConfig
     from engines.bundle import Bundle, node_bundle
+    from engines.ort import cores
     from transport.keys import AUTHORIZED, generate, generate_secret, make_directory, write_public
 
     edge = make_directory(scratch / "edge")
     secret = edge / "edge.secret"
     generate_secret(secret)
     node_bundle(Bundle.load(bundle), scratch / "node-bundle")
-    threads = max(1, _cores() // len(NODES))
+    threads = max(1, cores() // len(NODES))
     processes: list[subprocess.Popen[bytes]] = []
     nodes = []
     try:
@@ -348,12 +349,6 @@ def _undisturbed() -> Iterator[None]:
             signal.signal(number, handler)
         if held:
             signal.raise_signal(held[0])
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 # -- the separate process -----------------------------------------------------------------------

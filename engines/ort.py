@@ -85,7 +85,7 @@ class OrtEngine(Engine):
         options = ort.SessionOptions()
         # An explicit count also keeps ONNX Runtime from pinning its threads to cores, where those
         # of the next node on this machine would sit as well.
-        options.intra_op_num_threads = threads or _cores()
+        options.intra_op_num_threads = threads or cores()
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
@@ -155,7 +155,7 @@ class OrtEngine(Engine):
         self._session = None
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores this process may use (a container or taskset may allow fewer than there are)."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

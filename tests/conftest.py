@@ -39,18 +39,11 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     that change nothing; left so, a mistake in how they are used would not show.
     """
     torch = pytest.importorskip("torch")
+    from exporters.measure import randomise
     from exporters.models import build_sam, save_checkpoint
 
-    generator = torch.Generator().manual_seed(7)
     torch.manual_seed(7)
-    sam = build_sam("tiny").eval()
-    with torch.no_grad():
-        for name, parameter in sam.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if "rel_pos" in name or "pos_embed" in name:
-                parameter.copy_(0.3 * noise)
-            elif "norm" in name or name.endswith("bias"):
-                parameter.add_(0.1 * noise)
+    sam = randomise(build_sam("tiny").eval(), seed=7)
     path = tmp_path_factory.mktemp("random") / "tiny-random.pt"
     save_checkpoint(sam, path)
     return path
