@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engines.bundle import Bundle, Stage
+from engines.engine import Device
 from engines.errors import BundleError, ConfigError
-from engines.ort import Device
 from transport.auth import AllowList
 from transport.keys import AUTHORIZED, KeyPair, load_secret
 from transport.messages import StageLimits, stage_limits

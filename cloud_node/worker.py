@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engines.bundle import Bundle
-from engines.ort import Device
+from engines.engine import Device
 from engines.pipeline import Pipeline
 
 

@@ -18,8 +18,8 @@ from edge_runtime.config import EdgeConfig, load_config
 from edge_runtime.images import resize_longest, transform_coords, upscale, upscale_mask
 from edge_runtime.offload import Offloader, OffloadReport
 from engines.bundle import Bundle, shipped_bundle
+from engines.engine import Device
 from engines.errors import ImageError, PromptError
-from engines.ort import Device
 from engines.pipeline import Pipeline
 from engines.windows import Windows, cut
 

@@ -60,12 +60,23 @@ class TensorSpec(msgspec.Struct, frozen=True):
 Tensors = Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1, max_length=16)]
 
 
+class PlainForm(msgspec.Struct, frozen=True):
+    """A stage once more, in operators that older TensorRT parsers know (10.3 on JetPack 6).
+
+    ``file`` holds a graph without weights: they are read from the files of the stage itself, as
+    external data. ``sha256`` is the file's.
+    """
+
+    file: Name
+    sha256: Sha256
+
+
 class Stage(msgspec.Struct, frozen=True):
     """One graph of a bundle.
 
     ``file`` is what an engine opens; ``files`` maps every file of the stage (external data too),
     relative to the bundle, to its sha256; ``sha256`` is their :func:`stage_digest`, by which edge
-    and node know the stage.
+    and node know the stage, whichever form of it they run.
     """
 
     file: Name
@@ -73,6 +84,7 @@ class Stage(msgspec.Struct, frozen=True):
     sha256: Sha256
     inputs: Tensors
     outputs: Tensors
+    plain: PlainForm | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from engines.bundle import TensorSpec
 from engines.errors import EngineError
+
+Device = Literal["auto", "cpu", "cuda", "tensorrt"]
+"""Where a stage runs. ``auto``: a TensorRT plan of the bundle that may serve on this machine, else
+ONNX Runtime on CUDA, else on the CPU. The others: that, or an error."""
 
 _Self = TypeVar("_Self", bound="Engine")
 

@@ -23,6 +23,14 @@ class EngineError(EdgeRuntimeError):
     """An inference engine cannot be opened or was fed something that does not fit it."""
 
 
+class PlanError(EngineError):
+    """A TensorRT plan is missing, damaged, built for something else, or may not serve."""
+
+
+class BuildError(EdgeRuntimeError):
+    """A TensorRT plan could not be built, or came out as something that was not asked for."""
+
+
 class ImageError(EdgeRuntimeError):
     """An image cannot be read or is outside the limits."""
 

@@ -20,7 +20,7 @@ from engines.bundle import TensorSpec
 from engines.engine import Engine, check_feeds
 from engines.errors import EngineError
 
-Device = Literal["auto", "cpu", "cuda"]
+OrtDevice = Literal["auto", "cpu", "cuda"]
 
 _DTYPES: dict[str, Any] = {
     "tensor(float)": "float32",
@@ -52,14 +52,14 @@ class OrtEngine(Engine):
         path: str | os.PathLike[str],
         *,
         threads: int | None = None,
-        device: Device = "auto",
+        device: OrtDevice = "auto",
     ) -> None:
         import onnxruntime as ort
 
         self._path = Path(path)
-        if device not in get_args(Device):
+        if device not in get_args(OrtDevice):
             raise EngineError(
-                f"device is {device!r}, expected one of {', '.join(get_args(Device))}"
+                f"device is {device!r}, expected one of {', '.join(get_args(OrtDevice))}"
             )
         if threads is not None and threads < 1:
             raise EngineError(f"threads is {threads}, expected at least 1")
@@ -80,7 +80,7 @@ class OrtEngine(Engine):
         self.outputs = tuple(_spec(node, self._path) for node in self._session.get_outputs())
         self._bfloat16 = any(s.dtype == "bfloat16" for s in (*self.inputs, *self.outputs))
 
-    def _open(self, threads: int | None, device: Device) -> Any:
+    def _open(self, threads: int | None, device: OrtDevice) -> Any:
         ort = self._ort
         options = ort.SessionOptions()
         # An explicit count also keeps ONNX Runtime from pinning its threads to cores, where those

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from engines.bundle import Bundle, TensorSpec
-from engines.engine import Engine
+from engines.engine import Device, Engine
 from engines.errors import BundleError, EngineError
-from engines.ort import Device, OrtEngine
+from engines.ort import OrtEngine
 from engines.windows import Windows
 
 
@@ -59,7 +59,8 @@ class Pipeline:
         stage = self.bundle.stage(name)
         path = self.bundle.stage_path(name)
         self.bundle.verify_hashes([name])  # a flipped bit is a wrong mask, seldom an error
-        engine = OrtEngine(path, threads=self._threads, device=self._device)
+        device = "auto" if self._device == "tensorrt" else self._device
+        engine = OrtEngine(path, threads=self._threads, device=device)
         for side in ("inputs", "outputs"):
             said = {_signature(spec) for spec in getattr(stage, side)}
             found = {_signature(spec) for spec in getattr(engine, side)}

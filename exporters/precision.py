@@ -1,11 +1,10 @@
 """In which type a stage's weights are stored and its layers compute.
 
-``fp32``, ``fp16`` or ``bf16``: matrices, tokens and attention take that type; what is fragile
-stays in float32
-whatever was asked for: layer normalisations, softmax statistics, pixel normalisation, the prompt
-    encoder, the mask decoder's heads and everything that leaves the tail or the decoder.
-    Precision is part of the graph, so engines need no flags and cannot choose otherwise.
-    :mod:`exporters.stages` places the casts; this module only converts weights.
+``fp32``, ``fp16`` or ``bf16``: matrices, tokens and attention take that type; what is fragile stays
+in float32 whatever was asked for: layer normalisations, softmax statistics, pixel normalisation,
+the prompt encoder, the mask decoder's heads and everything that leaves the tail or the decoder.
+Precision is part of the graph, so engines need no flags and cannot choose otherwise.
+:mod:`exporters.stages` places the casts; this module only converts weights.
 """
 
 from __future__ import annotations
