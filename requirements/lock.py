@@ -4,9 +4,9 @@
 ``python requirements/lock.py`` (``make lock``) asks pip to resolve the project's dependencies
 once per Python version and platform, without installing anything, and writes each result as one
 requirements file with exact versions, environment markers where Python versions need different
-releases, and the hash of every wheel that was chosen. Only wheels are considered, so every line of
-a lock file can be installed without a compiler. Needs Python 3.11 and pip; it trusts the package
-index that pip is configured to use.
+releases, and the hash of every wheel that was chosen. Only wheels are considered (and the pure
+Python sources of ``SDISTS``), so every line of a lock file can be installed without a compiler.
+Needs Python 3.11 and pip; it trusts the package index that pip is configured to use.
 
 ``python requirements/lock.py --check`` (``make check-locks``) downloads every wheel that a Jetson
 needs, as pip would on JetPack 6 and 7, and fails when one doesn't exist or doesn't have the
@@ -20,6 +20,8 @@ here; a dependency whose own dependencies differ between Python versions must be
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import subprocess
 import sys
@@ -40,6 +42,8 @@ PINS = {
 }
 # What pip leaves out when it resolves for another Python than its own: package -> Pythons.
 EXTRA = {"tomli>=2": ("3.10",), "exceptiongroup": ("3.10",)}
+# Published as pure Python sources alone: what it needs, resolved in its place and to its version.
+SDISTS = {"tensorrt-rtx-cu13": ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs")}
 
 HEADERS = {
     "cpu": "What an edge or a node needs on a CPU: Linux x86-64 and aarch64, macOS arm64.",
@@ -71,7 +75,8 @@ def resolve(
     requirements: list[str], python: str, platform: tuple[str, ...]
 ) -> dict[str, tuple[str, str]]:
     """What pip would install: name -> (version, sha256 of the wheel)."""
-    wanted = [PINS.get(name_of(r), r.split(";")[0].strip()) for r in requirements]
+    names = [part for r in requirements for part in SDISTS.get(name_of(r), (r,))]
+    wanted = [PINS.get(name_of(r), r.split(";")[0].strip()) for r in names]
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
     command += ["--only-binary=:all:", "--python-version", python]
     for tag in platform:
@@ -81,13 +86,27 @@ def resolve(
         command += ["--target", scratch, "--report", str(report), *wanted]
         subprocess.run(command, check=True)
         found = json.loads(report.read_text())["install"]
-    return {
+    chosen = {
         name_of(item["metadata"]["name"]): (
             item["metadata"]["version"],
             item["download_info"]["archive_info"]["hashes"]["sha256"],
         )
         for item in found
     }
+    for sdist in {name_of(r) for r in requirements} & SDISTS.keys():
+        version = chosen[SDISTS[sdist][0]][0]
+        chosen[sdist] = version, sdist_hash(f"{sdist}=={version}")
+    return chosen
+
+
+@functools.cache
+def sdist_hash(requirement: str) -> str:
+    """The sha256 of a source distribution."""
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        subprocess.run([*command, "--no-binary=:all:", "-d", scratch, requirement], check=True)
+        (archive,) = Path(scratch).iterdir()
+        return hashlib.sha256(archive.read_bytes()).hexdigest()
 
 
 def marker(pythons: list[str], all_pythons: tuple[str, ...]) -> str:
@@ -177,7 +196,8 @@ def main() -> None:
             )
         return
     runtime, extras = project()
-    dev = [r for r in extras["export"] + extras["dev"] if not r.startswith("edge-runtime")]
+    wanted = extras["export"] + extras["rtx"] + extras["dev"]
+    dev = [r for r in wanted if not r.startswith("edge-runtime")]
     gpu = [
         r.replace("onnxruntime", "onnxruntime-gpu[cuda,cudnn]")
         if name_of(r) == "onnxruntime"
