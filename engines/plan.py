@@ -1,0 +1,549 @@
+"""Plans: serialised TensorRT engines beside a bundle, each with the record of what it is.
+
+``BUNDLE/plans/<target>/<stage>.plan`` holds the engine, ``<stage>.json`` says what it was built
+from, for which library and GPUs, what was fused, and how exact it was measured to be and where. The
+module promises that a plan which does not fit the bundle, the library or the GPU, or whose bytes
+changed, is refused before it is deserialised, with the command that rebuilds it, and that a plan
+and its record appear whole or not at all. A plan contains code and its record is no signature: use
+only plans of your own making. Building, running and measuring are left to others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import logging
+import math
+import os
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from engines.bundle import Bundle, Line, Name, Sha256, Tensors
+from engines.errors import BuildError, PlanError
+from engines.libraries import Backend, Defect, Flavour, Library
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = 1
+FOLDER = "plans"
+_MAX_RECORD_BYTES = 8 << 20
+_MAX_PLAN_BYTES = 1 << 36
+
+Form = Literal["attention", "plain"]
+Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
+Capability = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,2}\.[0-9]$", max_length=4)]
+Shape = Annotated[
+    tuple[Annotated[int, msgspec.Meta(ge=0, le=1 << 31)], ...], msgspec.Meta(max_length=8)
+]
+
+
+class Machine(msgspec.Struct, frozen=True):
+    """Where a plan was measured. Two machines are the same when all of it is equal.
+
+    ``memory_bytes`` is all of the GPU's memory, ``library`` a name such as ``TensorRT 10.3.0``.
+    """
+
+    gpu: Name
+    compute_capability: Capability
+    driver: Name
+    memory_bytes: Bytes
+    library: Name
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One comparison of a plan with a reference. A measure that is no finite number is None."""
+
+    stage: Name
+    inputs: Literal["golden", "random"]
+    reference: Name
+    cosine: float | None
+    max_abs: float | None
+    error: float | None
+    finite: bool
+    mask_iou_min: float | None
+    mask_iou_mean: float | None
+    passed: bool
+
+    def __post_init__(self) -> None:
+        # JSON has neither NaN nor infinity: written, they would come back as None, or not at all.
+        for name in ("cosine", "max_abs", "error", "mask_iou_min", "mask_iou_mean"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                msgspec.structs.force_setattr(self, name, None)
+
+
+class Parity(msgspec.Struct, frozen=True):
+    """What the parity gate found, on which machine, when (UTC, ISO 8601) and by which measure."""
+
+    passed: bool
+    machine: Machine
+    rows: Annotated[tuple[Row, ...], msgspec.Meta(max_length=4096)]
+    time: Name
+    tolerance: dict[Name, float | None]
+
+
+class AttentionReport(msgspec.Struct, frozen=True):
+    """What became of one attention. ``fused`` is None when what was built does not tell."""
+
+    name: Line
+    fused: bool | None
+    kernel: Line = ""
+
+
+class LayerReport(msgspec.Struct, frozen=True):
+    """One kernel or layer of a plan, and its precision as far as the plan shows it."""
+
+    name: Line
+    kernel: Line
+    precision: Line
+
+
+class PlanRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What a plan is.
+
+    Attributes:
+        form: which graph of the stage was parsed.
+        flavour, version: the library that built the plan, and that alone may load it.
+        target: the folder of the plan, from :func:`target`.
+        stage_sha256, graph_sha256, weights_sha256: the manifest's digest of the stage, of the file
+            that was parsed, and of the weights.
+        compute_capabilities: the GPUs that the plan is for.
+        gpu, driver, device_memory_bytes: of the building machine; None where it had no GPU.
+        profile: least, best and greatest shape of every input.
+        command: the command that builds it again, for the reader; messages make their own.
+        built: UTC, ISO 8601.
+        read_from: where ``attention`` and ``layers`` were read.
+        activation_bytes: device memory of one context, None where no GPU could tell.
+        edge_runtime: version of this software.
+        parity: the last verdict of the parity gate, None before the first.
+    """
+
+    schema: int = SCHEMA
+    stage: Name
+    model: Name
+    form: Form
+    precision: Literal["fp32", "fp16", "bf16"]
+    flavour: Flavour
+    version: Name
+    target: Name
+    plan_sha256: Sha256
+    plan_bytes: Annotated[int, msgspec.Meta(ge=1, le=_MAX_PLAN_BYTES)]
+    stage_sha256: Sha256
+    graph_sha256: Sha256
+    weights_sha256: Sha256
+    compute_capabilities: Annotated[tuple[Capability, ...], msgspec.Meta(min_length=1)]
+    gpu: Name | None
+    driver: Name | None
+    device_memory_bytes: Bytes | None
+    profile: dict[Name, tuple[Shape, Shape, Shape]]
+    inputs: Tensors
+    outputs: Tensors
+    flags: dict[Name, Line | int | bool | None]
+    command: Line
+    build_seconds: Annotated[float, msgspec.Meta(ge=0)]
+    built: Name
+    read_from: Literal["engine inspector", "serialised plan"]
+    attention: Annotated[tuple[AttentionReport, ...], msgspec.Meta(max_length=4096)]
+    layers: Annotated[tuple[LayerReport, ...], msgspec.Meta(max_length=1 << 15)]
+    activation_bytes: Bytes | None
+    edge_runtime: Name
+    parity: Parity | None = None
+
+
+class _SchemaOnly(msgspec.Struct):
+    schema: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan on disk: ``path`` of the ``.plan`` file and its record."""
+
+    path: Path
+    record: PlanRecord
+
+    @property
+    def bundle_path(self) -> Path:
+        """Directory of the bundle that the plan lies in."""
+        return self.path.parent.parent.parent
+
+    @property
+    def rebuild(self) -> str:
+        """The command that builds this plan anew."""
+        return rebuild_command(self.bundle_path, self.record.stage, self.record.flavour)
+
+    def read(self) -> bytes:
+        """The plan's bytes, after their number and sha256 were compared with the record.
+
+        Raises:
+            PlanError: when the file is missing, unreadable, or not what the record describes.
+        """
+        if not self.path.is_file():  # also a device or pipe, which would never end
+            raise PlanError(f"{self.path} is missing. Build it: `{self.rebuild}`")
+        try:
+            with self.path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != self.record.plan_bytes:
+                    raise PlanError(
+                        f"{self.path} is damaged: it has {size} bytes, its record says "
+                        f"{self.record.plan_bytes}. Build it again: `{self.rebuild}`"
+                    )
+                data = file.read(self.record.plan_bytes + 1)
+        except OSError as error:
+            raise PlanError(
+                f"{self.path} cannot be read: {error.strerror}. Build it again: `{self.rebuild}`"
+            ) from error
+        found = hashlib.sha256(data).hexdigest()
+        if found != self.record.plan_sha256:
+            raise PlanError(
+                f"{self.path} is damaged: its sha256 is {found}, its record says "
+                f"{self.record.plan_sha256}. Build it again: `{self.rebuild}`"
+            )
+        return data
+
+
+def target(library: Library, compute_capabilities: Iterable[str]) -> str:
+    """Name of the folder for plans of ``library`` for those GPUs: ``tensorrt-10.3.0-sm87``."""
+    order = sorted(set(compute_capabilities), key=lambda text: tuple(map(int, text.split("."))))
+    numbers = "-".join(text.replace(".", "") for text in order)
+    return f"{library.flavour}-{library.version_text}-sm{numbers}"
+
+
+def directory(bundle_path: str | os.PathLike[str], target: str) -> Path:
+    """Where the plans of ``target`` lie in a bundle."""
+    return Path(bundle_path) / FOLDER / target
+
+
+def rebuild_command(
+    bundle_path: str | os.PathLike[str],
+    stage: str,
+    backend: Backend,
+    *,
+    max_windows: int | None = None,
+    workspace_mib: int | None = None,
+    timing_cache: str | os.PathLike[str] | None = None,
+    strict: bool = False,
+) -> str:
+    """The command line that builds a plan, quoted for a shell. Options left out are defaults."""
+    words = ["edge-runtime", "build", os.fspath(bundle_path), "--stage", stage]
+    words += ["--backend", backend]
+    if max_windows is not None:
+        words += ["--max-windows", str(max_windows)]
+    if workspace_mib is not None:
+        words += ["--workspace", str(workspace_mib)]
+    if timing_cache is not None:
+        words += ["--timing-cache", os.fspath(timing_cache)]
+    if strict:
+        words.append("--strict")
+    return shlex.join(words)
+
+
+def verify_command(bundle_path: str | os.PathLike[str], stage: str | None = None) -> str:
+    """The command line that measures the plans of a bundle, quoted for a shell."""
+    words = ["edge-runtime", "verify", os.fspath(bundle_path)]
+    return shlex.join(words if stage is None else [*words, "--stage", stage])
+
+
+def plans(bundle: Bundle, *, skip_damaged: bool = False) -> list[Plan]:
+    """Every plan of the bundle that has a record, in the order of their paths.
+
+    Args:
+        skip_damaged: log a record that cannot be used and go on, instead of raising.
+
+    Raises:
+        PlanError: naming the first damaged record and what rebuilds it.
+    """
+    found = []
+    for path in _records(bundle, "*"):
+        try:
+            found.append(_read(bundle, path))
+        except PlanError as error:
+            if not skip_damaged:
+                raise
+            logger.warning("%s", error)
+    return found
+
+
+def find(
+    bundle: Bundle,
+    stage: str,
+    library: Library,
+    compute_capability: str,
+    gpu: str | None = None,
+) -> Plan:
+    """The newest plan of ``stage`` that fits, by :func:`check`.
+
+    Raises:
+        BundleError: when the bundle has no such stage.
+        PlanError: when no plan fits, with what is there, why not, and the command that builds one.
+    """
+    bundle.stage(stage)
+    fitting: list[Plan] = []
+    reasons: list[str] = []
+    for path in _records(bundle, stage):
+        try:
+            plan = _read(bundle, path)
+            _check(plan, bundle, library, compute_capability, gpu)
+        except PlanError as error:
+            reasons.append(str(error))
+        else:
+            fitting.append(plan)
+    if fitting:
+        return max(fitting, key=lambda plan: plan.record.built)
+    wanted = f"{library.name} on a GPU of compute capability {compute_capability}"
+    command = rebuild_command(bundle.path, stage, library.flavour)
+    there = "".join(f" {reason}." for reason in reasons) or " The bundle has none of this stage."
+    raise PlanError(f"no plan of the {stage} fits {wanted}.{there} Build one: `{command}`")
+
+
+def check(
+    plan: Plan,
+    bundle: Bundle,
+    library: Library,
+    compute_capability: str,
+    gpu: str | None = None,
+) -> None:
+    """Refuse a plan that was built from or for something else, before any of it is read.
+
+    Args:
+        compute_capability: of the GPU at hand, as ``8.7``.
+        gpu: its name where it is known: TensorRT's plans are for one GPU model, TensorRT-RTX's
+            for every GPU of their compute capabilities.
+
+    Raises:
+        PlanError: naming the first mismatch and the command that rebuilds the plan.
+    """
+    try:
+        _check(plan, bundle, library, compute_capability, gpu)
+    except PlanError as error:
+        command = rebuild_command(bundle.path, plan.record.stage, library.flavour)
+        raise PlanError(f"{error}. Build it again: `{command}`") from None
+
+
+def may_serve(plan: Plan, machine: Machine, defects: Sequence[Defect]) -> str | None:
+    """Whether a plan may answer requests on ``machine``, by what the parity gate recorded.
+
+    Args:
+        defects: what is known to be wrong with this library on this machine, from
+            :func:`engines.libraries.defects`.
+
+    Returns:
+        None when it was measured here and passed; a warning to log when it was not measured here.
+
+    Raises:
+        PlanError: when it failed here, or was not measured here though a defect is known.
+    """
+    parity = plan.record.parity
+    verify = verify_command(plan.bundle_path)
+    if parity is not None and parity.machine == machine and parity.rows:
+        failed = [row for row in parity.rows if not row.passed]
+        if parity.passed and not failed:
+            return None
+        worst = f": {_describe(failed[0])}" if failed else ""
+        raise PlanError(
+            f"{plan.path} failed the parity gate on this machine at {parity.time}{worst}. "
+            f"It does not serve. Build it again with `{plan.rebuild}`, or measure it again with "
+            f"`{verify}`; if it fails again, use a bundle of another precision"
+        )
+    if parity is None or not parity.rows:
+        state = "was never measured"
+    elif parity.machine != machine:
+        state = f"was measured elsewhere ({_difference(parity.machine, machine)})"
+    if defects:
+        known = "; ".join(f"{defect.what} ({defect.source})" for defect in defects)
+        raise PlanError(
+            f"{plan.path} {state}, and {machine.library} has a known defect: {known}. "
+            f"It serves once it has passed here: `{verify}`"
+        )
+    return f"{plan.path} {state}: it serves unproven. Measure it with `{verify}`"
+
+
+def write(
+    folder: str | os.PathLike[str], stage: str, built: str | os.PathLike[str], record: PlanRecord
+) -> Plan:
+    """Move the finished file ``built`` to its place in ``folder``, with its record.
+
+    ``built`` must lie in ``folder``, or at least on the same disk; it is gone afterwards, also when
+    this fails. Whatever happens, no reader finds a plan beside a record of another one: the record,
+    without which a plan counts for nothing, is taken away first and comes back last.
+
+    Raises:
+        BuildError: when the disk is full or the folder cannot be written.
+    """
+    target = Path(folder)
+    place, note = target / f"{stage}.plan", target / f"{stage}.json"
+    temporary = target / f".{stage}.json.{os.getpid()}"
+    try:
+        _flush(Path(built))
+        _write_whole(temporary, _encode(record))
+        note.unlink(missing_ok=True)
+        os.replace(built, place)
+        os.replace(temporary, note)
+        _flush(target)
+    except OSError as error:
+        raise BuildError(cannot_write(place, error)) from error
+    finally:
+        for leftover in (temporary, Path(built)):
+            with contextlib.suppress(OSError):
+                leftover.unlink()
+    return Plan(place, record)
+
+
+def write_parity(plan: Plan, parity: Parity) -> Plan:
+    """Put the parity gate's verdict into the plan's record, whole or not at all.
+
+    Raises:
+        PlanError: when the record cannot be written, or the plan was rebuilt meanwhile.
+    """
+    note = plan.path.with_suffix(".json")
+    on_disk = _decode(note, plan.rebuild)
+    if on_disk.plan_sha256 != plan.record.plan_sha256:
+        raise PlanError(
+            f"{plan.path} was built anew while the old one was measured: measure it again with "
+            f"`{verify_command(plan.bundle_path)}`"
+        )
+    record = msgspec.structs.replace(on_disk, parity=parity)
+    temporary = note.with_name(f".{note.name}.{os.getpid()}")
+    try:
+        _write_whole(temporary, _encode(record))
+        os.replace(temporary, note)
+        _flush(note.parent)
+    except OSError as error:
+        raise PlanError(cannot_write(note, error)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    return Plan(plan.path, record)
+
+
+def cannot_write(path: Path, error: OSError) -> str:
+    """One line for a place of plans that refused to be written, with what mends it."""
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return (
+            f"{path} cannot be written: {error.strerror}. Plans lie inside the bundle: copy the "
+            "bundle to a directory that you may write, and use the copy"
+        )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{path} cannot be written: {error.strerror}. Make room on that disk, then try again"
+    return f"{path} cannot be written: {error.strerror or error}"
+
+
+def _records(bundle: Bundle, stage: str) -> list[Path]:
+    """Records under the folders of TensorRT's plans; other engines may keep theirs beside."""
+    return sorted((bundle.path / FOLDER).glob(f"tensorrt*/{stage}.json"))
+
+
+def _read(bundle: Bundle, path: Path) -> Plan:
+    stage = path.stem
+    known = stage in bundle.manifest.stages
+    rebuild = rebuild_command(bundle.path, stage if known else "all", "auto")
+    record = _decode(path, rebuild)
+    place = (record.target, record.stage)
+    if place != (path.parent.name, stage):
+        raise PlanError(
+            f"{path} is the record of {record.target}/{record.stage}, it was moved or renamed. "
+            f"Build the plan again: `{rebuild}`"
+        )
+    return Plan(path.with_suffix(".plan"), record)
+
+
+def _decode(path: Path, rebuild: str) -> PlanRecord:
+    try:
+        if not path.is_file():
+            raise PlanError(f"{path} is no file. Build the plan again: `{rebuild}`")
+        with path.open("rb") as file:
+            data = file.read(_MAX_RECORD_BYTES + 1)
+    except OSError as error:
+        raise PlanError(f"{path} cannot be read: {error.strerror}") from error
+    if len(data) > _MAX_RECORD_BYTES:
+        raise PlanError(
+            f"{path} is larger than {_MAX_RECORD_BYTES} bytes, no record is. "
+            f"Build the plan again: `{rebuild}`"
+        )
+    try:
+        schema = msgspec.json.decode(data, type=_SchemaOnly).schema
+        if schema != SCHEMA:
+            raise PlanError(
+                f"{path} has schema {schema}, expected {SCHEMA}: another version of edge-runtime "
+                f"wrote it. Build the plan again: `{rebuild}`"
+            )
+        return msgspec.json.decode(data, type=PlanRecord)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise PlanError(f"{path} is damaged: {error}. Build the plan again: `{rebuild}`") from error
+
+
+def _check(
+    plan: Plan, bundle: Bundle, library: Library, compute_capability: str, gpu: str | None
+) -> None:
+    record, path = plan.record, plan.path
+    stage = bundle.stage(record.stage)
+    if record.form == "attention":
+        graph = stage.files[stage.file]
+    else:
+        graph = stage.plain.sha256 if stage.plain is not None else "absent from this bundle"
+    built_with = f"{record.flavour} {record.version}"
+    wanted = f"{library.flavour} {library.version_text}"
+    if built_with != wanted:
+        raise PlanError(f"{path} was built with {built_with}, this is {wanted}")
+    if compute_capability not in record.compute_capabilities:
+        raise PlanError(
+            f"{path} was built for compute capability {', '.join(record.compute_capabilities)}, "
+            f"this GPU has {compute_capability}"
+        )
+    if record.flavour == "tensorrt" and gpu is not None and record.gpu != gpu:
+        raise PlanError(f"{path} was built on the GPU {record.gpu}, this is {gpu}")
+    for what, found, expected in (
+        ("model", record.model, bundle.manifest.model),
+        ("precision", record.precision, bundle.manifest.precision),
+        ("weights", record.weights_sha256, bundle.manifest.weights_sha256),
+        ("stage", record.stage_sha256, stage.sha256),
+        ("graph", record.graph_sha256, graph),
+    ):
+        if found != expected:
+            raise PlanError(
+                f"{path} is stale: it was built from the {what} {found}, the bundle's is {expected}"
+            )
+    if not path.is_file():
+        raise PlanError(f"{path} is missing beside its record")
+
+
+def _describe(row: Row) -> str:
+    measures = (("cosine", row.cosine), ("error", row.error), ("mask IoU", row.mask_iou_min))
+    values = [f"{name} {value:.6g}" for name, value in measures if value is not None]
+    if not row.finite:
+        values.insert(0, "NaN or infinity in the outputs")
+    return f"{row.stage} on {row.inputs} inputs against {row.reference}: {', '.join(values)}"
+
+
+def _difference(there: Machine, here: Machine) -> str:
+    changed = [
+        f"{name.replace('_', ' ')} {getattr(there, name)}, here {getattr(here, name)}"
+        for name in Machine.__struct_fields__
+        if getattr(there, name) != getattr(here, name)
+    ]
+    return "; ".join(changed)
+
+
+def _encode(record: PlanRecord) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush(path: Path) -> None:
+    """Bring a file, or the names in a directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
