@@ -22,6 +22,7 @@ from torch import Tensor
 from engines.bundle import Stage
 from engines.geometry import Geometry
 from engines.windows import Windows, cut
+from engines.wire import to_wire
 
 from .models import is_window_block
 from .stages import from_windows, geometry_of, to_windows
@@ -53,20 +54,6 @@ class Sample:
     def expected(self, name: str, stage: Stage) -> Arrays:
         """The reference's outputs of ``stage``, float32."""
         return {s.name: self.arrays[f"{name}.{s.name}"] for s in stage.outputs}
-
-
-def to_wire(array: np.ndarray, dtype: str) -> np.ndarray:
-    """``array`` as the numpy array that carries type ``dtype``; bfloat16 as uint16, rounded."""
-    if dtype == "bfloat16":
-        return torch.from_numpy(array).to(torch.bfloat16).view(torch.uint16).numpy()
-    return array.astype(dtype)
-
-
-def from_wire(array: np.ndarray, dtype: str) -> np.ndarray:
-    """The float32 values of an array that carries type ``dtype``."""
-    if dtype == "bfloat16":
-        return torch.from_numpy(array).view(torch.bfloat16).float().numpy()
-    return array.astype(np.float32)
 
 
 def sample_images(geometry: Geometry) -> list[np.ndarray]:

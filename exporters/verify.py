@@ -22,8 +22,9 @@ from engines.bundle import Bundle, Stage
 from engines.errors import ExportError
 from engines.ort import OrtEngine
 from engines.pipeline import Pipeline
+from engines.wire import from_wire
 
-from .golden import Arrays, Sample, decode, finish, from_wire
+from .golden import Arrays, Sample, decode, finish
 from .precision import Precision
 
 
