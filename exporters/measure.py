@@ -26,12 +26,14 @@ def randomise(sam: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Give every weight that SAM initialises to a constant a random value, in place.
 
     Fresh relative positions, position embeddings, norms and biases are zeros and ones: whatever
-        is done wrongly with them would not show.
+    is done wrongly with them would not show. The values are drawn on the weights' own device, and
+    differ from one kind of device to another.
     """
-    generator = torch.Generator().manual_seed(seed)
+    device = next(sam.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, weight in sam.named_parameters():
-            noise = torch.randn(weight.shape, generator=generator)
+            noise = torch.randn(weight.shape, generator=generator, device=device)
             if "rel_pos" in name or "pos_embed" in name:
                 weight.copy_(0.3 * noise)
             elif "norm" in name or name.endswith("bias"):
