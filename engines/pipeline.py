@@ -2,9 +2,9 @@
 
 This is what the answer should be. Local mode, the predictor, the exporters' verification and every
 "offloaded equals local" check go through it, and an offloaded run differs only in who computed the
-stack. It promises that results do not depend on the batch size, and that no stage runs whose files
-differ from the manifest's hashes. Stages are opened when first needed and kept until
-:meth:`Pipeline.close`; one caller at a time.
+stack. It promises that results do not depend on the batch size, and that stages are opened by
+:func:`engines.opening.open_stage`, which decides what may serve. They are opened when first needed
+and kept until :meth:`Pipeline.close`; one caller at a time.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from engines.bundle import Bundle, TensorSpec
+from engines.bundle import Bundle
 from engines.engine import Device, Engine
-from engines.errors import BundleError, EngineError
-from engines.ort import OrtEngine
+from engines.errors import EngineError
+from engines.opening import open_stage
 from engines.windows import Windows
 
 
@@ -27,7 +27,7 @@ class Pipeline:
     Args:
         bundle: a full, stock or node bundle; a stage it does not hold is a BundleError when used.
         threads: CPU threads of each engine; None means every core this process may use.
-        device: ``auto``, ``cpu`` or ``cuda``.
+        device: which engines run the stages, see :data:`engines.engine.Device`.
     """
 
     def __init__(
@@ -52,25 +52,10 @@ class Pipeline:
             if self._closed:
                 raise EngineError("the pipeline was closed")
             if stage not in self._engines:
-                self._engines[stage] = self._open(stage)
-            return self._engines[stage]
-
-    def _open(self, name: str) -> Engine:
-        stage = self.bundle.stage(name)
-        path = self.bundle.stage_path(name)
-        self.bundle.verify_hashes([name])  # a flipped bit is a wrong mask, seldom an error
-        device = "auto" if self._device == "tensorrt" else self._device
-        engine = OrtEngine(path, threads=self._threads, device=device)
-        for side in ("inputs", "outputs"):
-            said = {_signature(spec) for spec in getattr(stage, side)}
-            found = {_signature(spec) for spec in getattr(engine, side)}
-            if said != found:
-                engine.close()
-                raise BundleError(
-                    f"{path} has {side} {_listed(found)}, its manifest says {_listed(said)}: "
-                    "export the bundle again with `edge-runtime export`"
+                self._engines[stage] = open_stage(
+                    self.bundle, stage, device=self._device, threads=self._threads
                 )
-        return engine
+            return self._engines[stage]
 
     def leave_home(self, windows: Windows) -> dict[str, np.ndarray]:
         """What the stack is fed, in the order of ``windows``; leading dimension n.
@@ -196,13 +181,3 @@ def _scatter(rows: np.ndarray, windows: Windows, name: str) -> np.ndarray:
     full = np.zeros((len(windows.present), *rows.shape[1:]), rows.dtype)
     full[windows.window] = rows
     return full
-
-
-def _signature(spec: TensorSpec) -> str:
-    """What graph and manifest must agree on: all but the names of dynamic dimensions."""
-    shape = ", ".join(str(dim) if isinstance(dim, int) else "?" for dim in spec.shape)
-    return f"{spec.name} {spec.dtype} [{shape}]"
-
-
-def _listed(signatures: set[str]) -> str:
-    return ", ".join(sorted(signatures))
