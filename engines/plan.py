@@ -354,8 +354,10 @@ def may_serve(plan: Plan, machine: Machine, defects: Sequence[Defect]) -> str | 
         state = "was never measured"
     elif parity.machine != machine:
         state = f"was measured elsewhere ({_difference(parity.machine, machine)})"
-    if defects:
-        known = "; ".join(f"{defect.what} ({defect.source})" for defect in defects)
+    precision = plan.record.precision
+    concerning = [one for one in defects if not one.precisions or precision in one.precisions]
+    if concerning:
+        known = "; ".join(f"{defect.what} ({defect.source})" for defect in concerning)
         raise PlanError(
             f"{plan.path} {state}, and {machine.library} has a known defect: {known}. "
             f"It serves once it has passed here: `{verify}`"
