@@ -1,0 +1,154 @@
+"""Build what the tests of the TensorRT engine run on: a simulated CUDA driver, and real pycuda.
+
+The driver is ``libcuda.c`` beside this file. pycuda has no wheels, so it is compiled from its source
+distribution (version and hash pinned below) with the headers that torch's dependencies bring. Both
+are kept in ``build/simulated-cuda`` and built again only when something they depend on changed.
+``python tests/engines/simulated_cuda/build.py`` builds by hand and prints the environment to use.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CACHE = HERE.parents[2] / "build" / "simulated-cuda"
+PYCUDA = (
+    "pycuda==2026.1 "
+    "--hash=sha256:759516160628ba06f32ce7e563e3f5b9214691dc9528a03ea99ea1073f4e14ba\n"
+)  # `import pycuda.driver` needs none of its dependencies but numpy
+# Speed of the wrapper does not matter here, that of its compiler does. No CURAND: no wheel has it.
+_CONFIGURATION = "CUDA_ENABLE_CURAND = False\nCXXFLAGS = ['-O0', '-g0', '-w']\n"
+
+
+class Unavailable(Exception):
+    """This machine cannot build them; the text says what is missing."""
+
+
+def environment() -> dict[str, str]:
+    """Build what is not there yet and return the environment variables that make Python find it.
+
+    Raises:
+        Unavailable: no compiler, no headers, or pycuda's source cannot be had.
+    """
+    compiler, headers = _tools()
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        library = _library(compiler, headers, None)
+        pycuda = _pycuda(headers, library)
+        library = _library(compiler, headers, pycuda)
+    return {"LD_LIBRARY_PATH": str(library), "PYTHONPATH": str(pycuda)}
+
+
+def _tools() -> tuple[str, Path]:
+    compiler = shutil.which("gcc")
+    missing = [tool for tool in ("gcc", "g++", "nm") if shutil.which(tool) is None]
+    if not sys.platform.startswith("linux") or missing or compiler is None:
+        raise Unavailable(f"{', '.join(missing) or 'Linux'} is missing")
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        raise Unavailable("Python.h is missing: install Python's development files")
+    places = [
+        Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13" / "include",
+        Path("/usr/local/cuda/include"),
+    ]
+    for place in places:
+        if (place / "cuda.h").is_file():
+            return compiler, place
+    raise Unavailable(f"cuda.h is missing (looked in {' and '.join(map(str, places))})")
+
+
+def _library(compiler: str, headers: Path, pycuda: Path | None) -> Path:
+    """Compile the simulated driver; its folder. With ``pycuda``, it also has a stub for every
+    function that pycuda links to and the simulation lacks."""
+    source = HERE / "libcuda.c"
+    key = _key(source.read_bytes(), headers / "cuda.h", str(pycuda))
+    folder = CACHE / f"driver-{key}"
+    if (folder / "libcuda.so.1").exists():
+        return folder
+    temporary = CACHE / f"driver-{key}.part"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    target = temporary / "libcuda.so.1"
+    command = [compiler, "-std=gnu11", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-shared"]
+    command += ["-fPIC", f"-I{headers}", "-Wl,-soname,libcuda.so.1", str(source), "-o", str(target)]
+    _run([*command, "-pthread", "-ldl"])
+    if pycuda is not None:
+        extension = next((pycuda / "pycuda").glob("_driver*.so"))
+        wanted = _symbols(extension, "--undefined-only") - _symbols(target, "--defined-only")
+        stubs = temporary / "stubs.c"
+        stubs.write_text(
+            "/* Functions pycuda links to and the simulation lacks: 801 is NOT_SUPPORTED. */\n"
+            + "".join(f"int {name}(void) {{ return 801; }}\n" for name in sorted(wanted))
+        )
+        _run([*command, str(stubs), "-pthread", "-ldl"])
+    (temporary / "libcuda.so").symlink_to("libcuda.so.1")
+    temporary.rename(folder)
+    return folder
+
+
+def _symbols(library: Path, which: str) -> set[str]:
+    lines = _run(["nm", "-D", which, str(library)]).splitlines()
+    return {name for line in lines if (name := line.split()[-1]).startswith("cu")}
+
+
+def _pycuda(headers: Path, library: Path) -> Path:
+    """Compile pycuda against the simulated driver; the folder to import it from."""
+    key = _key(PYCUDA.encode(), headers / "cuda.h", sys.version)
+    folder = CACHE / f"pycuda-{key}"
+    if folder.exists():
+        return folder
+    # pycuda's setup reads its options from the home directory, and pip its own.
+    home = CACHE / "home"
+    shutil.rmtree(home, ignore_errors=True)
+    home.mkdir()
+    for name in (".cache", ".config", ".netrc", ".pip"):
+        if (real := Path.home() / name).exists():
+            (home / name).symlink_to(real)
+    (home / ".aksetup-defaults.py").write_text(_CONFIGURATION)
+    requirements = home / "requirements.txt"
+    requirements.write_text(PYCUDA)
+    temporary = CACHE / f"pycuda-{key}.part"
+    shutil.rmtree(temporary, ignore_errors=True)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-deps", "--no-binary=pycuda", "--require-hashes", "--target", str(temporary)]
+    command += ["--no-cache-dir"]  # it may hold a wheel that was built on a real driver
+    _run(
+        [*command, "-r", str(requirements)],
+        {
+            "HOME": str(home),
+            "CPLUS_INCLUDE_PATH": f"{headers}:{HERE / 'include'}",
+            "LDFLAGS": f"-L{library} -Wl,--no-as-needed",
+            # A toolkit on the PATH would bring headers of another version.
+            "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
+        },
+    )
+    temporary.rename(folder)
+    return folder
+
+
+def _key(source: bytes, header: Path, more: str) -> str:
+    digest = hashlib.sha256(source + header.read_bytes() + more.encode())
+    digest.update(Path(__file__).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _run(command: list[str], more: dict[str, str] | None = None) -> str:
+    done = subprocess.run(
+        command, env={**os.environ, **(more or {})}, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        text = (done.stdout + done.stderr).strip()[-2000:]
+        raise Unavailable(f"`{' '.join(command)}` failed:\n{text}")
+    return done.stdout
+
+
+if __name__ == "__main__":
+    for name, value in environment().items():
+        print(f"export {name}={value}")
