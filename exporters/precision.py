@@ -29,8 +29,8 @@ Stage = TypeVar("Stage", bound=nn.Module)
 def cast(stage: Stage, precision: Precision) -> Stage:
     """A copy of ``stage`` whose weights have ``precision``, except in modules marked ``keep_fp32``.
 
-    The original is left as it is, and weights that need no conversion are shared with it: a copy
-        of ViT-H in float32 costs nothing.
+    The original is left as it is, and weights that need no conversion are shared with it: a copy of
+    ViT-H in float32 costs nothing.
     """
     return _cast(stage, TORCH_DTYPES[precision])
 

@@ -1,12 +1,11 @@
 """The stages of a split SAM as modules: Head, Stack, Tail, Encoder, Decoder.
 
 Each module holds the weights of a ``segment_anything`` model and computes the same function in a
-form that suits
-inference: windows stand alone, relative position is folded into plain scaled-dot-product
-    attention, and everything the model knows (normalisation, position, padding) is inside, so
-    that callers move bytes and know no mathematics. Equality with the original, for every kind of
-    padding, is what the tests of this module and :mod:`exporters.verify` check. Precision is
-    chosen by :mod:`exporters.precision`, the file format by :mod:`exporters.onnx_export`.
+form that suits inference: windows stand alone, relative position is folded into plain
+scaled-dot-product attention, and everything the model knows (normalisation, position, padding) is
+inside, so that callers move bytes and know no mathematics. Equality with the original, for every
+kind of padding, is what the tests of this module and :mod:`exporters.verify` check. Precision is
+chosen by :mod:`exporters.precision`, the file format by :mod:`exporters.onnx_export`.
 
 Two paddings, never to be confused. *Image padding* is inside SAM's square but outside the image;
 SAM pads with zeros after normalisation, so ``extent`` tells how many rows and columns of a window
