@@ -5,7 +5,7 @@ records what goes into and comes out of each stage at the places where the model
 verifies every stage against such samples, and one of them is stored in the bundle so that any
 machine can repeat the check without PyTorch. Samples promise to cover image padding that ends
 inside a patch, windows wholly in image padding, grid padding, and every kind of prompt. What
-counts as close enough is decided by :mod:`exporters.verify`.
+counts as close enough is decided by :mod:`engines.parity`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from torch import Tensor
 
 from engines.bundle import Stage
 from engines.geometry import Geometry
+from engines.samples import Arrays, synthetic_image
 from engines.windows import Windows, cut
 from engines.wire import to_wire
 
 from .models import is_window_block
 from .stages import from_windows, geometry_of, to_windows
-
-Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -67,17 +66,6 @@ def sample_images(geometry: Geometry) -> list[np.ndarray]:
     strip = size // 5 // patch * patch + patch // 2 + 1
     square = size - patch - patch // 2 + 1
     return [synthetic_image(h, size, seed) for seed, h in enumerate((strip, square))]
-
-
-def synthetic_image(height: int, width: int, seed: int) -> np.ndarray:
-    """Coloured blobs with noise, uint8 [height, width, 3]; the same for the same seed."""
-    rng = np.random.default_rng(seed)
-    image = np.zeros((height, width, 3))
-    for cell in (97, 31, 11, 1):
-        coarse = rng.normal(size=(height // cell + 1, width // cell + 1, 3))
-        rows, cols = np.arange(height) // cell, np.arange(width) // cell
-        image += coarse[rows][:, cols] * (40 if cell > 1 else 8)
-    return np.clip(image + 120, 0, 255).astype(np.uint8)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ NaN, raises; nothing is repaired here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,8 @@ from segment_anything.modeling import Sam
 from engines.bundle import Bundle, Stage
 from engines.errors import ExportError
 from engines.ort import OrtEngine
+from engines.parity import TOLERANCES as TOLERANCES
+from engines.parity import Comparison, Tolerance, compare
 from engines.pipeline import Pipeline
 from engines.wire import from_wire
 
@@ -28,47 +30,17 @@ from .golden import Arrays, Sample, decode, finish
 from .precision import Precision
 
 
-@dataclass(frozen=True)
-class Tolerance:
-    """What a row must reach.
-
-    Attributes:
-        cosine: least cosine similarity of a window's tokens (or of a whole embedding, or of a
-            prompt's logits).
-        error: largest absolute difference, as a share of the reference's largest absolute value.
-        mask_iou: least intersection over union of all masks together.
-    """
-
-    cosine: float
-    error: float
-    mask_iou: float
-
-
-TOLERANCES: dict[Precision, Tolerance] = {
-    "fp32": Tolerance(cosine=0.99999, error=3e-4, mask_iou=0.999),
-    "fp16": Tolerance(cosine=0.999, error=0.03, mask_iou=0.97),
-    "bf16": Tolerance(cosine=0.995, error=0.1, mask_iou=0.93),
-}
-
-
-@dataclass(frozen=True)
-class Row:
+@dataclass(frozen=True, kw_only=True)
+class Row(Comparison):
     """How one stage compares with the original, worst over all samples and outputs.
 
     Attributes:
         stage: name of the stage, or ``end to end``.
-        cosine, error, mask_iou: as in :class:`Tolerance`.
-        max_abs: largest absolute difference.
-        finite: False when a NaN or an Inf came out.
         passed: whether all of it is within tolerance.
     """
 
     stage: str
-    cosine: float
-    max_abs: float
-    error: float
     mask_iou: float
-    finite: bool
     passed: bool
 
 
@@ -114,18 +86,8 @@ def require(row: Row, precision: Precision, tolerance: Tolerance) -> None:
     }[precision]
     if not row.finite:
         raise ExportError(f"{row.stage} gives NaN or Inf in {precision}; {advice}")
-    misses = [
-        f"{what} {value:.6g} (needed: {relation} {limit:g})"
-        for what, value, relation, limit, missed in (
-            ("cosine", row.cosine, ">=", tolerance.cosine, row.cosine < tolerance.cosine),
-            ("relative error", row.error, "<=", tolerance.error, row.error > tolerance.error),
-            ("mask IoU", row.mask_iou, ">=", tolerance.mask_iou, row.mask_iou < tolerance.mask_iou),
-        )
-        if missed
-    ]
-    raise ExportError(
-        f"{row.stage} differs from the original in {precision}: {', '.join(misses)}; {advice}"
-    )
+    misses = ", ".join(row.misses(tolerance))
+    raise ExportError(f"{row.stage} differs from the original in {precision}: {misses}; {advice}")
 
 
 def _masks(name: str, got: Arrays, sample: Sample, sam: Sam) -> np.ndarray:
@@ -150,29 +112,5 @@ def _row(
     masks: Sequence[tuple[np.ndarray, np.ndarray]],
     tolerance: Tolerance,
 ) -> Row:
-    finite = all(bool(np.isfinite(got).all()) for got, _ in pairs)
-    cosine = min(_cosine(got, wanted) for got, wanted in pairs)
-    max_abs = max(float(np.abs(got - wanted).max()) for got, wanted in pairs)
-    error = max(
-        float(np.abs(got - wanted).max()) / max(float(np.abs(wanted).max()), 1e-12)
-        for got, wanted in pairs
-    )
-    both = sum(int(((a > 0) & (b > 0)).sum()) for a, b in masks)
-    either = sum(int(((a > 0) | (b > 0)).sum()) for a, b in masks)
-    iou = both / either if either else 1.0
-    passed = (
-        finite
-        and cosine >= tolerance.cosine
-        and error <= tolerance.error
-        and iou >= tolerance.mask_iou
-    )
-    return Row(stage, cosine, max_abs, error, iou, finite, passed)
-
-
-def _cosine(got: np.ndarray, wanted: np.ndarray) -> float:
-    """Least cosine similarity over the leading axis; 1 where both are zero."""
-    a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (got, wanted))
-    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    zero = lengths == 0
-    dots = (a * b).sum(1) / np.where(zero, 1, lengths)
-    return float(np.where(zero, (a == b).all(1), dots).min())
+    found = compare(pairs, masks)
+    return Row(stage=stage, passed=not found.misses(tolerance), **asdict(found))

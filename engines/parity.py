@@ -1,0 +1,645 @@
+"""The parity gate: does every engine of this machine compute what the model computes?
+
+Engines are run on the bundle's golden samples, whose answers are the original PyTorch model's, and
+on fresh random inputs, whose answers are ONNX Runtime's on the CPU (where it can run the bundle). A
+stage is fed the reference's inputs, so that its rows tell of it alone; then the stages that passed
+are chained, and the masks at the end compared. The gate promises that a NaN, an infinity or a miss
+is a failure, that a failure is kept where :mod:`engines.opening` finds it, so that what failed does
+not serve, and that the same seed draws the same inputs. It needs no torch: what it measures with is
+what the exporters verify with. Building, opening and displaying are left to others.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from functools import partial
+from typing import Literal
+
+import numpy as np
+
+from engines import cuda, libraries, opening
+from engines import plan as plans
+from engines.bundle import Bundle, Stage
+from engines.engine import Engine
+from engines.errors import EngineError
+from engines.plan import Machine, Parity, Plan, Row
+from engines.samples import Arrays, Sample, golden_samples, linked, order, random_sample
+from engines.wire import from_wire
+
+Pair = tuple[np.ndarray, np.ndarray]
+
+END_TO_END = "end to end"
+_ITSELF = "itself in other batches"
+_LOGITS = "low_res_logits"
+
+
+# What counts as close enough ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a comparison must reach.
+
+    Attributes:
+        cosine: least cosine similarity of a window's tokens (or of a whole embedding, or of a
+            prompt's logits).
+        error: largest absolute difference, as a share of the reference's largest absolute value.
+        mask_iou: least intersection over union, of all masks together and on average over them.
+    """
+
+    cosine: float
+    error: float
+    mask_iou: float
+
+    @property
+    def mask_iou_min(self) -> float:
+        """Least intersection over union of any one mask: it may miss three times as much."""
+        return 1 - 3 * (1 - self.mask_iou)
+
+
+TOLERANCES: dict[str, Tolerance] = {
+    "fp32": Tolerance(cosine=0.99999, error=3e-4, mask_iou=0.999),
+    "fp16": Tolerance(cosine=0.999, error=0.03, mask_iou=0.97),
+    "bf16": Tolerance(cosine=0.995, error=0.1, mask_iou=0.93),
+}
+"""By the bundle's precision."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How arrays differ from a reference, worst over all of them; masks where there were any.
+
+    Attributes:
+        cosine, error: as in :class:`Tolerance`.
+        max_abs: largest absolute difference.
+        finite: False when a NaN or an infinity came out.
+        mask_iou: intersection over union of all masks together.
+        mask_iou_min, mask_iou_mean: over the single masks, those of a few pixels left out.
+    """
+
+    cosine: float
+    max_abs: float
+    error: float
+    finite: bool
+    mask_iou: float | None = None
+    mask_iou_min: float | None = None
+    mask_iou_mean: float | None = None
+
+    def misses(self, tolerance: Tolerance) -> list[str]:
+        """What is not as it must be, each in a few words; empty when all is well."""
+        if not self.finite:
+            return ["NaN or infinity in the outputs"]
+        needs = (
+            ("cosine", self.cosine, ">=", tolerance.cosine),
+            ("relative error", self.error, "<=", tolerance.error),
+            ("mask IoU", self.mask_iou, ">=", tolerance.mask_iou),
+            ("mean mask IoU", self.mask_iou_mean, ">=", tolerance.mask_iou),
+            ("least mask IoU", self.mask_iou_min, ">=", tolerance.mask_iou_min),
+        )
+        return [
+            f"{what} {value:.6g} (needed: {relation} {limit:g})"
+            for what, value, relation, limit in needs
+            if value is not None  # NaN is a miss, whichever way it is compared
+            and not (value >= limit if relation == ">=" else value <= limit)
+        ]
+
+
+_SMALL_MASK = 16
+"""Pixels of low-resolution masks, in either of two, below which one pixel would decide the IoU."""
+
+
+def compare(
+    pairs: Sequence[Pair], masks: Sequence[Pair] = (), mask_threshold: float = 0.0
+) -> Comparison:
+    """Compare arrays with references.
+
+    Args:
+        pairs: (found, wanted), floats of equal shapes whose leading axis counts windows or prompts.
+        masks: (found, wanted), logits ``[p, 4, h, w]``.
+        mask_threshold: a logit above it belongs to the mask.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity are what we look for
+        differences = [float(np.abs(got - wanted).max()) for got, wanted in pairs]
+        peaks = [max(float(np.abs(wanted).max()), 1e-12) for _, wanted in pairs]
+        result = Comparison(
+            cosine=_least(_cosine(got, wanted) for got, wanted in pairs),
+            max_abs=-_least(-difference for difference in differences),
+            error=-_least(-d / peak for d, peak in zip(differences, peaks, strict=True)),
+            finite=all(bool(np.isfinite(got).all()) for got, _ in pairs),
+        )
+    if not masks:
+        return result
+    counts = [_overlap(got, wanted, mask_threshold) for got, wanted in masks]
+    both, either = (np.concatenate([count[i] for count in counts]) for i in (0, 1))
+    large = either >= _SMALL_MASK
+    each = both[large] / either[large] if large.any() else None
+    return replace(
+        result,
+        mask_iou=float(both.sum() / either.sum()) if either.any() else 1.0,
+        mask_iou_min=None if each is None else float(each.min()),
+        mask_iou_mean=None if each is None else float(each.mean()),
+    )
+
+
+def _least(values: Iterator[float]) -> float:
+    """The smallest, or NaN where there is one: :func:`min` would pass it over, or not, by order."""
+    return float(np.min(np.fromiter(values, np.float64)))
+
+
+def _cosine(got: np.ndarray, wanted: np.ndarray) -> float:
+    """Least cosine similarity over the leading axis; 1 where both are zero."""
+    a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (got, wanted))
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    zero = lengths == 0
+    dots = (a * b).sum(1) / np.where(zero, 1, lengths)
+    return float(np.where(zero, (a == b).all(1), dots).min())
+
+
+def _overlap(got: np.ndarray, wanted: np.ndarray, threshold: float) -> Pair:
+    """Pixels in both and in either of two masks, one number for each mask."""
+    a, b = (x.reshape(-1, *x.shape[-2:]) > threshold for x in (got, wanted))
+    return (a & b).sum((1, 2)), (a | b).sum((1, 2))
+
+
+# The gate -----------------------------------------------------------------------------------------
+
+Status = Literal["ok", "failed", "not run"]
+Kind = Literal["cpu", "cuda", "tensorrt"]
+Inputs = Literal["golden", "random"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate found about one engine and one stage, or about an engine from end to end.
+
+    Attributes:
+        engine: for people, such as ``TensorRT 10.3.0``.
+        stage: its name, or ``end to end``.
+        why: for ``failed`` and ``not run``, in a line; else empty.
+        rows: what was measured.
+    """
+
+    engine: str
+    stage: str
+    status: Status
+    why: str = ""
+    rows: tuple[Row, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """All verdicts, the tolerance they are by, and the seed that draws the same inputs again."""
+
+    verdicts: tuple[Verdict, ...]
+    tolerance: Tolerance
+    seed: int
+    unrecorded: tuple[str, ...]
+    """Verdicts that could not be written where serving looks for them, and why."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed."""
+        return all(verdict.status != "failed" for verdict in self.verdicts)
+
+
+class Watcher:
+    """What the gate tells while it runs; override what you want to know."""
+
+    def step(self, text: str) -> None:
+        """Something that may take long begins."""
+
+    def verdict(self, verdict: Verdict) -> None:
+        """An engine was measured."""
+
+
+def gate(
+    bundle: Bundle,
+    stages: Collection[str] | None = None,
+    *,
+    kinds: Collection[Kind] = ("cpu", "cuda", "tensorrt"),
+    random: int = 1,
+    seed: int | None = None,
+    threads: int | None = None,
+    ordinal: int = 0,
+    watcher: Watcher | None = None,
+) -> Report:
+    """Measure the engines of this machine and keep the verdicts beside the bundle.
+
+    Args:
+        stages: which; None measures every stage of the bundle.
+        kinds: which engines. ONNX Runtime on the CPU always runs, since the others are compared
+            with it.
+        random: how many fresh samples to draw, besides the golden ones.
+        seed: below 2**64; None draws one.
+        threads: CPU threads of ONNX Runtime.
+        ordinal: which GPU TensorRT uses.
+        watcher: is told of progress.
+
+    Raises:
+        BundleError: when the bundle lacks a stage, or a file of it is damaged.
+    """
+    for name in stages or ():
+        bundle.stage(name)
+    selected = [name for name in order(bundle) if stages is None or name in stages]
+    seed = secrets.randbits(64) if seed is None else seed
+    samples = golden_samples(bundle)
+    for number in range(random):
+        samples.append(random_sample(bundle, samples[0], np.random.default_rng([seed, number])))
+    run = _Run(bundle, selected, samples, threads, watcher or Watcher())
+    run.measure(_onnx(bundle, selected, "cpu", threads))
+    if "cuda" in kinds and _cuda_offered():
+        run.measure(_onnx(bundle, selected, "cuda", threads))
+    if "tensorrt" in kinds:
+        for contender in _tensorrt(bundle, selected, run.tolerance, ordinal):
+            run.measure(contender)
+    return Report(tuple(run.verdicts), run.tolerance, seed, tuple(run.unrecorded))
+
+
+@dataclass(frozen=True)
+class _Contender:
+    """Engines of one kind: how to open each stage, and where to keep a verdict on it.
+
+    ``may_be_absent``: when one cannot be opened, this machine lacks it, and it did not fail.
+    """
+
+    name: str
+    kind: Kind
+    openers: Mapping[str, Callable[[], Engine]]
+    keep: Callable[[str, bool, tuple[Row, ...]], None]
+    not_run: tuple[Verdict, ...] = ()
+    may_be_absent: bool = False
+
+
+class _Run:
+    """One pass of the gate: the samples to measure with, and the verdicts so far.
+
+    ``stand_in``: stage -> the ONNX Runtime that may compute it where a contender has no engine.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        selected: Sequence[str],
+        samples: list[Sample],
+        threads: int | None,
+        watcher: Watcher,
+    ) -> None:
+        self.bundle = bundle
+        self.samples = samples
+        self.threads = threads
+        self.watcher = watcher
+        self.tolerance = TOLERANCES[bundle.manifest.precision]
+        self.stand_in: dict[str, opening.OrtKind] = {
+            name: "cpu" for name in order(bundle) if name not in selected
+        }
+        self.verdicts: list[Verdict] = []
+        self.unrecorded: list[str] = []
+
+    def measure(self, contender: _Contender) -> None:
+        """Measure every stage of one kind of engine, then those that passed, chained."""
+        for verdict in contender.not_run:
+            self._report(verdict)
+        found: dict[str, Verdict] = {}
+        chain = _Chain(self, contender)
+        for name in order(self.bundle):
+            opener = contender.openers.get(name)
+            if opener is not None:
+                found[name] = self._stage(contender, name, opener, chain)
+            if name not in found or found[name].status != "ok":
+                chain.fill(name)
+        end = chain.verdict()
+        if end is not None:
+            self._report(end)
+        for name, verdict in found.items():
+            if verdict.rows:
+                joined = end is not None and verdict.status == "ok"
+                rows = verdict.rows + (end.rows if end is not None and joined else ())
+                try:
+                    contender.keep(name, all(row.passed for row in rows), rows)
+                except EngineError as error:
+                    self.unrecorded.append(str(error))
+
+    def compared(
+        self,
+        stage: str,
+        inputs: Inputs,
+        reference: str,
+        pairs: Sequence[Pair],
+        masks: Sequence[Pair] = (),
+    ) -> tuple[Row, list[str]]:
+        """A row for the record, and what it misses."""
+        found = compare(pairs, masks, self.bundle.manifest.mask_threshold)
+        missed = found.misses(self.tolerance)
+        return _row(stage, inputs, reference, found, not missed), [
+            f"{inputs} inputs against {reference}: {what}" for what in missed
+        ]
+
+    def _report(self, verdict: Verdict) -> None:
+        self.verdicts.append(verdict)
+        self.watcher.verdict(verdict)
+
+    def _stage(
+        self, contender: _Contender, name: str, opener: Callable[[], Engine], chain: _Chain
+    ) -> Verdict:
+        self.watcher.step(f"{contender.name}: {name}")
+        rows: list[Row] = []
+        missed: list[str] = []
+        opened = False
+        try:
+            with opener() as engine:
+                opened = True
+                self._run(contender, name, engine, chain, rows, missed)
+        except EngineError as error:
+            if not opened and contender.may_be_absent:
+                return self._told(Verdict(contender.name, name, "not run", str(error)))
+            missed.append(str(error))
+            if opened:  # what cannot be run must not count as never measured
+                nothing = Comparison(np.nan, np.nan, np.nan, finite=True)
+                rows.append(_row(name, "golden", "no answer at all", nothing, passed=False))
+        status: Status = "failed" if missed else "ok"
+        return self._told(Verdict(contender.name, name, status, "; ".join(missed), tuple(rows)))
+
+    def _told(self, verdict: Verdict) -> Verdict:
+        self._report(verdict)
+        return verdict
+
+    def _run(
+        self,
+        contender: _Contender,
+        name: str,
+        engine: Engine,
+        chain: _Chain,
+        rows: list[Row],
+        missed: list[str],
+    ) -> None:
+        """Run one opened stage on everything; when all is well, hand its outputs on."""
+        stage = self.bundle.stage(name)
+        answers = [engine.run(sample.feeds(name, stage)) for sample in self.samples]
+
+        def add(inputs: Inputs, reference: str, pairs: list[Pair], masks: list[Pair]) -> None:
+            row, why = self.compared(name, inputs, reference, pairs, masks)
+            rows.append(row)
+            missed.extend(why)
+
+        kinds: tuple[Inputs, ...] = ("golden", "random")
+        for kind in kinds:
+            pairs: list[Pair] = []
+            masks: list[Pair] = []
+            for sample, answer in zip(self.samples, answers, strict=True):
+                wanted = sample.expected(name, stage)
+                if sample.inputs == kind and wanted is not None:
+                    reference = sample.reference[name]
+                    got = _floats(answer, stage)
+                    pairs += [(got[key], wanted[key]) for key in wanted]
+                    if name == "decoder":
+                        masks.append((got[_LOGITS], wanted[_LOGITS]))
+            if pairs:
+                add(kind, reference, pairs, masks)
+        fresh = [
+            (sample, answer)
+            for sample, answer in zip(self.samples, answers, strict=True)
+            if sample.inputs == "random"
+        ]
+        pairs = []
+        for sample, answer in fresh:
+            once = _floats(answer, stage)
+            for repeat in _repeats(engine, sample.feeds(name, stage), contender.kind):
+                again = _floats(repeat, stage)
+                pairs += [(again[key], once[key]) for key in once]
+            # Without a repetition, this asks for finite outputs and no more.
+            pairs += [(once[key], once[key]) for key in once]
+        if pairs:
+            add("random", _ITSELF, pairs, [])
+        if missed:
+            return
+        if contender.kind != "tensorrt":
+            self.stand_in.setdefault(name, contender.kind)
+        chain.run(name, engine, answers)
+        for sample, answer in fresh:
+            if name not in sample.reference:
+                self._adopt(contender, name, sample, answer)
+
+    def _adopt(self, contender: _Contender, name: str, sample: Sample, answer: Arrays) -> None:
+        """Let what ``contender`` made of a random sample be what the others are compared with."""
+        sample.reference[name] = contender.name
+        for key, array in _floats(answer, self.bundle.stage(name)).items():
+            sample.arrays[f"{name}.{key}"] = array
+        following = order(self.bundle)[order(self.bundle).index(name) + 1 :][:1]
+        for after in following:
+            for key, array in linked(self.bundle, after, sample, answer).items():
+                sample.arrays[f"{after}.{key}"] = array
+
+
+class _Chain:
+    """Samples on their way through the stages of one contender; others stand in where it lacks one.
+
+    Only what an engine of the contender computed is on its way: before its first stage, a sample is
+    as its reference has it.
+    """
+
+    def __init__(self, run: _Run, contender: _Contender) -> None:
+        self._run = run
+        self._contender = contender
+        self._outputs: dict[int, Arrays] = {}
+        self._embeddings: dict[int, np.ndarray] = {}
+        self._stopped = ""
+
+    def run(self, name: str, engine: Engine, answers: Sequence[Arrays]) -> None:
+        """Let the contender's own engine compute a stage.
+
+        Args:
+            answers: what it made of every sample's own inputs.
+        """
+        done: dict[int, Arrays] = {}
+        for index, sample in enumerate(self._run.samples):
+            if index in self._outputs:
+                feeds = linked(self._run.bundle, name, sample, self._outputs[index])
+                done[index] = engine.run(feeds)
+            elif self._counts(sample):
+                done[index] = answers[index]
+        self._advance(name, done)
+
+    def fill(self, name: str) -> None:
+        """Let ONNX Runtime compute a stage that the contender has no good engine of."""
+        if not self._outputs:
+            return
+        kind = self._run.stand_in.get(name)
+        if kind is None:
+            self._stop(f"no engine that passed can stand in for the {name}")
+            return
+        self._run.watcher.step(f"{self._contender.name}: {name}, by ONNX Runtime in its stead")
+        try:
+            with opening.open_onnx(
+                self._run.bundle, name, device=kind, threads=self._run.threads
+            ) as engine:
+                done = {
+                    index: engine.run(
+                        linked(self._run.bundle, name, self._run.samples[index], outputs)
+                    )
+                    for index, outputs in self._outputs.items()
+                }
+        except EngineError as error:
+            self._stop(str(error))
+        else:
+            self._advance(name, done)
+
+    def verdict(self) -> Verdict | None:
+        """What came out at the end; None when the contender had no part in it."""
+        name = self._contender.name
+        if self._stopped:
+            return Verdict(name, END_TO_END, "not run", self._stopped)
+        if not self._outputs or not self._run.bundle.has("decoder"):
+            return None
+        stage = self._run.bundle.stage("decoder")
+        rows, missed = [], []
+        kinds: tuple[Inputs, ...] = ("golden", "random")
+        for kind in kinds:
+            pairs: list[Pair] = []
+            masks: list[Pair] = []
+            for index, outputs in self._outputs.items():
+                sample = self._run.samples[index]
+                wanted = sample.expected("decoder", stage)
+                if sample.inputs == kind and wanted is not None:
+                    reference = sample.reference["decoder"]
+                    got = _floats(outputs, stage)
+                    pairs += [(got[key], wanted[key]) for key in wanted]
+                    masks.append((got[_LOGITS], wanted[_LOGITS]))
+                    if index in self._embeddings:
+                        embedding = sample.arrays["decoder.embedding"]
+                        pairs.append((self._embeddings[index], embedding.astype(np.float32)))
+            if pairs:
+                row, why = self._run.compared(END_TO_END, kind, reference, pairs, masks)
+                rows.append(row)
+                missed += why
+        status: Status = "failed" if missed else "ok"
+        return Verdict(name, END_TO_END, status, "; ".join(missed), tuple(rows))
+
+    def _counts(self, sample: Sample) -> bool:
+        """Whether somebody else knows what should come out at the end of this sample."""
+        known = [sample.reference.get(name) for name in order(self._run.bundle)]
+        return None not in known and self._contender.name not in known
+
+    def _advance(self, name: str, outputs: dict[int, Arrays]) -> None:
+        self._outputs = outputs
+        if name in ("tail", "encoder"):
+            stage = self._run.bundle.stage(name)
+            self._embeddings = {i: _floats(o, stage)["embedding"] for i, o in outputs.items()}
+
+    def _stop(self, why: str) -> None:
+        self._outputs = {}
+        self._stopped = why
+
+
+def _floats(answer: Arrays, stage: Stage) -> Arrays:
+    return {spec.name: from_wire(answer[spec.name], spec.dtype) for spec in stage.outputs}
+
+
+def _repeats(engine: Engine, feeds: Arrays, kind: Kind) -> Iterator[Arrays]:
+    """The same inputs again: in two unequal parts, and, where graphs are replayed, as they are."""
+    rows = [spec.name for spec in engine.inputs if isinstance(spec.shape[0], str)]
+    if rows and len(feeds[rows[0]]) > 1:
+        parts = [
+            engine.run({key: a[cut] if key in rows else a for key, a in feeds.items()})
+            for cut in (slice(0, 1), slice(1, None))
+        ]
+        yield {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    if kind == "tensorrt":
+        yield engine.run(feeds)
+        yield engine.run(feeds)
+
+
+def _row(stage: str, inputs: Inputs, reference: str, found: Comparison, passed: bool) -> Row:
+    return Row(
+        stage=stage,
+        inputs=inputs,
+        reference=reference,
+        cosine=found.cosine,
+        max_abs=found.max_abs,
+        error=found.error,
+        finite=found.finite,
+        mask_iou_min=found.mask_iou_min,
+        mask_iou_mean=found.mask_iou_mean,
+        passed=passed,
+    )
+
+
+# Who is measured ----------------------------------------------------------------------------------
+
+
+def _cuda_offered() -> bool:
+    """Whether ONNX Runtime has CUDA and there is a GPU for it."""
+    import onnxruntime
+
+    offered = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    return offered and cuda.device_count() > 0
+
+
+def _onnx(
+    bundle: Bundle, stages: Sequence[str], device: opening.OrtKind, threads: int | None
+) -> _Contender:
+    engine, machine = opening.onnx_identity(device)
+
+    def keep(name: str, passed: bool, rows: tuple[Row, ...]) -> None:
+        failure = None
+        if not passed:
+            digest = bundle.stage(name).sha256
+            failure = opening.Failure(engine, machine, digest, _now(), rows)
+        opening.write_failure(bundle, name, device, failure)
+
+    return _Contender(
+        name=engine,
+        kind=device,
+        openers={
+            name: partial(opening.open_onnx, bundle, name, device=device, threads=threads)
+            for name in stages
+        },
+        keep=keep,
+        # CUDA may not start for want of a library; the CPU has no bfloat16.
+        may_be_absent=device == "cuda" or bundle.manifest.precision == "bf16",
+    )
+
+
+def _tensorrt(
+    bundle: Bundle, stages: Sequence[str], tolerance: Tolerance, ordinal: int
+) -> list[_Contender]:
+    """One contender for every folder of plans: those in it that fit this machine."""
+    folders: dict[str, list[Plan]] = {}
+    for found in plans.plans(bundle, skip_damaged=True):
+        if found.record.stage in stages:
+            folders.setdefault(found.record.target, []).append(found)
+    return [_folder(bundle, target, each, tolerance, ordinal) for target, each in folders.items()]
+
+
+def _folder(
+    bundle: Bundle, target: str, found: list[Plan], tolerance: Tolerance, ordinal: int
+) -> _Contender:
+    openers: dict[str, Callable[[], Engine]] = {}
+    here: dict[str, Plan] = {}
+    not_run = []
+    machine: Machine | None = None
+    for plan in found:
+        name = plan.record.stage
+        try:
+            gpu = cuda.facts(ordinal)
+            library = libraries.load(plan.record.flavour)
+            plans.check(plan, bundle, library, gpu.compute_capability, gpu.name)
+        except EngineError as error:
+            not_run.append(Verdict(target, name, "not run", str(error)))
+            continue
+        machine = opening.this_machine(library, gpu)
+        openers[name] = partial(opening.open_plan, bundle, plan, library, ordinal=ordinal)
+        here[name] = plan
+
+    def keep(name: str, passed: bool, rows: tuple[Row, ...]) -> None:
+        assert machine is not None
+        limits = {**asdict(tolerance), "mask_iou_min": tolerance.mask_iou_min}
+        plans.write_parity(here[name], Parity(passed, machine, rows, _now(), limits))
+
+    return _Contender(target, "tensorrt", openers, keep, not_run=tuple(not_run))
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
