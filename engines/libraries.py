@@ -204,11 +204,17 @@ def device_memory(library: Library, engine: Any) -> int:
 
 
 def make_context(library: Library, engine: Any) -> Any:
-    """An ``IExecutionContext`` of ``engine``, or None when there is no memory for it."""
-    if library.flavour == "tensorrt":
-        return engine.create_execution_context()
+    """An ``IExecutionContext`` of ``engine``, or None when that failed.
+
+    It brings no memory for activations: :func:`give_memory` first. So contexts that never run at
+    the same time can share it, and running out of it is told by whoever allocates.
+    """
     trt = library.module
+    strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+    if library.flavour == "tensorrt":
+        return engine.create_execution_context(strategy)
     config = engine.create_runtime_config()
+    config.set_execution_context_allocation_strategy(strategy)
     # Our engine captures its own graphs, and a capture inside a capture fails.
     config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
     # By default kernels made for a shape are compiled beside the first runs and slipped in later: a
@@ -217,6 +223,18 @@ def make_context(library: Library, engine: Any) -> Any:
         trt.DynamicShapesKernelSpecializationStrategy.EAGER
     )
     return engine.create_execution_context(config)
+
+
+def give_memory(context: Any, address: int, size: int) -> None:
+    """Let ``context`` keep its activations in ``size`` bytes (see :func:`device_memory`) there."""
+    context.set_device_memory(address, size)  # since 10.1; the property before it knew no size
+
+
+def capturable(context: Any, stream: int) -> bool:
+    """Whether work of ``context`` can be captured on ``stream``, as far as the library tells."""
+    # Only TensorRT-RTX tells; a capture that fails tells too, a little later.
+    asked = getattr(context, "is_stream_capturable", None)
+    return asked is None or bool(asked(stream))
 
 
 def invalidity(library: Library, runtime: Any, plan: bytes) -> str | None:
