@@ -163,8 +163,22 @@ class Bundle:
         """The file an engine opens for stage ``name``."""
         return self.path / self.stage(name).file
 
+    def plain_path(self, name: str) -> Path:
+        """The plain form of stage ``name``, see :class:`PlainForm`.
+
+        Raises:
+            BundleError: when there is no such stage, or it was exported without.
+        """
+        plain = self.stage(name).plain
+        if plain is None:
+            raise BundleError(
+                f"{self.path} holds no plain form of {name}, which older TensorRT and fp32 build "
+                "from: export the bundle again with `edge-runtime export`"
+            )
+        return self.path / plain.file
+
     def verify_hashes(self, stages: Iterable[str] | None = None) -> None:
-        """Hash the files of ``stages`` (all by default) and compare them with the manifest.
+        """Hash the files of ``stages`` (all by default), plain forms too, against the manifest.
 
         Files are read in pieces, so memory stays flat whatever their size.
 
@@ -172,7 +186,7 @@ class Bundle:
             BundleError: naming the first file that differs or cannot be read.
         """
         for name in self.manifest.stages if stages is None else stages:
-            for file, expected in self.stage(name).files.items():
+            for file, expected in _files_of(self.stage(name)).items():
                 try:
                     found = hash_file(self.path / file)
                 except OSError as error:
@@ -231,8 +245,8 @@ def shipped_bundle(precision: str = "fp32") -> Path:
 def node_bundle(bundle: Bundle, out: str | os.PathLike[str]) -> Bundle:
     """Cut the bundle a node needs, the stack alone, from a full one.
 
-    The stack keeps its files and digest; golden samples keep the stack's arrays only. ``out``
-    appears whole or not at all.
+    The stack keeps its files, both forms, and its digest; golden samples keep the stack's arrays
+    only. ``out`` appears whole or not at all.
 
     Raises:
         BundleError: when ``out`` exists, the bundle has no stack, its files are damaged, or the
@@ -251,7 +265,7 @@ def node_bundle(bundle: Bundle, out: str | os.PathLike[str]) -> Bundle:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
-        for name in stack.files:
+        for name in _files_of(stack):
             _make_parent(temporary, name)
             shutil.copyfile(bundle.path / name, temporary / name)
         for name in bundle.manifest.golden:
@@ -317,8 +331,14 @@ def _read_manifest(root: Path) -> Manifest:
         ) from error
 
 
+def _files_of(stage: Stage) -> dict[str, str]:
+    """Every file of a stage with its sha256: those that make its digest, and its plain form."""
+    plain = {} if stage.plain is None else {stage.plain.file: stage.plain.sha256}
+    return {**plain, **stage.files}
+
+
 def _stage_files(manifest: Manifest) -> list[str]:
-    return [name for stage in manifest.stages.values() for name in stage.files]
+    return [name for stage in manifest.stages.values() for name in _files_of(stage)]
 
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*(/[A-Za-z0-9_][A-Za-z0-9._+-]*)*")
@@ -395,6 +415,10 @@ def _check_pipeline(root: Path, manifest: Manifest) -> None:
     for name, stage in manifest.stages.items():
         if stage.file not in stage.files:
             raise BundleError(f"{path} is damaged: stage {name} has no hash for {stage.file!r}")
+        if stage.plain is not None and stage.plain.file in stage.files:
+            raise BundleError(
+                f"{path} is damaged: stage {name} has {stage.plain.file!r} for both its forms"
+            )
         if stage.sha256 != stage_digest(stage.files):
             raise BundleError(
                 f"{path} is damaged: the digest of stage {name} does not fit its files"

@@ -11,6 +11,7 @@ to :mod:`exporters.commands.export`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import gc
 import importlib.metadata
@@ -34,7 +35,8 @@ from engines.errors import ExportError
 
 from . import models, stages, verify
 from .golden import make_sample, sample_images, write_sample
-from .onnx_export import stage_specs, write_float32_twin, write_stage
+from .onnx_export import stage_specs, write_float32_twin, write_plain_twin, write_stage
+from .plain import write_plain
 from .precision import TORCH_DTYPES, Precision, cast
 
 Order = Literal["reordered", "stock"]
@@ -127,12 +129,18 @@ def export(
         for name in names:
             watcher.step(f"writing and verifying {name}")
             stage = _write(name, sam, precision, head_blocks, work)
+            stage = write_plain(stage, work, manifest.geometry.windows)
+            assert stage.plain is not None
             manifest.stages[name] = stage
-            run, at = stage, work
+            run, at, plain = stage, work, work / stage.plain.file
             if precision == "bf16":
                 run, at = write_float32_twin(stage, work, scratch), scratch
                 twin.stages[name] = run
+                plain = write_plain_twin(stage, work, run, scratch)
             judge(verify.verify_stage(name, run, at / run.file, samples, sam, tolerance))
+            # The plain form has the same weights: one sample tells whether it is the same function.
+            row = verify.verify_stage(name, run, plain, samples[:1], sam, tolerance)
+            judge(dataclasses.replace(row, stage=f"{name} (plain)"))
             gc.collect()
         watcher.step("running the bundle end to end" if not node_only else "finishing")
         write_sample(work / GOLDEN, samples[0], manifest.stages)

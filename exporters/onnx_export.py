@@ -26,6 +26,7 @@ from engines.bundle import Stage, TensorSpec, hash_file, stage_digest
 from engines.errors import ExportError
 from engines.geometry import Geometry
 
+from .plain import share_weights, weight_places
 from .precision import Precision
 
 OPSET = 23
@@ -210,12 +211,40 @@ def write_float32_twin(stage: Stage, source: Path, directory: Path) -> Stage:
         directory: where the twin goes.
     """
     model = ir.load(source / stage.file)
+    _to_float32(model)
+    inputs, outputs = (
+        tuple(
+            msgspec.structs.replace(s, dtype="float32") if s.dtype == "bfloat16" else s
+            for s in specs
+        )
+        for specs in (stage.inputs, stage.outputs)
+    )
+    return _save(Path(stage.file).stem, model, inputs, outputs, directory)
+
+
+def write_plain_twin(stage: Stage, source: Path, twin: Stage, directory: Path) -> Path:
+    """Rewrite the plain form of a bfloat16 stage as float32; returns the file.
+
+    Args:
+        stage: the stage with its plain form, its files in ``source``.
+        twin: what :func:`write_float32_twin` made of it in ``directory``; its weights are shared.
+        directory: where the file goes.
+    """
+    assert stage.plain is not None
+    model = ir.load(source / stage.plain.file)
+    share_weights(model, weight_places(directory / twin.file), directory)
+    _to_float32(model)
+    path = directory / stage.plain.file
+    ir.save(model, path)
+    return path
+
+
+def _to_float32(model: ir.Model) -> None:
+    """Make every bfloat16 of ``model`` a float32, in place; the values stay."""
     for value in model.graph.initializers.values():
-        if value.dtype == ir.DataType.BFLOAT16:
-            assert value.const_value is not None
-            value.const_value = ir.Tensor(
-                value.const_value.numpy().astype("float32"), name=value.name
-            )
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype == ir.DataType.BFLOAT16:
+            value.const_value = ir.Tensor(tensor.numpy().astype("float32"), name=value.name)
     values = [*model.graph.inputs, *model.graph.initializers.values()]
     for node in model.graph.all_nodes():
         values += node.outputs
@@ -229,11 +258,3 @@ def write_float32_twin(stage: Stage, source: Path, directory: Path) -> Stage:
     for value in values:
         if value.dtype == ir.DataType.BFLOAT16:
             value.dtype = ir.DataType.FLOAT
-    inputs, outputs = (
-        tuple(
-            msgspec.structs.replace(s, dtype="float32") if s.dtype == "bfloat16" else s
-            for s in specs
-        )
-        for specs in (stage.inputs, stage.outputs)
-    )
-    return _save(Path(stage.file).stem, model, inputs, outputs, directory)

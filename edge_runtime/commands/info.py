@@ -80,6 +80,10 @@ def describe(bundle: Bundle, *, verified: bool) -> dict[str, Any]:
     }
     for name, stage in manifest.stages.items():
         facts["stages"][name]["bytes"] = _size(bundle, stage)
+        if stage.plain is not None:
+            facts["stages"][name]["plain"]["bytes"] = (
+                (bundle.path / stage.plain.file).stat().st_size
+            )
     if bundle.has("stack"):
         stack = bundle.stage("stack")
         facts["window_bytes"] = {
@@ -138,14 +142,21 @@ def _print(bundle: Bundle, facts: dict[str, Any]) -> None:
 
     stages = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     stages.add_column("stage", no_wrap=True)
-    stages.add_column("runs on, size, sha256; takes, returns", overflow="fold")
+    stages.add_column("runs on, size, sha256; plain form; takes, returns", overflow="fold")
     for name, stage in manifest.stages.items():
         size = _human(facts["stages"][name]["bytes"])
         takes, returns = map(_signature, (stage.inputs, stage.outputs))
         facts_line = f"{_RUNS_ON[name]}, {size}, {stage.sha256[:12]}"
-        stages.add_row(name, f"{facts_line}\n<- {takes}\n-> {returns}")
+        stages.add_row(name, f"{facts_line}\n{_plain(bundle, stage)}\n<- {takes}\n-> {returns}")
     console.print()
     console.print(stages)
+
+
+def _plain(bundle: Bundle, stage: Stage) -> str:
+    if stage.plain is None:
+        return "no plain form: export again to build with TensorRT before 10.14, or in fp32"
+    size = _human((bundle.path / stage.plain.file).stat().st_size)
+    return f"plain form {stage.plain.file}, {size}, with the same weights"
 
 
 def _order(bundle: Bundle) -> str:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+    from engines.bundle import Stage
     from exporters.export import Result
     from exporters.verify import Row
 
@@ -28,7 +29,10 @@ one that `edge-runtime adapt` or `train` wrote.
 The blocks are reordered (window blocks first, so that nodes can compute them window by window) and
 split into stages. Every stage is then run in ONNX Runtime and compared with the original PyTorch
 model, and the table of differences is printed. If a stage misses its tolerance, or you press
-Ctrl-C, nothing is left behind."""
+Ctrl-C, nothing is left behind.
+
+Beside each stage lies its plain form (STAGE.plain.onnx), the same function in operators that older
+TensorRT knows, sharing the stage's weights; it is verified too, and `edge-runtime build` picks."""
 
 _EPILOG = """\
 examples:
@@ -191,6 +195,13 @@ def _table(rows: Any) -> Any:
     return table
 
 
+def _plain_facts(path: Path, stage: Stage) -> dict[str, Any] | None:
+    if stage.plain is None:
+        return None
+    size = (path / stage.plain.file).stat().st_size
+    return {"file": stage.plain.file, "sha256": stage.plain.sha256, "bytes": size}
+
+
 def _facts(result: Result, seconds: float) -> dict[str, Any]:
     import dataclasses
     import resource
@@ -209,6 +220,7 @@ def _facts(result: Result, seconds: float) -> dict[str, Any]:
             name: {
                 "sha256": stage.sha256,
                 "bytes": sum((path / file).stat().st_size for file in stage.files),
+                "plain": _plain_facts(path, stage),
             }
             for name, stage in manifest.stages.items()
         },

@@ -14,14 +14,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines import bundle as bundle_module
-from engines.bundle import Bundle, Manifest, node_bundle, stage_digest, write_manifest
+from engines.bundle import (
+    Bundle,
+    Manifest,
+    hash_file,
+    node_bundle,
+    stage_digest,
+    write_manifest,
+)
 from engines.errors import BundleError
+from engines.ort import OrtEngine
 
 
 @pytest.fixture
 def bundle(toy_bundle: Path, tmp_path: Path) -> Path:
     """A copy that a test may damage."""
     return shutil.copytree(toy_bundle, tmp_path / "bundle")
+
+
+def add_plain(bundle: Path, stage: str = "stack", name: str = "stack.plain.onnx") -> Path:
+    """Give a stage a plain form: a copy of its graph, which shares its weights as well."""
+    shutil.copyfile(bundle / f"{stage}.onnx", bundle / f"{stage}.plain.onnx")
+    form = {"file": name, "sha256": hash_file(bundle / f"{stage}.plain.onnx")}
+    edit(bundle, lambda m: m["stages"][stage].update(plain=form))
+    return bundle
 
 
 def edit(bundle: Path, change: Callable[[Any], object]) -> None:
@@ -182,13 +198,16 @@ def test_each_defect_of_a_manifest_is_refused(bundle: Path, change: Callable[[An
         "a b",
     ],
 )
-@pytest.mark.parametrize("place", ["stage", "golden"])
+@pytest.mark.parametrize("place", ["stage", "plain form", "golden"])
 def test_no_path_leads_out_of_the_bundle(bundle: Path, name: str, place: str) -> None:
     (bundle.parent / "secret").write_text("x")
 
     def change(manifest: Any) -> None:
         if place == "golden":
             manifest["golden"] = [name]
+            return
+        if place == "plain form":
+            manifest["stages"]["tail"]["plain"] = {"file": name, "sha256": "0" * 64}
             return
         stage = manifest["stages"]["stack"]
         stage["files"][name] = "0" * 64
@@ -248,6 +267,65 @@ def test_any_value_anywhere_loads_or_is_one_clear_line(toy_bundle: Path, data: A
     except (msgspec.MsgspecError, BundleError) as error:
         refusal = error
     assert "\n" not in str(refusal)
+
+
+# The plain form --------------------------------------------------------------------------------
+
+
+def test_a_plain_form_is_found_and_leaves_the_digest_alone(bundle: Path) -> None:
+    before = Bundle.load(bundle)
+    with pytest.raises(BundleError, match=r"no plain form of stack.*edge-runtime export"):
+        before.plain_path("stack")
+    loaded = Bundle.load(add_plain(bundle))
+    assert loaded.plain_path("stack") == bundle / "stack.plain.onnx"
+    assert loaded.stage("stack").sha256 == before.stage("stack").sha256
+    loaded.verify_hashes()
+    with pytest.raises(BundleError, match="has no encoder"):
+        loaded.plain_path("encoder")
+
+
+def test_damage_to_a_plain_form_is_found(bundle: Path) -> None:
+    loaded = Bundle.load(add_plain(bundle))
+    with (bundle / "stack.plain.onnx").open("ab") as file:
+        file.write(b"x")
+    loaded.verify_hashes(["tail", "decoder"])
+    with pytest.raises(BundleError, match=r"stack.plain.onnx is damaged"):
+        loaded.verify_hashes(["stack"])
+
+
+@pytest.mark.parametrize(
+    ("form", "reason"),
+    [
+        ({"file": "stack.onnx", "sha256": "0" * 64}, "for both its forms"),
+        ({"file": "stack.plain.onnx", "sha256": "0" * 63}, "damaged"),
+        ({"file": "stack.plain.onnx"}, "damaged"),
+        ({"file": "stack\x1b[2J", "sha256": "0" * 64}, "damaged"),
+        ("stack.plain.onnx", "damaged"),
+        ({"file": "absent.onnx", "sha256": "0" * 64}, "absent.onnx is missing"),
+        ({"file": "golden", "sha256": "0" * 64}, "golden is missing"),
+    ],
+)
+def test_a_bad_plain_form_is_refused(bundle: Path, form: object, reason: str) -> None:
+    edit(add_plain(bundle), lambda m: m["stages"]["stack"].update(plain=form))
+    refused(bundle, reason)
+
+
+def test_a_plain_form_that_links_out_is_refused(bundle: Path) -> None:
+    outside = add_plain(bundle).parent / "outside.onnx"
+    (bundle / "stack.plain.onnx").rename(outside)
+    (bundle / "stack.plain.onnx").symlink_to(outside)
+    refused(bundle, "outside the bundle")
+
+
+def test_a_node_bundle_takes_the_plain_form_along(bundle: Path, tmp_path: Path) -> None:
+    full = Bundle.load(add_plain(add_plain(bundle), "tail", "tail.plain.onnx"))
+    node = node_bundle(full, tmp_path / "node")
+    node.verify_hashes()
+    assert node.stage("stack") == full.stage("stack")
+    assert not (node.path / "tail.plain.onnx").exists()
+    shutil.rmtree(bundle)
+    with OrtEngine(node.plain_path("stack"), device="cpu") as engine:  # it finds its weights
+        assert engine.outputs == node.stage("stack").outputs
 
 
 # Hashes ----------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from engines.ort import OrtEngine
 from engines.pipeline import Pipeline
 from engines.windows import cut
 from exporters import export as export_module
-from exporters import onnx_export, verify
+from exporters import onnx_export, plain, verify
 from exporters.export import GOLDEN, UNADAPTED, Watcher, export
 from exporters.golden import synthetic_image
 from exporters.models import load_checkpoint, reorder, save_checkpoint, weights_hash
@@ -154,7 +154,8 @@ def test_decoder_takes_any_number_of_prompts(random_bundle: Path, p: int, k: int
 def test_stock_order_is_the_original_function(random_checkpoint: Path, tmp_path: Path) -> None:
     result = export(random_checkpoint, tmp_path / "stock", order="stock")
     assert list(result.bundle.manifest.stages) == ["encoder", "decoder"]
-    assert [row.stage for row in result.rows] == ["encoder", "decoder", "end to end"]
+    both = ["encoder", "encoder (plain)", "decoder", "decoder (plain)"]
+    assert [row.stage for row in result.rows] == [*both, "end to end"]
     assert result.notes == ()
     image = synthetic_image(101, 192, seed=4)
     sam = load_checkpoint(random_checkpoint)
@@ -185,6 +186,27 @@ def test_large_weights_lie_beside_the_graph(
     assert sorted(bundle.stage("stack").files) == ["stack.onnx", "stack.onnx.data"]
     assert (bundle.path / "stack.onnx").stat().st_size < 1 << 20
     bundle.verify_hashes()
+    located = {t.location for t in plain_weights(bundle.plain_path("stack"))}
+    assert located == {"stack.onnx.data", "stack.onnx"}, "weights below 256 bytes are in the graph"
+
+
+def plain_weights(path: Path) -> list[ir.ExternalTensor]:
+    values = ir.load(path).graph.initializers.values()
+    return [v.const_value for v in values if isinstance(v.const_value, ir.ExternalTensor)]
+
+
+def test_a_plain_form_that_misses_its_tolerance(
+    random_checkpoint: Path, room: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*_: Any) -> list[ir.Node]:
+        nodes = right(*_)
+        nodes[-1].inputs[1].const_value = ir.tensor(0.49, dtype=ir.DataType.FLOAT)
+        return nodes
+
+    right = plain._gelu
+    monkeypatch.setattr(plain, "_gelu", wrong)
+    with pytest.raises(ExportError, match=r"stack \(plain\) differs from the original in fp32"):
+        export(random_checkpoint, room / "b", node_only=True)
 
 
 def test_bf16_with_a_head(adapted: Path, tmp_path: Path) -> None:
@@ -226,7 +248,7 @@ def test_command_prints_parity_and_what_to_do_next(
     arguments = ["--model", "tiny", "--checkpoint", str(random_checkpoint), "--out", str(out)]
     assert main(["export", *arguments, "--precision", "fp16"]) == 0
     said = capsys.readouterr()
-    for word in ("stack", "tail", "decoder", "end to end", "cosine", "max abs", "mask IoU"):
+    for word in ("stack", "tail (plain)", "decoder", "end to end", "cosine", "max abs", "mask IoU"):
         assert word in said.out
     assert "run `edge-runtime adapt`" in said.out
     assert f"--bundle {out}" in said.out
@@ -248,7 +270,9 @@ def test_command_as_json(adapted: Path, tmp_path: Path, capsys: pytest.CaptureFi
     facts = json.loads(capsys.readouterr().out)
     assert facts["adapted"] is True
     assert facts["stages"]["stack"]["sha256"] == Bundle.load(out).stage("stack").sha256
-    assert [row["stage"] for row in facts["verification"]] == ["stack"]
+    assert [row["stage"] for row in facts["verification"]] == ["stack", "stack (plain)"]
+    assert facts["stages"]["stack"]["plain"]["file"] == "stack.plain.onnx"
+    assert 0 < facts["stages"]["stack"]["plain"]["bytes"] < facts["stages"]["stack"]["bytes"]
     assert facts["verification"][0]["passed"] is True
     assert facts["peak_rss_mib"] > 100
 

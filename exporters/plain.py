@@ -1,0 +1,347 @@
+"""The plain form: a written stage once more, in operators that older TensorRT parsers know.
+
+The main form of a stage is opset 23 with one ``Attention`` per block, which TensorRT parses from
+10.14 on. :func:`write_plain` rewrites it as ``<stage>.plain.onnx``: opset 17, attention as
+MatMul, Softmax in float32, MatMul over *blocks of queries*, ``Gelu`` as the expression with
+``Erf``. It promises that the graph computes the same function, that no attention block's logits
+exceed :data:`LIMIT` bytes even where nothing is fused, that equal main forms give equal bytes, and
+that no weight is stored twice: every float tensor is ONNX external data that points into the main
+form's own files. Whether the file computes what the original computes is :mod:`exporters.verify`.
+
+What is known of fusing, from the text of plans that TensorRT-RTX 1.7.1 built of ``tiny`` in fp16 on
+a machine without a GPU: ``_gemm_mha_v2`` takes the place of every MatMul-Softmax-MatMul, with or
+without the casts around Softmax, whole or in blocks of queries (a kernel per block, also for blocks
+of an odd size). So Softmax stays in float32 at no cost. In fp32 no such kernel exists: the plain
+form builds unfused, the main form does not build at all. What TensorRT 10.3 fuses has to be read
+back from the plan it builds.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import onnx_ir as ir
+
+from engines.bundle import PlainForm, Stage, hash_file
+from engines.errors import ExportError
+
+OPSET = 17
+"""Lowest opset with all operators needed (LayerNormalization came last).
+
+onnx-tensorrt's docs/operators.md says opset 19 for TensorRT 9.2 and 22 for 10.6.
+"""
+IR_VERSION = 8
+LIMIT = 64_000_000
+"""Bytes that the logits of one block of queries may take, in float32."""
+_TILE = 64  # queries per block come in multiples of this: matrix kernels work in tiles of it
+
+# What the rewritten graphs may hold: operators of opset 17 that mean the same in opset 23, with the
+# attributes that they had then already. onnx-tensorrt lists all of them for TensorRT 9.2 and
+# for 10.6, in every type used here. Gelu and Attention are not among them.
+OPERATORS: Mapping[str, frozenset[str]] = {
+    **{
+        name: frozenset()
+        for name in (
+            *("Add", "And", "Cos", "Div", "Equal", "Erf", "Expand", "Greater", "Less", "MatMul"),
+            *("Mul", "Relu", "Sin", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where"),
+        )
+    },
+    "Cast": frozenset({"to"}),
+    "Concat": frozenset({"axis"}),
+    "Conv": frozenset({"auto_pad", "dilations", "group", "kernel_shape", "pads", "strides"}),
+    "Gather": frozenset({"axis"}),
+    "Gemm": frozenset({"alpha", "beta", "transA", "transB"}),
+    "LayerNormalization": frozenset({"axis", "epsilon", "stash_type"}),
+    "Pad": frozenset({"mode"}),
+    "Reshape": frozenset({"allowzero"}),
+    "Shape": frozenset({"end", "start"}),
+    "Softmax": frozenset({"axis"}),
+    "Transpose": frozenset({"perm"}),
+}
+
+
+def write_plain(stage: Stage, directory: Path, windows: int, limit: int = LIMIT) -> Stage:
+    """Write the plain form of ``stage`` beside it and return the stage with it.
+
+    Args:
+        stage: a stage whose files lie in ``directory``.
+        directory: of the bundle.
+        windows: the most windows a stack is given at once; sizes its blocks of queries.
+        limit: bytes of the largest logits, float32.
+
+    Raises:
+        ExportError: the graph holds something that has no plain form.
+        OSError: the file could not be written.
+    """
+    model = ir.load(directory / stage.file)
+    _rewrite(model, windows, limit)
+    share_weights(model, weight_places(directory / stage.file), directory)
+    path = directory / f"{Path(stage.file).stem}.plain.onnx"
+    ir.save(model, path)
+    return msgspec.structs.replace(stage, plain=PlainForm(path.name, hash_file(path)))
+
+
+def queries_per_block(tokens: int, bytes_per_query: int, limit: int = LIMIT) -> int:
+    """How many of ``tokens`` queries to attend with at once: all, or a multiple of 64 if possible.
+
+    ``bytes_per_query``: of the float32 logits of one query, over all heads and windows.
+    """
+    most = max(1, limit // bytes_per_query)
+    if most >= tokens:
+        return tokens
+    return most // _TILE * _TILE or most
+
+
+def _rewrite(model: ir.Model, windows: int, limit: int) -> None:
+    """Replace what opset 17 lacks, in place, and declare opset 17."""
+    attentions = 0
+    for node in list(model.graph):
+        if node.op_type == "Attention":
+            _replace(model.graph, node, _attention(model.graph, node, attentions, windows, limit))
+            attentions += 1
+        elif node.op_type == "Gelu":
+            _replace(model.graph, node, _gelu(model.graph, node))
+    for node in model.graph.all_nodes():
+        known = OPERATORS.get(node.op_type) if node.domain == "" else None
+        unknown = set(node.attributes) - known if known is not None else {node.op_type}
+        if unknown:
+            raise ExportError(
+                f"operator {node.op_type} ({node.name}, {', '.join(sorted(unknown))}) has no plain "
+                f"form: expected one of {', '.join(OPERATORS)}, as they are in opset {OPSET}"
+            )
+        node.version = None
+    model.opset_imports[""] = OPSET
+    model.ir_version = IR_VERSION
+
+
+def _typed(value: ir.Value | None) -> tuple[ir.Value, ir.DataType, list[Any]]:
+    """A node's input with its type and dimensions: ints, or symbols for windows or prompts."""
+    if value is None or value.dtype is None or value.shape is None:
+        raise ExportError(f"no plain form without type and shape of {value}")
+    return value, value.dtype, list(value.shape)
+
+
+def _replace(graph: ir.Graph, old: ir.Node, new: Sequence[ir.Node]) -> None:
+    ir.convenience.replace_nodes_and_values(
+        graph, old, [old], new, [old.outputs[0]], [new[-1].outputs[0]]
+    )
+
+
+@dataclass
+class _Maker:
+    """Makes nodes named ``prefix/step`` whose one output has the same name."""
+
+    graph: ir.Graph
+    prefix: str
+
+    def node(
+        self,
+        step: str,
+        op: str,
+        inputs: Sequence[ir.Value],
+        dtype: ir.DataType,
+        shape: Sequence[Any],
+        **attributes: int | Sequence[int],
+    ) -> ir.Node:
+        name = f"{self.prefix}/{step}"
+        out = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        return ir.node(op, inputs, attributes, outputs=[out], name=name)
+
+    def constant(self, step: str, tensor: ir.TensorProtocol) -> ir.Value:
+        name = f"{self.prefix}/{step}"
+        tensor.name = name
+        value = ir.Value(
+            name=name,
+            type=ir.TensorType(tensor.dtype),
+            shape=ir.Shape(tensor.shape.numpy()),
+            const_value=tensor,
+        )
+        self.graph.register_initializer(value)
+        return value
+
+
+def _attention(
+    graph: ir.Graph, node: ir.Node, index: int, windows: int, limit: int
+) -> list[ir.Node]:
+    """MatMul, Softmax, MatMul for ``Attention`` of scale 1 without mask, bias or cache.
+
+    q, k and v are [n, heads, tokens, width]. Names start with ``attention.INDEX``, those of a block
+    of queries with ``attention.INDEX/block.BLOCK``, so that reports can put them together again.
+    """
+    defaults = {"scale": 1.0, "is_causal": 0, "softcap": 0.0, "qk_matmul_output_mode": 0}
+    plain = all(defaults.get(a.name) == a.value for a in node.attributes.values())
+    if len(node.inputs) != 3 or "scale" not in node.attributes or not plain:
+        raise ExportError(
+            f"attention {node.name} has inputs or attributes that the plain form does not know: "
+            f"expected q, k, v and {defaults}"
+        )
+    (q, real, (n, heads, tokens, width)), (k, _, (_, _, keys, _)), (v, _, _) = map(
+        _typed, node.inputs
+    )
+    most = n if isinstance(n, int) else windows
+    block = queries_per_block(tokens, 4 * most * heads * keys, limit)
+
+    make = _Maker(graph, f"attention.{index}")
+    turned = [n, heads, width, keys]
+    transposed = make.node("keys", "Transpose", [k], real, turned, perm=[0, 1, 3, 2])
+    nodes, results = [transposed], list[ir.Value]()
+    for start in range(0, tokens, block):
+        size = min(block, tokens - start)
+        part = _Maker(graph, f"attention.{index}/block.{len(results)}")
+        asked = q
+        if block < tokens:
+            bounds = [
+                part.constant(step, ir.tensor([number], dtype=ir.DataType.INT64))
+                for step, number in (("start", start), ("end", start + size), ("axis", 2))
+            ]
+            nodes.append(part.node("queries", "Slice", [q, *bounds], real, [n, heads, size, width]))
+            asked = nodes[-1].outputs[0]
+        logits = [n, heads, size, keys]
+        for step, op, dtype, attributes in (
+            ("logits", "MatMul", real, {}),
+            ("cast", "Cast", ir.DataType.FLOAT, {"to": ir.DataType.FLOAT.value}),
+            ("softmax", "Softmax", ir.DataType.FLOAT, {"axis": -1}),
+            ("cast_back", "Cast", real, {"to": real.value}),
+        ):
+            if op == "Cast" and real == ir.DataType.FLOAT:
+                continue
+            fed = [asked, transposed.outputs[0]] if op == "MatMul" else [nodes[-1].outputs[0]]
+            nodes.append(part.node(step, op, fed, dtype, logits, **attributes))
+        weights = nodes[-1].outputs[0]
+        nodes.append(part.node("values", "MatMul", [weights, v], real, [n, heads, size, width]))
+        results.append(nodes[-1].outputs[0])
+    if len(results) > 1:
+        nodes.append(make.node("join", "Concat", results, real, [n, heads, tokens, width], axis=2))
+    return nodes
+
+
+def _gelu(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
+    """``0.5 x (1 + erf(x / sqrt 2))``, in the order in which TensorRT knows it as GELU.
+
+    It stays in the type of x: in float32 it would be a stage's largest tensor.
+    """
+    if "approximate" in node.attributes and node.attributes["approximate"].value != "none":
+        raise ExportError(f"{node.name} is an approximated Gelu, which has no plain form")
+    x, real, shape = _typed(node.inputs[0])
+    make = _Maker(graph, str(node.name))
+
+    def number(name: str, value: float) -> ir.Value:
+        return make.constant(name, ir.tensor(value, dtype=real))
+
+    divided = make.node("divided", "Div", [x, number("sqrt_two", math.sqrt(2))], real, shape)
+    erf = make.node("erf", "Erf", divided.outputs, real, shape)
+    plus = make.node("plus", "Add", [erf.outputs[0], number("one", 1.0)], real, shape)
+    times = make.node("times", "Mul", [x, plus.outputs[0]], real, shape)
+    half = make.node("half", "Mul", [times.outputs[0], number("a_half", 0.5)], real, shape)
+    return [divided, erf, plus, times, half]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A weight, and where its bytes lie: file (relative to the graph's), offset and length."""
+
+    dtype: ir.DataType
+    location: str
+    offset: int
+    length: int
+
+
+def weight_places(path: Path) -> dict[str, Place]:
+    """Where each weight of the graph in file ``path`` is stored.
+
+    Raises:
+        ExportError: a weight is stored in a way that cannot be pointed into.
+    """
+    inside = dict(_raw_tensors(path))
+    places = {}
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for name, tensor in _weights(ir.load(path)):
+            if isinstance(tensor, ir.ExternalTensor):
+                at = (str(tensor.location), tensor.offset or 0, tensor.nbytes)
+            else:
+                start, end = inside.get(name, (0, 0))
+                if data[start:end] != tensor.tobytes():
+                    raise ExportError(f"{path} does not hold the weight {name!r} as raw data")
+                at = (path.name, start, end - start)
+            places[name] = Place(tensor.dtype, *at)
+    return places
+
+
+def share_weights(model: ir.Model, places: Mapping[str, Place], directory: Path) -> None:
+    """Make every weight of ``model``, a graph for ``directory``, external data at its place."""
+    for name, tensor in list(_weights(model)):
+        place = places[name]
+        model.graph.initializers[name].const_value = ir.ExternalTensor(
+            place.location,
+            place.offset,
+            place.length,
+            place.dtype,
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=name,
+            base_dir=directory,
+        )
+        model.graph.initializers[name].dtype = place.dtype
+
+
+def _weights(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
+    """The tensors to share. Shapes, indices, masks and single numbers are held by every graph."""
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype.is_floating_point() and tensor.size > 1:
+            yield name, tensor
+
+
+# Field numbers of onnx.proto3 and the wire format's types, as far as they are needed to find where
+# the bytes of an initialiser lie. No protobuf library tells positions.
+_MODEL_GRAPH, _GRAPH_INITIALIZER, _TENSOR_NAME, _TENSOR_RAW_DATA = 7, 5, 8, 9
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+
+def _raw_tensors(path: Path) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Name and [start, end) of the raw data of every initialiser stored inside a model file."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for number, start, end in _fields(data, 0, len(data)):
+            if number != _MODEL_GRAPH:
+                continue
+            for inner, first, last in _fields(data, start, end):
+                if inner != _GRAPH_INITIALIZER:
+                    continue
+                found = {field: (a, b) for field, a, b in _fields(data, first, last)}
+                if _TENSOR_NAME in found and _TENSOR_RAW_DATA in found:
+                    a, b = found[_TENSOR_NAME]
+                    yield data[a:b].decode(), found[_TENSOR_RAW_DATA]
+
+
+def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Number and [start, end) of each field with a length in one protobuf message."""
+    while start < end:
+        key, start = _varint(data, start)
+        kind = key & 7
+        if kind == _VARINT:
+            _, start = _varint(data, start)
+        elif kind in (_FIXED64, _FIXED32):
+            start += 8 if kind == _FIXED64 else 4
+        elif kind == _BYTES:
+            length, start = _varint(data, start)
+            yield key >> 3, start, start + length
+            start += length
+        else:
+            raise ExportError(f"not an ONNX file: wire type {kind} at byte {start}")
+    if start != end:
+        raise ExportError(f"not an ONNX file: a field ends at byte {start}, its message at {end}")
+
+
+def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at
