@@ -76,9 +76,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     serve.add_argument(
         "--device",
-        choices=("auto", "cpu", "cuda"),
+        choices=("auto", "cpu", "cuda", "tensorrt"),
         default="auto",
-        help="where to compute (default: CUDA if ONNX Runtime offers it, else CPU)",
+        help="what computes: tensorrt: a plan made by `edge-runtime build`; cuda, cpu: ONNX "
+        "Runtime; auto: the first of these that may serve here (default %(default)s)",
     )
     serve.add_argument(
         "--ready-file",
@@ -155,7 +156,7 @@ def _run(args: argparse.Namespace) -> int:
     )
     prepared = prepare(config)
     worker = Worker(prepared.bundle, threads=config.threads, device=config.device)
-    if config.threads is None and config.device != "cuda":
+    if config.threads is None and config.device in ("auto", "cpu"):
         logging.getLogger(__name__).info(
             "on the CPU this node takes all cores; if several nodes share this machine, give each "
             "its part with --threads"

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import msgspec
 
 from edge_runtime.placement import DEFAULT_MAX_EXPOSURE
+from engines.engine import Device
 from engines.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         max_exposure: largest share of an image's area one node may see, in (0, 1].
         fallback: ``error``, or ``local``: the edge computes what the nodes cannot or may not.
         windows_per_request: most windows in one message; None sends a node all of its at once.
+        device: what computes on this machine, see :data:`engines.engine.Device`.
     """
 
     nodes: tuple[NodeConfig, ...]
@@ -72,6 +74,7 @@ class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     max_exposure: float = DEFAULT_MAX_EXPOSURE
     fallback: Fallback = "error"
     windows_per_request: int | None = None
+    device: Device = "auto"
 
     def __post_init__(self) -> None:
         if not self.nodes:
@@ -90,6 +93,10 @@ class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             raise ConfigError(
                 f"windows_per_request is {self.windows_per_request}; expected at least 1, or leave "
                 "it out"
+            )
+        if self.device not in get_args(Device):
+            raise ConfigError(
+                f"device is {self.device!r}; expected one of {', '.join(get_args(Device))}"
             )
         for node in self.nodes:
             if not _NAME.match(node.name):

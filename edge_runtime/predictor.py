@@ -65,7 +65,8 @@ class OffloadPredictor:
         bundle: full or (without config) stock bundle; None takes the configuration's, or the one
             that comes with the package.
         threads: CPU threads of this machine's engines; None means all cores.
-        device: of this machine's engines.
+        device: of this machine's engines, see :data:`engines.engine.Device`; None takes the
+            configuration's, or ``auto``.
 
     Attributes:
         features: image embedding float ``[1, d, g, g]``, or None.
@@ -94,7 +95,7 @@ class OffloadPredictor:
         *,
         bundle: Bundle | str | os.PathLike[str] | None = None,
         threads: int | None = None,
-        device: Device = "auto",
+        device: Device | None = None,
     ) -> None:
         if config is not None and not isinstance(config, EdgeConfig):
             config = load_config(config)
@@ -103,6 +104,7 @@ class OffloadPredictor:
         if not isinstance(bundle, Bundle):
             bundle = Bundle.load(bundle)
         self.bundle = bundle
+        device = device or (config.device if config else "auto")
         self.pipeline = Pipeline(bundle, threads=threads, device=device)
         self.offloader = Offloader(config, self.pipeline) if config else None
         self.model = _Model(bundle.manifest.mask_threshold, _Encoder(bundle.geometry.image_size))

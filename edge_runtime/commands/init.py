@@ -215,6 +215,10 @@ deadline_s = {config.deadline_s:g}
 # "error" stops with a message; "local" has this machine compute those windows (slowly).
 fallback = {quoted(config.fallback)}
 
+# What computes on this machine: "tensorrt" (plans made by `edge-runtime build`), "cuda" or "cpu"
+# (ONNX Runtime). Without this line: the first of these that may serve here.
+# device = "auto"
+
 # Most windows in one message. Without this line, a node gets all of its windows at once.
 # windows_per_request = 4
 """

@@ -100,6 +100,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads on this machine (default: all cores)"
     )
+    where.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda", "tensorrt"),
+        help="what computes on this machine: tensorrt: plans made by `edge-runtime build`; cuda, "
+        "cpu: ONNX Runtime; auto: the first of these that may serve here (default: edge.toml's, or "
+        "auto)",
+    )
     result = parser.add_argument_group("result")
     result.add_argument(
         "--out", type=Path, metavar="DIR", help="folder to write (default: out/PHOTO's name)"
@@ -133,7 +140,9 @@ def run(args: argparse.Namespace) -> int:
 
     from edge_runtime.predictor import OffloadPredictor
 
-    with OffloadPredictor(config, bundle=args.bundle, threads=args.threads) as predictor:
+    with OffloadPredictor(
+        config, bundle=args.bundle, threads=args.threads, device=args.device
+    ) as predictor:
         report = segmentation.write(
             out,
             args.photo.name,
