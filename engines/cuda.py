@@ -9,11 +9,18 @@ What is computed is left to :mod:`engines.trt`.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import re
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from engines.errors import EngineError
 
@@ -159,3 +166,227 @@ def _text(path: Path) -> str:
         return path.read_text("utf-8", "replace")
     except OSError:
         return ""
+
+
+class Context:
+    """One GPU, ready for work. Get it with :func:`context`.
+
+    It holds the GPU's primary context, the one that the CUDA runtime inside other libraries uses
+    too. They keep it to the end of the process, so nothing is won by giving it up before.
+
+    Attributes:
+        facts: which GPU it is.
+    """
+
+    def __init__(self, ordinal: int) -> None:
+        self.facts = facts(ordinal)
+        self.driver: Any = _pycuda()
+        try:
+            self.driver.init()
+            self._primary = self.driver.Device(ordinal).retain_primary_context()
+        except self.driver.Error as error:
+            raise EngineError(self._failed(error)) from error
+        # pycuda, left to itself, gives a primary context back as if it had made it.
+        self._finalizer = weakref.finalize(self, _give_back, self._primary)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Make the GPU the calling thread's own for the block; pycuda's errors in it become ours.
+
+        Raises:
+            EngineError: in place of any error of CUDA.
+        """
+        try:
+            self._primary.push()
+            try:
+                yield
+            finally:
+                self._primary.pop()
+        except self.driver.Error as error:
+            raise EngineError(self._failed(error)) from error
+
+    def free_bytes(self) -> tuple[int, int]:
+        """Free and total bytes of the GPU's memory. Only inside :meth:`active`."""
+        free, total = self.driver.mem_get_info()
+        return free, total
+
+    def stream(self) -> Any:
+        """A new pycuda stream, which waits for no other. Only inside :meth:`active`."""
+        return self.driver.Stream(_NON_BLOCKING)
+
+    def allocate(self, size: int, what: str) -> Any:
+        """Device memory, as pycuda's allocation. Only inside :meth:`active`.
+
+        Raises:
+            EngineError: when there is too little, naming ``what``, the size and what is free.
+        """
+        try:
+            return self.driver.mem_alloc(max(size, 1))
+        except self.driver.MemoryError as error:
+            raise EngineError(self.no_memory(size, what)) from error
+
+    def allocate_host(self, size: int, what: str, *, mapped: bool) -> np.ndarray:
+        """Pinned host memory, uint8 ``[size]``, also visible to the GPU when ``mapped``.
+
+        ``base.free()`` of the array gives it back. Raises as :meth:`allocate`.
+        """
+        flags = self.driver.host_alloc_flags.DEVICEMAP if mapped else 0
+        try:
+            array: np.ndarray = self.driver.pagelocked_empty(
+                max(size, 1), np.uint8, mem_flags=flags
+            )
+        except self.driver.MemoryError as error:
+            raise EngineError(self.no_memory(size, what)) from error
+        return array
+
+    def no_memory(self, size: int, what: str) -> str:
+        """The one line for memory that ran out. Only inside :meth:`active`."""
+        free, total = self.free_bytes()
+        return (
+            f"out of memory on {self.facts.name}: {what} needs {_mib(size)}, "
+            f"{_mib(free)} of {_mib(total)} are free. Stop other programs that use the GPU, "
+            "build the plan for fewer windows with --max-windows, or use --device cpu"
+        )
+
+    def _failed(self, error: Exception) -> str:
+        return (
+            f"{self.facts.name} failed: {error}. See `dmesg`; after an illegal access the GPU "
+            "serves this process no more, so start it again, or use --device cpu"
+        )
+
+
+class Buffer:
+    """Room for one tensor, on both sides. Make and use it inside :meth:`Context.active`.
+
+    On a GPU with memory of its own: pinned host memory and as much of the device's, with copies
+    between them. On an integrated one: one piece that both see, and nothing to copy.
+
+    Attributes:
+        host: uint8 ``[size]``, what the CPU reads and writes.
+        address: where the GPU does.
+    """
+
+    def __init__(self, context: Context, size: int, what: str) -> None:
+        self._driver = context.driver
+        self._device: Any = None
+        mapped = context.facts.integrated
+        self.host = context.allocate_host(size, what, mapped=mapped)
+        try:
+            if mapped:
+                self.address = int(self.host.base.get_device_pointer())  # type: ignore[union-attr]
+            else:
+                self._device = context.allocate(size, what)
+                self.address = int(self._device)
+        except BaseException:
+            self.free()
+            raise
+
+    def upload(self, size: int, stream: Any) -> None:
+        """Enqueue the copy of the first ``size`` bytes to the GPU, where one is needed."""
+        if self._device is not None and size:
+            self._driver.memcpy_htod_async(self.address, self.host[:size], stream)
+
+    def download(self, size: int, stream: Any) -> None:
+        """Enqueue the copy of the first ``size`` bytes from the GPU, where one is needed."""
+        if self._device is not None and size:
+            self._driver.memcpy_dtoh_async(self.host[:size], self.address, stream)
+
+    def free(self) -> None:
+        """Give the memory back; once."""
+        if self._device is not None:
+            self._device.free()
+        self.host.base.free()  # type: ignore[union-attr]
+
+
+class Graph:
+    """Work captured from a stream, launched again as a whole. Only inside :meth:`Context.active`.
+
+    Args:
+        driver: from :func:`graph_driver`.
+        stream: pycuda's.
+        enqueue: puts the work on the stream. Nothing of it runs.
+
+    Raises:
+        EngineError: when the work cannot be captured; the stream is then as before.
+    """
+
+    def __init__(self, driver: Any, stream: Any, enqueue: Callable[[], None]) -> None:
+        self._driver = driver
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        _checked("cuStreamBeginCapture", driver.cuStreamBeginCapture(stream.handle, mode))
+        ended: tuple[Any, ...] = ()
+        try:
+            try:
+                enqueue()
+            finally:
+                ended = driver.cuStreamEndCapture(stream.handle)
+            graph = _checked("cuStreamEndCapture", ended)
+            self._graph = _checked("cuGraphInstantiate", driver.cuGraphInstantiate(graph, 0))
+        finally:
+            if len(ended) > 1 and ended[1] is not None and int(ended[1]):
+                driver.cuGraphDestroy(ended[1])
+
+    def launch(self, stream: Any) -> None:
+        """Enqueue the work again."""
+        _checked("cuGraphLaunch", self._driver.cuGraphLaunch(self._graph, stream.handle))
+
+    def free(self) -> None:
+        """Give the graph back; once."""
+        self._driver.cuGraphExecDestroy(self._graph)
+
+
+def context(ordinal: int = 0) -> Context:
+    """GPU number ``ordinal``, one object per process.
+
+    Raises:
+        EngineError: as :func:`facts`, and when pycuda is not installed or does not work.
+    """
+    with _contexts_lock:
+        if ordinal not in _contexts:
+            _contexts[ordinal] = Context(ordinal)
+        return _contexts[ordinal]
+
+
+def graph_driver() -> Any | None:
+    """cuda-python's driver module, which has the CUDA graphs that pycuda lacks; None without it."""
+    for name in ("cuda.bindings.driver", "cuda.cuda"):  # its name since 12.6, and before
+        try:
+            return importlib.import_module(name)
+        except (ImportError, OSError, RuntimeError):
+            continue
+    return None
+
+
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: not held up by what runs on the default stream
+_contexts: dict[int, Context] = {}
+_contexts_lock = threading.Lock()
+
+
+def _pycuda() -> Any:
+    try:
+        return importlib.import_module("pycuda.driver")
+    except ModuleNotFoundError:
+        raise EngineError(
+            "pycuda is not installed: `pip install 'edge-runtime[tensorrt]'` compiles it, with "
+            "CUDA's nvcc on the PATH (`export PATH=/usr/local/cuda/bin:$PATH`)"
+        ) from None
+    except ImportError as error:
+        raise EngineError(
+            f"pycuda does not work here ({error}): compile it anew with "
+            "`pip install --force-reinstall --no-binary=:all: --no-cache-dir --no-deps pycuda`"
+        ) from error
+
+
+def _give_back(primary: Any) -> None:
+    primary.push()  # pycuda gives back only a context that is current
+    primary.detach()
+
+
+def _checked(function: str, result: tuple[Any, ...]) -> Any:
+    if int(result[0]):
+        raise EngineError(f"{function} failed: {getattr(result[0], 'name', result[0])}")
+    return result[1] if len(result) > 1 else None
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"

@@ -1,0 +1,550 @@
+"""TensorRT and TensorRT-RTX behind the engine interface.
+
+It opens one plan on one GPU and promises that all memory is taken when it is opened, for the
+greatest shapes the plan was built for, and given back by :meth:`TrtEngine.close`, in whatever order
+engines are closed; that every refusal of the library is an error with the library's own words; and
+that a batch larger than the plan allows runs in parts. A shape that recurs is captured as a CUDA
+graph where cuda-python is installed. Which plan may serve is decided in :mod:`engines.opening`,
+what differs between the library's versions in :mod:`engines.libraries`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from engines import cuda, libraries
+from engines.bundle import TensorSpec
+from engines.engine import Engine, check_feeds
+from engines.errors import EngineError, PlanError
+from engines.libraries import Library
+from engines.plan import Plan
+
+_logger = logging.getLogger(__name__)
+
+# Each holds an execution context, and the stages see few different shapes.
+_MAX_GRAPHS = 8
+_DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT8": "int8",
+    "INT32": "int32",
+    "INT64": "int64",
+    "BOOL": "bool",
+    "UINT8": "uint8",
+}
+
+_Shapes = Mapping[str, tuple[int, ...]]
+_T = TypeVar("_T")
+
+
+class TrtEngine(Engine):
+    """One plan, opened on one GPU. Threads may share it; it serves them one after the other.
+
+    Args:
+        plan: one that :func:`engines.plan.check` passed for this GPU and library.
+        library: the one that built it.
+        ordinal: number of the GPU.
+        graphs: whether to use CUDA graphs; None: where cuda-python is installed.
+
+    Attributes:
+        notes: what a reader of its times should know, such as why there are no CUDA graphs.
+
+    Raises:
+        PlanError: when the plan is damaged, or the library refuses it.
+        EngineError: when there is no GPU, pycuda, or memory, or graphs were asked for in vain.
+    """
+
+    def __init__(
+        self, plan: Plan, library: Library, *, ordinal: int = 0, graphs: bool | None = None
+    ) -> None:
+        self._open(_Loaded(plan, library, ordinal), graphs)
+
+    def _open(self, loaded: _Loaded, graphs: bool | None) -> None:
+        """Take over one use of ``loaded``."""
+        record = loaded.plan.record
+        self.inputs, self.outputs = record.inputs, record.outputs
+        self.notes: list[str] = []
+        self._loaded = loaded
+        self._graphs = graphs
+        self._batch = _batch(self.inputs, self.outputs)
+        self._lock = threading.Lock()
+        self._worker = _Worker(loaded, graphs, self.notes)
+        # Also when nobody closes it: as garbage, or at the end of the process.
+        self._release = weakref.finalize(self, self._worker.release)
+
+    def another(self) -> TrtEngine:
+        """The same plan for one more thread: weights are shared, all else is its own.
+
+        Raises:
+            EngineError: when there is no memory for it, or this one was closed.
+        """
+        with self._lock:
+            self._check_open()
+            self._loaded.retain()
+        engine = TrtEngine.__new__(TrtEngine)
+        engine._open(self._loaded, self._graphs)
+        return engine
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        with self._lock:
+            self._check_open()
+            dims = check_feeds(self.inputs, feeds)
+            parts = [self._worker.run(*part) for part in self._parts(feeds, dims)]
+        if len(parts) == 1:
+            return parts[0]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def device_times(self, feeds: Mapping[str, np.ndarray], warmup: int, runs: int) -> list[float]:
+        """Milliseconds that the GPU takes for the plan, by CUDA events, once per run.
+
+        Copies to and from the GPU are left out. From the third run of a shape on it is the CUDA
+        graph that is timed, where :meth:`run` would use one: warm up at least twice.
+
+        Args:
+            feeds: as :meth:`run` takes them, but no larger than the plan allows at once.
+            warmup: runs before those that count.
+
+        Raises:
+            EngineError: as :meth:`run`.
+        """
+        with self._lock:
+            self._check_open()
+            dims = check_feeds(self.inputs, feeds)
+            self._check_limits(dims)
+            for _ in range(warmup):
+                self._worker.run(feeds, dims)
+            return self._worker.times(feeds, dims, runs)
+
+    def close(self) -> None:
+        with self._lock:
+            self._release()
+
+    def _check_open(self) -> None:
+        if not self._release.alive:
+            raise EngineError(f"{self._loaded.plan.path.name} was closed")
+
+    def _check_limits(self, dims: Mapping[str, int]) -> None:
+        for name, size in dims.items():
+            least, greatest = self._loaded.limits[name]
+            if not least <= size <= greatest:
+                plan = self._loaded.plan
+                raise EngineError(
+                    f"{name} is {size}, but {plan.path} was built for {least} to {greatest}: feed "
+                    f"it such, or build it for more with `{plan.rebuild}` and its options"
+                )
+
+    def _parts(
+        self, feeds: Mapping[str, np.ndarray], dims: dict[str, int]
+    ) -> Iterator[tuple[Mapping[str, np.ndarray], dict[str, int]]]:
+        """Feeds and their sizes, cut along the batch into nearly equal parts that the plan takes."""
+        batch = self._batch
+        count = math.ceil(dims[batch] / self._loaded.limits[batch][1]) if batch else 1
+        if batch is None or count <= 1:
+            self._check_limits(dims)
+            yield feeds, dims
+            return
+        cut = {spec.name for spec in self.inputs if spec.shape[:1] == (batch,)}
+        edges = [dims[batch] * part // count for part in range(count + 1)]
+        for start, stop in zip(edges[:-1], edges[1:], strict=True):
+            sizes = {**dims, batch: stop - start}
+            self._check_limits(sizes)
+            yield {n: a[start:stop] if n in cut else a for n, a in feeds.items()}, sizes
+
+
+class _Loaded:
+    """A plan brought into the library: what the engines of :meth:`TrtEngine.another` share.
+
+    Its user is counted from the start; whoever calls :meth:`release` last gives it back.
+    """
+
+    def __init__(self, plan: Plan, library: Library, ordinal: int) -> None:
+        data = plan.read()
+        self.plan = plan
+        self.library = library
+        self.cuda = cuda.context(ordinal)
+        self.log = _log(library)
+        self._users = 1
+        self._lock = threading.RLock()  # garbage collection may release while we retain
+        with self.cuda.active():
+            self._runtime: Any = self._said(lambda: library.module.Runtime(self.log))
+            if self._runtime is None:
+                raise EngineError(f"{library.name} does not start here{self.log.said()}")
+            try:
+                self.engine: Any = self._deserialise(data)
+                self.limits = self._check()
+            except BaseException:
+                self.engine = self._runtime = None
+                raise
+
+    def _said(self, call: Callable[[], _T]) -> _T | None:
+        """The result of a call into the library; None where it raised, which then is logged."""
+        try:
+            return call()
+        except Exception as error:
+            self.log.log(self.log.ERROR, str(error))
+            return None
+
+    def _deserialise(self, data: bytes) -> Any:
+        reason = libraries.invalidity(self.library, self._runtime, data)
+        engine = None
+        if reason is None:
+            engine = self._said(lambda: self._runtime.deserialize_cuda_engine(data))
+        if engine is not None:
+            return engine
+        if reason is None and self.cuda.free_bytes()[0] < len(data):
+            # The library does not say so in a form to rely on.
+            raise EngineError(self.cuda.no_memory(len(data), f"the plan {self.plan.path}"))
+        raise PlanError(
+            f"{self.library.name} refuses {self.plan.path}"
+            f"{f': {reason}' if reason else self.log.said()}. "
+            f"Build it again: `{self.plan.rebuild}`"
+        )
+
+    def _check(self) -> dict[str, tuple[int, int]]:
+        """Least and greatest size of every dynamic dimension.
+
+        Raises:
+            PlanError: when the engine is not what the record says.
+        """
+        record = self.plan.record
+        names = {self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)}
+        said = {spec.name for spec in (*record.inputs, *record.outputs)}
+        if names != said:
+            raise self._contradiction(f"tensors {', '.join(sorted(names))}", ", ".join(said))
+        limits: dict[str, tuple[int, int]] = {}
+        for specs, mode in ((record.inputs, "INPUT"), (record.outputs, "OUTPUT")):
+            for spec in specs:
+                found = self._describe(spec.name)
+                shape = tuple(-1 if isinstance(dim, str) else dim for dim in spec.shape)
+                if found != (expected := f"{mode} DEVICE {spec.dtype} {shape}"):
+                    raise self._contradiction(f"{spec.name} as {found}", expected)
+        for spec in record.inputs:
+            least, _, greatest = self.engine.get_tensor_profile_shape(spec.name, 0)
+            for dim, low, high in zip(spec.shape, least, greatest, strict=True):
+                if isinstance(dim, str):
+                    before = limits.get(dim, (low, high))
+                    limits[dim] = max(low, before[0]), min(high, before[1])
+        for spec in record.outputs:
+            for dim in spec.shape:
+                if isinstance(dim, str) and dim not in limits:
+                    raise self._contradiction(f"{spec.name} of a size {dim} of its own", "none")
+        return limits
+
+    def _describe(self, name: str) -> str:
+        engine = self.engine
+        dtype = _DTYPES.get(engine.get_tensor_dtype(name).name, "unknown")
+        where = f"{engine.get_tensor_mode(name).name} {engine.get_tensor_location(name).name}"
+        return f"{where} {dtype} {tuple(engine.get_tensor_shape(name))}"
+
+    def _contradiction(self, found: str, expected: str) -> PlanError:
+        return PlanError(
+            f"{self.plan.path} has {found}, but its record says {expected}: "
+            f"build it again with `{self.plan.rebuild}`"
+        )
+
+    def retain(self) -> None:
+        with self._lock:
+            self._users += 1
+
+    def release(self) -> None:
+        """To be called inside ``cuda.active()``."""
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self.engine = None
+                self._runtime = None
+
+    def new_context(self, buffers: Mapping[str, cuda.Buffer], memory: Any, size: int) -> Any:
+        """An execution context that works in ``buffers`` and ``memory``."""
+        with self._lock:
+            context = self._said(lambda: libraries.make_context(self.library, self.engine))
+        if context is None:
+            raise self.failed("made no execution context")
+        try:
+            if size:
+                libraries.give_memory(context, int(memory), size)
+            for name, buffer in buffers.items():
+                if not context.set_tensor_address(name, buffer.address):
+                    raise self.failed(f"refuses the memory for {name}")
+            return context
+        finally:
+            del context  # an error's traceback would keep it, beyond the engine's end
+
+    def failed(self, what: str) -> EngineError:
+        """An error that ends in what the library had to say."""
+        return EngineError(
+            f"{self.library.name} {what} ({self.plan.path.name}){self.log.said()}. "
+            "Look for an earlier error in the log, or use --device cpu"
+        )
+
+
+@dataclass
+class _Ready:
+    """An execution context whose shapes are set, and the graph captured from it, if any."""
+
+    context: Any
+    graph: cuda.Graph | None = None
+
+
+class _Worker:
+    """A stream, its buffers and execution contexts. One caller at a time."""
+
+    def __init__(self, loaded: _Loaded, graphs: bool | None, notes: list[str]) -> None:
+        record = loaded.plan.record
+        self._loaded = loaded
+        self._cuda = loaded.cuda
+        self._inputs, self._outputs = record.inputs, record.outputs
+        self._notes = notes
+        self._graph_driver: Any = None
+        self._ready: OrderedDict[tuple[int, ...], _Ready] = OrderedDict()
+        self._runs: dict[tuple[int, ...], int] = {}
+        self._set: tuple[int, ...] | None = None  # the shapes of the context for all others
+        self._buffers: dict[str, cuda.Buffer] = {}
+        self._stack = ExitStack()
+        try:
+            if graphs is not False:
+                self._find_graphs(required=graphs is True)
+            with self._cuda.active():
+                self._allocate()
+        except BaseException:
+            self.release()
+            raise
+
+    def _find_graphs(self, *, required: bool) -> None:
+        self._graph_driver = cuda.graph_driver()
+        if self._graph_driver is None:
+            reason = "cuda-python is not installed: `pip install cuda-python`"
+            if required:
+                raise EngineError(f"CUDA graphs were asked for, but {reason}")
+            self._notes.append(f"no CUDA graphs: {reason}")
+
+    def _allocate(self) -> None:
+        loaded, stage = self._loaded, self._loaded.plan.record.stage
+        self._stream = self._cuda.stream()
+        self._stack.callback(self._forget, "_stream")
+        for side, specs in (("input", self._inputs), ("output", self._outputs)):
+            for spec in specs:
+                greatest = _shape(spec, {name: high for name, (_, high) in loaded.limits.items()})
+                what = f"{side} {spec.name} of the {stage}"
+                buffer = cuda.Buffer(self._cuda, _size(spec, greatest), what)
+                self._stack.callback(buffer.free)
+                self._buffers[spec.name] = buffer
+        self._size = libraries.device_memory(loaded.library, loaded.engine)
+        self._memory = self._cuda.allocate(self._size, f"the {stage}'s working memory")
+        self._stack.callback(self._memory.free)
+        self._context = self._new_context()
+        self._stack.callback(self._forget, "_context")
+
+    def _forget(self, name: str) -> None:
+        setattr(self, name, None)  # the library's objects have no other way to be destroyed
+
+    def _new_context(self) -> Any:
+        return self._loaded.new_context(self._buffers, self._memory, self._size)
+
+    def run(
+        self, feeds: Mapping[str, np.ndarray], dims: Mapping[str, int]
+    ) -> dict[str, np.ndarray]:
+        """Run the plan once on ``feeds``, whose sizes ``dims`` fit its limits."""
+        with self._cuda.active():
+            shapes = self._shapes(dims)
+            key = _key(shapes)
+            ready = self._prepare(key, shapes)
+            with self._settled():
+                self._upload(feeds)
+                self._enqueue(ready)
+                for spec in self._outputs:
+                    size = _size(spec, shapes[spec.name])
+                    self._buffers[spec.name].download(size, self._stream)
+            # The caller's own: the buffers hold the next run's results soon.
+            results = {s.name: self._view(s, shapes[s.name]).copy() for s in self._outputs}
+            self._runs[key] = self._runs.get(key, 0) + 1
+            if key in self._ready and ready.graph is None:
+                self._capture(key, ready)
+            return results
+
+    def times(
+        self, feeds: Mapping[str, np.ndarray], dims: Mapping[str, int], runs: int
+    ) -> list[float]:
+        """Milliseconds of ``runs`` runs on the same feeds, copies left out."""
+        with self._cuda.active():
+            shapes = self._shapes(dims)
+            ready = self._prepare(_key(shapes), shapes)
+            before, after = self._cuda.driver.Event(), self._cuda.driver.Event()
+            times = []
+            with self._settled():
+                self._upload(feeds)
+            for _ in range(runs):
+                with self._settled():
+                    before.record(self._stream)
+                    self._enqueue(ready)
+                    after.record(self._stream)
+                times.append(float(before.time_till(after)))
+            return times
+
+    def _shapes(self, dims: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        return {spec.name: _shape(spec, dims) for spec in (*self._inputs, *self._outputs)}
+
+    def _prepare(self, key: tuple[int, ...], shapes: _Shapes) -> _Ready:
+        """The context to run these shapes: of their own from their second run on, for a graph.
+
+        The library may keep what depends on the shapes where a graph captured before would read
+        it, so a context with a graph keeps its shapes for ever.
+        """
+        if key in self._ready:
+            self._ready.move_to_end(key)
+            return self._ready[key]
+        if self._graph_driver is not None and self._runs.get(key):
+            try:
+                while len(self._ready) >= _MAX_GRAPHS:
+                    self._drop(next(iter(self._ready)))
+                ready = _Ready(self._new_context())
+                self._set_shapes(ready.context, shapes)
+                self._ready[key] = ready
+                return ready
+            except EngineError as error:
+                self._no_graphs(error)
+        if self._set != key:
+            self._set = None
+            self._set_shapes(self._context, shapes)
+            self._set = key
+        return _Ready(self._context)
+
+    def _set_shapes(self, context: Any, shapes: _Shapes) -> None:
+        for spec in self._inputs:
+            if not context.set_input_shape(spec.name, shapes[spec.name]):
+                raise self._loaded.failed(f"refuses {spec.name} of shape {shapes[spec.name]}")
+        try:
+            unknown = context.infer_shapes()
+        except RuntimeError as error:
+            raise self._loaded.failed(f"finds no output shapes: {error}") from error
+        if unknown:
+            raise self._loaded.failed(f"lacks the shape of {', '.join(unknown)}")
+        for spec in self._outputs:
+            if (found := tuple(context.get_tensor_shape(spec.name))) != shapes[spec.name]:
+                raise self._loaded.failed(
+                    f"makes {spec.name} {found}, expected {shapes[spec.name]}"
+                )
+
+    def _upload(self, feeds: Mapping[str, np.ndarray]) -> None:
+        for spec in self._inputs:
+            array = feeds[spec.name]
+            np.copyto(self._view(spec, array.shape), array)
+            self._buffers[spec.name].upload(array.nbytes, self._stream)
+
+    def _enqueue(self, ready: _Ready) -> None:
+        if ready.graph is not None:
+            ready.graph.launch(self._stream)
+        elif not ready.context.execute_async_v3(self._stream.handle):
+            raise self._loaded.failed("did not run the plan")
+
+    @contextmanager
+    def _settled(self) -> Iterator[None]:
+        """Wait for the stream after the block, and also when it fails: buffers are used again."""
+        try:
+            yield
+        except BaseException:
+            try:
+                self._stream.synchronize()
+            except self._cuda.driver.Error as error:
+                _logger.debug("after a failed run: %s", error)
+            raise
+        self._stream.synchronize()
+
+    def _capture(self, key: tuple[int, ...], ready: _Ready) -> None:
+        """Capture what ``ready`` has just run, so that it is warm."""
+        try:
+            if not libraries.capturable(ready.context, self._stream.handle):
+                raise EngineError(f"{self._loaded.library.name} cannot capture this plan")
+            ready.graph = cuda.Graph(
+                self._graph_driver, self._stream, lambda: self._enqueue(_Ready(ready.context))
+            )
+        except EngineError as error:
+            self._drop(key)
+            self._no_graphs(error)
+
+    def _no_graphs(self, error: EngineError) -> None:
+        self._graph_driver = None
+        self._notes.append(f"no CUDA graphs: {error}")
+        _logger.warning("%s runs without CUDA graphs: %s", self._loaded.plan.path, error)
+
+    def _drop(self, key: tuple[int, ...]) -> None:
+        ready = self._ready.pop(key)
+        if ready.graph is not None:
+            ready.graph.free()
+
+    def _view(self, spec: TensorSpec, shape: tuple[int, ...]) -> np.ndarray:
+        """The tensor's place in its host buffer."""
+        raw = self._buffers[spec.name].host[: _size(spec, shape)]
+        return raw.view(spec.numpy_dtype).reshape(shape)
+
+    def release(self) -> None:
+        """Give everything back, and the use of the loaded plan; what fails is logged."""
+        try:
+            with self._cuda.active():
+                try:
+                    while self._ready:
+                        self._drop(next(iter(self._ready)))
+                    self._stack.close()
+                finally:
+                    self._loaded.release()
+        except EngineError as error:
+            _logger.warning("%s was not released: %s", self._loaded.plan.path, error)
+
+
+def _batch(inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> str | None:
+    """The dimension along which feeds may be cut: it leads every output, and is nowhere else."""
+    leading = {spec.shape[0] for spec in outputs if spec.shape}
+    if len(leading) != 1:
+        return None
+    name = leading.pop()
+    elsewhere = {dim for spec in (*inputs, *outputs) for dim in spec.shape[1:]}
+    return name if isinstance(name, str) and name not in elsewhere else None
+
+
+def _key(shapes: _Shapes) -> tuple[int, ...]:
+    return tuple(dim for name in sorted(shapes) for dim in shapes[name])
+
+
+def _shape(spec: TensorSpec, dims: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(dims[dim] if isinstance(dim, str) else dim for dim in spec.shape)
+
+
+def _size(spec: TensorSpec, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * spec.numpy_dtype.itemsize
+
+
+def _log(library: Library) -> Any:
+    """A logger for the library: it writes to ours and keeps the errors of each thread."""
+    base = library.module.ILogger
+    levels = {"INTERNAL_ERROR": logging.ERROR, "ERROR": logging.ERROR, "WARNING": logging.WARNING}
+
+    class Log(base):  # type: ignore[misc, valid-type]
+        def __init__(self) -> None:
+            base.__init__(self)
+            self._errors = threading.local()
+
+        def log(self, severity: Any, message: str) -> None:
+            level = levels.get(severity.name, logging.DEBUG)
+            text = " ".join("".join(c if c.isprintable() else " " for c in message).split())
+            if level == logging.ERROR:
+                self._errors.last = text[:400].rstrip(". ")
+            _logger.log(level, "%s: %s", library.name, text)
+
+        def said(self) -> str:
+            """The last error of this thread, after a colon, once; or that there was none."""
+            last = getattr(self._errors, "last", None)
+            self._errors.last = None
+            return f": {last or 'no reason given'}"
+
+    return Log()
