@@ -1,0 +1,448 @@
+"""Building TensorRT plans of a bundle, one stage at a time, each in a process of its own.
+
+:func:`build_stage` starts :mod:`engines.builder`, follows it, and puts the finished plan and its
+record in place. It promises that nothing half-done is left in the bundle, whether the build fails,
+its process dies or this one is told to stop (a stop is answered at once: the builder is killed);
+that what a killed parent left behind, the next build removes; and that a plan whose attention was
+not fused is never taken for one where it was. Which engines serve is left to
+:mod:`engines.opening`, exactness to :mod:`engines.parity`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.metadata
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+
+from engines import libraries
+from engines import plan as plans
+from engines.builder import Began, Built, Event, Failed, Phase, Profile, Request, Warned
+from engines.bundle import Bundle, Manifest, Stage, hash_file
+from engines.errors import BuildError, EngineError
+from engines.libraries import Backend
+from engines.plan import Plan, PlanRecord
+
+MAX_PROMPTS = 16
+"""Prompts decoded at once, and points of one prompt, that a decoder's plan is built for."""
+_PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What may be chosen.
+
+    Attributes:
+        backend: ``auto`` takes TensorRT where it is installed, else TensorRT-RTX.
+        max_windows: windows a batch may hold; None: all windows of the bundle's geometry.
+        workspace_mib: scratch memory on the GPU that the library may use; None: its default.
+        timing_cache: file to read measured timings from and write them to; TensorRT only.
+        strict: fail when an attention was not fused.
+    """
+
+    backend: Backend = "auto"
+    max_windows: int | None = None
+    workspace_mib: int | None = None
+    timing_cache: Path | None = None
+    strict: bool = False
+
+
+class Watcher:
+    """What a build tells while it runs; override what you want to know."""
+
+    def begin(self, stage: str) -> None:
+        """The build of ``stage`` begins."""
+
+    def phase(self, name: str, done: int, total: int, depth: int) -> None:
+        """``done`` of ``total`` steps of a phase are done; depth 0 is the whole build."""
+
+    def warning(self, text: str) -> None:
+        """Something the user should read."""
+
+    def finished(self, record: PlanRecord) -> None:
+        """The stage's plan is in its place."""
+
+
+def expected_share(windows: int) -> int:
+    """Windows that one of several nodes computes of an image of ``windows``.
+
+    Three nodes that must not see two windows side by side hold at most 9 of 25 each.
+    """
+    return -(-windows * 9 // 25)
+
+
+def profile_for(manifest: Manifest, stage: str, max_windows: int | None = None) -> Profile:
+    """Least, best and greatest shape of every input of ``stage`` that its plan must take.
+
+    Raises:
+        BuildError: ``max_windows`` is out of range, or the stage has a dimension unknown here.
+    """
+    windows = manifest.geometry.windows
+    most = windows if max_windows is None else max_windows
+    if not 1 <= most <= windows:
+        raise BuildError(
+            f"--max-windows is {most}, expected 1 to {windows}: {manifest.model} cuts an image "
+            f"into {windows} windows"
+        )
+    ranges = {
+        "n": (1, min(most, expected_share(windows)), most),
+        "p": (1, 1, MAX_PROMPTS),
+        "k": (0, 2, MAX_PROMPTS),
+    }
+    profile: Profile = {}
+    for spec in manifest.stages[stage].inputs:
+        unknown = [d for d in spec.shape if isinstance(d, str) and d not in ranges]
+        if unknown:
+            raise BuildError(
+                f"input {spec.name} of {stage} has dimension {unknown[0]}, for which no range is "
+                f"known (only {', '.join(ranges)}): this bundle cannot be built"
+            )
+        least, best, greatest = (
+            tuple(ranges[d][place] if isinstance(d, str) else d for d in spec.shape)
+            for place in range(3)
+        )
+        profile[spec.name] = least, best, greatest
+    return profile
+
+
+def build_stage(
+    bundle: Bundle, stage: str, options: BuildOptions, watcher: Watcher | None = None
+) -> Plan:
+    """Build the plan of one stage and put it into the bundle, replacing an older one.
+
+    The files of the stage are hashed first. An exception, KeyboardInterrupt and SystemExit too,
+    ends the builder and leaves the bundle as it was.
+
+    Raises:
+        BundleError: the bundle lacks the stage, or its files are damaged.
+        EngineError: no library is installed, or it needs a GPU and there is none.
+        BuildError: contradictory options, a graph that cannot be built, attention that was not
+            fused under ``strict``, a builder that died, or a disk that refuses.
+    """
+    watcher = watcher or Watcher()
+    spec = bundle.stage(stage)
+    profile = profile_for(bundle.manifest, stage, options.max_windows)
+    _check_options(options)
+    root = bundle.path.absolute()
+    watcher.begin(stage)
+    bundle.verify_hashes([stage])
+    with _workplace(bundle, spec) as folder, contextlib.ExitStack() as files:
+        partial = files.enter_context(_temporary(folder, stage))
+        request = Request(
+            parent=os.getpid(),
+            backend=options.backend,
+            stage=stage,
+            precision=bundle.manifest.precision,
+            attention=str(root / spec.file),
+            plain=None if spec.plain is None else str(root / spec.plain.file),
+            inputs=spec.inputs,
+            outputs=spec.outputs,
+            profile=profile,
+            plan=str(partial),
+            workspace_mib=options.workspace_mib,
+        )
+        cache = options.timing_cache
+        if cache is not None:
+            new = files.enter_context(_temporary(cache.parent, cache.name))
+            old = str(cache) if cache.exists() else None
+            request = msgspec.structs.replace(request, timing_cache=old, new_timing_cache=str(new))
+        began, built = _follow(request, watcher)
+        record = _record(bundle, stage, options, request, began, built)
+        _judge(record, options, watcher)
+        place = plans.directory(bundle.path, began.target)
+        with _uninterrupted():
+            with _writing(place):
+                place.mkdir(exist_ok=True)
+            plan = plans.write(place, stage, partial, record)
+            if cache is not None:
+                with _writing(cache):
+                    os.replace(new, cache)
+    watcher.finished(plan.record)
+    return plan
+
+
+def _check_options(options: BuildOptions) -> None:
+    if options.workspace_mib is not None and options.workspace_mib < 1:
+        raise BuildError(f"--workspace is {options.workspace_mib} MiB, expected at least 1")
+    cache = options.timing_cache
+    if cache is None:
+        return
+    flavour = options.backend
+    if flavour == "auto":
+        flavour = next(iter(libraries.installed()), "auto")
+    if flavour == "tensorrt-rtx":
+        raise BuildError(
+            "--timing-cache is for TensorRT: TensorRT-RTX builds without timing anything, and with "
+            "a cache it would look for a GPU. Leave it out"
+        )
+    if cache.is_dir() or not cache.parent.is_dir():
+        raise BuildError(f"--timing-cache {cache}: name a file in a directory that exists")
+
+
+@contextlib.contextmanager
+def _workplace(bundle: Bundle, stage: Stage) -> Iterator[Path]:
+    """The bundle's folder of plans, without partial files of builds that were killed.
+
+    Every build holds a shared lock on it; who gets it alone may tidy up.
+    """
+    folder = bundle.path / plans.FOLDER
+    with _writing(folder):
+        folder.mkdir(exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    try:
+        if _alone(lock):
+            for leftover in folder.glob(f".*{_PARTIAL}"):
+                with contextlib.suppress(OSError):
+                    leftover.unlink()
+        with contextlib.suppress(OSError):  # a network disk without locks
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        # A plan holds the weights, and may share none of them with another.
+        needed = sum((bundle.path / file).stat().st_size for file in stage.files)
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise BuildError(
+                f"no room for a plan in {folder}: at least {needed / 1e6:,.0f} MB are needed, "
+                f"{free / 1e6:,.0f} MB are free. Make room on that disk, then try again"
+            )
+        yield folder
+    finally:
+        with _uninterrupted():
+            if _alone(lock):
+                for empty in (*folder.glob("*/"), folder):
+                    with contextlib.suppress(OSError):
+                        empty.rmdir()
+            os.close(lock)
+
+
+def _alone(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _temporary(folder: Path, name: str) -> Iterator[Path]:
+    """An empty file in ``folder`` that is gone afterwards, unless it was moved away."""
+    made: str | None = None
+    try:
+        with _writing(folder):
+            descriptor, made = tempfile.mkstemp(prefix=f".{name}.", suffix=_PARTIAL, dir=folder)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.fchmod(descriptor, 0o666 & ~umask)
+        os.close(descriptor)
+        yield Path(made).absolute()
+    finally:
+        if made is not None:
+            with _uninterrupted(), contextlib.suppress(OSError):
+                os.unlink(made)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BuildError(plans.cannot_write(path, error)) from error
+
+
+def _follow(request: Request, watcher: Watcher) -> tuple[Began, Built]:
+    """Run the builder to its end, telling ``watcher``."""
+    events: dict[type, Any] = {}
+    last_words: deque[str] = deque(maxlen=3)
+    # Its own session: a Ctrl-C at the terminal is ours to answer, by killing it. From this
+    # directory: modules of the same names where the user happens to be are not ours.
+    child = subprocess.Popen(
+        [sys.executable, "-m", "engines.builder"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        cwd=Path(__file__).resolve().parents[1],
+    )
+    assert child.stdin
+    assert child.stdout
+    assert child.stderr
+    listener = threading.Thread(target=_listen, args=(child.stderr, last_words), daemon=True)
+    try:
+        listener.start()
+        with contextlib.suppress(BrokenPipeError):
+            child.stdin.write(msgspec.json.encode(request) + b"\n")
+            child.stdin.close()
+        decoder = msgspec.json.Decoder(Event)
+        for line in child.stdout:
+            event = decoder.decode(line)
+            events[type(event)] = event
+            if isinstance(event, Phase):
+                watcher.phase(event.name, event.done, event.total, event.depth)
+            elif isinstance(event, Warned):
+                watcher.warning(event.text)
+        child.wait()
+    finally:
+        with _uninterrupted():
+            child.kill()
+            child.wait()
+            listener.join()
+            for pipe in (child.stdin, child.stdout, child.stderr):
+                with contextlib.suppress(OSError):
+                    pipe.close()
+    failed = events.get(Failed)
+    if failed is not None:
+        raise (EngineError if failed.kind == "EngineError" else BuildError)(failed.text)
+    if Built not in events or child.returncode:
+        raise BuildError(_crash(request, child.returncode, events, last_words))
+    return events[Began], events[Built]
+
+
+def _listen(stream: IO[bytes], last_words: deque[str]) -> None:
+    for line in stream:
+        text = line.decode("utf-8", "replace").strip()
+        if text:
+            last_words.append(text[:300])
+
+
+def _crash(request: Request, code: int, events: dict[type, Any], last_words: deque[str]) -> str:
+    began, phase = events.get(Began), events.get(Phase)
+    who = began.library if began else "the library"
+    where = f" in phase '{phase.name}'" if phase else ""
+    if code == -signal.SIGKILL:
+        how = (
+            f"{who} was killed{where}, most likely because memory ran out (`dmesg` tells): close "
+            "other programs, add swap, or build with a smaller --max-windows or --workspace"
+        )
+    elif code < 0:
+        how = f"{who} crashed with {signal.Signals(-code).name}{where}"
+    else:
+        how = f"{who} ended with code {code}{where} and gave no reason"
+    said = f". It last said: {' / '.join(last_words)}" if last_words else ""
+    return f"building the {request.stage} failed, nothing was kept: {how}{said}"
+
+
+def _record(
+    bundle: Bundle,
+    stage: str,
+    options: BuildOptions,
+    request: Request,
+    began: Began,
+    built: Built,
+) -> PlanRecord:
+    manifest, spec = bundle.manifest, bundle.stage(stage)
+    graph = spec.files[spec.file]
+    if began.form == "plain":
+        assert spec.plain is not None
+        graph = spec.plain.sha256
+    partial = Path(request.plan)
+    return PlanRecord(
+        stage=stage,
+        model=manifest.model,
+        form=began.form,
+        precision=manifest.precision,
+        flavour=began.flavour,
+        version=began.version,
+        target=began.target,
+        plan_sha256=hash_file(partial),
+        plan_bytes=partial.stat().st_size,
+        stage_sha256=spec.sha256,
+        graph_sha256=graph,
+        weights_sha256=manifest.weights_sha256,
+        compute_capabilities=began.compute_capabilities,
+        gpu=began.gpu,
+        driver=began.driver,
+        device_memory_bytes=began.device_memory_bytes,
+        profile=request.profile,
+        inputs=spec.inputs,
+        outputs=spec.outputs,
+        flags={**built.flags, "builder_peak_rss_bytes": built.peak_rss_bytes},
+        command=plans.rebuild_command(
+            bundle.path,
+            stage,
+            began.flavour,
+            max_windows=options.max_windows,
+            workspace_mib=options.workspace_mib,
+            timing_cache=options.timing_cache,
+            strict=options.strict,
+        ),
+        build_seconds=round(built.seconds, 2),
+        built=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        read_from=built.read_from,
+        attention=built.attention,
+        layers=built.layers,
+        activation_bytes=built.activation_bytes,
+        edge_runtime=importlib.metadata.version("edge-runtime"),
+    )
+
+
+def unfused(record: PlanRecord) -> str | None:
+    """What to tell of a plan whose attention was not, or not provably, fused; None if all was."""
+    count = len(record.attention)
+    apart = [a.name for a in record.attention if a.fused is False]
+    unknown = [a.name for a in record.attention if a.fused is None]
+    if not apart and not unknown:
+        return None
+    parts = []
+    if apart:
+        parts.append(f"{len(apart)} of {count} attentions were NOT fused ({_some(apart)})")
+    if unknown:
+        parts.append(
+            f"of {len(unknown)} of {count} attentions the {record.read_from} does not tell "
+            f"whether they were fused ({_some(unknown)})"
+        )
+    why = (
+        "float32 attention has no fused kernel: export the bundle with --precision fp16"
+        if record.precision == "fp32"
+        else "the whole matrix of tokens by tokens may go through memory: expect it slow and large"
+    )
+    return f"{record.stage}: {'; '.join(parts)}: {why}"
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown}, ..."
+
+
+def _judge(record: PlanRecord, options: BuildOptions, watcher: Watcher) -> None:
+    found = unfused(record)
+    if found is None:
+        return
+    if options.strict:
+        raise BuildError(f"{found}. Nothing was kept, because of --strict")
+    watcher.warning(found)
+
+
+_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Put a stop off until this is over, so that a second Ctrl-C spoils no clean-up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in _STOP}
+    held = [n for n, handler in before.items() if handler not in (None, signal.SIG_IGN)]
+    for number in held:
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number in held:
+            signal.signal(number, before[number])
+    for late in came:
+        signal.raise_signal(late)
