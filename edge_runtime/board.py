@@ -14,8 +14,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines.cuda import driver_version
-
 # Release of Jetson Linux (L4T) -> JetPack.
 # https://developer.nvidia.com/embedded/jetpack-archive and the pages it lists; 36.4.7 and 36.5.2
 # are updates by apt, named as the package nvidia-jetpack of that release names itself.
@@ -75,7 +73,7 @@ class Zone:
 
 @dataclass(frozen=True)
 class Board:
-    """One machine.
+    """One machine; with no arguments, one of which nothing is known.
 
     Attributes:
         model: as the device tree (Jetson) or the firmware (PC) spells it.
@@ -86,13 +84,15 @@ class Board:
         jetpack: e.g. ``6.2``; the package's own version where it is installed, else from ``l4t``;
             for an unknown release of a known line, only that: ``6``.
         jetpack_installed: version of the package ``nvidia-jetpack``; None where it is not.
-        driver: version of the NVIDIA driver.
+        driver: version of the NVIDIA driver; ``L4T 38.4.0`` where the kernel does not say and it
+            comes with Jetson Linux.
         cuda: version of the newest CUDA toolkit or runtime installed for the whole system.
         gpu_nodes: what lies in ``/dev`` for the GPU.
         locked_nodes: those of them that this process may not open.
         gpus: names of the GPUs as the driver lists them (not on a Jetson Orin).
-        tensorrt_folders: where the system's own Python has ``tensorrt``: ``3.10`` (or ``3`` where
-            the folder is for any) and the version of the package ``python3-libnvinfer``, if known.
+        tensorrt_folders: versions of the system's own Python that have ``tensorrt``: ``3.10``, or
+            ``3`` where the folder is for any.
+        tensorrt_package: version of the package ``python3-libnvinfer``.
         container: whether this is one.
         power_mode: now; its name is ``?`` where ``nvpmodel.conf`` does not name it.
         fastest_mode: the one without limits, or of the most watts; None where names do not say.
@@ -101,27 +101,27 @@ class Board:
         zones: thermal zones, hottest first.
     """
 
-    model: str | None
-    jetson: bool
-    soc: str | None
-    compute_capability: str | None
-    l4t: str | None
-    jetpack: str | None
-    jetpack_installed: str | None
-    driver: str | None
-    cuda: str | None
-    gpu_nodes: tuple[str, ...]
-    locked_nodes: tuple[str, ...]
-    gpus: tuple[str, ...]
-    tensorrt_folders: tuple[str, ...]
-    tensorrt_package: str | None
-    container: bool
-    power_mode: PowerMode | None
-    fastest_mode: PowerMode | None
-    memory_bytes: int
-    available_bytes: int
-    swap_bytes: int
-    zones: tuple[Zone, ...]
+    model: str | None = None
+    jetson: bool = False
+    soc: str | None = None
+    compute_capability: str | None = None
+    l4t: str | None = None
+    jetpack: str | None = None
+    jetpack_installed: str | None = None
+    driver: str | None = None
+    cuda: str | None = None
+    gpu_nodes: tuple[str, ...] = ()
+    locked_nodes: tuple[str, ...] = ()
+    gpus: tuple[str, ...] = ()
+    tensorrt_folders: tuple[str, ...] = ()
+    tensorrt_package: str | None = None
+    container: bool = False
+    power_mode: PowerMode | None = None
+    fastest_mode: PowerMode | None = None
+    memory_bytes: int = 0
+    available_bytes: int = 0
+    swap_bytes: int = 0
+    zones: tuple[Zone, ...] = ()
 
     @property
     def gpu_visible(self) -> bool:
@@ -149,7 +149,7 @@ def read_board(root: Path = Path("/")) -> Board:
         l4t=l4t,
         jetpack=installed or _jetpack(l4t),
         jetpack_installed=installed,
-        driver=driver_version(root),
+        driver=_driver(root, l4t),
         cuda=_cuda(root),
         gpu_nodes=nodes,
         locked_nodes=tuple(
@@ -221,6 +221,18 @@ def _jetpack(l4t: str | None) -> str | None:
     return _JETPACK.get(l4t) or _JETPACK.get(
         l4t.removesuffix(".0"), _JETPACK_LINE.get(l4t.split(".")[0])
     )
+
+
+def _driver(root: Path, l4t: str | None) -> str | None:
+    # engines.cuda reads this too, but takes numpy, without which the doctor must run.
+    match = re.search(
+        r"^NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\b",
+        _text(root / "proc/driver/nvidia/version"),
+        re.MULTILINE,
+    )
+    if match:
+        return match[1]
+    return f"L4T {l4t}" if l4t else None
 
 
 def _cuda(root: Path) -> str | None:

@@ -1,0 +1,225 @@
+"""``edge-runtime doctor`` as it is run, here and where packages are broken (simulated ones)."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_runtime import cli
+from edge_runtime.commands import doctor
+from edge_runtime.diagnosis import Check
+
+ROOT = Path(__file__).resolve().parents[2]
+KEYS = {"id", "status", "what", "detail", "mend"}
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """A folder whose modules come before all others."""
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def run(broken: Path) -> Run:
+    def go(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "edge_runtime.cli", "doctor", *arguments],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(broken), **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return go
+
+
+def checks(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]:
+    assert done.stderr == ""
+    rows = json.loads(done.stdout)
+    assert all(row.keys() == KEYS for row in rows)
+    assert {row["status"] for row in rows} <= {"ok", "warn", "fail", "none"}
+    return {row["id"]: row for row in rows}
+
+
+def failed(found: dict[str, dict[str, Any]]) -> set[str]:
+    return {name for name, row in found.items() if row["status"] == "fail"}
+
+
+def test_this_machine(run: Run) -> None:
+    done = run("--json", "--timeout", "120")
+    found = checks(done)
+    assert found["python"]["detail"].startswith(platform.python_version())
+    for needed in ("packages", "onnxruntime", "bundle"):
+        assert found[needed]["status"] in ("ok", "warn"), found[needed]
+    assert "CURVE" in found["packages"]["detail"]
+    assert "files match their hashes" in found["bundle"]["detail"]
+    assert done.returncode == (1 if failed(found) else 0)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("raise ImportError('libnvinfer.so.10: not there')", "libnvinfer.so.10: not there"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
+        ("import time; time.sleep(600)", "gave no answer within 15 s"),
+        ("print('x' * 100_000); raise SystemExit(9)", "code 9"),
+    ],
+)
+def test_a_broken_tensorrt_is_one_failed_line(
+    run: Run, broken: Path, source: str, said: str
+) -> None:
+    (broken / "tensorrt.py").write_text(source)
+    done = run("--json", "--timeout", "15")
+    found = checks(done)
+    assert "tensorrt" in failed(found)
+    assert said in found["tensorrt"]["detail"]
+    assert found["tensorrt"]["mend"]
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize("name", ["numpy", "msgspec", "rich", "zmq"])
+def test_it_runs_where_what_edge_runtime_needs_is_broken(run: Run, broken: Path, name: str) -> None:
+    (broken / f"{name}.py").write_text("import os; os.abort()")
+    done = run("--json", "--timeout", "120")
+    found = checks(done)
+    assert "SIGABRT" in found["packages"]["detail"]
+    assert "pip install" in found["packages"]["mend"]
+    assert found["board"]["status"] == "ok"
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize("needed", ["cuda", "tensorrt"])
+def test_requirements_decide_the_exit_code(run: Run, needed: str) -> None:
+    done = run("--json", "--require", needed, "--timeout", "120", CUDA_VISIBLE_DEVICES="")
+    found = checks(done)
+    assert found[f"require-{needed}"]["status"] == "fail"
+    assert done.returncode == 1
+
+
+def test_nothing_heavy_is_imported() -> None:
+    heavy = "'torch', 'numpy', 'onnxruntime', 'tensorrt', 'tensorrt_rtx', 'pycuda', 'rich', 'zmq'"
+    code = (
+        "import sys; from edge_runtime.cli import main; main(['doctor', '--timeout', '120']);"
+        f"print([m for m in ({heavy}, 'msgspec') if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stderr == "[]\n"
+
+
+def test_the_report_names_neither_machine_nor_user(run: Run, broken: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home" / "canary-user"
+    home.mkdir(parents=True)
+    (broken / "tensorrt.py").write_text(f"raise ImportError('{home}/lib/x.so: no such file')")
+    copied = home / "bundle"
+    copied.mkdir()
+    done = run(str(copied), "--timeout", "120", HOME=str(home))
+    assert "~/lib/x.so" in done.stdout
+    assert "~/bundle" in done.stdout
+    assert "canary-user" not in done.stdout
+    words = set(re.findall(r"[\w.-]+", done.stdout))
+    names = {socket.gethostname(), getpass.getuser()} - {"root", "localhost"}
+    assert names.isdisjoint(words)
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> list[Check]:
+    """What the doctor finds, to fill."""
+    rows: list[Check] = []
+    monkeypatch.setattr(doctor, "examine", lambda **options: rows)
+    monkeypatch.setattr("transport.process.disable_core_dumps", lambda: None)
+    return rows
+
+
+def test_one_line_each_and_the_command_below(
+    found: list[Check], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found += [
+        Check("board", "ok", "board", "an Orin"),
+        Check("power", "warn", "power mode", "15W", "sudo nvpmodel -m 2"),
+        Check("tensorrt", "none", "TensorRT", "not installed"),
+    ]
+    assert cli.main(["doctor"]) == 0
+    assert capsys.readouterr().out == (
+        "ok    board       an Orin\n"
+        "warn  power mode  15W\n"
+        "      -> sudo nvpmodel -m 2\n"
+        "none  TensorRT    not installed\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("environment", "coloured"),
+    [
+        ({"TERM": "xterm"}, True),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, False),
+        ({"TERM": "dumb"}, False),
+    ],
+)
+def test_colours_on_a_terminal(
+    found: list[Check],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    coloured: bool,
+) -> None:
+    found.append(Check("board", "fail", "board", "an Orin"))
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert cli.main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert out == (
+        "\x1b[31mfail\x1b[0m  board  an Orin\n" if coloured else "fail  board  an Orin\n"
+    )
+
+
+def test_the_exit_code_is_about_failures_alone(found: list[Check]) -> None:
+    for status, code in (("ok", 0), ("none", 0), ("warn", 0), ("fail", 1), ("ok", 1)):
+        found.append(Check(str(len(found)), status, "x", "y"))  # type: ignore[arg-type]
+        assert cli.main(["doctor", "--json"]) == code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--timeout", "0"], 1, "error: --timeout is 0; expected seconds above 0"),
+        (["--timeout", "nan"], 1, "error: --timeout is nan"),
+        (["--require", "luck"], 2, "invalid choice"),
+    ],
+)
+def test_bad_options(
+    found: list[Check],
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    said: str,
+) -> None:
+    assert cli.main(["doctor", *arguments]) == code
+    assert said in capsys.readouterr().err
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "examples:" in text
+    assert "--require tensorrt &&" in text
+    assert max(map(len, text.splitlines())) <= 100
