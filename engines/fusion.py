@@ -39,16 +39,13 @@ _BLOCK = re.compile(r"(?P<attention>.+)/block\.\d+/[^/]+")
 
 # Names of kernels as Myelin, the compiler inside both libraries, gives them.
 _ATTENTION_KERNEL = re.compile(r"(?:^|_)f?mha(?:_|$)")
-_SOFTMAX_KERNEL = re.compile(r"MaxrSubExp|softmax", re.IGNORECASE)
+_SOFTMAX_KERNEL = re.compile(r"^(?!.*Fc).*MaxrSubExp|softmax", re.IGNORECASE)  # Fc: a product
 _GENERATED_KERNEL = re.compile(r"__myl_")  # element-wise work, transposes, reductions, softmax
+# Kinds of instructions in a plan's text, and of layers in the inspector's answer in lower case.
 _ORDINARY_KINDS = frozenset(
     {
-        # of instructions in a plan's text
         *("fully_connected", "runtime_fusion", "corrltn"),
-        # of layers in the inspector's answer, in lower case
-        *("gemm", "gemv", "matrixmultiply", "matrix_multiply", "softmax", "softmaxv2"),
-        *("cask_gemm_forward", "cask_softmax_v2", "reformat", "shuffle", "pointwise"),
-        *("pointwisev2", "correlation"),
+        *("gemm", "matrixmultiply", "softmax", "reformat", "shuffle"),
     }
 )
 _PRECISIONS = {
