@@ -25,6 +25,7 @@ from typing import Any, Literal
 from edge_runtime import probes
 from edge_runtime.board import Board, read_board
 from edge_runtime.probes import Answer
+from engines.libraries import Defect, Flavour, defects
 
 Status = Literal["ok", "warn", "fail", "none"]
 Needed = Literal["cuda", "tensorrt"]
@@ -74,6 +75,11 @@ class _Facts:
         """Where it lies; None when nobody named one and the shipped one was not found."""
         path = self.found("bundle").get("path")
         return Path(path) if path else self.asked_for
+
+    def defects(self, flavour: Flavour) -> tuple[Defect, ...]:
+        """What is known to be wrong with an installed library on this GPU."""
+        major, minor, patch = self.found(flavour)["version"]
+        return defects(flavour, (major, minor, patch), self.compute_capability)
 
     @property
     def gpu_usable(self) -> bool:
@@ -236,8 +242,10 @@ def _driver(facts: _Facts) -> Check:
         if board.gpu_visible:
             return Check("driver", "fail", "driver", "none found", _driver_command(board))
         return Check("driver", "none", "driver", "no NVIDIA driver")
-    newest = f", for CUDA up to {gpu['cuda']}" if gpu else ""
-    return Check("driver", "ok", "driver", f"{board.driver or gpu['driver']}{newest}")
+    parts = [board.driver] if board.driver else []
+    if gpu:
+        parts.append(f"for CUDA up to {gpu['cuda']}")
+    return Check("driver", "ok", "driver", ", ".join(parts))
 
 
 def _driver_command(board: Board) -> str:
@@ -396,7 +404,7 @@ def _onnxruntime(facts: _Facts) -> Check:
         if not facts.board.gpu_visible:
             return Check("onnxruntime", "ok", what, f"{detail} (CUDA has no GPU here)")
         return Check("onnxruntime", "fail", what, f"{detail}, but CUDA fails: {why}", gpu_build)
-    if cuda is None and facts.gpu_usable and not facts.board.jetson:
+    if cuda is None and facts.gpu_usable and not facts.found("gpu")["integrated"]:
         return Check(
             "onnxruntime",
             "warn",
@@ -464,9 +472,7 @@ def _tensorrt_rtx(facts: _Facts) -> Check:
     )
 
 
-def _library(
-    facts: _Facts, flavour: Literal["tensorrt", "tensorrt-rtx"], what: str, install: str | None
-) -> Check:
+def _library(facts: _Facts, flavour: Flavour, what: str, install: str | None) -> Check:
     answer = facts.answers[flavour]
     module = flavour.replace("-", "_")
     if answer.facts is None:
@@ -477,13 +483,12 @@ def _library(
             command = install.replace("install python3", "install --reinstall python3")
         detail = f"`import {module}` {_failed(answer)}"
         return Check(flavour, "fail", what, detail, command)
-    from engines.libraries import defects
-
-    major, minor, patch = answer.facts["version"]
-    version = f"{major}.{minor}.{patch}"
-    known = defects(flavour, (major, minor, patch), facts.compute_capability)
+    version = ".".join(map(str, answer.facts["version"]))
+    known = facts.defects(flavour)
     if known:
         faults = "; ".join(f"{defect.what} ({defect.source})" for defect in known)
+        if flavour == "tensorrt-rtx":  # all that is known of it is which GPUs it lacks
+            return Check(flavour, "warn", what, f"{version}: {faults}")
         verify = f"edge-runtime verify {_quoted(facts.bundle)}    (measures whether it is hit)"
         detail = f"{version} has a known defect: {faults}"
         return Check(flavour, "warn", what, detail, verify if facts.gpu_usable else None)
@@ -518,7 +523,9 @@ def _pycuda(facts: _Facts) -> Check:
 
 
 def _has_tensorrt(facts: _Facts) -> bool:
-    return any(facts.answers[name].facts for name in ("tensorrt", "tensorrt-rtx"))
+    """Whether one of the two libraries answers, and is made for this GPU as far as known."""
+    rtx = facts.answers["tensorrt-rtx"].facts and not facts.defects("tensorrt-rtx")
+    return bool(facts.answers["tensorrt"].facts or rtx)
 
 
 def _cuda_python(facts: _Facts) -> Check:
@@ -546,6 +553,8 @@ def _cuda_python(facts: _Facts) -> Check:
 def _bundle(facts: _Facts) -> Check:
     answer = facts.answers["bundle"]
     if answer.facts is None:
+        if facts.answers["packages"].facts is None:
+            return Check("bundle", "none", "bundle", "not opened, for want of those packages")
         error = f"{answer.error}"
         command = _command_in(error)
         if "gave no answer" in error:

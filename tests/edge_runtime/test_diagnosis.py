@@ -299,9 +299,11 @@ class TestTensorrt:
 
     def test_rtx_on_a_gpu_that_it_does_not_support(self, look: Look) -> None:
         h200 = Answer({**(RTX_4090.facts or {}), "compute_capability": "9.0"})
-        check = look(PC, gpu=h200, tensorrt_rtx=library(1, 7, 1))["tensorrt-rtx"]
-        assert check.status == "warn"
-        assert "9.0" in check.detail
+        checks = look(PC, ["tensorrt"], gpu=h200, tensorrt_rtx=library(1, 7, 1), pycuda=PYCUDA)
+        assert checks["tensorrt-rtx"].status == "warn"
+        assert checks["tensorrt-rtx"].mend is None
+        assert "9.0" in checks["tensorrt-rtx"].detail
+        assert checks["require-tensorrt"].status == "fail"
 
     def test_pycuda_is_asked_for_only_where_it_would_run(self, look: Look, tmp_path: Path) -> None:
         pycuda = look(NANO, gpu=ORIN, tensorrt=library(10, 5, 0))["pycuda"]
@@ -376,6 +378,14 @@ def test_packages_that_are_needed(look: Look, answer: Answer, said: str) -> None
     assert "pip install --force-reinstall" in (check.mend or "")
 
 
+def test_a_bundle_is_not_blamed_for_missing_packages(look: Look) -> None:
+    error = Answer(error="ModuleNotFoundError: No module named 'msgspec'")
+    checks = look(PC, packages=error, bundle=error, engines=error)
+    assert checks["packages"].status == "fail"
+    assert checks["bundle"].status == "none"
+    assert "engines" not in checks
+
+
 def test_a_damaged_bundle_is_said_once(look: Look) -> None:
     error = Answer(error="tail.onnx is damaged")
     checks = look(PC, bundle=error, engines=error)
@@ -415,6 +425,7 @@ def test_a_full_disk(look: Look, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         ({"gpu": ORIN}, False, "TensorRT: "),
         ({"gpu": ORIN, "tensorrt": library(10, 5, 0)}, False, "pycuda: not installed"),
         ({"gpu": ORIN, "tensorrt": library(10, 5, 0), "pycuda": PYCUDA}, True, "can run"),
+        ({"gpu": ORIN, "tensorrt": library(10, 3, 0), "pycuda": PYCUDA}, True, "`verify` measures"),
     ],
 )
 def test_requiring_tensorrt_names_the_first_part_that_is_missing(

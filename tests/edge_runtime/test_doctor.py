@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import importlib.util
 import json
 import os
 import platform
@@ -223,3 +224,47 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert "examples:" in text
     assert "--require tensorrt &&" in text
     assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.fixture(scope="module")
+def simulated_gpu() -> dict[str, str]:
+    """What makes Python find real pycuda and a simulated CUDA driver."""
+    spec = importlib.util.spec_from_file_location(
+        "build_simulated_cuda", ROOT / "tests/engines/simulated_cuda/build.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    try:
+        return dict(build.environment())
+    except build.Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize("devices", ["1", "0"])
+def test_a_gpu_as_real_pycuda_and_a_simulated_driver_show_it(
+    run: Run, broken: Path, simulated_gpu: dict[str, str], devices: str
+) -> None:
+    (broken / "tensorrt.py").write_text("__version__ = '10.13.3'")
+    done = run(
+        *("--json", "--timeout", "120", "--require", "tensorrt"),
+        LD_LIBRARY_PATH=simulated_gpu["LD_LIBRARY_PATH"],
+        PYTHONPATH=os.pathsep.join([str(broken), simulated_gpu["PYTHONPATH"]]),
+        SIMULATED_CUDA_NAME="Orin",
+        SIMULATED_CUDA_CAPABILITY="8.7",
+        SIMULATED_CUDA_INTEGRATED="1",
+        SIMULATED_CUDA_MEMORY="1000000000",
+        SIMULATED_CUDA_DEVICES=devices,
+    )
+    found = checks(done)
+    if devices == "0":
+        assert "Orin" not in found["gpu"]["detail"]
+        assert found["require-tensorrt"]["status"] == "fail"
+        assert done.returncode == 1
+        return
+    assert found["gpu"]["detail"] == (
+        "Orin, compute capability 8.7, 1.0 GB of memory shared with the CPU"
+    )
+    assert found["pycuda"]["status"] == "ok"
+    assert found["require-tensorrt"]["status"] == "ok"
