@@ -51,7 +51,7 @@ class BuildOptions:
         max_windows: windows a batch may hold; None: all windows of the bundle's geometry.
         workspace_mib: scratch memory on the GPU that the library may use; None: its default.
         timing_cache: file to read measured timings from and write them to; TensorRT only.
-        strict: fail when an attention was not fused.
+        strict: fail when an attention of the encoder was not fused.
     """
 
     backend: Backend = "auto"
@@ -290,9 +290,9 @@ def _follow(request: Request, watcher: Watcher) -> tuple[Began, Built]:
             event = decoder.decode(line)
             events[type(event)] = event
             if isinstance(event, Phase):
-                watcher.phase(event.name, event.done, event.total, event.depth)
+                watcher.phase(_printable(event.name), event.done, event.total, event.depth)
             elif isinstance(event, Warned):
-                watcher.warning(event.text)
+                watcher.warning(_printable(event.text))
         child.wait()
     finally:
         with _uninterrupted():
@@ -304,7 +304,7 @@ def _follow(request: Request, watcher: Watcher) -> tuple[Began, Built]:
                     pipe.close()
     failed = events.get(Failed)
     if failed is not None:
-        raise (EngineError if failed.kind == "EngineError" else BuildError)(failed.text)
+        raise (EngineError if failed.kind == "EngineError" else BuildError)(_printable(failed.text))
     if Built not in events or child.returncode:
         raise BuildError(_crash(request, child.returncode, events, last_words))
     return events[Began], events[Built]
@@ -314,7 +314,12 @@ def _listen(stream: IO[bytes], last_words: deque[str]) -> None:
     for line in stream:
         text = line.decode("utf-8", "replace").strip()
         if text:
-            last_words.append(text[:300])
+            last_words.append(_printable(text[:300]))
+
+
+def _printable(text: str) -> str:
+    """Names in a graph may come from anywhere, and libraries repeat them."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 def _crash(request: Request, code: int, events: dict[type, Any], last_words: deque[str]) -> str:
@@ -389,10 +394,18 @@ def _record(
 
 
 def unfused(record: PlanRecord) -> str | None:
-    """What to tell of a plan whose attention was not, or not provably, fused; None if all was."""
+    """What to tell of a plan whose attention was not, or not provably, fused; None if all was.
+
+    A decoder is excused: its few prompt tokens make small matrices, and libraries fuse or not as
+    they see fit. Its record tells.
+    """
+    if record.stage == "decoder":
+        return None
     count = len(record.attention)
     apart = [a.name for a in record.attention if a.fused is False]
     unknown = [a.name for a in record.attention if a.fused is None]
+    if count == 0 and record.stage != "head":  # a head may hold no blocks
+        return f"{record.stage}: no attention was found in its graph, fused or not"
     if not apart and not unknown:
         return None
     parts = []
@@ -400,11 +413,11 @@ def unfused(record: PlanRecord) -> str | None:
         parts.append(f"{len(apart)} of {count} attentions were NOT fused ({_some(apart)})")
     if unknown:
         parts.append(
-            f"of {len(unknown)} of {count} attentions the {record.read_from} does not tell "
-            f"whether they were fused ({_some(unknown)})"
+            f"the {record.read_from} does not tell whether {len(unknown)} of {count} attentions "
+            f"were fused ({_some(unknown)})"
         )
     why = (
-        "float32 attention has no fused kernel: export the bundle with --precision fp16"
+        "no library fuses float32 attention: export the bundle with --precision fp16"
         if record.precision == "fp32"
         else "the whole matrix of tokens by tokens may go through memory: expect it slow and large"
     )

@@ -28,7 +28,7 @@ from engines import cuda, fusion, libraries
 from engines.bundle import TensorSpec
 from engines.errors import BuildError, EdgeRuntimeError, EngineError
 from engines.libraries import Backend, Flavour, Library
-from engines.plan import AttentionReport, Form, LayerReport, Shape, target
+from engines.plan import AttentionReport, Form, LayerReport, Shape, cannot_write, target
 
 Profile = dict[str, tuple[Shape, Shape, Shape]]
 
@@ -118,12 +118,13 @@ _INTERVAL_S = 0.1  # between two events of one phase: a large graph takes tens o
 def main() -> int:
     """Build what standard input asks for. Returns the exit code: 0 only with a plan on disk."""
     # Libraries print to descriptor 1 as they please; events go where it led, and it leads to 2.
-    events = os.fdopen(os.dup(1), "wb", buffering=0)
+    events = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
 
     def emit(event: Event) -> None:
         try:
             events.write(msgspec.json.encode(event) + b"\n")
+            events.flush()
         except OSError:
             os._exit(1)  # nobody listens any more
 
@@ -131,18 +132,15 @@ def main() -> int:
         request = msgspec.json.decode(sys.stdin.buffer.readline(), type=Request)
         _die_with(request.parent)
         build(request, emit)
-    except (EdgeRuntimeError, OSError, MemoryError) as error:
-        kind: Literal["BuildError", "EngineError"] = "BuildError"
-        if isinstance(error, EngineError):
-            kind = "EngineError"
-        text = str(error)
-        if isinstance(error, OSError):
-            text = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
-        elif isinstance(error, MemoryError):
-            text = "memory ran out"
-        emit(Failed(kind, text))
-        return 1
-    return 0
+    except EngineError as error:
+        emit(Failed("EngineError", str(error)))
+    except EdgeRuntimeError as error:
+        emit(Failed("BuildError", str(error)))
+    except MemoryError:
+        emit(Failed("BuildError", "memory ran out: close other programs, or add swap"))
+    else:
+        return 0
+    return 1
 
 
 def _die_with(parent: int) -> None:
@@ -162,8 +160,8 @@ def build(request: Request, emit: Emit) -> None:
 
     Raises:
         EngineError: no library, or no GPU where the library needs one.
-        BuildError: the graph cannot be parsed or built, or is not what the manifest says.
-        OSError: the plan cannot be written.
+        BuildError: the graph cannot be parsed or built, or is not what the manifest says, or the
+            plan cannot be written.
     """
     library = libraries.choose(request.backend)
     gpu = _gpu(library)
@@ -439,7 +437,12 @@ def _use_timing_cache(config: Any, request: Request, emit: Emit) -> Any:
     """Give ``config`` the cache asked for; a new one where the old does not fit."""
     if request.new_timing_cache is None:
         return None
-    old = Path(request.timing_cache).read_bytes() if request.timing_cache else b""
+    try:
+        old = Path(request.timing_cache).read_bytes() if request.timing_cache else b""
+    except OSError as error:
+        raise BuildError(
+            f"the timing cache {request.timing_cache} cannot be read: {error.strerror}"
+        ) from error
     cache = config.create_timing_cache(old)
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
         emit(
@@ -476,10 +479,13 @@ def _read_back(
 
 
 def _write(path: Path, data: Any) -> None:
-    with path.open("wb") as file:
-        file.write(memoryview(data))
-        file.flush()
-        os.fsync(file.fileno())  # here it can be interrupted; in the parent it could not
+    try:
+        with path.open("wb") as file:
+            file.write(memoryview(data))
+            file.flush()
+            os.fsync(file.fileno())  # it may take long, and this process may be killed any time
+    except OSError as error:
+        raise BuildError(cannot_write(path.parent, error)) from error
 
 
 if __name__ == "__main__":

@@ -78,7 +78,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="read measured timings from FILE and write them back (TensorRT only)",
     )
-    add("--strict", action="store_true", help="fail, and keep nothing, if attention is not fused")
+    add(
+        "--strict",
+        action="store_true",
+        help="fail, and keep no plan, if an attention of the encoder is not fused",
+    )
     add("--json", action="store_true", help="print the records as JSON; progress goes to stderr")
 
 
@@ -97,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         timing_cache=args.timing_cache,
         strict=args.strict,
     )
-    terminal = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    terminal = Console(stderr=True, highlight=False, markup=False, emoji=False)
     built = _build(bundle, stages, options, terminal)
     if any(plan.record.gpu for plan in built):
         built = _measure(bundle, built, terminal)
@@ -144,7 +148,7 @@ class _Display(Watcher):
         if self.terminal.is_terminal:
             self.task = self.progress.add_task(f"{text}: checking the files", total=None)
         else:
-            self.terminal.print(f"{text}: building")
+            self._print(f"{text}: building")
 
     def phase(self, name: str, done: int, total: int, depth: int) -> None:
         if self.terminal.is_terminal:
@@ -154,17 +158,18 @@ class _Display(Watcher):
         now = time.monotonic()
         if now - self.said >= self.seconds_between_lines:
             self.said = now
-            self.terminal.print(
-                f"  {self.stage}: {now - self.started:.0f} s: {name}, {done} of {total}"
-            )
+            self._print(f"  {self.stage}: {now - self.started:.0f} s: {name}, {done} of {total}")
 
     def warning(self, text: str) -> None:
-        self.terminal.print(f"warning: {text}", style="yellow")
+        self._print(f"warning: {text}")
 
     def finished(self, record: PlanRecord) -> None:
         if self.terminal.is_terminal:
             self.progress.remove_task(self.task)
-        self.terminal.print(f"  {record.stage}: built in {record.build_seconds:.1f} s")
+        self._print(f"  {record.stage}: built in {record.build_seconds:.1f} s")
+
+    def _print(self, text: str) -> None:
+        self.terminal.print(text, soft_wrap=True)
 
 
 def _measure(bundle: Bundle, built: Sequence[Plan], terminal: Console) -> list[Plan]:
@@ -175,9 +180,11 @@ def _measure(bundle: Bundle, built: Sequence[Plan], terminal: Console) -> list[P
     report = gate(bundle, [plan.record.stage for plan in built], kinds=["tensorrt"])
     for verdict in report.verdicts:
         if verdict.why:
-            terminal.print(f"warning: {verdict.stage}, {verdict.engine}: {verdict.why}")
+            terminal.print(
+                f"warning: {verdict.stage}, {verdict.engine}: {verdict.why}", soft_wrap=True
+            )
     for text in report.unrecorded:
-        terminal.print(f"warning: {text}")
+        terminal.print(f"warning: {text}", soft_wrap=True)
     measured = {plan.path: plan for plan in plans.plans(bundle, skip_damaged=True)}
     return [measured.get(plan.path, plan) for plan in built]
 
@@ -186,7 +193,7 @@ def _print(bundle: Bundle, built: Sequence[Plan], failed: Sequence[str]) -> None
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, emoji=False)
     first = built[0].record
     where = first.gpu or "no GPU here"
     gpus = ", ".join(first.compute_capabilities)
@@ -204,9 +211,12 @@ def _print(bundle: Bundle, built: Sequence[Plan], failed: Sequence[str]) -> None
             _verdict(record),
         )
     console.print(table)
-    console.print(f"{first.flavour} {first.version}, {where}; for compute capability {gpus}")
-    console.print(f"plans: {built[0].path.parent}")
-    console.print(f"next: {_next(bundle, built, failed)}")
+    for text in (
+        f"{first.flavour} {first.version}, {where}; for compute capability {gpus}",
+        f"plans: {built[0].path.parent}",
+        f"next: {_next(bundle, built, failed)}",
+    ):
+        console.print(text, soft_wrap=True)
 
 
 def _fused(record: PlanRecord) -> str:
