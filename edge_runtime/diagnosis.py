@@ -490,7 +490,7 @@ def _library(facts: _Facts, flavour: Flavour, what: str, install: str | None) ->
         if flavour == "tensorrt-rtx":  # all that is known of it is which GPUs it lacks
             return Check(flavour, "warn", what, f"{version}: {faults}")
         verify = f"edge-runtime verify {_quoted(facts.bundle)}    (measures whether it is hit)"
-        detail = f"{version} has a known defect: {faults}"
+        detail = f"{version} has known defects: {faults}"
         return Check(flavour, "warn", what, detail, verify if facts.gpu_usable else None)
     if not facts.gpu_usable:
         return Check(flavour, "ok", what, f"{version}, which without a GPU can run no plan")
@@ -509,7 +509,7 @@ def _pycuda(facts: _Facts) -> Check:
     answer, board = facts.answers["pycuda"], facts.board
     # Its headers and libcuda are looked for through nvcc.
     path = "PATH=/usr/local/cuda/bin:$PATH " if board.cuda else ""
-    install = f"{path}pip install 'edge-runtime[tensorrt]'"
+    install = f"{path}pip install pycuda"
     if answer.facts:
         return Check("pycuda", "ok", "pycuda", answer.facts["version"])
     if answer.missing:
