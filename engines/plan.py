@@ -37,7 +37,7 @@ _MAX_PLAN_BYTES = 1 << 36
 
 Form = Literal["attention", "plain"]
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
-Capability = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,2}\.[0-9]$", max_length=4)]
+Capability = Annotated[str, msgspec.Meta(pattern=r"\A[0-9]{1,2}\.[0-9]\Z", max_length=4)]
 Shape = Annotated[
     tuple[Annotated[int, msgspec.Meta(ge=0, le=1 << 31)], ...], msgspec.Meta(max_length=8)
 ]
@@ -230,14 +230,14 @@ def rebuild_command(
     strict: bool = False,
 ) -> str:
     """The command line that builds a plan, quoted for a shell. Options left out are defaults."""
-    words = ["edge-runtime", "build", os.fspath(bundle_path), "--stage", stage]
+    words = ["edge-runtime", "build", _argument(bundle_path), "--stage", stage]
     words += ["--backend", backend]
     if max_windows is not None:
         words += ["--max-windows", str(max_windows)]
     if workspace_mib is not None:
         words += ["--workspace", str(workspace_mib)]
     if timing_cache is not None:
-        words += ["--timing-cache", os.fspath(timing_cache)]
+        words += ["--timing-cache", _argument(timing_cache)]
     if strict:
         words.append("--strict")
     return shlex.join(words)
@@ -245,7 +245,7 @@ def rebuild_command(
 
 def verify_command(bundle_path: str | os.PathLike[str], stage: str | None = None) -> str:
     """The command line that measures the plans of a bundle, quoted for a shell."""
-    words = ["edge-runtime", "verify", os.fspath(bundle_path)]
+    words = ["edge-runtime", "verify", _argument(bundle_path)]
     return shlex.join(words if stage is None else [*words, "--stage", stage])
 
 
@@ -336,23 +336,25 @@ def may_serve(plan: Plan, machine: Machine, defects: Sequence[Defect]) -> str | 
         None when it was measured here and passed; a warning to log when it was not measured here.
 
     Raises:
-        PlanError: when it failed here, or was not measured here though a defect is known.
+        PlanError: when it failed, here or elsewhere, or was not measured here though a defect is
+            known.
     """
     parity = plan.record.parity
     verify = verify_command(plan.bundle_path)
-    if parity is not None and parity.machine == machine and parity.rows:
-        failed = [row for row in parity.rows if not row.passed]
-        if parity.passed and not failed:
-            return None
-        worst = f": {_describe(failed[0])}" if failed else ""
+    failed = [row for row in parity.rows if not row.passed] if parity is not None else []
+    if parity is not None and (failed or not parity.passed):
+        where = "this machine" if parity.machine == machine else f"a {parity.machine.gpu}"
+        how = f": {_describe(failed[0])}" if failed else ""
         raise PlanError(
-            f"{plan.path} failed the parity gate on this machine at {parity.time}{worst}. "
+            f"{plan.path} failed the parity gate on {where} at {parity.time}{how}. "
             f"It does not serve. Build it again with `{plan.rebuild}`, or measure it again with "
             f"`{verify}`; if it fails again, use a bundle of another precision"
         )
     if parity is None or not parity.rows:
         state = "was never measured"
-    elif parity.machine != machine:
+    elif parity.machine == machine:
+        return None
+    else:
         state = f"was measured elsewhere ({_difference(parity.machine, machine)})"
     precision = plan.record.precision
     concerning = [one for one in defects if not one.precisions or precision in one.precisions]
@@ -435,6 +437,12 @@ def cannot_write(path: Path, error: OSError) -> str:
     return f"{path} cannot be written: {error.strerror or error}"
 
 
+def _argument(path: str | os.PathLike[str]) -> str:
+    """A path that no parser of options takes for an option."""
+    text = os.fspath(path)
+    return f"./{text}" if text.startswith("-") else text
+
+
 def _records(bundle: Bundle, stage: str) -> list[Path]:
     """Records under the folders of TensorRT's plans; other engines may keep theirs beside."""
     return sorted((bundle.path / FOLDER).glob(f"tensorrt*/{stage}.json"))
@@ -483,6 +491,8 @@ def _check(
     plan: Plan, bundle: Bundle, library: Library, compute_capability: str, gpu: str | None
 ) -> None:
     record, path = plan.record, plan.path
+    if not bundle.has(record.stage):
+        raise PlanError(f"{path} is for the {record.stage}, which this bundle lacks")
     stage = bundle.stage(record.stage)
     if record.form == "attention":
         graph = stage.files[stage.file]

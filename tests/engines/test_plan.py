@@ -1,0 +1,583 @@
+"""Plans here are records with made-up bytes: nothing in engines.plan looks inside a plan."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from engines import plan as plan_module
+from engines.bundle import Bundle
+from engines.errors import BuildError, BundleError, PlanError
+from engines.libraries import Defect, Library
+from engines.plan import (
+    Machine,
+    Parity,
+    Plan,
+    PlanRecord,
+    Row,
+    check,
+    directory,
+    find,
+    may_serve,
+    plans,
+    rebuild_command,
+    target,
+    verify_command,
+    write,
+    write_parity,
+)
+
+JETPACK = Library("tensorrt", (10, 3, 0), None)
+RTX = Library("tensorrt-rtx", (1, 7, 1), None)
+PORTABLE = ("8.0", "8.6", "8.9", "12.0", "12.1")
+ORIN = Machine("Orin", "8.7", "540.4.0", 64 << 30, "TensorRT 10.3.0")
+CONTENT = b"a serialised engine" * 100
+
+
+@pytest.fixture
+def bundle(toy_bundle: Path, tmp_path: Path) -> Bundle:
+    """A copy, at a path that a shell would take apart."""
+    return Bundle.load(shutil.copytree(toy_bundle, tmp_path / "my bundle; rm -rf"))
+
+
+def record_of(
+    bundle: Bundle,
+    stage: str = "stack",
+    library: Library = JETPACK,
+    capabilities: tuple[str, ...] = ("8.7",),
+    **changes: Any,
+) -> PlanRecord:
+    manifest, spec = bundle.manifest, bundle.stage(stage)
+    record = PlanRecord(
+        stage=stage,
+        model=manifest.model,
+        form="attention",
+        precision=manifest.precision,
+        flavour=library.flavour,
+        version=library.version_text,
+        target=target(library, capabilities),
+        plan_sha256=hashlib.sha256(CONTENT).hexdigest(),
+        plan_bytes=len(CONTENT),
+        stage_sha256=spec.sha256,
+        graph_sha256=spec.files[spec.file],
+        weights_sha256=manifest.weights_sha256,
+        compute_capabilities=capabilities,
+        gpu="Orin" if library is JETPACK else None,
+        driver="540.4.0" if library is JETPACK else None,
+        device_memory_bytes=64 << 30 if library is JETPACK else None,
+        profile={"pixels": ((1, 16, 16, 3), (4, 16, 16, 3), (9, 16, 16, 3))},
+        inputs=spec.inputs,
+        outputs=spec.outputs,
+        flags={"TF32": False, "workspace MiB": None},
+        command="edge-runtime build",
+        build_seconds=1.5,
+        built="2026-11-21T06:00:00Z",
+        read_from="serialised plan",
+        attention=(),
+        layers=(),
+        activation_bytes=None,
+        edge_runtime="0.1.0",
+    )
+    return msgspec.structs.replace(record, **changes)
+
+
+def put(bundle: Bundle, record: PlanRecord, content: bytes = CONTENT) -> Plan:
+    folder = directory(bundle.path, record.target)
+    folder.mkdir(parents=True, exist_ok=True)
+    built = folder / ".partial"
+    built.write_bytes(content)
+    return write(folder, record.stage, built, record)
+
+
+def row(**changes: Any) -> Row:
+    measured = Row(
+        stage="stack",
+        inputs="golden",
+        reference="ONNX Runtime on the CPU",
+        cosine=0.9999,
+        max_abs=0.01,
+        error=0.001,
+        finite=True,
+        mask_iou_min=None,
+        mask_iou_mean=None,
+        passed=True,
+    )
+    return msgspec.structs.replace(measured, **changes)
+
+
+def parity(machine: Machine = ORIN, passed: bool = True, *rows: Row) -> Parity:
+    return Parity(passed, machine, rows or (row(passed=passed),), "2026-11-21T07:00:00Z", {})
+
+
+def refused(text: str, bundle: Bundle, library: str, stage: str = "stack") -> None:
+    """A refusal is one printable line with the exact command that rebuilds the plan."""
+    assert text.isprintable()
+    command = text.split("`")[-2]
+    words = ["edge-runtime", "build", str(bundle.path), "--stage", stage, "--backend", library]
+    assert shlex.split(command) == words
+
+
+# Names and commands
+
+
+def test_targets_name_library_version_and_gpus() -> None:
+    assert target(JETPACK, ["8.7"]) == "tensorrt-10.3.0-sm87"
+    assert target(RTX, PORTABLE) == "tensorrt-rtx-1.7.1-sm80-86-89-120-121"
+    assert target(RTX, ["12.0", "8.9", "8.9"]) == "tensorrt-rtx-1.7.1-sm89-120"
+
+
+def test_commands_survive_a_shell() -> None:
+    command = rebuild_command("a b", "tail", "tensorrt", max_windows=9, workspace_mib=512)
+    assert command == (
+        "edge-runtime build 'a b' --stage tail --backend tensorrt --max-windows 9 --workspace 512"
+    )
+    command = rebuild_command(Path("x"), "tail", "auto", timing_cache=Path("it's"), strict=True)
+    assert shlex.split(command)[-3:] == ["--timing-cache", "it's", "--strict"]
+    assert shlex.split(rebuild_command("-rf", "tail", "auto"))[2] == "./-rf"
+    assert verify_command("a b", "stack") == "edge-runtime verify 'a b' --stage stack"
+    assert verify_command("-v") == "edge-runtime verify ./-v"
+
+
+# Writing and reading
+
+
+def test_a_written_plan_comes_back(bundle: Bundle) -> None:
+    record = record_of(bundle, parity=parity())
+    written = put(bundle, record)
+    assert written.path == bundle.path / "plans" / "tensorrt-10.3.0-sm87" / "stack.plan"
+    (found,) = plans(bundle)
+    assert found == Plan(written.path, record)
+    assert found.read() == CONTENT
+    assert find(bundle, "stack", JETPACK, "8.7", "Orin") == found
+    assert sorted(path.name for path in written.path.parent.iterdir()) == [
+        "stack.json",
+        "stack.plan",
+    ]
+
+
+def test_bundles_ignore_their_plans(bundle: Bundle) -> None:
+    put(bundle, record_of(bundle))
+    loaded = Bundle.load(bundle.path)
+    loaded.verify_hashes()
+    assert loaded.manifest == bundle.manifest
+
+
+def test_a_new_plan_replaces_the_old_one(bundle: Bundle) -> None:
+    put(bundle, record_of(bundle, parity=parity()))
+    content = CONTENT + b"!"
+    digest = hashlib.sha256(content).hexdigest()
+    put(bundle, record_of(bundle, plan_sha256=digest, plan_bytes=len(content)), content)
+    (found,) = plans(bundle)
+    assert found.read() == content
+    assert found.record.parity is None
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (CONTENT[:-1], f"{len(CONTENT) - 1} bytes, its record says {len(CONTENT)}"),
+        (CONTENT + b"x", "bytes, its record says"),
+        (CONTENT[:-1] + b"?", "its sha256 is"),
+        (None, "is missing"),
+    ],
+)
+def test_a_plan_whose_bytes_changed_is_not_read(
+    bundle: Bundle, content: bytes | None, reason: str
+) -> None:
+    plan = put(bundle, record_of(bundle))
+    if content is None:
+        plan.path.unlink()
+    else:
+        plan.path.write_bytes(content)
+    with pytest.raises(PlanError, match=reason) as caught:
+        plan.read()
+    refused(str(caught.value), bundle, "tensorrt")
+
+
+def test_a_pipe_in_place_of_a_plan_does_not_hang(bundle: Bundle) -> None:
+    plan = put(bundle, record_of(bundle))
+    plan.path.unlink()
+    os.mkfifo(plan.path)
+    with pytest.raises(PlanError, match="is missing"):
+        plan.read()
+
+
+@pytest.mark.parametrize(
+    ("number", "mend"),
+    [
+        (errno.ENOSPC, "Make room"),
+        (errno.EDQUOT, "Make room"),
+        (errno.EROFS, "copy the bundle to a directory that you may write"),
+        (errno.EACCES, "copy the bundle to a directory that you may write"),
+        (errno.EIO, "Input/output error"),
+    ],
+)
+@pytest.mark.parametrize("step", ["_flush", "_write_whole"])
+def test_a_disk_that_refuses_leaves_the_old_plan(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, number: int, mend: str, step: str
+) -> None:
+    old = put(bundle, record_of(bundle))
+
+    def refuse(*args: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(plan_module, step, refuse)
+    with pytest.raises(BuildError, match=mend) as caught:
+        put(bundle, record_of(bundle, build_seconds=9.0))
+    assert str(old.path) in str(caught.value)
+    assert plans(bundle) == [old]
+    assert old.read() == CONTENT
+    assert len(list(old.path.parent.iterdir())) == 2  # no leftovers
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_failure_between_the_two_files_shows_no_wrong_pair(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    put(bundle, record_of(bundle))
+    real, calls = os.replace, []
+
+    def replace(source: Any, to: Any) -> None:
+        calls.append(to)
+        if len(calls) - 1 == failing:
+            raise OSError(errno.EIO, "Input/output error")
+        real(source, to)
+
+    monkeypatch.setattr(os, "replace", replace)
+    other = b"another engine"
+    digest = hashlib.sha256(other).hexdigest()
+    with pytest.raises(BuildError):
+        put(bundle, record_of(bundle, plan_sha256=digest, plan_bytes=len(other)), other)
+    assert plans(bundle) == []
+    with pytest.raises(PlanError, match="has none of this stage"):
+        find(bundle, "stack", JETPACK, "8.7")
+
+
+def test_a_missing_folder_is_a_build_error(bundle: Bundle, tmp_path: Path) -> None:
+    built = tmp_path / "built"
+    built.write_bytes(CONTENT)
+    with pytest.raises(BuildError, match="No such file"):
+        write(bundle.path / "plans" / "nowhere", "stack", built, record_of(bundle))
+
+
+# Finding and checking
+
+
+def test_no_plan_says_how_to_build_one(bundle: Bundle) -> None:
+    with pytest.raises(
+        PlanError, match=r"TensorRT 10\.3\.0 .* 8\.7\. The bundle has none"
+    ) as caught:
+        find(bundle, "tail", JETPACK, "8.7")
+    refused(str(caught.value), bundle, "tensorrt", "tail")
+    with pytest.raises(BundleError, match="no encoder"):
+        find(bundle, "encoder", JETPACK, "8.7")
+
+
+def test_a_portable_plan_fits_all_of_its_gpus_of_any_name(bundle: Bundle) -> None:
+    plan = put(bundle, record_of(bundle, library=RTX, capabilities=PORTABLE))
+    for capability in PORTABLE:
+        assert find(bundle, "stack", RTX, capability, "any GPU") == plan
+    with pytest.raises(PlanError, match=r"this GPU has 9\.0") as caught:
+        find(bundle, "stack", RTX, "9.0", "NVIDIA H200")
+    refused(str(caught.value), bundle, "tensorrt-rtx")
+
+
+def test_plans_of_several_targets_lie_side_by_side(bundle: Bundle) -> None:
+    jetson = put(bundle, record_of(bundle))
+    desktop = put(bundle, record_of(bundle, library=RTX, capabilities=PORTABLE))
+    put(bundle, record_of(bundle, stage="tail"))
+    assert find(bundle, "stack", JETPACK, "8.7") == jetson
+    assert find(bundle, "stack", RTX, "8.6") == desktop
+    assert len(plans(bundle)) == 3
+
+
+def test_the_newest_of_several_that_fit_is_found(bundle: Bundle) -> None:
+    new = record_of(bundle, library=RTX, capabilities=("8.9",), built="2026-11-22T00:00:00Z")
+    old = record_of(bundle, library=RTX, capabilities=("8.6", "8.9"))
+    newest = put(bundle, new)
+    put(bundle, old)
+    assert find(bundle, "stack", RTX, "8.9") == newest
+
+
+@pytest.mark.parametrize(
+    ("changes", "library", "capability", "gpu", "reason"),
+    [
+        ({}, Library("tensorrt", (10, 13, 3), None), "8.7", "Orin", r"10\.3\.0, this is .* 10\.13"),
+        ({}, RTX, "8.7", "Orin", "built with tensorrt 10.3.0, this is tensorrt-rtx"),
+        ({}, JETPACK, "8.6", "Orin", "compute capability 8.7, this GPU has 8.6"),
+        ({}, JETPACK, "8.7", "Other", "on the GPU Orin, this is Other"),
+        ({"model": "vit_b"}, JETPACK, "8.7", "Orin", "stale: .* the model vit_b"),
+        ({"precision": "bf16"}, JETPACK, "8.7", "Orin", "the precision bf16"),
+        ({"weights_sha256": "3" * 64}, JETPACK, "8.7", "Orin", "the weights 3333"),
+        ({"stage_sha256": "1" * 64}, JETPACK, "8.7", "Orin", "the stage 1111"),
+        ({"graph_sha256": "2" * 64}, JETPACK, "8.7", "Orin", "the graph 2222"),
+    ],
+)
+def test_a_plan_that_does_not_match_is_refused(
+    bundle: Bundle,
+    changes: dict[str, Any],
+    library: Library,
+    capability: str,
+    gpu: str,
+    reason: str,
+) -> None:
+    plan = put(bundle, record_of(bundle, **changes))
+    for ask in (
+        lambda: check(plan, bundle, library, capability, gpu),
+        lambda: find(bundle, "stack", library, capability, gpu),
+    ):
+        with pytest.raises(PlanError, match=reason) as caught:
+            ask()
+        refused(str(caught.value), bundle, library.flavour)
+
+
+def test_a_plan_that_matches_passes(bundle: Bundle) -> None:
+    plan = put(bundle, record_of(bundle))
+    check(plan, bundle, JETPACK, "8.7", "Orin")
+    check(plan, bundle, JETPACK, "8.7")
+    plan.path.unlink()
+    with pytest.raises(PlanError, match="missing beside its record"):
+        check(plan, bundle, JETPACK, "8.7")
+
+
+def test_a_plan_of_the_plain_form_needs_that_very_form(bundle: Bundle) -> None:
+    manifest = json.loads((bundle.path / "manifest.json").read_text())
+    stage = manifest["stages"]["stack"]
+    shutil.copyfile(bundle.path / stage["file"], bundle.path / "stack.plain.onnx")
+    digest = stage["files"][stage["file"]]
+    bare = put(bundle, record_of(bundle, form="plain", graph_sha256=digest))
+    manifest["stages"]["stack"]["plain"] = None
+    (bundle.path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(PlanError, match="the bundle's is absent from this bundle"):
+        check(bare, Bundle.load(bundle.path), JETPACK, "8.7")
+    stage["plain"] = {"file": "stack.plain.onnx", "sha256": digest}
+    (bundle.path / "manifest.json").write_text(json.dumps(manifest))
+    check(bare, Bundle.load(bundle.path), JETPACK, "8.7")
+
+
+def test_a_plan_of_a_stage_that_the_bundle_lacks(bundle: Bundle) -> None:
+    record = record_of(bundle, stage="tail")
+    plan = put(bundle, msgspec.structs.replace(record, stage="encoder"))
+    with pytest.raises(PlanError, match="encoder, which this bundle lacks"):
+        check(plan, bundle, JETPACK, "8.7")
+
+
+# Records from elsewhere
+
+
+def note_of(plan: Plan) -> Path:
+    return plan.path.with_suffix(".json")
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (lambda r: r.update(schema=2), "schema 2, expected 1"),
+        (lambda r: r.update(schema=0), "schema 0, expected 1"),
+        (lambda r: r.pop("plan_sha256"), "damaged"),
+        (lambda r: r.update(plan_sha256="x" * 64), "damaged"),
+        (lambda r: r.update(plan_bytes=-1), "damaged"),
+        (lambda r: r.update(plan_bytes=1 << 60), "damaged"),
+        (lambda r: r.update(plan_bytes="900"), "damaged"),
+        (lambda r: r.update(gpu="\x1b[31mred"), "damaged"),
+        (lambda r: r.update(command="two\nlines"), "damaged"),
+        (lambda r: r.update(compute_capabilities=["8.7\n"]), "damaged"),
+        (lambda r: r.update(compute_capabilities=[]), "damaged"),
+        (lambda r: r.update(flavour="onnxruntime"), "damaged"),
+        (lambda r: r.update(target="../../elsewhere"), "moved or renamed"),
+        (lambda r: r.update(stage="tail"), "moved or renamed"),
+        (lambda r: r.update(profile={"pixels": [[-1], [1], [1]]}), "damaged"),
+    ],
+)
+def test_a_damaged_or_hostile_record_is_refused(bundle: Bundle, edit: Any, reason: str) -> None:
+    plan = put(bundle, record_of(bundle))
+    content = json.loads(note_of(plan).read_text())
+    edit(content)
+    note_of(plan).write_text(json.dumps(content))
+    with pytest.raises(PlanError, match=reason) as caught:
+        plans(bundle)
+    refused(str(caught.value), bundle, "auto")
+    assert plans(bundle, skip_damaged=True) == []
+    with pytest.raises(PlanError, match=reason):
+        find(bundle, "stack", JETPACK, "8.7")
+
+
+def test_skipping_a_damaged_record_is_logged(
+    bundle: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = put(bundle, record_of(bundle))
+    bad = put(bundle, record_of(bundle, stage="tail"))
+    note_of(bad).write_text("{")
+    assert plans(bundle, skip_damaged=True) == [good]
+    assert str(note_of(bad)) in caplog.text
+    assert find(bundle, "stack", JETPACK, "8.7") == good  # another stage's damage is no matter
+
+
+def test_a_record_is_read_within_bounds(bundle: Bundle) -> None:
+    plan = put(bundle, record_of(bundle))
+    note_of(plan).write_bytes(b" " * (9 << 20))
+    with pytest.raises(PlanError, match="larger than"):
+        plans(bundle)
+    note_of(plan).unlink()
+    os.mkfifo(note_of(plan))
+    with pytest.raises(PlanError, match="no file"):
+        plans(bundle)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_damage_anywhere_is_a_plan_error_or_no_damage(bundle: Bundle, data: st.DataObject) -> None:
+    plan = put(bundle, record_of(bundle, parity=parity()))
+    content = bytearray(note_of(plan).read_bytes())
+    start = data.draw(st.integers(0, len(content)))
+    length = data.draw(st.integers(0, 40))
+    content[start : start + length] = data.draw(st.binary(max_size=40))
+    note_of(plan).write_bytes(content)
+    read = plans(bundle, skip_damaged=True)
+    assert all(found.record.target == plan.path.parent.name for found in read)
+    if not read:
+        with pytest.raises(PlanError) as caught:
+            plans(bundle)
+        assert str(caught.value).isprintable()
+
+
+def test_other_engines_may_keep_records_beside(bundle: Bundle) -> None:
+    other = bundle.path / "plans" / "onnxruntime-cuda"
+    other.mkdir(parents=True)
+    (other / "stack.json").write_text("{}")
+    assert plans(bundle) == []
+
+
+# Who may serve
+
+KNOWN = (Defect("wrong in fp16", "https://example.org/1", ("fp16",)),)
+WIDER = (Defect("wrong in all", "https://example.org/2"),)
+
+
+def test_measured_here_and_passed_serves_in_silence(bundle: Bundle) -> None:
+    plan = put(bundle, record_of(bundle, parity=parity()))
+    assert may_serve(plan, ORIN, ()) is None
+    assert may_serve(plan, ORIN, WIDER) is None
+
+
+def test_never_measured_serves_with_a_warning(bundle: Bundle) -> None:
+    plan = put(bundle, record_of(bundle))
+    warning = may_serve(plan, ORIN, ())
+    assert warning is not None
+    assert "never measured" in warning
+    assert shlex.split(warning.split("`")[-2]) == ["edge-runtime", "verify", str(bundle.path)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gpu": "Orin Nano"},
+        {"compute_capability": "8.6"},
+        {"driver": "1"},
+        {"memory_bytes": 8 << 30},
+        {"library": "TensorRT 10.3.1"},
+    ],
+)
+def test_measured_on_another_machine_is_not_measured_here(
+    bundle: Bundle, changes: dict[str, Any]
+) -> None:
+    there = msgspec.structs.replace(ORIN, **changes)
+    plan = put(bundle, record_of(bundle, parity=parity(there)))
+    warning = may_serve(plan, ORIN, ())
+    assert warning is not None
+    assert str(next(iter(changes.values()))) in warning
+    with pytest.raises(PlanError, match="wrong in all"):
+        may_serve(plan, ORIN, WIDER)
+
+
+def test_a_known_defect_stops_a_plan_that_was_not_measured(bundle: Bundle) -> None:
+    plan = put(bundle, record_of(bundle))
+    assert bundle.manifest.precision == "fp32"
+    assert may_serve(plan, ORIN, KNOWN) is not None  # it is of another precision
+    with pytest.raises(PlanError, match=r"https://example\.org/2") as caught:
+        may_serve(plan, ORIN, (*KNOWN, *WIDER))
+    assert "https://example.org/1" not in str(caught.value)
+    assert "edge-runtime verify" in str(caught.value)
+    half = put(bundle, record_of(bundle, precision="fp16"))
+    with pytest.raises(PlanError, match=r"https://example\.org/1"):
+        may_serve(half, ORIN, KNOWN)
+
+
+@pytest.mark.parametrize("machine", [ORIN, msgspec.structs.replace(ORIN, driver="older")])
+@pytest.mark.parametrize(
+    "verdict",
+    [
+        (False, row(passed=False, cosine=0.5)),
+        (True, row(), row(passed=False, finite=False, cosine=math.nan)),
+        (False, row()),
+    ],
+)
+def test_a_failure_never_serves(
+    bundle: Bundle, machine: Machine, verdict: tuple[bool, Row]
+) -> None:
+    passed, *rows = verdict
+    plan = put(bundle, record_of(bundle, parity=parity(machine, passed, *rows)))
+    (plan,) = plans(bundle)
+    with pytest.raises(PlanError, match="failed the parity gate") as caught:
+        may_serve(plan, ORIN, ())
+    assert "edge-runtime build" in str(caught.value)
+    assert "edge-runtime verify" in str(caught.value)
+
+
+def test_a_verdict_without_measurements_is_none(bundle: Bundle) -> None:
+    empty = Parity(True, ORIN, (), "2026-11-21T07:00:00Z", {})
+    plan = put(bundle, record_of(bundle, parity=empty))
+    assert "never measured" in str(may_serve(plan, ORIN, ()))
+
+
+# Verdicts on disk
+
+
+def test_a_verdict_is_added_to_the_record(bundle: Bundle) -> None:
+    plan = put(bundle, record_of(bundle))
+    verdict = parity(ORIN, False, row(passed=False, finite=False, cosine=math.nan, error=math.inf))
+    written = write_parity(plan, verdict)
+    (found,) = plans(bundle)
+    assert found == written
+    assert found.read() == CONTENT
+    assert found.record.parity == verdict
+    # NaN and infinity are no JSON: they count as no number.
+    assert verdict.rows[0].cosine is None
+    assert verdict.rows[0].error is None
+    assert len(list(plan.path.parent.iterdir())) == 2
+
+
+def test_a_verdict_on_a_plan_that_was_replaced_is_refused(bundle: Bundle) -> None:
+    old = put(bundle, record_of(bundle))
+    new = CONTENT + b"!"
+    digest = hashlib.sha256(new).hexdigest()
+    put(bundle, record_of(bundle, plan_sha256=digest, plan_bytes=len(new)), new)
+    with pytest.raises(PlanError, match="built anew"):
+        write_parity(old, parity())
+    assert plans(bundle)[0].record.parity is None
+
+
+def test_a_verdict_that_cannot_be_written_says_what_to_do(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = put(bundle, record_of(bundle))
+
+    def refuse(*args: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(plan_module, "_write_whole", refuse)
+    with pytest.raises(PlanError, match="copy the bundle"):
+        write_parity(plan, parity())
+    assert plans(bundle) == [plan]
