@@ -1,0 +1,641 @@
+"""Everything a GPU can tell about this project, in one file: ``python -m exporters.gpu``.
+
+Verifies and times every stage of every model, with random weights, on every engine the machine
+has, and writes ``docs/results/gpu-NAME.json``. It installs nothing. Each engine runs in a process
+of its own (:mod:`exporters.gpu_worker`), the file is written anew after every row, and ``--resume``
+goes on where a run stopped; so what one engine, a time limit or Ctrl-C takes away is its own rows.
+Numbers are measured or absent with a reason, never filled in. Without an NVIDIA GPU it measures
+nothing and writes nothing; ``--cpu-rehearsal`` runs through the same steps on the CPU, for tests,
+and says so in its file. This module imports neither torch nor anything that needs installing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import queue
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+
+MODELS = ("vit_h", "vit_b", "vit_l", "tiny")  # those with targets first: time may run out
+BASELINE = "pytorch-eager"
+ENGINES = (
+    BASELINE,
+    "pytorch-compiled",
+    "tensorrt",
+    "onnxruntime",
+    "pytorch-tuned",
+    "tensorrt-rtx",
+    "pytorch-folded",
+)
+NEEDS_GRAPHS = ("tensorrt", "onnxruntime", "tensorrt-rtx")
+CASES = (
+    ("stack", 25),
+    ("tail", 25),
+    ("decoder", 1),
+    ("stack", 9),  # the largest share of a node whose windows may not touch
+    ("stack", 1),
+    ("decoder", 16),
+    ("encoder", 25),
+)
+REHEARSED = (("stack", 25), ("stack", 9), ("tail", 25), ("decoder", 1), ("encoder", 25))
+
+REQUIRED = {"torch": "torch", "numpy": "numpy", "msgspec": "msgspec"}
+REQUIRED |= {"segment_anything": "segment-anything", "torchvision": "torchvision"}
+
+CLOSING_SECONDS = 20.0
+"""Kept of the time budget for measuring the matrix rate once more at the end."""
+
+NOTES = (
+    "Weights are random, so masks mean nothing; parity compares the same weights.",
+    "A run's time is between CUDA events on its stream, runs following without a pause, so "
+    "launches count where they take longest. The level-2 cache is not flushed between runs: the "
+    "weights of vit_b and larger do not fit it; those of tiny do, and its times profit.",
+    "TFLOP counts upstream's matrix products and convolutions (exporters/flops.py), for every "
+    "engine alike. share_of_matmul is against the best dense square product of the same precision "
+    "measured in the same run, random values.",
+    "Peak memory of PyTorch rows and of the others is measured in different ways: see peak_method.",
+)
+
+Row = dict[str, Any]
+Event = dict[str, Any]
+
+
+@dataclass
+class Results:
+    """The file: loaded, added to and written whole after every change."""
+
+    path: Path
+    head: dict[str, Any]
+    rates: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+
+    def add(self, row: Row) -> None:
+        """Put ``row`` in, in the place of the one about the same thing."""
+        self.rows = [r for r in self.rows if key(r) != key(row)] + [row]
+        self.write()
+
+    def find(self, wanted: tuple[Any, ...]) -> Row | None:
+        return next((r for r in self.rows if key(r) == wanted), None)
+
+    def content(self) -> dict[str, Any]:
+        """What the file holds: shares and targets are worked out here, from the rows."""
+        best = best_rates(self.rates)
+        for row in self.rows:
+            rate = best.get(row.get("precision", ""))
+            if "tflops" in row:
+                row["share_of_matmul"] = row["tflops"] / rate if rate else None
+        return {
+            **self.head,
+            "notes": list(NOTES),
+            "matmul_tflops": best,
+            "matmul_rates": self.rates,
+            "targets": targets(self.rows, self.head),
+            "rows": self.rows,
+        }
+
+    def write(self) -> None:
+        text = json.dumps(self.content(), indent=1) + "\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            temporary.write_text(text)
+            temporary.replace(self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def key(row: Row) -> tuple[Any, ...]:
+    """What a row is about."""
+    size = row.get("windows", row.get("prompts"))
+    return row["engine"], row.get("model"), row.get("precision"), row.get("stage"), size
+
+
+def best_rates(rates: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """The best rate of each precision, in TFLOP/s: over sizes, and before and after the rows."""
+    best: dict[str, float] = {}
+    for rate in rates:
+        best[rate["precision"]] = max(best.get(rate["precision"], 0.0), rate["tflops"])
+    return best
+
+
+def judge(row: Row) -> None:
+    """Say whether a row's output is close enough, and fail the row when not.
+
+    The baseline's own deviation in half precision is written down, not held against it.
+    """
+    parity = row.get("parity")
+    if not parity:
+        return
+    limit, iou = parity["tolerance"], parity.get("mask_iou")
+    parity["passed"] = bool(
+        parity["finite"]
+        and parity["cosine"] >= limit["cosine"]
+        and parity["error"] <= limit["error"]
+        and (iou is None or iou >= limit["mask_iou"])
+    )
+    if not parity["passed"] and row["engine"] != BASELINE:
+        row["status"] = "failed: the output differs from upstream's beyond the tolerance"
+
+
+# --- Targets -----------------------------------------------------------------------------------
+
+STACK_SHARE, STACK_SPEEDUP = 0.55, 2.0
+TAIL_SPEEDUP, TAIL_MEMORY = 3.0, 0.1
+
+
+def targets(rows: Sequence[Row], head: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each target for ViT-H on a data-centre GPU with what was found: met, missed, or why not
+    measurable. The best engine in half precision counts, against the baseline of its precision.
+    """
+    why = None
+    if head.get("rehearsal"):
+        why = "a rehearsal on the CPU"
+    elif head["machine"].get("integrated"):
+        why = "the targets are for data-centre GPUs; this one is integrated"
+
+    def good(stage: str, engine: str | None = None) -> list[Row]:
+        return [
+            row
+            for row in rows
+            if (row.get("model"), row.get("stage"), row.get("windows")) == ("vit_h", stage, 25)
+            and row["status"] == "ok"
+            and row["precision"] in ("fp16", "bf16")
+            and ((row["engine"] == engine) if engine else row["engine"] != BASELINE)
+        ]
+
+    def pairs(stage: str) -> list[tuple[Row, Row]]:
+        baselines = {row["precision"]: row for row in good(stage, BASELINE)}
+        return [(r, baselines[r["precision"]]) for r in good(stage) if r["precision"] in baselines]
+
+    def speedup(pair: tuple[Row, Row]) -> float:
+        return pair[1]["median_ms"] / pair[0]["median_ms"]
+
+    def memory(pair: tuple[Row, Row]) -> float | None:
+        ours, theirs = pair[0].get("peak_bytes"), pair[1].get("peak_bytes")
+        return ours / theirs if ours and theirs else None
+
+    def said(text: str, row: Row | None, met: bool, **found: Any) -> dict[str, Any]:
+        if why or row is None:
+            missing = why or "no row of an engine, or of the baseline, with status ok"
+            return {"target": text, "status": f"not measurable: {missing}"}
+        engine = {"engine": row["engine"], "precision": row["precision"]}
+        return {"target": text, "status": "met" if met else "missed", **found, **engine}
+
+    shares = [row for row in good("stack") if row.get("share_of_matmul")]
+    best = max(shares, key=lambda row: row["share_of_matmul"], default=None)
+    share = best["share_of_matmul"] if best else 0.0
+    fast = max(pairs("stack"), key=speedup, default=None)
+    tails = pairs("tail")
+
+    def meets(pair: tuple[Row, Row]) -> bool:
+        ratio = memory(pair)
+        return speedup(pair) >= TAIL_SPEEDUP and ratio is not None and ratio <= TAIL_MEMORY
+
+    tail = max(tails, key=lambda pair: (meets(pair), speedup(pair)), default=None)
+    if tail and memory(tail) is None:
+        tail = None
+    return [
+        said(
+            f"stack, 25 windows: at least {STACK_SHARE:.0%} of the measured matrix rate",
+            best,
+            share >= STACK_SHARE,
+            share_of_matmul=share,
+        ),
+        said(
+            f"stack, 25 windows: at least {STACK_SPEEDUP:g} times as fast as {BASELINE}",
+            fast[0] if fast else None,
+            bool(fast and speedup(fast) >= STACK_SPEEDUP),
+            speedup=speedup(fast) if fast else None,
+        ),
+        said(
+            f"tail: at least {TAIL_SPEEDUP:g} times as fast as {BASELINE}, with at most "
+            f"{TAIL_MEMORY:g} of its peak memory",
+            tail[0] if tail else None,
+            bool(tail and meets(tail)),
+            speedup=speedup(tail) if tail else None,
+            memory_ratio=memory(tail) if tail else None,
+        ),
+    ]
+
+
+# --- Child processes ---------------------------------------------------------------------------
+
+
+def child(request: dict[str, Any], limit: float, handle: Callable[[Event], None]) -> str | None:
+    """Run one request in a process of its own, at most ``limit`` seconds.
+
+    Args:
+        request: see :mod:`exporters.gpu_worker`.
+        limit: seconds after which it is killed, with everything it started.
+        handle: called with each event.
+
+    Returns:
+        None when it finished, else why not, in one line.
+    """
+    environment = dict(os.environ)
+    paths = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    events: queue.Queue[Event | None] = queue.Queue()
+    finished, problem = False, None
+    with tempfile.TemporaryFile("w+", errors="replace") as chatter:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "exporters.gpu_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=chatter,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def read(lines: Iterable[str]) -> None:
+            for line in lines:
+                with contextlib.suppress(ValueError):
+                    events.put(json.loads(line))
+            events.put(None)
+
+        reader = threading.Thread(target=read, args=(process.stdout,), daemon=True)
+        reader.start()
+        end = time.monotonic() + limit
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it has died already; said below
+                json.dump({**request, "seconds": limit}, process.stdin)
+                process.stdin.close()
+            while True:
+                try:
+                    event = events.get(timeout=max(0.01, end - time.monotonic()))
+                except queue.Empty:
+                    problem = f"no end within {limit:.0f} s"
+                    break
+                if event is None:
+                    break
+                if event["event"] == "done":
+                    finished = True
+                elif event["event"] == "failed":
+                    problem = event["why"]
+                else:
+                    handle(event)
+            if problem is None and not finished:
+                code = process.wait()
+                chatter.seek(0)
+                problem = f"{_ending(code)}{_last_words(chatter.read())}"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            process.stdout.close()
+    return problem
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"the process ended with status {code}"
+    with contextlib.suppress(ValueError):
+        return f"the process was ended by {signal.Signals(-code).name}"
+    return f"the process was ended by signal {-code}"
+
+
+def _last_words(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f" ({lines[-1][:200]})" if lines else ""
+
+
+# --- The run -----------------------------------------------------------------------------------
+
+
+class Benchmark:
+    """One run: what was asked for, what is left of its time, and where rows go."""
+
+    def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
+        self.args = args
+        self.end = time.monotonic() + args.seconds
+        self.cases = REHEARSED if args.cpu_rehearsal else CASES
+        self.base = {
+            "device": "cpu" if args.cpu_rehearsal else "cuda",
+            "directory": str(scratch),
+            "precisions": args.precisions,
+            "cases": self.cases,
+            "row_seconds": args.row_seconds,
+            "runs": [3, 5] if args.cpu_rehearsal else [10, 200],
+        }
+        self.commit = commit()
+        self.versions: dict[str, str] = {}
+        self.absent: dict[str, str] = {}
+        self.prepared: dict[tuple[str, ...], str | None] = {}
+        self.results: Results
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def ask(self, limit: float | None = None, **request: Any) -> tuple[list[Event], str | None]:
+        """Run a child for ``request``; its events and what went wrong."""
+        events: list[Event] = []
+        limit = max(1.0, min(limit or self.args.engine_seconds, self.left()))
+        return events, child({**self.base, **request}, limit, events.append)
+
+    def machine(self) -> dict[str, Any]:
+        """Ask what the machine is; SystemExit with one line where there is nothing to measure."""
+        events, problem = self.ask(task="probe")
+        for event in events:
+            if event["event"] == "no gpu":
+                sys.exit(f"no NVIDIA GPU that PyTorch can use here ({event['why']}): {NOTHING}")
+            if event["event"] == "machine":
+                return event["machine"]
+        sys.exit(f"the machine could not be asked what it is ({problem}): {NOTHING}")
+
+    def measure_rates(self, when: str) -> None:
+        """Measure the card's matrix rate; a failure is said and leaves shares unmeasured."""
+        if when == "before" and self.left() < CLOSING_SECONDS:
+            return
+        events, problem = self.ask(limit=max(CLOSING_SECONDS, 60.0), task="rates")
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        found = [e["rate"] for e in events if e["event"] == "rate"]
+        self.results.rates += [{**rate, "when": when, "time": now} for rate in found]
+        self.results.write()
+        if problem:
+            say(f"matrix rate {when}: {problem}")
+        for precision, rate in best_rates(self.results.rates).items():
+            say(f"matrix rate {when}, {precision}: {rate:.4g} TFLOP/s")
+
+    def check_engines(self) -> None:
+        """Find out which engines are here."""
+        for engine in self.args.engines:
+            if engine.startswith("pytorch"):  # without it there would be no machine
+                self.versions[engine] = f"PyTorch {self.results.head['machine']['torch']}"
+                continue
+            events, problem = self.ask(limit=120, task="check", engine=engine)
+            for event in events:
+                if event["event"] == "engine":
+                    self.versions[engine] = event["version"]
+                elif event["event"] == "absent":
+                    problem = event["why"]
+            if engine not in self.versions:
+                self.absent[engine] = problem or "it did not say its version"
+                say(f"{engine}: absent: {self.absent[engine]}")
+                self.results.add({"engine": engine, "status": f"absent: {self.absent[engine]}"})
+
+    def prepare(self, task: str, **request: Any) -> str | None:
+        """Have the reference or a bundle made once; None or why there is none."""
+        known = (task, *request.values())
+        if known not in self.prepared:
+            begun = time.monotonic()
+            events, problem = self.ask(task=task, **request)
+            for event in events:
+                if event["event"] == "absent":
+                    problem = event["why"]
+            self.prepared[known] = problem and f"{task} failed: {problem}"
+            outcome = problem or f"{time.monotonic() - begun:.0f} s"
+            say(f"{' '.join(known)}: {outcome}")
+        return self.prepared[known]
+
+    def rows(self, model: str, precision: str, engine: str) -> None:
+        """Measure all cases of one engine that are not in the file yet."""
+        about = {"engine": engine, "model": model, "precision": precision}
+
+        def size(case: tuple[str, int]) -> dict[str, Any]:
+            return {"stage": case[0], "prompts" if case[0] == "decoder" else "windows": case[1]}
+
+        def add(row: Row) -> None:
+            row = {**about, **row, "commit": self.commit}
+            judge(row)
+            self.results.add(row)
+            say(describe(row))
+
+        def known(case: tuple[str, int]) -> bool:
+            row = self.results.find(key({**about, **size(case)}))
+            return row is not None and row["status"] == "ok"
+
+        todo = [case for case in self.cases if not known(case)]
+        if engine in NEEDS_GRAPHS:
+            todo = [case for case in todo if case[0] != "encoder"]  # a split bundle has none
+        problem = None
+        if todo and self.left() > CLOSING_SECONDS:
+            problem = self.prepare("reference", model=model)
+            if engine in NEEDS_GRAPHS and not problem:
+                problem = self.prepare("export", model=model, precision=precision)
+        if problem:
+            for case in todo:
+                add({**size(case), "status": f"failed: {problem}"})
+            return
+        begun: list[Row] = []
+
+        def handle(event: Event) -> None:
+            if event["event"] == "begin":
+                begun.append(event["row"])
+            elif event["event"] == "row":
+                begun.clear()
+                case = (event["row"]["stage"], _count(event["row"]))
+                todo.remove(case)
+                add(event["row"])
+            elif event["event"] == "masks":
+                row = self.results.find(key({**about, **event}))
+                if row and "parity" in row:
+                    row["parity"]["mask_iou"] = event["mask_iou"]
+                    judge(row)
+                    self.results.write()
+
+        end = min(time.monotonic() + self.args.engine_seconds, self.end - CLOSING_SECONDS)
+        while todo and time.monotonic() < end:
+            begun.clear()
+            request = {**self.base, "task": "engine", **about, "cases": list(todo)}
+            problem = child(request, max(1.0, end - time.monotonic()), handle)
+            if problem is None:
+                break
+            # Whatever case ended the process is lost; the others get another one.
+            if not begun and todo:
+                begun.append(size(todo[0]))
+            for row in begun:
+                todo.remove((row["stage"], _count(row)))
+                add({**row, "status": f"failed: {problem}"})
+            if not begun:
+                say(f"{engine}: the masks were not compared: {problem}")
+        for case in todo:
+            add({**size(case), "status": "not run: the time was up; --resume goes on"})
+
+    def run(self) -> int:
+        """Everything; the number of rows with status ok."""
+        machine = self.machine()
+        path, head = (
+            self.args.out,
+            {
+                "schema": SCHEMA,
+                "rehearsal": bool(self.args.cpu_rehearsal),
+                "command": shlex.join(["python", "-m", "exporters.gpu", *self.args.command]),
+                "commit": self.commit,
+                "machine": machine,
+                "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            },
+        )
+        if path is None:
+            path = RESULTS / f"gpu-{self.args.name or short_name(machine['gpu'])}.json"
+        self.results = Results(path, head)
+        if self.args.resume and path.exists():
+            resume(self.results)
+        self.results.write()
+        say(f"{machine['gpu'] or 'CPU (rehearsal)'}: writing {path}")
+        self.check_engines()
+        self.results.head["engines"] = self.versions
+        self.measure_rates("before")
+        for model in self.args.models:
+            for precision in self.args.precisions:
+                for engine in self.args.engines:
+                    if engine not in self.absent:
+                        self.rows(model, precision, engine)
+        self.end = max(self.end, time.monotonic() + CLOSING_SECONDS)
+        self.measure_rates("after")
+        self.results.write()
+        for target in self.results.content()["targets"]:
+            figures = [f"{k} {v:.3g}" for k, v in target.items() if isinstance(v, float)]
+            say(f"{target['target']}: {target['status']} {' '.join(figures)}".rstrip())
+        return sum(row["status"] == "ok" for row in self.results.rows)
+
+
+def _count(row: Row) -> int:
+    return int(row["windows"] if "windows" in row else row["prompts"])
+
+
+def resume(results: Results) -> None:
+    """Take over what an earlier run measured on the same machine; SystemExit when it was another.
+
+    Rows that failed, were absent or had no time are measured anew.
+    """
+    try:
+        old = json.loads(results.path.read_text())
+        same = old["schema"] == SCHEMA and old["rehearsal"] == results.head["rehearsal"]
+        machine = old["machine"]
+        rates, rows = old["matmul_rates"], [r for r in old["rows"] if r["status"] == "ok"]
+    except (ValueError, KeyError, TypeError) as error:
+        sys.exit(f"{results.path} is no file of this benchmark ({error}): leave out --resume")
+    for what in ("gpu", "driver", "cuda"):
+        same = same and machine.get(what) == results.head["machine"].get(what)
+    if not same:
+        sys.exit(
+            f"{results.path} was measured on {machine.get('gpu')} with driver "
+            f"{machine.get('driver')}, not on this machine: choose another --out"
+        )
+    results.head["resumed"] = [*old.get("resumed", []), old["time"]]
+    results.rates, results.rows = rates, rows
+
+
+def describe(row: Row) -> str:
+    """A row as one line."""
+    size = f"{_count(row)} {'prompts' if 'prompts' in row else 'windows'}"
+    what = f"{row['model']} {row['precision']} {row['stage']} ({size}) {row['engine']}"
+    if "median_ms" not in row:
+        return f"{what}: {row['status']}"
+    memory = row.get("peak_bytes")
+    peak = f", {memory / 2**20:,.0f} MiB" if memory else ""
+    rate = f"{row['tflops']:.3g} TFLOP/s"
+    if row.get("share_of_matmul"):
+        rate += f" ({row['share_of_matmul']:.0%} of the matrix rate)"
+    return (
+        f"{what}: {row['median_ms']:.3f} ms, p95 {row['p95_ms']:.3f}, {rate}{peak}, {row['status']}"
+    )
+
+
+def short_name(gpu: str | None) -> str:
+    """``h200`` for ``NVIDIA H200``: what a results file is called."""
+    words = re.findall(r"[a-z0-9]+", (gpu or "unknown").lower())
+    ordinary = {"nvidia", "geforce", "tesla", "graphics", "gpu", "device"}
+    return "-".join(word for word in words if word not in ordinary) or "unknown"
+
+
+def commit() -> str:
+    """The commit of this checkout, ``+`` where tracked files differ; ``unknown`` without git."""
+    try:
+        ask = ["git", "-C", str(ROOT)]
+        run = subprocess.run([*ask, "rev-parse", "HEAD"], capture_output=True, text=True)
+        changed = subprocess.run([*ask, "diff", "--quiet", "HEAD"], capture_output=True)
+    except OSError:
+        return "unknown"
+    return run.stdout.strip() + "+" * (changed.returncode == 1) if run.stdout else "unknown"
+
+
+def missing() -> list[str]:
+    """Packages that everything here needs and this Python lacks, as pip calls them."""
+    return [name for module, name in REQUIRED.items() if importlib.util.find_spec(module) is None]
+
+
+NOTHING = "nothing was measured, nothing was written"
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(
+        prog="python -m exporters.gpu", description="Verify and time every stage on this GPU."
+    )
+    add = parser.add_argument
+    add("--out", type=Path, help="results file (default: docs/results/gpu-NAME.json)")
+    add("--name", help="NAME in the file's name (default: from the GPU's)")
+    add("--models", nargs="+", choices=MODELS)
+    add("--precisions", nargs="+", choices=("fp16", "bf16", "fp32"))
+    add("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    add("--seconds", type=float, default=3600.0, help="time budget of the whole run")
+    add("--engine-seconds", type=float, default=400.0, help="time one process may take")
+    add("--row-seconds", type=float, default=1.0, help="time spent on a row's timed runs, about")
+    add("--resume", action="store_true", help="keep the rows of the file that are ok")
+    add("--check", action="store_true", help="only say whether a GPU and all that's needed is here")
+    add("--cpu-rehearsal", action="store_true", help="run through it on the CPU; not a result")
+    args = parser.parse_args(arguments)
+    args.command = list(arguments)
+    args.models = args.models or (["tiny"] if args.cpu_rehearsal else list(MODELS))
+    args.precisions = args.precisions or (["fp32"] if args.cpu_rehearsal else ["fp16", "bf16"])
+    if args.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", args.name):
+        parser.error("--name is part of a file name: letters, digits, '.', '_' and '-'")
+    if args.cpu_rehearsal and (args.out is None or RESULTS in args.out.resolve().parents):
+        parser.error("a rehearsal is no result: give it an --out outside docs/results")
+    if min(args.seconds, args.engine_seconds, args.row_seconds) <= 0:
+        parser.error("times are seconds, more than 0")
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; 0 when at least one row was measured."""
+    args = parse(sys.argv[1:] if arguments is None else arguments)
+    if lacking := missing():
+        names = " ".join(lacking)
+        say(
+            f"error: {sys.executable} lacks {names}, which every part of this needs; it installs "
+            f"nothing itself. Where there is a network, `python3 -m pip install --no-deps --target "
+            f"DIR {names}`, then PYTHONPATH=DIR make gpu"
+        )
+        return 2
+    with tempfile.TemporaryDirectory(prefix="edge-runtime-gpu-") as scratch:
+        benchmark = Benchmark(args, Path(scratch))
+        if args.check:
+            say(f"found {benchmark.machine()['gpu'] or 'no GPU; a rehearsal is possible'}")
+            return 0
+        try:
+            return 0 if benchmark.run() else 1
+        except KeyboardInterrupt:
+            say("stopped; the rows so far are in the file, and --resume goes on")
+            return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""Upstream's own modules, cut where this project cuts them, to measure against.
+
+Nothing of ``segment_anything`` is rewritten: the blocks, the neck, the prompt encoder and the mask
+decoder are called as upstream's ``ImageEncoderViT`` and ``Sam`` call them, on one image that fills
+the square. In half precision they run as users run them: the weights converted, everything else
+left to the modules, except that the prompt encoder stays in float32, because upstream's fails in
+any other type. :mod:`exporters.stages` is what they are compared with.
+"""
+
+from __future__ import annotations
+
+from segment_anything.modeling import Sam
+from torch import Tensor, nn
+
+from .models import is_window_block
+
+
+class ShippedStack(nn.Module):
+    """Normalisation, patch embedding and window blocks: image [1, 3, s, s] to grid [1, g, g, c]."""
+
+    mean: Tensor  # [3, 1, 1]
+    std: Tensor  # [3, 1, 1]
+
+    def __init__(self, sam: Sam) -> None:
+        super().__init__()
+        encoder = sam.image_encoder
+        self.register_buffer("mean", sam.pixel_mean.clone())
+        self.register_buffer("std", sam.pixel_std.clone())
+        self.patch_embed, self.pos_embed = encoder.patch_embed, encoder.pos_embed
+        self.blocks = nn.ModuleList(b for b in encoder.blocks if is_window_block(b))
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.patch_embed((image - self.mean) / self.std) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class ShippedTail(nn.Module):
+    """Global blocks and neck: grid [1, g, g, c] to embedding [1, d, g, g]."""
+
+    def __init__(self, sam: Sam) -> None:
+        super().__init__()
+        encoder = sam.image_encoder
+        self.blocks = nn.ModuleList(b for b in encoder.blocks if not is_window_block(b))
+        self.neck = encoder.neck
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.neck(x.permute(0, 3, 1, 2))
+
+
+class ShippedEncoder(nn.Module):
+    """The whole encoder, its blocks in the order ``sam`` has them: image to embedding."""
+
+    def __init__(self, sam: Sam) -> None:
+        super().__init__()
+        self.stack, self.tail = ShippedStack(sam), ShippedTail(sam)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.tail(self.stack(image))
+
+
+class ShippedDecoder(nn.Module):
+    """Prompt encoder and mask decoder for points: (embedding [1, d, g, g], coords [p, k, 2],
+    labels [p, k]) to logits [p, 4, 4g, 4g] and scores [p, 4].
+
+    The last point of each prompt must be the padding point (label -1), which upstream adds itself.
+    """
+
+    def __init__(self, sam: Sam) -> None:
+        super().__init__()
+        self.prompts, self.masks = sam.prompt_encoder, sam.mask_decoder
+        self.prompts.keep_fp32 = True  # heeded by exporters.precision.cast
+
+    def forward(self, embedding: Tensor, coords: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = self.masks.iou_token.weight.dtype
+        sparse, dense = self.prompts((coords[:, :-1], labels[:, :-1]), boxes=None, masks=None)
+        return self.masks.predict_masks(
+            image_embeddings=embedding.to(dtype),
+            image_pe=self.prompts.get_dense_pe().to(dtype),
+            sparse_prompt_embeddings=sparse.to(dtype),
+            dense_prompt_embeddings=dense.to(dtype),
+        )
