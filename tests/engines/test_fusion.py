@@ -173,19 +173,24 @@ def test_nothing_of_an_fp32_decoder_is_fused(tiny: Any) -> None:
     assert {layer.precision for layer in reports[1] if "node_MatMul" in layer.name} == {"fp32"}
 
 
-def test_blocks_of_queries_count_as_one_attention(library: Library, tmp_path: Path) -> None:
-    path = write_plain_attention(tmp_path / "a.onnx", blocks=4)
+@pytest.mark.parametrize("dtype", ["FLOAT16", "BFLOAT16"])
+def test_blocks_of_queries_count_as_one_attention(
+    library: Library, tmp_path: Path, dtype: str
+) -> None:
+    path = write_plain_attention(tmp_path / "a.onnx", blocks=4, dtype=dtype)
     plan, attentions = build(library, parsed(library, path))
     assert {name: len(cores) for name, cores in attentions.items()} == {"attention.0": 4}
     reports = fusion.from_plan(plan, attentions)
     assert states(reports) == {"attention.0": True}
-    assert sum(layer.kernel == "_gemm_mha_v2" for layer in reports[1]) == 4
+    kernels = [layer for layer in reports[1] if layer.kernel == "_gemm_mha_v2"]
+    expected = {"FLOAT16": "fp16", "BFLOAT16": "bf16"}[dtype]
+    assert [layer.precision for layer in kernels] == [expected] * 4
 
 
 @pytest.mark.parametrize(
     "changes",
     [{"width": 264}, {"dtype": "FLOAT"}, {"tokens": 64, "blocks": 1}],
-    ids=["too wide", "fp32", "too little work"],
+    ids=["too wide", "fp32", "whole, straight from the inputs"],
 )
 def test_plain_attention_that_the_library_does_not_fuse(
     library: Library, tmp_path: Path, changes: dict[str, Any]
