@@ -42,6 +42,20 @@ def test_json_holds_the_manifest_and_what_follows(
     assert facts["window_bytes"] == {"up": 16 * 16 * 3 + 16 + 8, "down": 16 * 8 * 4}
 
 
+def test_the_plain_form_is_shown_or_missed(
+    toy_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["info"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    size = (shipped_bundle() / "tail.plain.onnx").stat().st_size
+    assert f"plain form tail.plain.onnx, {size / 1000:.3g} kB, with the same weights" in said
+    assert main(["info", "--json"]) == 0
+    tail = json.loads(capsys.readouterr().out)["stages"]["tail"]
+    assert (tail["plain"]["file"], tail["plain"]["bytes"]) == ("tail.plain.onnx", size)
+    assert main(["info", str(toy_bundle)]) == 0
+    assert "no plain form: export again" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
