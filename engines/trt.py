@@ -18,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -147,7 +148,7 @@ class TrtEngine(Engine):
     def _parts(
         self, feeds: Mapping[str, np.ndarray], dims: dict[str, int]
     ) -> Iterator[tuple[Mapping[str, np.ndarray], dict[str, int]]]:
-        """Feeds and their sizes, cut along the batch into nearly equal parts that the plan takes."""
+        """Feeds and sizes, cut along the batch into nearly equal parts that the plan takes."""
         batch = self._batch
         count = math.ceil(dims[batch] / self._loaded.limits[batch][1]) if batch else 1
         if batch is None or count <= 1:
@@ -156,7 +157,7 @@ class TrtEngine(Engine):
             return
         cut = {spec.name for spec in self.inputs if spec.shape[:1] == (batch,)}
         edges = [dims[batch] * part // count for part in range(count + 1)]
-        for start, stop in zip(edges[:-1], edges[1:], strict=True):
+        for start, stop in pairwise(edges):
             sizes = {**dims, batch: stop - start}
             self._check_limits(sizes)
             yield {n: a[start:stop] if n in cut else a for n, a in feeds.items()}, sizes
@@ -291,10 +292,20 @@ class _Loaded:
 
 @dataclass
 class _Ready:
-    """An execution context whose shapes are set, and the graph captured from it, if any."""
+    """An execution context whose shapes are set, and the graph captured from it, if any.
+
+    Whoever holds the context holds it through this, and so loses it at :meth:`drop`: the traceback
+    of an error would otherwise keep it beyond the end of all it works with.
+    """
 
     context: Any
     graph: cuda.Graph | None = None
+
+    def drop(self) -> None:
+        self.context = None
+        if self.graph is not None:
+            self.graph.free()
+            self.graph = None
 
 
 class _Worker:
@@ -311,6 +322,7 @@ class _Worker:
         self._runs: dict[tuple[int, ...], int] = {}
         self._set: tuple[int, ...] | None = None  # the shapes of the context for all others
         self._buffers: dict[str, cuda.Buffer] = {}
+        self._stream: Any = None
         self._stack = ExitStack()
         try:
             if graphs is not False:
@@ -332,7 +344,7 @@ class _Worker:
     def _allocate(self) -> None:
         loaded, stage = self._loaded, self._loaded.plan.record.stage
         self._stream = self._cuda.stream()
-        self._stack.callback(self._forget, "_stream")
+        self._stack.callback(self._forget_stream)
         for side, specs in (("input", self._inputs), ("output", self._outputs)):
             for spec in specs:
                 greatest = _shape(spec, {name: high for name, (_, high) in loaded.limits.items()})
@@ -343,54 +355,58 @@ class _Worker:
         self._size = libraries.device_memory(loaded.library, loaded.engine)
         self._memory = self._cuda.allocate(self._size, f"the {stage}'s working memory")
         self._stack.callback(self._memory.free)
-        self._context = self._new_context()
-        self._stack.callback(self._forget, "_context")
+        self._main = self._new_context()
+        self._stack.callback(self._main.drop)
 
-    def _forget(self, name: str) -> None:
-        setattr(self, name, None)  # the library's objects have no other way to be destroyed
+    def _forget_stream(self) -> None:
+        self._stream = None  # pycuda has no other way to destroy it
 
-    def _new_context(self) -> Any:
-        return self._loaded.new_context(self._buffers, self._memory, self._size)
+    def _new_context(self) -> _Ready:
+        return _Ready(self._loaded.new_context(self._buffers, self._memory, self._size))
 
     def run(
         self, feeds: Mapping[str, np.ndarray], dims: Mapping[str, int]
     ) -> dict[str, np.ndarray]:
         """Run the plan once on ``feeds``, whose sizes ``dims`` fit its limits."""
         with self._cuda.active():
-            shapes = self._shapes(dims)
-            key = _key(shapes)
-            ready = self._prepare(key, shapes)
-            with self._settled():
-                self._upload(feeds)
-                self._enqueue(ready)
-                for spec in self._outputs:
-                    size = _size(spec, shapes[spec.name])
-                    self._buffers[spec.name].download(size, self._stream)
-            # The caller's own: the buffers hold the next run's results soon.
-            results = {s.name: self._view(s, shapes[s.name]).copy() for s in self._outputs}
-            self._runs[key] = self._runs.get(key, 0) + 1
-            if key in self._ready and ready.graph is None:
-                self._capture(key, ready)
-            return results
+            return self._run(feeds, self._shapes(dims))
+
+    def _run(self, feeds: Mapping[str, np.ndarray], shapes: _Shapes) -> dict[str, np.ndarray]:
+        key = _key(shapes)
+        ready = self._prepare(key, shapes)
+        with self._settled():
+            self._upload(feeds)
+            self._enqueue(ready)
+            for spec in self._outputs:
+                size = _size(spec, shapes[spec.name])
+                self._buffers[spec.name].download(size, self._stream)
+        # The caller's own: the buffers hold the next run's results soon.
+        results = {spec.name: self._view(spec, shapes[spec.name]).copy() for spec in self._outputs}
+        self._runs[key] = self._runs.get(key, 0) + 1
+        if key in self._ready and ready.graph is None:
+            self._capture(key, ready)
+        return results
 
     def times(
         self, feeds: Mapping[str, np.ndarray], dims: Mapping[str, int], runs: int
     ) -> list[float]:
         """Milliseconds of ``runs`` runs on the same feeds, copies left out."""
         with self._cuda.active():
-            shapes = self._shapes(dims)
-            ready = self._prepare(_key(shapes), shapes)
-            before, after = self._cuda.driver.Event(), self._cuda.driver.Event()
-            times = []
+            return self._times(feeds, self._shapes(dims), runs)
+
+    def _times(self, feeds: Mapping[str, np.ndarray], shapes: _Shapes, runs: int) -> list[float]:
+        ready = self._prepare(_key(shapes), shapes)
+        before, after = self._cuda.driver.Event(), self._cuda.driver.Event()
+        times = []
+        with self._settled():
+            self._upload(feeds)
+        for _ in range(runs):
             with self._settled():
-                self._upload(feeds)
-            for _ in range(runs):
-                with self._settled():
-                    before.record(self._stream)
-                    self._enqueue(ready)
-                    after.record(self._stream)
-                times.append(float(before.time_till(after)))
-            return times
+                before.record(self._stream)
+                self._enqueue(ready)
+                after.record(self._stream)
+            times.append(float(before.time_till(after)))
+        return times
 
     def _shapes(self, dims: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         return {spec.name: _shape(spec, dims) for spec in (*self._inputs, *self._outputs)}
@@ -407,31 +423,30 @@ class _Worker:
         if self._graph_driver is not None and self._runs.get(key):
             try:
                 while len(self._ready) >= _MAX_GRAPHS:
-                    self._drop(next(iter(self._ready)))
-                ready = _Ready(self._new_context())
-                self._set_shapes(ready.context, shapes)
-                self._ready[key] = ready
-                return ready
+                    self._ready.popitem(last=False)[1].drop()
+                self._ready[key] = self._new_context()
+                self._set_shapes(self._ready[key], shapes)
+                return self._ready[key]
             except EngineError as error:
-                self._no_graphs(error)
+                self._no_graphs(key, str(error))
         if self._set != key:
             self._set = None
-            self._set_shapes(self._context, shapes)
+            self._set_shapes(self._main, shapes)
             self._set = key
-        return _Ready(self._context)
+        return self._main
 
-    def _set_shapes(self, context: Any, shapes: _Shapes) -> None:
+    def _set_shapes(self, ready: _Ready, shapes: _Shapes) -> None:
         for spec in self._inputs:
-            if not context.set_input_shape(spec.name, shapes[spec.name]):
+            if not ready.context.set_input_shape(spec.name, shapes[spec.name]):
                 raise self._loaded.failed(f"refuses {spec.name} of shape {shapes[spec.name]}")
         try:
-            unknown = context.infer_shapes()
+            unknown = ready.context.infer_shapes()
         except RuntimeError as error:
             raise self._loaded.failed(f"finds no output shapes: {error}") from error
         if unknown:
             raise self._loaded.failed(f"lacks the shape of {', '.join(unknown)}")
         for spec in self._outputs:
-            if (found := tuple(context.get_tensor_shape(spec.name))) != shapes[spec.name]:
+            if (found := tuple(ready.context.get_tensor_shape(spec.name))) != shapes[spec.name]:
                 raise self._loaded.failed(
                     f"makes {spec.name} {found}, expected {shapes[spec.name]}"
                 )
@@ -454,34 +469,34 @@ class _Worker:
         try:
             yield
         except BaseException:
-            try:
-                self._stream.synchronize()
-            except self._cuda.driver.Error as error:
-                _logger.debug("after a failed run: %s", error)
+            self._wait()
             raise
         self._stream.synchronize()
+
+    def _wait(self) -> None:
+        """Wait for the stream, after something failed; that it failed is known already."""
+        try:
+            if self._stream is not None:
+                self._stream.synchronize()
+        except self._cuda.driver.Error as error:
+            _logger.debug("%s: %s", self._loaded.plan.path, error)
 
     def _capture(self, key: tuple[int, ...], ready: _Ready) -> None:
         """Capture what ``ready`` has just run, so that it is warm."""
         try:
             if not libraries.capturable(ready.context, self._stream.handle):
                 raise EngineError(f"{self._loaded.library.name} cannot capture this plan")
-            ready.graph = cuda.Graph(
-                self._graph_driver, self._stream, lambda: self._enqueue(_Ready(ready.context))
-            )
+            ready.graph = cuda.Graph(self._graph_driver, self._stream, lambda: self._enqueue(ready))
         except EngineError as error:
-            self._drop(key)
-            self._no_graphs(error)
+            self._no_graphs(key, str(error))
 
-    def _no_graphs(self, error: EngineError) -> None:
+    def _no_graphs(self, key: tuple[int, ...], reason: str) -> None:
+        """Go on without graphs, those captured before excepted."""
+        if key in self._ready:
+            self._ready.pop(key).drop()
         self._graph_driver = None
-        self._notes.append(f"no CUDA graphs: {error}")
-        _logger.warning("%s runs without CUDA graphs: %s", self._loaded.plan.path, error)
-
-    def _drop(self, key: tuple[int, ...]) -> None:
-        ready = self._ready.pop(key)
-        if ready.graph is not None:
-            ready.graph.free()
+        self._notes.append(f"no CUDA graphs: {reason}")
+        _logger.warning("%s runs without CUDA graphs: %s", self._loaded.plan.path, reason)
 
     def _view(self, spec: TensorSpec, shape: tuple[int, ...]) -> np.ndarray:
         """The tensor's place in its host buffer."""
@@ -493,8 +508,9 @@ class _Worker:
         try:
             with self._cuda.active():
                 try:
+                    self._wait()
                     while self._ready:
-                        self._drop(next(iter(self._ready)))
+                        self._ready.popitem()[1].drop()
                     self._stack.close()
                 finally:
                     self._loaded.release()

@@ -1,8 +1,9 @@
 """Build what the tests of the TensorRT engine run on: a simulated CUDA driver, and real pycuda.
 
-The driver is ``libcuda.c`` beside this file. pycuda has no wheels, so it is compiled from its source
-distribution (version and hash pinned below) with the headers that torch's dependencies bring. Both
-are kept in ``build/simulated-cuda`` and built again only when something they depend on changed.
+The driver is ``libcuda.c`` beside this file. pycuda has no wheels, so it is compiled from its
+source distribution (version and hash pinned below) with the headers that torch's dependencies
+bring. Both are kept in ``build/simulated-cuda`` and built again only when something they depend on
+changed.
 ``python tests/engines/simulated_cuda/build.py`` builds by hand and prints the environment to use.
 """
 
