@@ -247,7 +247,8 @@ def write_failure(bundle: Bundle, stage: str, device: OrtKind, failure: Failure 
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         if failure is None:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                path.unlink()
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(msgspec.json.format(msgspec.json.encode(failure), indent=2) + b"\n")

@@ -178,7 +178,8 @@ class Verdict:
     Attributes:
         engine: for people, such as ``TensorRT 10.3.0``.
         stage: its name, or ``end to end``.
-        why: for ``failed`` and ``not run``, in a line; else empty.
+        why: what was missed, or kept it from being run; which stages of an ``end to end`` were the
+            engine's own, unless all were. Else empty.
         rows: what was measured.
     """
 
@@ -448,6 +449,7 @@ class _Chain:
         self._contender = contender
         self._outputs: dict[int, Arrays] = {}
         self._embeddings: dict[int, np.ndarray] = {}
+        self._own: list[str] = []
         self._stopped = ""
 
     def run(self, name: str, engine: Engine, answers: Sequence[Arrays]) -> None:
@@ -463,6 +465,7 @@ class _Chain:
                 done[index] = engine.run(feeds)
             elif self._counts(sample):
                 done[index] = answers[index]
+        self._own.append(name)
         self._advance(name, done)
 
     def fill(self, name: str) -> None:
@@ -518,6 +521,8 @@ class _Chain:
                 rows.append(row)
                 missed += why
         status: Status = "failed" if missed else "ok"
+        if len(self._own) < len(order(self._run.bundle)):
+            missed.append(f"of its own were {' and '.join(self._own)}")
         return Verdict(name, END_TO_END, status, "; ".join(missed), tuple(rows))
 
     def _counts(self, sample: Sample) -> bool:
