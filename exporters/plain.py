@@ -43,7 +43,8 @@ _TILE = 64  # queries per block come in multiples of this: matrix kernels work i
 
 # What the rewritten graphs may hold: operators of opset 17 that mean the same in opset 23, with the
 # attributes that they had then already. onnx-tensorrt lists all of them for TensorRT 9.2 and
-# for 10.6, in every type used here. Gelu and Attention are not among them.
+# for 10.6, in every type used here. Gelu and Attention are not among them. ONNX itself allows Conv
+# in bfloat16 from opset 22 only; TensorRT's parser allows it here too.
 OPERATORS: Mapping[str, frozenset[str]] = {
     **{
         name: frozenset()

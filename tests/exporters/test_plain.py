@@ -405,6 +405,16 @@ def test_rtx_builds_every_stage_and_reads_weights_out_of_the_main_form(
     assert isinstance(build(tmp_path / "alone.onnx"), str)
 
 
+def test_rtx_builds_bf16(tmp_path: Path) -> None:
+    """Also its convolution, which ONNX itself allows in bfloat16 from opset 22 only."""
+    sam = reorder(randomise(build_from_spec(SPECS["tiny"]), seed=1)).requires_grad_(False)
+    specs = stage_specs(TAIL, stages.geometry_of(sam), "bf16")
+    write_plain(write_stage(TAIL, cast(stages.Tail(sam), "bf16"), *specs, tmp_path), tmp_path, 25)
+    plan = build(tmp_path / "tail.plain.onnx")
+    assert isinstance(plan, bytes), plan
+    assert b"name=_gemm_mha_v2" in plan
+
+
 def test_rtx_fuses_every_block_of_queries(random_bundle: Path, half: Path, tmp_path: Path) -> None:
     stage = Bundle.load(random_bundle).stage(TAIL)
     shutil.copyfile(half / "tail.onnx", tmp_path / "tail.onnx")
