@@ -168,6 +168,11 @@ def test_a_node_that_takes_all_cores_says_how_to_share_them(options: dict[str, s
         assert "--threads" not in _serve(*words, "--threads", "1").stderr
 
 
+def test_tensorrt_without_a_plan_says_how_to_build_one(options: dict[str, str]) -> None:
+    error = _refusal({**options, "--device": "tensorrt"})
+    assert f"`edge-runtime build {options['--bundle']} --stage stack` builds one" in error
+
+
 def test_usage_errors_exit_2() -> None:
     assert _serve("--bundle", "x", "--keys", "y", "--device", "abacus").returncode == 2
 

@@ -50,6 +50,14 @@ def test_a_key_may_stand_in_the_file_itself(tmp_path: Path) -> None:
     assert load_config(path).nodes[0].server_key == KEY
 
 
+def test_the_device_is_read_and_checked(tmp_path: Path) -> None:
+    assert load_config(written(tmp_path, NODE)).device == "auto"
+    config = load_config(written(tmp_path, 'device = "tensorrt"\n' + NODE))
+    assert config.device == "tensorrt"
+    with pytest.raises(ConfigError, match="device is 'tpu'; expected one of auto, cpu, cuda, tens"):
+        EdgeConfig(nodes=config.nodes, device="tpu")  # type: ignore[arg-type]
+
+
 def test_integers_do_for_numbers(tmp_path: Path) -> None:
     path = written(tmp_path, "deadline_s = 3\nmax_exposure = 1\nwindows_per_request = 2\n" + NODE)
     config = load_config(path)
@@ -77,6 +85,7 @@ def test_integers_do_for_numbers(tmp_path: Path) -> None:
         ('deadline_s = "soon"\n' + NODE, "Expected `float`, got `str` - at `deadline_s`"),
         ('fallback = "retry"\n' + NODE, "'error'|'local'|retry"),
         ("windows_per_request = 0\n" + NODE, "windows_per_request is 0"),
+        ('device = "tpu"\n' + NODE, "'auto'|'cpu'|'cuda'|'tensorrt'|tpu"),
         ("", "no nodes"),
         ("nodes = []\n", "no nodes"),
         ("nodes = 3\n", "Expected `array`"),

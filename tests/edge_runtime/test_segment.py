@@ -20,8 +20,10 @@ import pytest
 from PIL import Image
 
 from edge_runtime.cli import main
-from edge_runtime.config import EdgeConfig
+from edge_runtime.config import EdgeConfig, NodeConfig
+from edge_runtime.offload import Offloader
 from edge_runtime.predictor import OffloadPredictor
+from engines.errors import PlanError
 
 
 @pytest.fixture
@@ -50,6 +52,31 @@ def closed_port() -> str:
 def mask(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.array(image) > 0
+
+
+def test_the_device_is_chosen_here_or_in_edge_toml(
+    photo: Path,
+    tmp_path: Path,
+    toy_bundle: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = ["segment", str(photo), "--point", "5,6", "--bundle", str(toy_bundle), "--local"]
+    assert main([*command, "--device", "tensorrt", "--out", str(tmp_path / "t")]) == 1
+    error = capsys.readouterr().err
+    assert f"`edge-runtime build {toy_bundle} --stage stack` builds one" in error
+    assert not (tmp_path / "t").exists()
+    assert main([*command, "--device", "cpu", "--out", str(tmp_path / "c")]) == 0
+    assert main([*command, "--device", "tpu"]) == 2
+    node = NodeConfig(name="a", endpoint="tcp://a:1", server_key="a.pub")
+    monkeypatch.setattr(Offloader, "prepare", lambda self: None)
+    config = EdgeConfig(nodes=(node,), bundle=str(toy_bundle), device="tensorrt")
+    monkeypatch.setattr(Offloader, "__init__", lambda self, *_: None)
+    monkeypatch.setattr(Offloader, "close", lambda self: None)
+    with OffloadPredictor(config) as predictor, pytest.raises(PlanError, match="no TensorRT plan"):
+        predictor.pipeline.engine("tail")
+    with OffloadPredictor(config, device="cpu") as predictor:
+        predictor.pipeline.engine("tail")
 
 
 def test_local_writes_masks_overlay_and_json(
