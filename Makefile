@@ -54,6 +54,14 @@ images: $(VENV)/.ready ## Make the README's pictures again, from a run of the de
 	cp $(OUT)/overlay.png $(OUT)/what-each-node-saw.png docs/images
 	$(VENV)/bin/python docs/images/how_it_works.py
 
+.PHONY: gpu
+gpu: ## On a machine with an NVIDIA GPU: run the GPU tests, then measure every engine (GPU_ARGS=--resume)
+	@$(PYTHON) -m exporters.gpu --check
+	@status=0; tests=$$(grep -rl --include='test_*.py' 'mark\.gpu' tests || true); \
+	if [ -n "$$tests" ] && $(PYTHON) -c 'import pytest' 2>/dev/null; then \
+	  $(PYTHON) -m pytest -m gpu $$tests || status=$$?; fi; \
+	$(PYTHON) -m exporters.gpu $(if $(NAME),--name $(NAME)) $(GPU_ARGS) || status=$$?; exit $$status
+
 .PHONY: venv
 venv: $(VENV)/.ready ## The full environment (about 6 GB, with torch; Linux x86-64)
 

@@ -58,8 +58,10 @@ CASES = (
 )
 REHEARSED = (("stack", 25), ("stack", 9), ("tail", 25), ("decoder", 1), ("encoder", 25))
 
-REQUIRED = {"torch": "torch", "numpy": "numpy", "msgspec": "msgspec"}
-REQUIRED |= {"segment_anything": "segment-anything", "torchvision": "torchvision"}
+WORKER = "exporters.gpu_worker"
+REQUIRED = {"msgspec": "msgspec", "segment_anything": "segment-anything"}
+"""What every part needs and a machine set up for PyTorch may lack, by the names pip knows."""
+PYTORCH = ("torch", "torchvision", "numpy")
 
 CLOSING_SECONDS = 20.0
 """Kept of the time budget for measuring the matrix rate once more at the end."""
@@ -258,7 +260,7 @@ def child(request: dict[str, Any], limit: float, handle: Callable[[Event], None]
     finished, problem = False, None
     with tempfile.TemporaryFile("w+", errors="replace") as chatter:
         process = subprocess.Popen(
-            [sys.executable, "-m", "exporters.gpu_worker"],
+            [sys.executable, "-m", WORKER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=chatter,
@@ -338,6 +340,7 @@ class Benchmark:
             "cases": self.cases,
             "row_seconds": args.row_seconds,
             "runs": [3, 5] if args.cpu_rehearsal else [10, 200],
+            "warm_up": [1, 0.0] if args.cpu_rehearsal else [3, 0.5],
         }
         self.commit = commit()
         self.versions: dict[str, str] = {}
@@ -572,9 +575,24 @@ def commit() -> str:
     return run.stdout.strip() + "+" * (changed.returncode == 1) if run.stdout else "unknown"
 
 
-def missing() -> list[str]:
-    """Packages that everything here needs and this Python lacks, as pip calls them."""
-    return [name for module, name in REQUIRED.items() if importlib.util.find_spec(module) is None]
+def missing() -> str | None:
+    """What this Python lacks that everything here needs, and how to bring it; None: nothing."""
+
+    def lacking(modules: Iterable[str]) -> list[str]:
+        return [module for module in modules if importlib.util.find_spec(module) is None]
+
+    if modules := lacking(PYTORCH):
+        return (
+            f"{sys.executable} lacks {', '.join(modules)}: name a Python that has PyTorch for this "
+            "GPU, as in `make gpu PYTHON=/opt/torch/bin/python3`"
+        )
+    if names := " ".join(REQUIRED[module] for module in lacking(REQUIRED)):
+        return (
+            f"{sys.executable} lacks {names}, which every part of this needs. Nothing is installed "
+            f"here: run `python3 -m pip install --no-deps --target DIR {names}` with the same "
+            "Python version where there is a network, then `PYTHONPATH=DIR make gpu`"
+        )
+    return None
 
 
 NOTHING = "nothing was measured, nothing was written"
@@ -618,13 +636,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; 0 when at least one row was measured."""
     args = parse(sys.argv[1:] if arguments is None else arguments)
     if lacking := missing():
-        names = " ".join(lacking)
-        say(
-            f"error: {sys.executable} lacks {names}, which every part of this needs; it installs "
-            f"nothing itself. Where there is a network, `python3 -m pip install --no-deps --target "
-            f"DIR {names}`, then PYTHONPATH=DIR make gpu"
-        )
-        return 2
+        sys.exit(f"error: {lacking}")
     with tempfile.TemporaryDirectory(prefix="edge-runtime-gpu-") as scratch:
         benchmark = Benchmark(args, Path(scratch))
         if args.check:

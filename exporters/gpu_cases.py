@@ -28,8 +28,7 @@ from . import flops
 from .measure import randomise
 from .models import MODELS, build_from_spec, reorder
 
-WARM_UPS = 3
-WARM_UP_SECONDS = 0.5
+WARM_UPS = 3  # of what has a first time: compilers and captured graphs
 POINTS = 2  # of each prompt: one point and the padding point that upstream adds
 
 
@@ -135,11 +134,10 @@ def timed(worker: Worker, loaded: Loaded, seconds: float) -> tuple[list[float], 
     """
     begun, warm_ups = time.perf_counter(), 0
     fewest, most = worker.request["runs"]
+    least, least_seconds = worker.request["warm_up"]
     stream = torch.cuda.stream(loaded.stream) if worker.on_gpu else contextlib.nullcontext()
     with stream:
-        while warm_ups < WARM_UPS or (
-            time.perf_counter() - begun < WARM_UP_SECONDS and warm_ups < most
-        ):
+        while warm_ups < least or (time.perf_counter() - begun < least_seconds and warm_ups < most):
             loaded.run()
             worker.wait()
             warm_ups += 1

@@ -32,6 +32,7 @@ from torch import nn
 
 from engines.errors import EdgeRuntimeError
 from engines.geometry import Geometry
+from engines.parity import TOLERANCES
 from engines.windows import cut
 
 from . import shipped, stages
@@ -52,7 +53,6 @@ from .gpu_cases import (
 )
 from .gpu_engines import ENGINES, ON_CPU, Kind, folded
 from .precision import TORCH_DTYPES
-from .verify import TOLERANCES
 
 MATMUL_SIZES = {"cuda": (4096, 8192, 16384), "cpu": (256, 512)}
 PYTORCH_MEMORY = (
@@ -266,7 +266,6 @@ def _measure(
         worker.wait()
         if worker.on_gpu and of_pytorch:
             torch.cuda.reset_peak_memory_stats()
-        loaded.run()
         loaded.run()
         worker.wait()
         row["peak_bytes"], row["peak_method"] = None, ON_CPU
