@@ -140,8 +140,9 @@ def build_stage(
     root = bundle.path.absolute()
     watcher.begin(stage)
     bundle.verify_hashes([stage])
-    with _workplace(bundle, spec) as folder, contextlib.ExitStack() as files:
+    with _workplace(bundle) as folder, contextlib.ExitStack() as files:
         partial = files.enter_context(_temporary(folder, stage))
+        _require_room(bundle, spec, folder)
         request = Request(
             parent=os.getpid(),
             backend=options.backend,
@@ -194,7 +195,7 @@ def _check_options(options: BuildOptions) -> None:
 
 
 @contextlib.contextmanager
-def _workplace(bundle: Bundle, stage: Stage) -> Iterator[Path]:
+def _workplace(bundle: Bundle) -> Iterator[Path]:
     """The bundle's folder of plans, without partial files of builds that were killed.
 
     Every build holds a shared lock on it; who gets it alone may tidy up.
@@ -210,14 +211,6 @@ def _workplace(bundle: Bundle, stage: Stage) -> Iterator[Path]:
                     leftover.unlink()
         with contextlib.suppress(OSError):  # a network disk without locks
             fcntl.flock(lock, fcntl.LOCK_SH)
-        # A plan holds the weights, and may share none of them with another.
-        needed = sum((bundle.path / file).stat().st_size for file in stage.files)
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            raise BuildError(
-                f"no room for a plan in {folder}: at least {needed / 1e6:,.0f} MB are needed, "
-                f"{free / 1e6:,.0f} MB are free. Make room on that disk, then try again"
-            )
         yield folder
     finally:
         with _uninterrupted():
@@ -226,6 +219,17 @@ def _workplace(bundle: Bundle, stage: Stage) -> Iterator[Path]:
                     with contextlib.suppress(OSError):
                         empty.rmdir()
             os.close(lock)
+
+
+def _require_room(bundle: Bundle, stage: Stage, folder: Path) -> None:
+    """Refuse at once what would fail after an hour: a plan holds all of the weights."""
+    needed = sum((bundle.path / file).stat().st_size for file in stage.files)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise BuildError(
+            f"no room for a plan in {folder}: at least {needed / 1e6:,.0f} MB are needed, "
+            f"{free / 1e6:,.0f} MB are free. Make room on that disk, then try again"
+        )
 
 
 def _alone(lock: int) -> bool:

@@ -1,0 +1,116 @@
+"""Plans of the published models' size: ViT-B and ViT-H, with weights of no meaning."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from giants import write_giant
+
+from engines.build import BuildOptions, Watcher, build_stage
+from engines.bundle import Bundle
+
+pytest.importorskip("tensorrt_rtx")
+pytest.importorskip("torch")
+
+DEPTHS = {"vit_b": 12, "vit_h": 32}
+GLOBAL = 4
+BUILDER_MIB = 6_000
+"""A plan of ViT-H must be built on a machine of 8 GB; it took 4.1 GB, ViT-B 0.9."""
+
+
+@pytest.fixture(scope="module", params=["vit_b", "vit_h"])
+def giant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    directory = tmp_path_factory.mktemp("giant") / request.param
+    try:
+        yield write_giant(request.param, directory)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)  # ViT-H and its plans take 2.6 GB
+
+
+class Loud(Watcher):
+    def warning(self, text: str) -> None:
+        pytest.fail(text)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("stage", ["stack", "tail"])
+def test_attention_is_fused_in_every_block(giant: Bundle, stage: str) -> None:
+    options = BuildOptions(backend="tensorrt-rtx", strict=True)
+    plan = build_stage(giant, stage, options, Loud())
+    record = plan.record
+    depth = DEPTHS[giant.manifest.model]
+    blocks = GLOBAL if stage == "tail" else depth - GLOBAL
+    assert record.form == "attention"
+    assert [attention.fused for attention in record.attention] == [True] * blocks
+    # Nearly all of a plan is its weights: there is one copy of them, in the graph's precision.
+    weights = (giant.path / f"{stage}.onnx.data").stat().st_size
+    assert 0.95 * weights < record.plan_bytes < 1.1 * weights
+    peak = record.flags["builder_peak_rss_bytes"]
+    assert isinstance(peak, int)
+    assert peak < BUILDER_MIB << 20
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_middle_of_a_long_build_leaves_nothing(
+    giant: Bundle, number: signal.Signals
+) -> None:
+    code, builder = interrupt(giant, number)
+    assert code == 128 + number
+    assert not (giant.path / "plans").exists()
+    assert is_gone(builder)
+
+
+@pytest.mark.timeout(600)
+def test_a_builder_does_not_outlive_a_killed_parent(giant: Bundle) -> None:
+    code, builder = interrupt(giant, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    while not is_gone(builder):
+        time.sleep(0.01)
+    assert [path.suffix for path in giant.path.glob("plans/*")] == [".partial"]
+    build_stage(giant, "tail", BuildOptions(backend="tensorrt-rtx"))
+    assert not list(giant.path.glob("plans/.*"))
+
+
+def interrupt(giant: Bundle, number: signal.Signals) -> tuple[int, int]:
+    """Send a signal to a real build of the stack in its midst; its exit code, its builder's id."""
+    shutil.rmtree(giant.path / "plans", ignore_errors=True)
+    command = [sys.executable, "-m", "edge_runtime.cli", "build", str(giant.path)]
+    edge = subprocess.Popen([*command, "--stage", "stack", "--backend", "tensorrt-rtx"])
+    try:
+        builder = wait_until_it_builds(edge, giant)
+        assert [path.suffix for path in giant.path.glob("plans/*")] == [".partial"]
+        edge.send_signal(number)
+        return edge.wait(), builder
+    finally:
+        edge.kill()
+        edge.wait()
+
+
+def wait_until_it_builds(edge: subprocess.Popen[bytes], giant: Bundle) -> int:
+    """Until the builder holds the weights, which it reads last before the long part begins."""
+    weights = (giant.path / "stack.onnx.data").stat().st_size
+    while edge.poll() is None:
+        listed = Path(f"/proc/{edge.pid}/task/{edge.pid}/children").read_text().split()
+        for pid in listed:
+            pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
+            if int(pages) * os.sysconf("SC_PAGE_SIZE") > 1.5 * weights + (200 << 20):
+                return int(pid)
+        time.sleep(0.01)
+    pytest.fail(f"the build was over too soon, with code {edge.returncode}")
+
+
+def is_gone(pid: int) -> bool:
+    """Whether the process ended, buried or not: a child of the killed is not ours to bury."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
