@@ -36,6 +36,7 @@ from transport.messages import (
     NO_ID,
     VERSIONS,
     Accepted,
+    Cancel,
     Info,
     InfoRequest,
     Message,
@@ -151,7 +152,7 @@ class Server:
                 self._send(to, self._info(message))
             elif isinstance(message, Request):
                 self._admit(to, name, message, parts[1:], arrived)
-            elif not isinstance(message, VersionsSpoken):
+            elif not isinstance(message, (Cancel, VersionsSpoken)):  # neither is ever answered
                 kind = type(message).__name__
                 raise ProtocolError(f"a node takes no {kind} message")
         except UnknownVersionError as error:

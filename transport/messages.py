@@ -124,11 +124,22 @@ class Result(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", 
 
 
 class Refused(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="refused"):
-    """Node to edge: no result will follow. Codes: see `docs/protocol.md`."""
+    """Node to edge: no result will follow. Codes: see `docs/protocol.md`.
+
+    `retry_ms`: the same request may do better after so long; 0 is no hint.
+    """
 
     id: Id
     code: Code
     message: Text
+    retry_ms: Annotated[int, Meta(ge=0, le=86_400_000)] = 0
+
+
+class Cancel(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="cancel"):
+    """Edge to node: forget the request of this id, nobody waits for it any more. Never answered,
+    nor is an id refused that the node does not know: the result may have crossed it."""
+
+    id: Id
 
 
 class InfoRequest(
@@ -155,7 +166,7 @@ class VersionsSpoken:
     versions: tuple[int, ...]
 
 
-Message = Request | Accepted | Result | Refused | InfoRequest | Info | VersionsSpoken
+Message = Request | Accepted | Result | Refused | Cancel | InfoRequest | Info | VersionsSpoken
 
 
 class UnknownVersionError(ProtocolError):
@@ -228,16 +239,18 @@ def new_id() -> bytes:
     return secrets.token_bytes(16)
 
 
-def refuse(id: bytes, code: str, message: str) -> Refused:
+def refuse(id: bytes, code: str, message: str, retry_ms: int = 0) -> Refused:
     """A `Refused` whose text is cut and cleaned to what may travel."""
     clean = "".join(c if " " <= c <= "~" else "?" for c in message)
-    return Refused(
-        id, code, clean if len(clean) <= TEXT_LENGTH else clean[: TEXT_LENGTH - 3] + "..."
-    )
+    if len(clean) > TEXT_LENGTH:
+        clean = clean[: TEXT_LENGTH - 3] + "..."
+    return Refused(id, code, clean, retry_ms)
 
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Request | Accepted | Result | Refused | InfoRequest | Info)
+_decoder = msgspec.msgpack.Decoder(
+    Request | Accepted | Result | Refused | Cancel | InfoRequest | Info
+)
 
 
 def encode(message: Message, arrays: Mapping[str, np.ndarray] | None = None) -> list[Any]:

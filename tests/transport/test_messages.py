@@ -21,6 +21,7 @@ from transport.messages import (
     HEADER_BYTES,
     MAX_TENSORS,
     Accepted,
+    Cancel,
     Info,
     InfoRequest,
     Limits,
@@ -49,7 +50,8 @@ MESSAGES: dict[str, tuple[Any, dict[str, np.ndarray]]] = {
     "Request": (Request(ID, "ab" * 32, 1500), {"pixels": PIXELS, "window": np.array([7])}),
     "Accepted": (Accepted(ID), {}),
     "Result": (Result(ID, 12, 345678), {"tokens": np.array([[[1.5, -2.0]]], np.float16)}),
-    "Refused": (Refused(ID, "deadline", "too late"), {}),
+    "Refused": (Refused(ID, "overloaded", "try later", 250), {}),
+    "Cancel": (Cancel(ID), {}),
     "InfoRequest": (InfoRequest(ID), {}),
     "Info": (
         Info(
@@ -90,8 +92,11 @@ GOLDEN = {
         "003e00c0",
     ],
     "Refused": [
-        "4552540184a474797065a772656675736564a26964c410000102030405060708090a0b0c0d0e0fa4636f"
-        "6465a8646561646c696e65a76d657373616765a8746f6f206c617465",
+        "4552540185a474797065a772656675736564a26964c410000102030405060708090a0b0c0d0e0fa4636f"
+        "6465aa6f7665726c6f61646564a76d657373616765a9747279206c61746572a872657472795f6d73ccfa",
+    ],
+    "Cancel": [
+        "4552540182a474797065a663616e63656ca26964c410000102030405060708090a0b0c0d0e0f",
     ],
     "InfoRequest": [
         "4552540182a474797065ac696e666f5f72657175657374a26964c410000102030405060708090a0b0c0d0e0f",
@@ -352,6 +357,14 @@ def test_refusals_are_cut_and_cleaned_to_what_may_travel() -> None:
     assert message.message.isprintable()
     assert message.message.isascii()
     assert len(message.message) == 600
+
+
+@pytest.mark.parametrize("retry_ms", [-1, 86_400_001, 1.5, "soon", None])
+def test_retry_hints_out_of_range(retry_ms: Any) -> None:
+    fields = {"type": "refused", "id": ID, "code": "overloaded", "message": "", "retry_ms": 1}
+    decode_header(b"ERT\1" + msgspec.msgpack.encode(fields))
+    with pytest.raises(ProtocolError, match="retry_ms"):
+        decode_header(b"ERT\1" + msgspec.msgpack.encode({**fields, "retry_ms": retry_ms}))
 
 
 def test_ids_are_not_repeated() -> None:
