@@ -249,6 +249,9 @@ def test_engines_of_one_plan_share_its_weights_and_close_in_any_order(
                 engines[index].run(stack_feeds(1))
             with pytest.raises(EngineError, match=r"stack\.plan was closed"):
                 engines[index].another()
+            for engine in (engines[i] for i in order[n + 1 :]):
+                with engine.another() as late:
+                    check_stack(late, toy, 3)
         assert driver.live() == {}
 
 
@@ -383,6 +386,16 @@ def test_the_librarys_words_reach_error_and_log(
         simulated.failures.reset()
         engine.run(stack_feeds(3))
     assert "TensorRT 10.3.0: [enqueue] Error Code 1: a simulated reason." in caplog.text
+
+
+def test_shapes_that_were_refused_do_not_stay(open_stack: Opener, toy: Toy) -> None:
+    with open_stack(graphs=False) as engine:
+        check_stack(engine, toy, 2)
+        simulated.failures.name = "infer_shapes"
+        with pytest.raises(EngineError, match="finds no output shapes: a simulated reason"):
+            engine.run(stack_feeds(3))
+        simulated.failures.reset()
+        check_stack(engine, toy, 2, seed=1)
 
 
 def test_wrong_feeds(open_stack: Opener) -> None:
@@ -538,4 +551,5 @@ def test_an_interrupt_leaves_the_engine_usable(
             patch.setattr(engine._worker, "_enqueue", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 engine.run(stack_feeds(2))
+            assert driver.count("queued") == 0
         check_stack(engine, toy, 2)

@@ -719,6 +719,13 @@ EXPORT CUresult cuGetErrorName(CUresult code, const char **text) {
 
 /* For the tests. */
 
+static long queued(void) {
+    long number = 0;
+    for (CUstream stream = streams; stream; stream = stream->next)
+        for (const Op *op = stream->queue; op; op = op->next) number++;
+    return number;
+}
+
 EXPORT long simulated_count(const char *name) {
     pthread_mutex_lock(&mutex);
     long value = !strcmp(name, "calls")              ? count.calls
@@ -735,6 +742,7 @@ EXPORT long simulated_count(const char *name) {
                  : !strcmp(name, "captures")         ? count.captures
                  : !strcmp(name, "used")             ? (long)memory_used
                  : !strcmp(name, "retains")          ? contexts[0].retains
+                 : !strcmp(name, "queued")           ? queued()
                  : !strcmp(name, "depth")            ? depth
                                                      : -1;
     pthread_mutex_unlock(&mutex);
