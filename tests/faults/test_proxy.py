@@ -319,4 +319,4 @@ def test_it_runs_in_a_thread_too() -> None:
 def test_nonsense_is_refused() -> None:
     for wrong in ({"latency_s": -1}, {"rate": 0}, {"slices": 0}, {"cut": Cut(-1)}):
         with pytest.raises(ValueError, match=r"must|least"):
-            Faults(**wrong)  # type: ignore[arg-type]
+            Faults(**wrong)

@@ -1,0 +1,52 @@
+"""A real client of one node, and a small request to ask it with."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import numpy as np
+import zmq.asyncio
+
+from edge_runtime.client import NodeClient, Reply
+from edge_runtime.config import Node
+from edge_runtime.placement import ExposureLedger, place
+from engines.bundle import Bundle
+from transport.messages import stage_limits
+
+WINDOWS = [0, 4]
+
+
+def feeds(bundle: Bundle, seed: int = 0) -> dict[str, np.ndarray]:
+    """Two windows of a random picture."""
+    side = bundle.geometry.window_pixels
+    rng = np.random.default_rng(seed)
+    return {
+        "pixels": rng.integers(0, 256, (2, side, side, 3), dtype=np.uint8),
+        "extent": np.full((2, 2), side, np.int64),
+        "window": np.array(WINDOWS),
+    }
+
+
+async def ask(client: NodeClient, fed: dict[str, np.ndarray], seconds: float = 20.0) -> Reply:
+    """Have the node run the stack, with a permit for it."""
+    ledger = ExposureLedger(place([1] * 9, range(9), 3, [client.name], 1.0, bytes(32), b""))
+    until = asyncio.get_running_loop().time() + seconds
+    return await client.infer(fed, ledger.permit(client.name, WINDOWS), until)
+
+
+@asynccontextmanager
+async def connected(node: Node, bundle: Bundle) -> AsyncIterator[NodeClient]:
+    """A real client of `node`, which serves the bundle's stack; its link is up."""
+    ctx, stage = zmq.asyncio.Context(), bundle.stage("stack")
+    limits = stage_limits(stage.inputs, stage.outputs, bundle.geometry.windows)
+    client = NodeClient(ctx, node, stage, limits)
+    client.start()
+    try:
+        while client.link is None or client.link.state != "up":
+            await asyncio.sleep(0.005)
+        yield client
+    finally:
+        await client.close()
+        ctx.destroy(linger=0)

@@ -1,0 +1,471 @@
+"""Processes and links to break: signals at chosen instants, /proc samples, network namespaces.
+
+A `Child` is a process that can be killed, frozen, thawed and restarted; a `Plan` is a reproducible
+list of what to do when, and `run_plan` does it. `Sampler` follows a process's memory, descriptors
+and threads. `Netns` is two namespaces of its own joined by a veth pair, with a rate limit and a
+cable that can be pulled; it needs root (`Netns.unavailable` says why not). Whatever is made here is
+gone at the end of its ``with``, and of the program at the latest.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import functools
+import itertools
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Action = Literal["kill", "stop", "cont", "term", "restart"]
+
+
+class Child:
+    """A process, running from being made to the end of its ``with``.
+
+    Args:
+        command: to run.
+        log: file for what it prints; appended to by restarts.
+        ready: called until it returns True, before the constructor and `restart` return.
+        timeout_s: for becoming ready.
+        popen: what to start it with; a `Netns` offers one.
+        environment: its environment; None is this process's.
+
+    Attributes:
+        starts: how often it was started. pid: of the one running now.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        log: Path,
+        ready: Callable[[], bool] | None = None,
+        timeout_s: float = 60.0,
+        popen: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.command, self.log = list(command), log
+        self.starts = 0
+        self._ready, self._timeout_s, self._popen = ready, timeout_s, popen
+        self._environment = environment
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Start it and wait until it is ready.
+
+        Raises:
+            RuntimeError: it ended, or was not ready in time.
+        """
+        with self._lock, self.log.open("ab") as out:
+            if self.running:
+                return
+            self._process = self._popen(
+                self.command,
+                stdout=out,
+                stderr=out,
+                stdin=subprocess.DEVNULL,
+                env=self._environment,
+            )
+            self.starts += 1
+        give_up = time.monotonic() + self._timeout_s
+        while self._ready and not self._ready():
+            if not self.running or time.monotonic() > give_up:
+                text = self.log.read_text(errors="replace")[-2000:]
+                self.kill()
+                raise RuntimeError(f"{self.command[0]} did not become ready: {text}")
+            time.sleep(0.01)
+
+    def signal(self, number: int) -> bool:
+        """Send a signal; False if it runs no more. Never to another process of the same pid."""
+        with self._lock:
+            if not self.running:
+                return False
+            assert self._process is not None
+            self._process.send_signal(number)
+            return True
+
+    def stop(self) -> bool:
+        """Freeze it (SIGSTOP), and wait until it is."""
+        sent = self.signal(signal.SIGSTOP)
+        give_up = time.monotonic() + 5
+        while sent and self.running and state(self.pid) != "T" and time.monotonic() < give_up:
+            time.sleep(0.001)
+        return sent
+
+    def cont(self) -> bool:
+        """Thaw it (SIGCONT)."""
+        return self.signal(signal.SIGCONT)
+
+    def kill(self) -> int | None:
+        """SIGKILL, and wait; its exit status."""
+        self.signal(signal.SIGKILL)
+        return self._process.wait(30) if self._process else None
+
+    def term(self) -> bool:
+        """SIGTERM."""
+        return self.signal(signal.SIGTERM)
+
+    def restart(self) -> None:
+        """Kill it if it runs, and start it anew."""
+        self.kill()
+        self.start()
+
+    def do(self, action: Action) -> None:
+        getattr(self, action)()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
+
+
+@dataclass(frozen=True)
+class Step:
+    """At `at_s` seconds from the start, do `action` to the child of that name."""
+
+    at_s: float
+    child: str
+    action: Action
+
+
+Plan = Sequence[Step]
+
+
+def random_plan(
+    seed: int,
+    children: Sequence[str],
+    *,
+    seconds: float,
+    every_s: float,
+    actions: Sequence[Action] = ("kill", "stop"),
+    down_s: tuple[float, float] = (0.1, 1.0),
+) -> list[Step]:
+    """Faults at random instants, on average every `every_s`, each undone after a time in `down_s`
+    (a kill by a restart, a stop by a cont). A child has one fault at a time; all are undone."""
+    rng = random.Random(f"{seed}/plan")
+    busy = dict.fromkeys(children, 0.0)
+    steps: list[Step] = []
+    at = rng.expovariate(1 / every_s)
+    while at < seconds:
+        free = [name for name, until in busy.items() if until <= at]
+        if free:
+            name, action = rng.choice(free), rng.choice(list(actions))
+            until = at + rng.uniform(*down_s)
+            undo: Action = "cont" if action == "stop" else "restart"
+            steps += [Step(at, name, action), Step(until, name, undo)]
+            busy[name] = until
+        at += rng.expovariate(1 / every_s)
+    return sorted(steps, key=lambda step: step.at_s)
+
+
+@dataclass(frozen=True)
+class Done:
+    """A step as it came about: `at_s` is when it was done."""
+
+    step: Step
+    at_s: float
+
+
+@contextlib.contextmanager
+def run_plan(plan: Plan, children: Mapping[str, Child]) -> Iterator[list[Done]]:
+    """Do the steps in a thread while the body runs; the list fills as they are done.
+
+    Leaving the body ends the plan and thaws every child; those killed stay so. A step that fails
+    ends it too, and its error is raised on leaving.
+    """
+    done: list[Done] = []
+    ended = threading.Event()
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        begun = time.monotonic()
+        try:
+            for step in plan:
+                if ended.wait(max(0.0, begun + step.at_s - time.monotonic())):
+                    return
+                children[step.child].do(step.action)
+                done.append(Done(step, time.monotonic() - begun))
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work, name="plan", daemon=True)
+    thread.start()
+    try:
+        yield done
+    finally:
+        ended.set()
+        thread.join()
+        for child in children.values():
+            child.cont()
+    if failed:
+        raise failed[0]
+
+
+def state(pid: int) -> str:
+    """Its state as in ``ps``: R, S, D, T (stopped), Z; empty if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Of a process: `at_s` on the monotonic clock, `rss` and `peak` (its highest) in bytes, open
+    descriptors, threads, and processor seconds used."""
+
+    at_s: float
+    rss: int
+    peak: int
+    fds: int
+    threads: int
+    cpu_s: float
+
+
+def sample(pid: int) -> Sample:
+    """What /proc says of a process now.
+
+    Raises:
+        ProcessLookupError: it is gone.
+    """
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        fds = len(os.listdir(f"/proc/{pid}/fd"))
+        times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError as error:
+        raise ProcessLookupError(f"no process {pid}: {error.strerror}") from None
+    fields = dict(re.findall(r"^(\w+):\s+(\d+)", status, re.MULTILINE))
+    if "VmRSS" not in fields:
+        raise ProcessLookupError(f"process {pid} has ended")
+    cpu = (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
+    rss, peak = int(fields["VmRSS"]) * 1024, int(fields["VmHWM"]) * 1024
+    return Sample(time.monotonic(), rss, peak, fds, int(fields["Threads"]), cpu)
+
+
+class Sampler:
+    """Samples of a process every `every_s`, in a thread, for as long as the ``with`` lasts.
+
+    Keeps at most `most`: then it drops every other one and samples half as often. A process that
+    is gone ends it.
+    """
+
+    def __init__(self, pid: int, *, every_s: float = 0.1, most: int = 10_000) -> None:
+        self.samples: list[Sample] = []
+        self._pid, self._every_s, self._most = pid, every_s, most
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="sampler", daemon=True)
+
+    @property
+    def peak_rss(self) -> int:
+        """Highest memory among the samples, in bytes."""
+        return max(one.rss for one in self.samples)
+
+    def growth(self, field: str = "rss") -> float:
+        """Last minus first sample."""
+        return float(getattr(self.samples[-1], field) - getattr(self.samples[0], field))
+
+    def slope(self, field: str = "rss", *, skip: float = 0.2) -> float:
+        """Least-squares growth per hour, without the first share `skip` of the samples."""
+        kept = self.samples[int(len(self.samples) * skip) :]
+        times = [one.at_s for one in kept]
+        values = [float(getattr(one, field)) for one in kept]
+        if len(kept) < 2 or times[-1] == times[0]:
+            return 0.0
+        mid_t, mid_v = sum(times) / len(kept), sum(values) / len(kept)
+        over = sum((t - mid_t) * (v - mid_v) for t, v in zip(times, values, strict=True))
+        return 3600 * over / sum((t - mid_t) ** 2 for t in times)
+
+    def _take(self) -> bool:
+        try:
+            self.samples.append(sample(self._pid))
+        except ProcessLookupError:
+            return False
+        if len(self.samples) >= self._most:
+            del self.samples[1::2]
+            self._every_s *= 2
+        return True
+
+    def _work(self) -> None:
+        while not self._ended.wait(self._every_s) and self._take():
+            pass
+
+    def __enter__(self) -> Sampler:
+        self._take()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._take()
+
+
+_numbers = itertools.count()
+_PREFIX = "faults"
+
+
+class Netns:
+    """Two namespaces, ``near`` and ``far``, with a link between them and nothing else.
+
+    Start children with `popen`, or work in one with `enter`. Addresses: `NEAR` and `FAR`.
+
+    Args:
+        rate: as ``tc`` writes it (``8mbit``), of either direction; None is unlimited.
+        mtu: of the link.
+    """
+
+    NEAR, FAR = "10.0.0.1", "10.0.0.2"
+
+    def __init__(self, *, rate: str | None = None, mtu: int = 1500) -> None:
+        tag = f"{_PREFIX}-{os.getpid()}-{next(_numbers)}"
+        self.names = {"near": f"{tag}-near", "far": f"{tag}-far"}
+        self._first_rate, self._mtu = rate, mtu
+        self._children: list[subprocess.Popen[bytes]] = []
+
+    @staticmethod
+    @functools.cache
+    def unavailable() -> str | None:
+        """Why there can be no namespaces here; None if there can."""
+        if not sys.platform.startswith("linux") or os.geteuid() != 0:
+            return "network namespaces need Linux and root"
+        if missing := [tool for tool in ("ip", "tc") if not shutil.which(tool)]:
+            return f"network namespaces need {' and '.join(missing)} (iproute2)"
+        try:
+            with Netns(rate="8mbit"):
+                return None
+        except (OSError, subprocess.CalledProcessError) as error:
+            told = getattr(error, "stderr", None) or str(error)
+            return f"the kernel grants no network namespaces here: {told.strip()}"
+
+    def popen(
+        self, command: Sequence[str], *, side: Literal["near", "far"] = "far", **options: Any
+    ) -> subprocess.Popen[bytes]:
+        """`subprocess.Popen` in one of the namespaces; killed with them."""
+        whole = ["ip", "netns", "exec", self.names[side], *command]  # becomes the command: same pid
+        process = subprocess.Popen(whole, **options)
+        self._children.append(process)
+        return process
+
+    @contextlib.contextmanager
+    def enter(self, side: Literal["near", "far"] = "near") -> Iterator[None]:
+        """This thread in one of the namespaces: its sockets, and the threads it starts, stay there.
+
+        A `zmq.Context` opens its sockets in threads it starts with its first socket: make both
+        within.
+        """
+        libc = ctypes.CDLL(None, use_errno=True)
+        new_net = 0x40000000
+        home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+        try:
+            there = os.open(f"/run/netns/{self.names[side]}", os.O_RDONLY)
+            try:
+                if libc.setns(there, new_net) != 0:
+                    raise OSError(ctypes.get_errno(), "setns failed")
+            finally:
+                os.close(there)
+            try:
+                yield
+            finally:
+                if libc.setns(home, new_net) != 0:
+                    raise OSError(ctypes.get_errno(), "setns back failed")
+        finally:
+            os.close(home)
+
+    def rate(self, rate: str | None, *, side: Literal["near", "far", "both"] = "both") -> None:
+        """Limit what leaves a side (token bucket, no ``netem``); None lifts the limit."""
+        for name in self._sides(side):
+            # There may be none to take away.
+            _quiet("tc", "-n", name, "qdisc", "del", "dev", "eth0", "root")
+            if rate:
+                # A queue of 200 ms and a bucket of some frames: an ordinary home router.
+                shape = ["tbf", "rate", rate, "burst", "16kb", "latency", "200ms"]
+                _run("tc", "-n", name, "qdisc", "add", "dev", "eth0", "root", *shape)
+
+    def down(self) -> None:
+        """Pull the cable: both ends lose it, and nobody is told."""
+        # Only the far end, whose fall takes the carrier of both: the near address keeps its routes.
+        _run("ip", "-n", self.names["far"], "link", "set", "eth0", "down")
+
+    def up(self) -> None:
+        """Plug it in again."""
+        _run("ip", "-n", self.names["far"], "link", "set", "eth0", "up")
+
+    def _sides(self, side: str) -> list[str]:
+        return list(self.names.values()) if side == "both" else [self.names[side]]
+
+    def __enter__(self) -> Netns:
+        _sweep()
+        atexit.register(self._remove)
+        near, far = self.names.values()
+        try:
+            for name in (near, far):
+                _run("ip", "netns", "add", name)
+            peer = ["peer", "name", "eth0", "netns", far]
+            _run("ip", "-n", near, "link", "add", "name", "eth0", "type", "veth", *peer)
+            for name, address in ((near, self.NEAR), (far, self.FAR)):
+                _run("ip", "-n", name, "addr", "add", f"{address}/30", "dev", "eth0")
+                _run("ip", "-n", name, "link", "set", "eth0", "mtu", str(self._mtu), "up")
+                _run("ip", "-n", name, "link", "set", "lo", "up")
+            self.rate(self._first_rate)
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._remove()
+        atexit.unregister(self._remove)
+
+    def _remove(self) -> None:
+        for child in self._children:
+            if child.poll() is None:
+                child.kill()
+            child.wait()
+        self._children.clear()
+        for name in self.names.values():
+            _quiet("ip", "netns", "del", name)
+
+
+def _sweep() -> None:
+    """Remove namespaces of this kind whose maker is gone, as after a SIGKILL."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir("/run/netns"):
+            match = re.fullmatch(rf"{_PREFIX}-(\d+)-\d+-(near|far)", name)
+            if match and not Path(f"/proc/{match[1]}").exists():
+                _quiet("ip", "netns", "del", name)
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
+
+
+def _quiet(*command: str) -> None:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        subprocess.run(command, check=False, capture_output=True, timeout=30)
