@@ -10,12 +10,13 @@ import msgspec
 import pytest
 from simulated_trt import GPU, SimulatedMachine, SimulatedTrt, install, write_plan
 
-from engines import libraries, opening
+from engines import cuda, libraries, opening
 from engines import plan as plans
-from engines.bundle import Bundle
+from engines.bundle import Bundle, shipped_bundle
 from engines.errors import BundleError, EngineError, PlanError
 from engines.opening import Failure, find_failure, onnx_identity, open_stage, write_failure
 from engines.ort import OrtEngine
+from engines.parity import gate
 from engines.pipeline import Pipeline
 from engines.plan import Parity, Plan, Row
 
@@ -316,3 +317,23 @@ def test_plans_of_another_library_are_found_by_their_own(
     write_plan(bundle, "stack", old)
     with open_stage(bundle, "stack", device="tensorrt") as engine:
         assert isinstance(engine, SimulatedTrt)
+
+
+def test_a_real_plan_waits_for_its_gpu(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """TensorRT-RTX builds without a GPU; nothing here is simulated."""
+    pytest.importorskip("tensorrt_rtx")
+    if cuda.device_count():
+        pytest.skip("this machine has a GPU")
+    from engines.build import BuildOptions, build_stage
+
+    opening._say.cache_clear()
+    bundle = Bundle.load(shutil.copytree(shipped_bundle("fp16"), tmp_path / "real"))
+    build_stage(bundle, "decoder", BuildOptions(backend="tensorrt-rtx"))
+    with open_stage(bundle, "decoder") as engine:
+        assert isinstance(engine, OrtEngine)
+    assert "no NVIDIA driver" in texts(caplog)[-1]
+    with pytest.raises(EngineError, match="no NVIDIA driver"):
+        open_stage(bundle, "decoder", device="tensorrt")
+    report = gate(bundle, ["decoder"], random=0, threads=1)
+    assert report.passed
+    assert [v.status for v in report.verdicts if v.engine.startswith("tensorrt")] == ["not run"]

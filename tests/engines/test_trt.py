@@ -50,7 +50,7 @@ def simulated_cuda() -> dict[str, str]:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("checks", ["check_cuda.py", "check_trt.py"])
+@pytest.mark.parametrize("checks", ["check_cuda.py", "check_trt.py", "check_parity.py"])
 def test_on_a_simulated_gpu(simulated_cuda: dict[str, str], checks: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
