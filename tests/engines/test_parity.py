@@ -94,11 +94,14 @@ def test_mask_iou_is_of_all_together_the_least_and_the_mean() -> None:
     assert kinds == {"mask ", "mean mask ", "least mask "}
 
 
-def test_a_mask_of_a_few_pixels_is_left_to_the_logits() -> None:
+def test_a_few_pixels_are_left_to_the_logits() -> None:
     result = compare([(ONES, ONES)], [(square(2, 2), square(2)), (square(9), square(9))])
-    assert result.mask_iou_min == 1
+    assert (result.mask_iou_min, result.mask_iou_mean) == (1, 1)
+    assert result.mask_iou == pytest.approx(81 / 89)
+    result = compare([(ONES, ONES)], [(square(0), square(3)), (square(9), square(9))])
+    assert (result.mask_iou_min, result.mask_iou_mean) == (0, 0.5)
     result = compare([(ONES, ONES)], [(square(0), square(0))])
-    assert (result.mask_iou, result.mask_iou_min, result.mask_iou_mean) == (1, None, None)
+    assert (result.mask_iou, result.mask_iou_min, result.mask_iou_mean) == (1, 1, 1)
     assert result.misses(FP32) == []
 
 
