@@ -18,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -79,8 +80,10 @@ class TrtEngine(Engine):
         self._loaded = loaded
         self._graphs = graphs
         self._batch = _batch(self.inputs, self.outputs)
-        self._lock = threading.Lock()
-        self._worker = _Worker(loaded, graphs, self.notes)
+        # Reentrant, because releasing takes it too: at the end of the process other threads may be
+        # in the middle of a run.
+        self._lock = threading.RLock()
+        self._worker = _Worker(loaded, graphs, self.notes, self._lock)
         # Also when nobody closes it: as garbage, or at the end of the process.
         self._release = weakref.finalize(self, self._worker.release)
 
@@ -128,8 +131,7 @@ class TrtEngine(Engine):
             return self._worker.times(feeds, dims, runs)
 
     def close(self) -> None:
-        with self._lock:
-            self._release()
+        self._release()
 
     def _check_open(self) -> None:
         if not self._release.alive:
@@ -231,6 +233,8 @@ class _Loaded:
                 if found != (expected := f"{mode} DEVICE {spec.dtype} {shape}"):
                     raise self._contradiction(f"{spec.name} as {found}", expected)
         for spec in record.inputs:
+            if all(isinstance(dim, int) for dim in spec.shape):
+                continue
             least, _, greatest = self.engine.get_tensor_profile_shape(spec.name, 0)
             for dim, low, high in zip(spec.shape, least, greatest, strict=True):
                 if isinstance(dim, str):
@@ -309,14 +313,17 @@ class _Ready:
 
 
 class _Worker:
-    """A stream, its buffers and execution contexts. One caller at a time."""
+    """A stream, its buffers and execution contexts. One caller at a time, who holds ``lock``."""
 
-    def __init__(self, loaded: _Loaded, graphs: bool | None, notes: list[str]) -> None:
+    def __init__(
+        self, loaded: _Loaded, graphs: bool | None, notes: list[str], lock: threading.RLock
+    ) -> None:
         record = loaded.plan.record
         self._loaded = loaded
         self._cuda = loaded.cuda
         self._inputs, self._outputs = record.inputs, record.outputs
         self._notes = notes
+        self._lock = lock
         self._graph_driver: Any = None
         self._ready: OrderedDict[tuple[int, ...], _Ready] = OrderedDict()
         self._runs: dict[tuple[int, ...], int] = {}
@@ -506,7 +513,7 @@ class _Worker:
     def release(self) -> None:
         """Give everything back, and the use of the loaded plan; what fails is logged."""
         try:
-            with self._cuda.active():
+            with self._lock, self._cuda.active():
                 try:
                     self._wait()
                     while self._ready:
@@ -540,8 +547,13 @@ def _size(spec: TensorSpec, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * spec.numpy_dtype.itemsize
 
 
+@lru_cache
 def _log(library: Library) -> Any:
-    """A logger for the library: it writes to ours and keeps the errors of each thread."""
+    """A logger for the library: it writes to ours and keeps the last error of each thread.
+
+    There is one for ever, because the library keeps the first it is given for what belongs to no
+    plan, and complains of others.
+    """
     base = library.module.ILogger
     levels = {"INTERNAL_ERROR": logging.ERROR, "ERROR": logging.ERROR, "WARNING": logging.WARNING}
 

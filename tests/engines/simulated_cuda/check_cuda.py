@@ -60,13 +60,16 @@ def test_no_gpu_is_one_clear_line() -> None:
     assert "--device cpu" in done.stdout
 
 
-def test_the_primary_context_is_given_back_at_the_end() -> None:
+@pytest.mark.parametrize(
+    "make", ["cuda.context()", "t = threading.Thread(target=cuda.context); t.start(); t.join()"]
+)
+def test_the_primary_context_is_given_back_at_the_end(make: str) -> None:
     code = (
-        "import atexit, simulated_driver as driver\n"
+        "import atexit, threading, simulated_driver as driver\n"
         "atexit.register(lambda: print('at the end', driver.count('retains')))\n"
-        "from engines import cuda\ncuda.context(); print(driver.count('retains'))"
+        f"from engines import cuda\n{make}\nprint(driver.count('retains'))"
     )
-    done = run_python(code, PYTHONPATH=":".join(sys.path))
+    done = run_python(code, PYTHONPATH=os.pathsep.join(sys.path))
     # Handlers run in reverse order: the context's, registered later, has run before.
     assert done.stdout.splitlines() == ["1", "at the end 0"]
     assert done.stderr == ""
@@ -187,4 +190,22 @@ def test_a_graph_repeats_work_and_a_failed_capture_leaves_the_stream_usable(
         stream.synchronize()
         assert list(buffer.host) == [3] * 8
         graph.free()
+        buffer.free()
+
+
+def test_a_capture_does_not_disturb_other_threads(gpu: cuda.Context) -> None:
+    def allocate() -> None:
+        with gpu.active():
+            cuda.Buffer(gpu, 8, "another thread's").free()
+
+    with gpu.active():
+        stream, buffer = gpu.stream(), cuda.Buffer(gpu, 8, "a test")
+
+        def enqueue() -> None:
+            buffer.upload(8, stream)
+            thread = threading.Thread(target=allocate)
+            thread.start()
+            thread.join()
+
+        cuda.Graph(cuda.graph_driver(), stream, enqueue).free()
         buffer.free()

@@ -3,6 +3,9 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -297,6 +300,46 @@ def test_a_forgotten_engine_is_released(open_stack: Opener, toy: Toy) -> None:
     del engine, ring
     gc.collect()
     assert driver.live() == {}
+
+
+def test_a_process_may_end_while_threads_run_engines(bundle: Path) -> None:
+    """As a killed server's do: nobody closes the engine, and its threads are daemons."""
+    plan = simulated.write_plan(Bundle.load(bundle), "stack", STACK)
+    code = f"""
+import atexit, sys, threading, time
+import simulated_driver as driver
+atexit.register(lambda: print(driver.live(), driver.count("errors"), driver.count("retains")))
+import numpy as np
+import simulated_tensorrt as simulated
+from engines.bundle import Bundle
+from engines.errors import EngineError
+from engines.plan import plans
+from engines.trt import TrtEngine
+engine = TrtEngine(plans(Bundle.load({str(bundle)!r}))[0], simulated.library())
+feeds = {{"pixels": np.zeros((2, 16, 16, 3), np.uint8)}}
+feeds |= {{"extent": np.zeros((2, 2), np.int64), "window": np.zeros(2, np.int64)}}
+ran = threading.Event()
+def serve(engine):
+    try:
+        while True:
+            engine.run(feeds)
+            ran.set()
+    except EngineError as error:
+        assert "was closed" in str(error), error
+for one in (engine, engine, engine.another()):
+    threading.Thread(target=serve, args=(one,), daemon=True).start()
+ran.wait()
+"""
+    assert plan.path.is_file()
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "{} 0 0\n", "")
 
 
 # Times.
