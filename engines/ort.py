@@ -110,7 +110,8 @@ class OrtEngine(Engine):
             if "NOT_IMPLEMENTED" in text and len(providers) == 1:
                 raise EngineError(
                     f"{self._path} cannot run on the CPU: {_first_line(text)}. ONNX Runtime has no "
-                    "bfloat16 arithmetic there: use an fp32 or fp16 bundle, or --device cuda"
+                    "bfloat16 arithmetic there: use an fp32 or fp16 bundle, or --device cuda or "
+                    "tensorrt"
                 ) from error
             raise EngineError(f"{self._path} cannot be opened: {_first_line(text)}") from error
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 from simulated_trt import GPU, SimulatedMachine, SimulatedTrt, install
 
-from engines import opening
+from engines import cuda, libraries, opening
 from engines import plan as plans
 from engines.bundle import (
     Bundle,
@@ -26,6 +26,7 @@ from engines.errors import BundleError, EngineError, PlanError
 from engines.opening import open_stage
 from engines.ort import OrtEngine
 from engines.parity import END_TO_END, TOLERANCES, Report, Verdict, Watcher, compare, gate
+from engines.wire import from_wire, to_wire
 
 FP32, FP16 = TOLERANCES["fp32"], TOLERANCES["fp16"]
 ONES = np.ones((2, 8), np.float32)
@@ -518,3 +519,105 @@ def test_kinds(fp16: Bundle, machine: SimulatedMachine) -> None:
     assert of_tensorrt(gate(fp16, kinds=("cpu",), threads=1)) == {}
     report = gate(fp16, ["stack"], kinds=("tensorrt",), threads=1)
     assert {v.engine.split(" ")[0] for v in report.verdicts} == {"ONNX", TARGET}
+
+
+# bfloat16: ONNX Runtime on the CPU has no arithmetic for it ---------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bf16(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from exporters.export import export
+
+    out = tmp_path_factory.mktemp("bf16") / "bundle"
+    return export(random_checkpoint, out, model="tiny", precision="bf16").bundle.path
+
+
+class Rounded(Engine):
+    """The float32 bundle's stage behind the bf16 bundle's interface: what a good plan computes."""
+
+    def __init__(self, machine: SimulatedMachine, bundle: Bundle, twin: Bundle, stage: str) -> None:
+        spec = bundle.stage(stage)
+        self.inputs, self.outputs = spec.inputs, spec.outputs
+        self._machine, self._stage = machine, stage
+        self._engine = OrtEngine(twin.stage_path(stage), threads=1, device="cpu")
+
+    def run(self, feeds: Any) -> dict[str, np.ndarray]:
+        plain = {
+            spec.name: from_wire(feeds[spec.name], spec.dtype)
+            if spec.dtype == "bfloat16"
+            else feeds[spec.name]
+            for spec in self.inputs
+        }
+        found = self._engine.run(plain)
+        wire = {spec.name: to_wire(found[spec.name], spec.dtype) for spec in self.outputs}
+        return self._machine.spoil(self._stage, wire)
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def test_bf16_is_not_run_on_the_cpu(bf16: Path, tmp_path: Path) -> None:
+    bundle = Bundle.load(shutil.copytree(bf16, tmp_path / "b"))
+    report = gate(bundle, threads=1)
+    assert report.passed
+    assert {statuses(report)[name] for name in ("stack", "tail")} == {"not run"}
+    assert all("bfloat16" in v.why for v in report.verdicts if v.status == "not run")
+
+
+def test_bf16_plans_are_measured_on_the_golden_sample_and_on_themselves(
+    bf16: Path, tmp_path: Path, random_bundle: Path, machine: SimulatedMachine
+) -> None:
+    bundle = Bundle.load(shutil.copytree(bf16, tmp_path / "b"))
+    twin = Bundle.load(random_bundle)
+    machine.build(bundle, "stack", "tail", "decoder")
+
+    def open_plan(bundle: Bundle, plan: Any, library: Any, *, ordinal: int = 0) -> Engine:
+        return Rounded(machine, bundle, twin, plan.record.stage)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opening, "open_plan", open_plan)
+        verdicts = of_tensorrt(gate(bundle, threads=1))
+        assert {v.status for v in verdicts.values()} == {"ok"}
+        assert verdicts.keys() == {"stack", "tail", "decoder", END_TO_END}
+        against = [(row.inputs, row.reference) for row in verdicts["tail"].rows]
+        assert against == [
+            ("golden", "PyTorch"),
+            ("golden", "itself in other batches"),
+            ("random", "itself in other batches"),
+        ]
+
+        def infinite(stage: str, outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            if stage != "stack":
+                return outputs
+            tokens = outputs["tokens"].copy()
+            tokens[-1, 0, 0] = 0x7F80
+            return {"tokens": tokens}
+
+        machine.spoil = infinite
+        verdict = of_tensorrt(gate(bundle, threads=1))["stack"]
+        assert "NaN or infinity" in verdict.why
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(1800)
+def test_on_a_real_gpu_what_is_built_passes_and_serves(fp16: Bundle) -> None:
+    from engines.build import BuildOptions, build_stage
+    from engines.trt import TrtEngine
+
+    try:
+        here = cuda.facts()
+        library = libraries.choose("auto")
+    except EngineError as error:
+        pytest.skip(str(error))
+    pytest.importorskip("pycuda.driver")
+    stages = ["stack", "tail", "decoder"]
+    for stage in stages:
+        build_stage(fp16, stage, BuildOptions(backend=library.flavour))
+    report = gate(fp16, random=3)
+    assert report.passed, report.verdicts
+    for stage in stages:
+        with open_stage(fp16, stage, device="tensorrt") as engine:
+            assert isinstance(engine, TrtEngine)
+    for plan in plans.plans(fp16):
+        assert plan.record.parity is not None
+        assert plan.record.parity.machine.gpu == here.name
