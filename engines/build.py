@@ -159,7 +159,7 @@ def build_stage(
         cache = options.timing_cache
         if cache is not None:
             new = files.enter_context(_temporary(cache.parent, cache.name))
-            old = str(cache) if cache.exists() else None
+            old = str(cache.absolute()) if cache.exists() else None
             request = msgspec.structs.replace(request, timing_cache=old, new_timing_cache=str(new))
         began, built = _follow(request, watcher)
         record = _record(bundle, stage, options, request, began, built)
@@ -291,7 +291,10 @@ def _follow(request: Request, watcher: Watcher) -> tuple[Began, Built]:
             child.stdin.close()
         decoder = msgspec.json.Decoder(Event)
         for line in child.stdout:
-            event = decoder.decode(line)
+            try:
+                event = decoder.decode(line)
+            except msgspec.MsgspecError:  # cut short by the builder's death
+                continue
             events[type(event)] = event
             if isinstance(event, Phase):
                 watcher.phase(_printable(event.name), event.done, event.total, event.depth)
@@ -302,7 +305,7 @@ def _follow(request: Request, watcher: Watcher) -> tuple[Began, Built]:
         with _uninterrupted():
             child.kill()
             child.wait()
-            listener.join()
+            listener.join(1)
             for pipe in (child.stdin, child.stdout, child.stderr):
                 with contextlib.suppress(OSError):
                     pipe.close()

@@ -196,11 +196,12 @@ def build(request: Request, emit: Emit) -> None:
     started = time.monotonic()
     log = Log(emit)
     trt = library.module
-    builder = trt.Builder(_logger(library, log))
+    logger = _logger(library, log)  # must outlive the builder, as must the monitor below
+    builder = trt.Builder(logger)
     if not builder:
         raise BuildError(f"{library.name} does not start: {log.errors()}")
     network = builder.create_network(libraries.network_flags(library))
-    parser = trt.OnnxParser(network, builder.logger)
+    parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(graph):
         raise BuildError(f"{library.name} cannot parse {graph}: {_parse_errors(parser, log)}")
     _check_network(library, network, request, graph)
@@ -211,7 +212,8 @@ def build(request: Request, emit: Emit) -> None:
     )
     config.add_optimization_profile(_profile(builder, network, request.profile))
     cache = _use_timing_cache(config, request, emit)
-    config.progress_monitor = _monitor(library, emit)
+    monitor = _monitor(library, emit)
+    config.progress_monitor = monitor
     data = builder.build_serialized_network(network, config)
     if data is None:
         raise BuildError(f"{library.name} cannot build {graph}: {log.errors()}")
@@ -220,7 +222,7 @@ def build(request: Request, emit: Emit) -> None:
         _write(Path(request.new_timing_cache), config.get_timing_cache().serialize())
     seconds = time.monotonic() - started
     read_from, (attention, layers), activation = _read_back(
-        library, log, data, attentions, gpu is not None, emit
+        library, logger, data, attentions, gpu is not None, emit
     )
     log.summarise()
     emit(
@@ -458,24 +460,37 @@ def _use_timing_cache(config: Any, request: Request, emit: Emit) -> Any:
 
 def _read_back(
     library: Library,
-    log: Log,
+    logger: Any,
     data: Any,
     attentions: fusion.Attentions,
     on_gpu: bool,
     emit: Emit,
 ) -> tuple[Literal["engine inspector", "serialised plan"], Any, int | None]:
-    """What was built: from the engine where a GPU can open it, else from the plan's bytes."""
+    """What was built: from the engine where a GPU can open it, else from the plan's bytes.
+
+    An inspector that leaves an attention untold gives way to a plan that tells of all.
+    """
+    told = fusion.from_plan(data, attentions)
+    memory = None
     if on_gpu:
         trt = library.module
-        runtime = trt.Runtime(_logger(library, log))
+        runtime = trt.Runtime(logger)
         engine = runtime.deserialize_cuda_engine(data)
-        if engine is not None:
-            inspector = engine.create_engine_inspector()
-            text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+        if engine is None:
+            emit(Warned("the plan does not open on this GPU: its layers are read from its bytes"))
+        else:
             memory = libraries.device_memory(library, engine)
-            return "engine inspector", fusion.from_inspector(text, attentions), memory
-        emit(Warned("the plan does not open on this GPU, so its layers are read from its bytes"))
-    return "serialised plan", fusion.from_plan(data, attentions), None
+            text = engine.create_engine_inspector().get_engine_information(
+                trt.LayerInformationFormat.JSON
+            )
+            inspected = fusion.from_inspector(text, attentions)
+            if _all_told(inspected) or not _all_told(told):
+                return "engine inspector", inspected, memory
+    return "serialised plan", told, memory
+
+
+def _all_told(reports: fusion.Reports) -> bool:
+    return all(attention.fused is not None for attention in reports[0])
 
 
 def _write(path: Path, data: Any) -> None:

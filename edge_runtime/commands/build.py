@@ -27,8 +27,9 @@ _DESCRIPTION = """\
 Build TensorRT plans of a bundle's stages, with TensorRT (Jetson, data centre) or TensorRT-RTX
 (workstations), whichever is installed. Neither torch nor onnx is needed.
 
-Precision comes from the bundle. TensorRT builds on the GPU that will run the plan, which can take
-an hour on a small board; TensorRT-RTX needs no GPU, and its plans serve every card it supports.
+Precision comes from the bundle. TensorRT builds on the GPU that will run the plan and for it alone,
+which takes long on a small board. TensorRT-RTX needs no GPU; with or without one, its plans are for
+every card it supports from Ampere on (on a Turing card: for Turing).
 Files are checked against their hashes first; each plan is written beside a record of what it was
 built from and how, and replaces an older one only once it is whole. Ctrl-C leaves nothing."""
 

@@ -177,7 +177,10 @@ def test_a_signal_at_any_moment_leaves_whole_plans_or_none(
     time.sleep(wait_s)
     edge.send_signal(number)
     said = edge.communicate()[1]
-    assert edge.returncode == 128 + number, said
+    if edge.returncode == 0:  # a fast machine had finished
+        assert len(plans(Bundle.load(tiny))) == 3
+    else:
+        assert edge.returncode == 128 + number, said
     assert list(tiny.rglob("*.partial")) == []
     assert list(tiny.glob("plans/*/.*")) == []
     for folder in tiny.glob("plans/*"):

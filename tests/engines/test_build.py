@@ -16,6 +16,7 @@ import pytest
 
 from engines import build as building
 from engines.build import BuildOptions, Watcher, build_stage, expected_share, profile_for, unfused
+from engines.builder import Began, Built, Request
 from engines.bundle import Bundle, shipped_bundle, write_manifest
 from engines.errors import BuildError, BundleError, EngineError
 from engines.plan import AttentionReport, Plan, PlanRecord, plans
@@ -361,6 +362,57 @@ def test_a_timing_cache_must_be_a_file_somewhere(tiny: Bundle, tmp_path: Path) -
     for cache in (tmp_path, tmp_path / "none" / "cache"):
         with pytest.raises(BuildError, match="name a file in a directory that exists"):
             build_stage(tiny, "stack", BuildOptions(backend="tensorrt", timing_cache=cache))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_timing_cache_is_replaced_by_the_builds_own(
+    fails: bool, tiny: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The builder is simulated: a timing cache needs TensorRT and a GPU."""
+    cache = tmp_path / "cache"
+    cache.write_bytes(b"old")
+    began = Began(
+        flavour="tensorrt",
+        version="10.3.0",
+        library="TensorRT 10.3.0",
+        form="plain",
+        compute_capabilities=("8.7",),
+        target="tensorrt-10.3.0-sm87",
+        gpu="Orin",
+        driver="540.4.0",
+        device_memory_bytes=8 << 30,
+    )
+    built = Built(
+        seconds=1.0,
+        flags={},
+        read_from="engine inspector",
+        attention=(AttentionReport("a", True, "mha"),),
+        layers=(),
+        activation_bytes=1,
+        peak_rss_bytes=1,
+    )
+
+    def follow(request: Request, watcher: Watcher) -> tuple[Began, Built]:
+        assert request.timing_cache == str(cache)
+        assert request.new_timing_cache
+        Path(request.new_timing_cache).write_bytes(b"new")
+        Path(request.plan).write_bytes(b"plan")
+        if fails:
+            raise BuildError("no")
+        return began, built
+
+    monkeypatch.setattr(building, "_follow", follow)
+    options = BuildOptions(backend="tensorrt", timing_cache=cache)
+    if fails:
+        with pytest.raises(BuildError):
+            build_stage(tiny, "stack", options)
+        assert no_plans(tiny)
+    else:
+        record = build_stage(tiny, "stack", options).record
+        assert f"--timing-cache {cache}" in record.command
+        assert (record.gpu, record.form) == ("Orin", "plain")
+    assert cache.read_bytes() == (b"old" if fails else b"new")
+    assert list(tmp_path.glob(".*")) == []
 
 
 def test_a_workspace_of_nothing_is_refused(tiny: Bundle) -> None:

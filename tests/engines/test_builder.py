@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import msgspec
 import numpy as np
@@ -19,6 +20,7 @@ from engines.builder import Began, Built, Event, Log, Phase, Progress, Request, 
 from engines.bundle import TensorSpec
 from engines.errors import BuildError, EngineError
 from engines.libraries import Library
+from engines.plan import AttentionReport
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH = 32
@@ -328,6 +330,38 @@ def test_tensorrt_without_a_gpu_says_why_it_needs_one(monkeypatch: pytest.Monkey
     monkeypatch.setattr(cuda, "facts", none)
     with pytest.raises(EngineError, match="only on the GPU that will run the plan: no NVIDIA GPU"):
         builder._gpu(Library("tensorrt", (10, 3, 0), None))
+
+
+FUSED = (AttentionReport("a", True, "mha"),), ()
+UNTOLD = (AttentionReport("a", None),), ()
+
+
+@pytest.mark.parametrize(
+    ("opens", "inspected", "in_plan", "expected"),
+    [
+        (True, FUSED, UNTOLD, ("engine inspector", FUSED, 4096)),
+        (True, UNTOLD, UNTOLD, ("engine inspector", UNTOLD, 4096)),
+        (True, UNTOLD, FUSED, ("serialised plan", FUSED, 4096)),
+        (False, UNTOLD, FUSED, ("serialised plan", FUSED, None)),
+    ],
+)
+def test_what_was_built_is_read_from_the_engine_where_it_tells(
+    opens: bool,
+    inspected: Any,
+    in_plan: Any,
+    expected: Any,
+    heard: list[Event],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The library is simulated: no engine can be opened without a GPU."""
+    engine = mock.Mock(device_memory_size_v2=4096)
+    trt = mock.Mock()
+    trt.Runtime.return_value.deserialize_cuda_engine.return_value = engine if opens else None
+    library = Library("tensorrt", (10, 3, 0), trt)
+    monkeypatch.setattr(builder.fusion, "from_inspector", lambda text, attentions: inspected)
+    monkeypatch.setattr(builder.fusion, "from_plan", lambda plan, attentions: in_plan)
+    assert builder._read_back(library, None, b"plan", {}, True, heard.append) == expected
+    assert [("does not open on this GPU" in text) for text in texts(heard)] == [True] * (not opens)
 
 
 class Config:
