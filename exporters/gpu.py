@@ -42,6 +42,7 @@ ENGINES = (
     "pytorch-compiled",
     "tensorrt",
     "onnxruntime",
+    "pytorch-packed",
     "pytorch-tuned",
     "tensorrt-rtx",
     "pytorch-folded",

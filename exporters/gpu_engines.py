@@ -1,10 +1,9 @@
 """The engines of the GPU benchmark, each as a function that makes a case ready to run.
 
-Upstream's modules as shipped, this project's modules in PyTorch (eager, compiled, compiled and
-tuned), ONNX Runtime, TensorRT and TensorRT-RTX. Each engine's libraries are imported when it is
-asked for, and one that is not there is :class:`~exporters.gpu_cases.Absent` with the reason.
-Timing, memory and comparison, which are the same for all, are left to
-:mod:`exporters.gpu_worker`.
+Upstream's modules as shipped; this project's modules in PyTorch (eager, compiled, tuned, tuned
+without grid padding); ONNX Runtime, TensorRT and TensorRT-RTX. Each engine's libraries are imported
+when it is asked for, and one that is not there is :class:`~exporters.gpu_cases.Absent` with the
+reason. Timing, memory and comparison, the same for all, are left to :mod:`exporters.gpu_worker`.
 """
 
 from __future__ import annotations
@@ -31,14 +30,17 @@ from .gpu_cases import (
     Loaded,
     Tensors,
     Worker,
+    chosen,
     feeds,
     line,
     outputs,
     timed,
 )
+from .packed import PackedStack
 from .precision import TORCH_DTYPES, cast
 
 TUNED = (("stack", 25), ("tail", 25))
+TUNING = "max-autotune-no-cudagraphs"
 ON_CPU = "not measured: a rehearsal on the CPU"
 _ONNX_TYPES = {
     torch.float32: 1,
@@ -169,36 +171,59 @@ def open_folded(worker: Worker, case: Case, known: Tensors, geometry: Geometry) 
     return loaded
 
 
-def open_compiled(mode: str) -> Callable[[Worker, Case, Tensors, Geometry], Loaded]:
-    """This project's modules under ``torch.compile`` in ``mode``, replayed as one CUDA graph."""
+def open_compiled(worker: Worker, case: Case, known: Tensors, geometry: Geometry) -> Loaded:
+    """This project's modules under ``torch.compile``, replayed as one CUDA graph."""
+    return _compiled(worker, case, known, geometry, folded(worker, case), "default")
 
-    def open_(worker: Worker, case: Case, known: Tensors, geometry: Geometry) -> Loaded:
-        if mode != "default":
-            if not worker.on_gpu:
-                raise Absent(ON_CPU)
-            if (case.stage, case.count) not in TUNED:
-                raise Absent("tuning takes minutes; only what the targets speak of is tuned")
-        torch._dynamo.reset()
-        module = folded(worker, case)
-        worker.tidy()
-        notes = {"mode": mode, **_choose_attention(worker, case, module)}
-        # Blocks are compiled one by one: they share their code, so all cost as much as one.
-        blocks = [] if case.stage == "decoder" else list(getattr(module, "blocks", []))
-        parts: list[nn.Module] = [*blocks] or [module]
-        parts += [p for p in (getattr(module, name, None) for name in ("embed", "neck")) if p]
-        for part in parts:
-            part.compile(mode=mode, dynamic=False)
-        fed = feeds(case, known, geometry, TORCH_DTYPES[worker.precision])
-        loaded = _module(worker, case, module, _to_device(fed, worker.device))
-        loaded.notes.update(notes)
-        begun = time.perf_counter()
-        for _ in range(WARM_UPS):
-            loaded.run()
-        worker.wait()
-        loaded.notes["compile_seconds"] = round(time.perf_counter() - begun, 1)
-        return loaded
 
-    return open_
+def open_tuned(worker: Worker, case: Case, known: Tensors, geometry: Geometry) -> Loaded:
+    """The same, every matrix product tuned and fused with what follows it."""
+    if not worker.on_gpu:
+        raise Absent(ON_CPU)
+    if (case.stage, case.count) not in TUNED:
+        raise Absent("tuning takes minutes; only what the targets speak of is tuned")
+    return _compiled(worker, case, known, geometry, folded(worker, case), TUNING)
+
+
+def open_packed(worker: Worker, case: Case, known: Tensors, geometry: Geometry) -> Loaded:
+    """The stack without its grid padding, compiled and tuned likewise."""
+    if case.stage != "stack" or case.count == 1:
+        raise Absent("only the stack of several windows has grid padding to leave out")
+    stack = folded(worker, case)
+    assert isinstance(stack, stages.Stack)
+    module = PackedStack(stack, chosen(geometry, case.count).to(worker.device))
+    mode = TUNING if worker.on_gpu and (case.stage, case.count) in TUNED else "default"
+    loaded = _compiled(worker, case, known, geometry, module, mode)
+    loaded.notes["computes"] = "less than upstream, whose work tflops counts: no grid padding"
+    return loaded
+
+
+def _compiled(
+    worker: Worker,
+    case: Case,
+    known: Tensors,
+    geometry: Geometry,
+    module: nn.Module,
+    mode: str,
+) -> Loaded:
+    torch._dynamo.reset()
+    worker.tidy()
+    notes = {"mode": mode, **_choose_attention(worker, case, module)}
+    # Blocks are compiled one by one: they share their code, so all cost as much as one.
+    blocks = [] if case.stage == "decoder" else list(getattr(module, "blocks", []))
+    parts: list[nn.Module] = [*blocks] or [module]
+    parts += [p for p in (getattr(module, name, None) for name in ("embed", "neck")) if p]
+    for part in parts:
+        part.compile(mode=mode, dynamic=False)
+    fed = feeds(case, known, geometry, TORCH_DTYPES[worker.precision])
+    loaded = _module(worker, case, module, _to_device(fed, worker.device))
+    loaded.notes.update(notes)
+    begun = time.perf_counter()
+    for _ in range(WARM_UPS):
+        loaded.run()
+    worker.wait()
+    loaded.notes["compile_seconds"] = round(time.perf_counter() - begun, 1)
+    return loaded
 
 
 def _module(worker: Worker, case: Case, module: nn.Module, inputs: tuple[Tensor, ...]) -> Loaded:
@@ -404,10 +429,9 @@ def open_trt(flavour: Any) -> Callable[[Worker, Case, Tensors, Geometry], Loaded
 ENGINES: dict[str, Kind] = {
     "pytorch-eager": Kind(open_shipped, _pytorch_version),
     "pytorch-folded": Kind(open_folded, _pytorch_version),
-    "pytorch-compiled": Kind(open_compiled("default"), _pytorch_version, capture=True),
-    "pytorch-tuned": Kind(
-        open_compiled("max-autotune-no-cudagraphs"), _pytorch_version, capture=True
-    ),
+    "pytorch-compiled": Kind(open_compiled, _pytorch_version, capture=True),
+    "pytorch-tuned": Kind(open_tuned, _pytorch_version, capture=True),
+    "pytorch-packed": Kind(open_packed, _pytorch_version, capture=True),
     "onnxruntime": Kind(open_ort, _ort_version, graphs=True),
     "tensorrt": Kind(
         open_trt("tensorrt"),

@@ -147,9 +147,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [n, side * side, c] of squares of side x side tokens to the same shape."""
+        return self.proj(self.mix(self.qkv(x)))
+
+    def mix(self, qkv: Tensor) -> Tensor:
+        """The attention between its two linear maps: [n, side * side, 3 * c] to [..., c]."""
         heads, side, tokens = self.heads, self.side, self.side**2
-        n, c = x.shape[0], x.shape[2]
-        qkv = self.qkv(x).reshape(n, tokens, 3, heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        n = qkv.shape[0]
+        qkv = qkv.reshape(n, tokens, 3, heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         by_row = q.reshape(n, heads, side, side, self.head_dim)
         rel_h = (by_row @ self.rel_h).reshape(n, heads, tokens, side)
@@ -159,7 +163,7 @@ class Attention(nn.Module):
         k = torch.cat([k, self.places.expand(n, heads, -1, -1)], -1)
         v = F.pad(v, (0, self.width - self.head_dim))
         out = attend(q, k, v)[..., : self.head_dim]
-        return self.proj(out.transpose(1, 2).reshape(n, tokens, c))
+        return out.transpose(1, 2).reshape(n, tokens, heads * self.head_dim)
 
 
 class Block(nn.Module):
