@@ -14,7 +14,7 @@ import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +28,10 @@ from engines.errors import EngineError
 _NO_DEVICE = 100
 _ATTRIBUTE_INTEGRATED = 18
 _ATTRIBUTE_COMPUTE_CAPABILITY = 75, 76
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: not held up by what runs on the default stream
+
+_contexts: dict[int, Context] = {}
+_contexts_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -210,9 +214,9 @@ class Context:
         free, total = self.driver.mem_get_info()
         return free, total
 
-    def stream(self) -> Any:
-        """A new pycuda stream, which waits for no other. Only inside :meth:`active`."""
-        return self.driver.Stream(_NON_BLOCKING)
+    def stream(self) -> Stream:
+        """A new stream, which waits for no other. Only inside :meth:`active`."""
+        return Stream(self.driver.Stream(_NON_BLOCKING))
 
     def allocate(self, size: int, what: str) -> Any:
         """Device memory, as pycuda's allocation. Only inside :meth:`active`.
@@ -255,6 +259,56 @@ class Context:
         )
 
 
+class Stream:
+    """A queue of work for the GPU. Use it inside :meth:`Context.active`.
+
+    pycuda destroys its streams with the last reference to them, which may be an error's traceback;
+    this one is destroyed by :meth:`free`.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.pycuda: Any = stream
+
+    @property
+    def handle(self) -> int:
+        """The ``CUstream``."""
+        return int(self.pycuda.handle)
+
+    def synchronize(self) -> None:
+        """Wait for all its work."""
+        self.pycuda.synchronize()
+
+    def free(self) -> None:
+        """Wait, and destroy it."""
+        self.pycuda = None
+
+
+class Timer:
+    """Two events on a stream. Use it inside :meth:`Context.active`, as a context manager."""
+
+    def __init__(self, context: Context, stream: Stream) -> None:
+        self._stream = stream
+        self._events: Any = context.driver.Event(), context.driver.Event()
+
+    def start(self) -> None:
+        """What is enqueued from here on counts."""
+        self._events[0].record(self._stream.pycuda)
+
+    def stop(self) -> None:
+        """What is enqueued from here on does not."""
+        self._events[1].record(self._stream.pycuda)
+
+    def milliseconds(self) -> float:
+        """The time between both, once the stream's work is done."""
+        return float(self._events[0].time_till(self._events[1]))
+
+    def __enter__(self) -> Timer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._events = None  # as with streams
+
+
 class Buffer:
     """Room for one tensor, on both sides. Make and use it inside :meth:`Context.active`.
 
@@ -281,15 +335,15 @@ class Buffer:
             self.free()
             raise
 
-    def upload(self, size: int, stream: Any) -> None:
+    def upload(self, size: int, stream: Stream) -> None:
         """Enqueue the copy of the first ``size`` bytes to the GPU, where one is needed."""
         if self._device is not None and size:
-            self._driver.memcpy_htod_async(self.address, self.host[:size], stream)
+            self._driver.memcpy_htod_async(self.address, self.host[:size], stream.pycuda)
 
-    def download(self, size: int, stream: Any) -> None:
+    def download(self, size: int, stream: Stream) -> None:
         """Enqueue the copy of the first ``size`` bytes from the GPU, where one is needed."""
         if self._device is not None and size:
-            self._driver.memcpy_dtoh_async(self.host[:size], self.address, stream)
+            self._driver.memcpy_dtoh_async(self.host[:size], self.address, stream.pycuda)
 
     def free(self) -> None:
         """Give the memory back; once."""
@@ -303,14 +357,14 @@ class Graph:
 
     Args:
         driver: from :func:`graph_driver`.
-        stream: pycuda's.
+        stream: where to capture; nothing else may use it meanwhile.
         enqueue: puts the work on the stream. Nothing of it runs.
 
     Raises:
         EngineError: when the work cannot be captured; the stream is then as before.
     """
 
-    def __init__(self, driver: Any, stream: Any, enqueue: Callable[[], None]) -> None:
+    def __init__(self, driver: Any, stream: Stream, enqueue: Callable[[], None]) -> None:
         self._driver = driver
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         _checked("cuStreamBeginCapture", driver.cuStreamBeginCapture(stream.handle, mode))
@@ -326,7 +380,7 @@ class Graph:
             if len(ended) > 1 and ended[1] is not None and int(ended[1]):
                 driver.cuGraphDestroy(ended[1])
 
-    def launch(self, stream: Any) -> None:
+    def launch(self, stream: Stream) -> None:
         """Enqueue the work again."""
         _checked("cuGraphLaunch", self._driver.cuGraphLaunch(self._graph, stream.handle))
 
@@ -357,11 +411,6 @@ def graph_driver() -> Any | None:
     return None
 
 
-_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: not held up by what runs on the default stream
-_contexts: dict[int, Context] = {}
-_contexts_lock = threading.Lock()
-
-
 def _pycuda() -> Any:
     try:
         return importlib.import_module("pycuda.driver")
@@ -378,8 +427,9 @@ def _pycuda() -> Any:
 
 
 def _give_back(primary: Any) -> None:
-    primary.push()  # pycuda gives back only a context that is current
-    primary.detach()
+    with suppress(Exception):  # the process ends; nobody is left to tell
+        primary.push()  # pycuda gives back only a context that is current
+        primary.detach()
 
 
 def _checked(function: str, result: tuple[Any, ...]) -> Any:

@@ -351,7 +351,7 @@ class _Worker:
     def _allocate(self) -> None:
         loaded, stage = self._loaded, self._loaded.plan.record.stage
         self._stream = self._cuda.stream()
-        self._stack.callback(self._forget_stream)
+        self._stack.callback(self._stream.free)
         for side, specs in (("input", self._inputs), ("output", self._outputs)):
             for spec in specs:
                 greatest = _shape(spec, {name: high for name, (_, high) in loaded.limits.items()})
@@ -365,9 +365,6 @@ class _Worker:
         self._main = self._new_context()
         self._stack.callback(self._main.drop)
 
-    def _forget_stream(self) -> None:
-        self._stream = None  # pycuda has no other way to destroy it
-
     def _new_context(self) -> _Ready:
         return _Ready(self._loaded.new_context(self._buffers, self._memory, self._size))
 
@@ -376,10 +373,12 @@ class _Worker:
     ) -> dict[str, np.ndarray]:
         """Run the plan once on ``feeds``, whose sizes ``dims`` fit its limits."""
         with self._cuda.active():
-            return self._run(feeds, self._shapes(dims))
+            return self._run(feeds, dims)
 
-    def _run(self, feeds: Mapping[str, np.ndarray], shapes: _Shapes) -> dict[str, np.ndarray]:
-        key = _key(shapes)
+    def _run(
+        self, feeds: Mapping[str, np.ndarray], dims: Mapping[str, int]
+    ) -> dict[str, np.ndarray]:
+        key, shapes = tuple(dims.values()), self._shapes(dims)
         ready = self._prepare(key, shapes)
         with self._settled():
             self._upload(feeds)
@@ -399,21 +398,18 @@ class _Worker:
     ) -> list[float]:
         """Milliseconds of ``runs`` runs on the same feeds, copies left out."""
         with self._cuda.active():
-            return self._times(feeds, self._shapes(dims), runs)
-
-    def _times(self, feeds: Mapping[str, np.ndarray], shapes: _Shapes, runs: int) -> list[float]:
-        ready = self._prepare(_key(shapes), shapes)
-        before, after = self._cuda.driver.Event(), self._cuda.driver.Event()
-        times = []
-        with self._settled():
-            self._upload(feeds)
-        for _ in range(runs):
+            ready = self._prepare(tuple(dims.values()), self._shapes(dims))
             with self._settled():
-                before.record(self._stream)
+                self._upload(feeds)
+            return [self._time(ready) for _ in range(runs)]
+
+    def _time(self, ready: _Ready) -> float:
+        with cuda.Timer(self._cuda, self._stream) as timer:
+            with self._settled():
+                timer.start()
                 self._enqueue(ready)
-                after.record(self._stream)
-            times.append(float(before.time_till(after)))
-        return times
+                timer.stop()
+            return timer.milliseconds()
 
     def _shapes(self, dims: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         return {spec.name: _shape(spec, dims) for spec in (*self._inputs, *self._outputs)}
@@ -533,10 +529,6 @@ def _batch(inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> s
     name = leading.pop()
     elsewhere = {dim for spec in (*inputs, *outputs) for dim in spec.shape[1:]}
     return name if isinstance(name, str) and name not in elsewhere else None
-
-
-def _key(shapes: _Shapes) -> tuple[int, ...]:
-    return tuple(dim for name in sorted(shapes) for dim in shapes[name])
 
 
 def _shape(spec: TensorSpec, dims: Mapping[str, int]) -> tuple[int, ...]:

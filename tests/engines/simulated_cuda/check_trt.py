@@ -582,6 +582,29 @@ def test_after_a_failed_run_the_next_one_is_right(gpu: str, open_stack: Opener, 
     assert failed >= 8
 
 
+def test_an_error_that_is_kept_keeps_nothing_else(gpu: str, open_stack: Opener) -> None:
+    """As a log or a debugger keeps it: its traceback holds the frames the error came through."""
+    kept: list[EngineError] = []
+    for index in itertools.count(1):
+        engine = open_stack()
+        with driver.failing(index, 700):
+            try:
+                engine.device_times(stack_feeds(2), 3, 2)
+            except EngineError as error:
+                kept.append(error)
+            failed = driver.failed_call()
+        engine.close()
+        assert driver.live() == {}, failed
+        if not failed:
+            break
+    simulated.failures.name = "execute_async_v3"
+    with open_stack() as engine, pytest.raises(EngineError) as caught:
+        engine.run(stack_feeds(2))
+    assert driver.live() == {}
+    assert len(kept) > 10
+    assert caught.value.__traceback__ is not None
+
+
 def test_an_interrupt_leaves_the_engine_usable(
     open_stack: Opener, toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
