@@ -91,7 +91,12 @@ def open_onnx(
     """
     bundle.verify_hashes([stage])  # a flipped bit is a wrong mask, seldom an error
     engine = OrtEngine(bundle.stage_path(stage), threads=threads, device=device)
-    _check_signature(engine, bundle, stage, bundle.stage_path(stage))
+    if (wrong := _contradiction(engine, bundle, stage)) is not None:
+        engine.close()
+        raise BundleError(
+            f"{bundle.stage_path(stage)} {wrong}: export the bundle again with "
+            "`edge-runtime export`"
+        )
     return engine
 
 
@@ -99,14 +104,16 @@ def open_plan(bundle: Bundle, plan: Plan, library: Library, *, ordinal: int = 0)
     """Open a plan that :func:`engines.plan.check` passed, whatever the parity gate said.
 
     Raises:
-        PlanError: when its bytes are not those on record, or the library refuses them.
-        BundleError: when it takes or returns something else than the manifest says.
+        PlanError: when its bytes are not those on record, the library refuses them, or it takes or
+            returns something else than the manifest says.
         EngineError: when the GPU refuses, or has no memory for it.
     """
     from engines.trt import TrtEngine
 
     engine = TrtEngine(plan, library, ordinal=ordinal)
-    _check_signature(engine, bundle, plan.record.stage, plan.path)
+    if (wrong := _contradiction(engine, bundle, plan.record.stage)) is not None:
+        engine.close()
+        raise PlanError(f"{plan.path} {wrong}. Build it again: `{plan.rebuild}`")
     return engine
 
 
@@ -159,18 +166,15 @@ def _say(text: str) -> None:
     logger.warning("%s", text)
 
 
-def _check_signature(engine: Engine, bundle: Bundle, name: str, path: Path) -> None:
-    """Close ``engine`` and raise BundleError unless it takes and returns what the manifest says."""
+def _contradiction(engine: Engine, bundle: Bundle, name: str) -> str | None:
+    """What ``engine`` takes or returns against the manifest; None when they agree."""
     stage = bundle.stage(name)
     for side in ("inputs", "outputs"):
         said = {_signature(spec) for spec in getattr(stage, side)}
         found = {_signature(spec) for spec in getattr(engine, side)}
         if said != found:
-            engine.close()
-            raise BundleError(
-                f"{path} has {side} {_listed(found)}, its manifest says {_listed(said)}: "
-                "export the bundle again with `edge-runtime export`"
-            )
+            return f"has {side} {_listed(found)}, its manifest says {_listed(said)}"
+    return None
 
 
 def _signature(spec: TensorSpec) -> str:

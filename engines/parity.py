@@ -177,7 +177,7 @@ class Verdict:
     """What the gate found about one engine and one stage, or about an engine from end to end.
 
     Attributes:
-        engine: for people, such as ``TensorRT 10.3.0``.
+        engine: for people: ONNX Runtime and where, or the folder of the plans.
         stage: its name, or ``end to end``.
         why: what was missed, or kept it from being run; which stages of an ``end to end`` were the
             engine's own, unless all were. Else empty.
@@ -234,7 +234,8 @@ def gate(
         stages: which; None measures every stage of the bundle.
         kinds: which engines. ONNX Runtime on the CPU always runs, since the others are compared
             with it.
-        random: how many fresh samples to draw, besides the golden ones.
+        random: how many fresh samples to draw, besides the golden ones; at least 1, since a verdict
+            on inputs that are known beforehand would lift one on any others.
         seed: below 2**64; None draws one.
         threads: CPU threads of ONNX Runtime.
         ordinal: which GPU TensorRT uses.
@@ -242,7 +243,10 @@ def gate(
 
     Raises:
         BundleError: when the bundle lacks a stage, or a file of it is damaged.
+        ValueError: fewer than one random sample was asked for.
     """
+    if random < 1:
+        raise ValueError(f"random is {random}, expected at least 1")
     for name in stages or ():
         bundle.stage(name)
     selected = [name for name in order(bundle) if stages is None or name in stages]
