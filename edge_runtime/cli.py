@@ -62,9 +62,26 @@ GROUPS: dict[str, dict[str, Command]] = {
             "check every node: reachable, authorised, same bundle, round trip",
         ),
     },
+    "Engines": {
+        "doctor": Command(
+            "edge_runtime.commands.doctor",
+            "what this machine can run, and the command that mends what it cannot",
+        ),
+        "build": Command(
+            "edge_runtime.commands.build", "build TensorRT plans of a bundle for this machine's GPU"
+        ),
+        "verify": Command(
+            "edge_runtime.commands.verify",
+            "the parity gate: every engine of this machine against the golden samples",
+        ),
+    },
     "Models": {
         "info": Command("edge_runtime.commands.info", "show what a bundle is and check its files"),
         "export": Command("exporters.commands.export", "make a bundle from a SAM checkpoint *"),
+        "tensors": Command(
+            "edge_runtime.commands.tensors",
+            "the largest intermediate tensors of a graph: what it needs unfused *",
+        ),
         "train": Command(
             "exporters.commands.train", "train the small SAM from scratch on procedural scenes *"
         ),
