@@ -343,9 +343,10 @@ class _Run:
             f"{inputs} inputs against {reference}: {what}" for what in missed
         ]
 
-    def _report(self, verdict: Verdict) -> None:
+    def _report(self, verdict: Verdict) -> Verdict:
         self.verdicts.append(verdict)
         self.watcher.verdict(verdict)
+        return verdict
 
     def _stage(
         self, contender: _Contender, name: str, opener: Callable[[], Engine], chain: _Chain
@@ -360,17 +361,13 @@ class _Run:
                 self._run(contender, name, engine, chain, rows, missed)
         except EngineError as error:
             if not opened and contender.may_be_absent:
-                return self._told(Verdict(contender.name, name, "not run", str(error)))
+                return self._report(Verdict(contender.name, name, "not run", str(error)))
             missed.append(str(error))
             if opened:  # what cannot be run must not count as never measured
                 nothing = Comparison(np.nan, np.nan, np.nan, finite=True)
                 rows.append(_row(name, "golden", "no answer at all", nothing, passed=False))
         status: Status = "failed" if missed else "ok"
-        return self._told(Verdict(contender.name, name, status, "; ".join(missed), tuple(rows)))
-
-    def _told(self, verdict: Verdict) -> Verdict:
-        self._report(verdict)
-        return verdict
+        return self._report(Verdict(contender.name, name, status, "; ".join(missed), tuple(rows)))
 
     def _run(
         self,
