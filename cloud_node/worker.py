@@ -1,22 +1,329 @@
-"""The engine behind a node: one stage, opened once, run in one thread of its own.
+"""The process that holds a node's engine: ``python -m cloud_node.worker``, one per device.
 
-Promises that the event loop never waits for the engine and that runs never overlap. Batching
-several requests into one run, and processes instead of threads, belong here when they come.
+Started by :mod:`cloud_node.pool`, which hands it a socket for messages and the memory that batches
+and results lie in. It opens one stage, runs it until it is warm, says so, and then runs one batch
+after another. It promises that a batch that fails costs only that batch as long as the engine
+works afterwards (else the process ends, to be replaced), that it is gone when its parent is, and
+that nothing of what it computes on is logged, dumped or kept. It never opens a network socket.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import socket
+import struct
+import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
+import msgspec
 import numpy as np
 
-from engines.bundle import Bundle
-from engines.engine import Device
+from cloud_node.shared import Arena, Layout
+from engines.bundle import Bundle, Sha256, TensorSpec
+from engines.engine import Device, Engine, check_feeds
+from engines.errors import BundleError, EdgeRuntimeError, EngineError
+from engines.opening import open_stage
+from engines.ort import OrtEngine
 from engines.pipeline import Pipeline
+from transport.process import disable_core_dumps
+
+log = logging.getLogger(__name__)
+
+STAGE = "stack"
+_MAX_MESSAGE = 1 << 20
+_MAX_TEXT = 2000
+
+Kind = Literal["tensorrt", "cuda", "cpu", "noop"]
+"""What computes: TensorRT, ONNX Runtime on CUDA or on the CPU, or nothing at all."""
+
+
+class Open(msgspec.Struct, frozen=True, kw_only=True, tag="open"):
+    """What to open. `stage` is the digest of the stack the node serves.
+
+    `noop` opens nothing and answers every batch with the same bytes, to measure all that surrounds
+    an engine.
+    """
+
+    bundle: str
+    stage: Sha256
+    device: Device
+    threads: int | None
+    layout: Layout
+    log_level: int
+    noop: bool = False
+
+
+class Run(msgspec.Struct, frozen=True, tag="run"):
+    """Run the first `rows` rows of a batch and put the outputs into a result."""
+
+    id: int
+    batch: int
+    result: int
+    rows: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """Open and warm. `slowest_s`: the longest run of the warm-up."""
+
+    kind: Kind
+    slowest_s: float
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """The engine can't be opened; `kind` names the class of the error."""
+
+    kind: str
+    text: str
+
+
+class Done(msgspec.Struct, frozen=True, tag="done"):
+    """A run succeeded."""
+
+    id: int
+    compute_us: int
+
+
+class RunFailed(msgspec.Struct, frozen=True, tag="run_failed"):
+    """A run failed."""
+
+    id: int
+    text: str
+
+
+class Logged(msgspec.Struct, frozen=True, tag="logged"):
+    """Something for the node's log."""
+
+    level: int
+    name: str
+    text: str
+
+
+ToWorker = Open | Run
+FromWorker = Ready | Failed | Done | RunFailed | Logged
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def pack(message: ToWorker | FromWorker) -> bytes:
+    """A message with its length before it."""
+    body = _encoder.encode(message)
+    return struct.pack(">I", len(body)) + body
+
+
+class Unpacker:
+    """Finds the messages in a stream of bytes."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """The bodies of the messages that `data` completes.
+
+        Raises:
+            ValueError: no message is that long.
+        """
+        self._data += data
+        while len(self._data) >= 4:
+            (length,) = struct.unpack_from(">I", self._data)
+            if length > _MAX_MESSAGE:
+                raise ValueError(f"a message of {length} bytes, expected at most {_MAX_MESSAGE}")
+            if len(self._data) < 4 + length:
+                return
+            body = bytes(self._data[4 : 4 + length])
+            del self._data[: 4 + length]
+            yield body
+
+
+class _Channel:
+    """The worker's end of the socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._unpacker = Unpacker()
+        self._bodies: list[bytes] = []
+        self._decoder = msgspec.msgpack.Decoder(ToWorker)
+        self._lock = threading.Lock()
+
+    def receive(self) -> ToWorker | None:
+        """The next message; None when there will be no more."""
+        while not self._bodies:
+            try:
+                data = self._sock.recv(65536)
+            except ConnectionError:
+                return None
+            if not data:
+                return None
+            self._bodies = list(self._unpacker.feed(data))
+        return self._decoder.decode(self._bodies.pop(0))
+
+    def send(self, message: FromWorker) -> None:
+        """Send; without a parent to hear it, end."""
+        with self._lock:
+            try:
+                self._sock.sendall(pack(message))
+            except OSError:
+                os._exit(1)
+
+
+class _Forward(logging.Handler):
+    """Hands log records to the parent, which has the log."""
+
+    def __init__(self, channel: _Channel) -> None:
+        super().__init__()
+        self._channel = channel
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = record.getMessage()[:_MAX_TEXT]
+        except Exception as error:  # a library's mistake in a format
+            text = f"a log line that cannot be formatted: {type(error).__name__}"
+        self._channel.send(Logged(record.levelno, record.name, text))
+
+
+class Noop(Engine):
+    """Computes nothing: the outputs are there before the inputs are."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.inputs, self.outputs = layout.inputs, layout.outputs
+        # Not zeros, which the system need neither keep in memory nor read from it.
+        self._results = {
+            spec.name: np.ones(_shape(spec, layout.rows), spec.numpy_dtype)
+            for spec in layout.outputs
+        }
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        rows = next(iter(check_feeds(self.inputs, feeds).values()))
+        return {name: array[:rows] for name, array in self._results.items()}
+
+    def close(self) -> None:
+        self._results = {}
+
+
+def main(argv: list[str]) -> int:
+    """Serve until the socket closes. Returns the exit status.
+
+    Args:
+        argv: descriptors of the socket and of the arena, and the parent's pid.
+    """
+    control, memory, parent = map(int, argv)
+    _die_with(parent)
+    disable_core_dumps()
+    # Whoever means the node signals the whole group or service: the node says when to stop.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    channel = _Channel(socket.socket(fileno=control))
+    request = channel.receive()
+    if not isinstance(request, Open):
+        return 1
+    logging.basicConfig(level=request.log_level, handlers=[_Forward(channel)])
+    try:
+        arena = Arena.attach(request.layout, memory)
+        bundle = Bundle.load(request.bundle)
+        engine, kind = _open(request, bundle)
+        rounds = 1 if kind == "cpu" else 2  # TensorRT captures its CUDA graphs on the second
+        sizes = sorted({1, request.layout.rows})
+        slowest = max(_warm_up(engine, bundle, rows) for _ in range(rounds) for rows in sizes)
+    except EdgeRuntimeError as error:
+        channel.send(Failed(type(error).__name__, str(error)))
+        return 1
+    except MemoryError:
+        text = "there is not enough memory for the engine: free some, or serve a smaller model"
+        channel.send(Failed("EngineError", text))
+        return 1
+    channel.send(Ready(kind, slowest))
+    with engine:
+        return _serve(channel, arena, engine, bundle)
+
+
+def _open(request: Open, bundle: Bundle) -> tuple[Engine, Kind]:
+    stage = bundle.stage(STAGE)
+    if stage.sha256 != request.stage:
+        raise BundleError(
+            f"{bundle.path} holds stack {stage.sha256[:12]}, but this node was started with "
+            f"{request.stage[:12]}: restart the node to serve the new one, or put the old one back"
+        )
+    if request.noop:
+        return Noop(request.layout), "noop"
+    engine = open_stage(bundle, STAGE, device=request.device, threads=request.threads)
+    return engine, engine.device if isinstance(engine, OrtEngine) else "tensorrt"
+
+
+def _warm_up(engine: Engine, bundle: Bundle, rows: int) -> float:
+    """Run harmless rows; returns the seconds it took."""
+    feeds = {spec.name: _harmless(spec, bundle, rows) for spec in engine.inputs}
+    start = time.perf_counter()
+    engine.run(feeds)
+    return time.perf_counter() - start
+
+
+def _harmless(spec: TensorSpec, bundle: Bundle, rows: int) -> np.ndarray:
+    """Rows of an input that every engine takes: the first window, black and whole."""
+    value = bundle.geometry.window_pixels if spec.name == "extent" else 0
+    return np.full(_shape(spec, rows), value, spec.numpy_dtype)
+
+
+def _shape(spec: TensorSpec, rows: int) -> tuple[int, ...]:
+    return tuple(dim if isinstance(dim, int) else rows for dim in spec.shape)
+
+
+def _serve(channel: _Channel, arena: Arena, engine: Engine, bundle: Bundle) -> int:
+    while (message := channel.receive()) is not None:
+        if not isinstance(message, Run):
+            return 1
+        feeds = {name: a[: message.rows] for name, a in arena.batches[message.batch].items()}
+        places = {name: a[: message.rows] for name, a in arena.results[message.result].items()}
+        try:
+            start = time.perf_counter()
+            outputs = engine.run(feeds)
+            compute_us = round((time.perf_counter() - start) * 1e6)
+            _put(outputs, places)
+            del outputs
+        except Exception as error:
+            known = isinstance(error, EdgeRuntimeError)
+            text = str(error) if known else f"{type(error).__name__} in the engine"
+            channel.send(RunFailed(message.id, text[:_MAX_TEXT]))
+            try:  # a GPU may be unusable from now on
+                _warm_up(engine, bundle, 1)
+            except Exception as after:
+                log.error("after a failed run the engine works no more: %s", type(after).__name__)
+                return 1
+        else:
+            channel.send(Done(message.id, compute_us))
+    return 0
+
+
+def _put(outputs: Mapping[str, np.ndarray], places: Mapping[str, np.ndarray]) -> None:
+    for name, place in places.items():
+        found = outputs[name]
+        if (found.dtype, found.shape) != (place.dtype, place.shape):
+            raise EngineError(
+                f"the engine returned {name} as {found.dtype} {found.shape}, expected "
+                f"{place.dtype} {place.shape}"
+            )
+        np.copyto(place, found)
+
+
+def _die_with(parent: int) -> None:
+    """End with the parent, even when it is killed; go before it when memory runs out."""
+    if sys.platform != "linux":
+        return  # the closed socket ends it, if a little later
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it was gone before that took effect
+        os._exit(1)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("500")
 
 
 @dataclass(frozen=True)
@@ -56,3 +363,7 @@ class Worker:
         """Wait for a run in progress, then close the engine."""
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._pipeline.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
