@@ -32,11 +32,16 @@ class Unavailable(Exception):
     """This machine cannot build them; the text says what is missing."""
 
 
+class Failed(Exception):
+    """It should have been able to."""
+
+
 def environment() -> dict[str, str]:
     """Build what is not there yet and return the environment variables that make Python find it.
 
     Raises:
         Unavailable: no compiler, no headers, or pycuda's source cannot be had.
+        Failed: what was there did not compile.
     """
     compiler, headers = _tools()
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -120,16 +125,19 @@ def _pycuda(headers: Path, library: Path) -> Path:
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--no-binary=pycuda", "--require-hashes", "--target", str(temporary)]
     command += ["--no-cache-dir"]  # it may hold a wheel that was built on a real driver
-    _run(
-        [*command, "-r", str(requirements)],
-        {
-            "HOME": str(home),
-            "CPLUS_INCLUDE_PATH": f"{headers}:{HERE / 'include'}",
-            "LDFLAGS": f"-L{library} -Wl,--no-as-needed",
-            # A toolkit on the PATH would bring headers of another version.
-            "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
-        },
-    )
+    more = {
+        "HOME": str(home),
+        "CPLUS_INCLUDE_PATH": f"{headers}:{HERE / 'include'}",
+        "LDFLAGS": f"-L{library} -Wl,--no-as-needed",
+        # A toolkit on the PATH would bring headers of another version.
+        "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
+    }
+    try:
+        _run([*command, "-r", str(requirements)], more)
+    except Failed as error:
+        if "Failed building wheel" in str(error):
+            raise
+        raise Unavailable(f"pycuda's source cannot be had: {error}") from error
     temporary.rename(folder)
     return folder
 
@@ -145,8 +153,8 @@ def _run(command: list[str], more: dict[str, str] | None = None) -> str:
         command, env={**os.environ, **(more or {})}, capture_output=True, text=True, check=False
     )
     if done.returncode:
-        text = (done.stdout + done.stderr).strip()[-2000:]
-        raise Unavailable(f"`{' '.join(command)}` failed:\n{text}")
+        text = (done.stdout + done.stderr).strip()[-4000:]
+        raise Failed(f"`{' '.join(command)}` failed:\n{text}")
     return done.stdout
 
 
