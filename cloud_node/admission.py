@@ -18,11 +18,12 @@ from engines.geometry import Geometry
 
 
 class Refusal(Exception):
-    """Why a request gets no result; `code` as in `docs/protocol.md`."""
+    """Why a request gets no result; `code` and `retry_ms` as in `docs/protocol.md`."""
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, retry_ms: int = 0) -> None:
         super().__init__(message)
         self.code = code
+        self.retry_ms = retry_ms
 
 
 def check_stage(requested: str, stage: Stage, label: str) -> None:
