@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 State = Literal["starting", "ready", "degraded", "draining"]
-"""``degraded``: some worker is down; ``draining``: told to stop, and finishing what was admitted."""
+"""``degraded``: some worker is down; ``draining``: told to stop, finishing what was admitted."""
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 WINDOWS = (1, 2, 4, 8, 16, 32, 64, 128)
