@@ -1,15 +1,18 @@
-"""Measure what exporting costs: ``python -m exporters.measure --out docs/results/export.json``.
+"""Measure what exporting and building cost: ``python -m exporters.measure --out
+docs/results/export.json``.
 
 Makes a checkpoint of random weights in the format of ``segment_anything``, so that no download is
-needed, exports it with ``edge-runtime export --json`` in a process of its own, and adds time,
-peak memory, size and parity to a JSON file, with the command, commit and machine. It promises
-nothing about speed; it writes down what it saw.
+needed, exports it with ``edge-runtime export --json`` and, where a TensorRT library is installed,
+builds its plans with ``edge-runtime build --json``, each in a process of its own. Time, peak
+memory, size, parity and fused attentions are added to a JSON file, with the commands, commit and
+machine. It promises nothing about speed; it writes down what it saw.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from engines.libraries import installed
 
 from .models import MODELS, build_sam
 
@@ -55,26 +60,68 @@ def measure(model: str, precision: str, directory: Path, machine: str) -> dict[s
         subprocess.run([*making, "--models", model], check=True)
     command = ["edge-runtime", "export", "--model", model, "--checkpoint", checkpoint.name]
     command += ["--out", bundle.name, "--precision", precision, "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "edge_runtime.cli", *command[1:]],
-        check=True,
-        stdout=subprocess.PIPE,
-        cwd=directory,
-    )
-    facts = json.loads(done.stdout)
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent
-    )
-    return {
+    facts, _ = _run(command, directory)
+    result = {
         "command": " ".join(command),
         "weights": "random, stock segment_anything format",
-        "commit": commit.stdout.strip(),
+        "commit": _commit(),
         "machine": machine,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "checkpoint_bytes": checkpoint.stat().st_size,
         "bundle_bytes": sum(f.stat().st_size for f in bundle.rglob("*") if f.is_file()),
         **{k: v for k, v in facts.items() if k != "bundle"},
     }
+    if installed():
+        result["build"] = measure_build(bundle, directory)
+    return result
+
+
+def measure_build(bundle: Path, directory: Path) -> dict[str, Any]:
+    """Build every plan of ``bundle`` with the library at hand and return what it took."""
+    command = ["edge-runtime", "build", bundle.name, "--json"]
+    facts, peak_rss = _run(command, directory)
+    plans = {
+        record["stage"]: {
+            "form": record["form"],
+            "seconds": record["build_seconds"],
+            "plan_bytes": record["plan_bytes"],
+            "attentions": len(record["attention"]),
+            "attentions_fused": sum(a["fused"] is True for a in record["attention"]),
+            "read_from": record["read_from"],
+        }
+        for record in facts["plans"]
+    }
+    some = facts["plans"][0]
+    return {
+        "command": " ".join(command),
+        "library": f"{some['flavour']} {some['version']}",
+        "gpu": some["gpu"],
+        "compute_capabilities": some["compute_capabilities"],
+        "peak_rss_mib": peak_rss,
+        "plans": plans,
+    }
+
+
+def _run(command: list[str], directory: Path) -> tuple[dict[str, Any], int]:
+    """The JSON that an ``edge-runtime`` command prints, and its peak memory in MiB."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edge_runtime.cli", *command[1:]],
+        stdout=subprocess.PIPE,
+        cwd=directory,
+    )
+    assert process.stdout
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)  # of its children too
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return json.loads(output), usage.ru_maxrss // 1024
+
+
+def _commit() -> str:
+    asking = ["git", "rev-parse", "HEAD"]
+    done = subprocess.run(asking, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip()
 
 
 def main() -> None:
