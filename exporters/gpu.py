@@ -633,6 +633,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def _stop(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; 0 when at least one row was measured."""
     args = parse(sys.argv[1:] if arguments is None else arguments)
@@ -651,4 +655,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stop)  # what `timeout` sends
     sys.exit(main())

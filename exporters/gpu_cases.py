@@ -126,7 +126,9 @@ class Worker:
         return torch.load(self.directory / f"{self.model}-reference.pt", weights_only=True)
 
 
-def timed(worker: Worker, loaded: Loaded, seconds: float) -> tuple[list[float], int]:
+def timed(
+    worker: Worker, loaded: Loaded, seconds: float, warm_up: float | None = None
+) -> tuple[list[float], int]:
     """Milliseconds of each of some runs after warming up, and how many runs that were the warm-up.
 
     Runs follow one another without waiting, an event between each two: the time of a run is the
@@ -135,6 +137,7 @@ def timed(worker: Worker, loaded: Loaded, seconds: float) -> tuple[list[float], 
     begun, warm_ups = time.perf_counter(), 0
     fewest, most = worker.request["runs"]
     least, least_seconds = worker.request["warm_up"]
+    least_seconds = least_seconds if warm_up is None else warm_up
     stream = torch.cuda.stream(loaded.stream) if worker.on_gpu else contextlib.nullcontext()
     with stream:
         while warm_ups < least or (time.perf_counter() - begun < least_seconds and warm_ups < most):

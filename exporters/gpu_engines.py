@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from engines.errors import EdgeRuntimeError, PlanError
 from engines.geometry import Geometry
@@ -207,6 +208,7 @@ def _compiled(
     mode: str,
 ) -> Loaded:
     torch._dynamo.reset()
+    counters.clear()
     worker.tidy()
     notes = {"mode": mode, **_choose_attention(worker, case, module)}
     # Blocks are compiled one by one: they share their code, so all cost as much as one.
@@ -214,7 +216,8 @@ def _compiled(
     parts: list[nn.Module] = [*blocks] or [module]
     parts += [p for p in (getattr(module, name, None) for name in ("embed", "neck")) if p]
     for part in parts:
-        part.compile(mode=mode, dynamic=False)
+        # A whole graph or an error: never a silent return to eager.
+        part.compile(mode=mode, dynamic=False, fullgraph=True)
     fed = feeds(case, known, geometry, TORCH_DTYPES[worker.precision])
     loaded = _module(worker, case, module, _to_device(fed, worker.device))
     loaded.notes.update(notes)
@@ -222,6 +225,7 @@ def _compiled(
     for _ in range(WARM_UPS):
         loaded.run()
     worker.wait()
+    loaded.notes["compiled_graphs"] = dict(counters["stats"]).get("unique_graphs")
     loaded.notes["compile_seconds"] = round(time.perf_counter() - begun, 1)
     return loaded
 
@@ -274,7 +278,7 @@ def _choose_attention(worker: Worker, case: Case, module: nn.Module) -> dict[str
         try:
             with torch.no_grad():
                 attend = Loaded(lambda: stages.attend(q, k, v), dict)
-                found[name] = round(statistics.median(timed(worker, attend, 0.05)[0]), 4)
+                found[name] = round(statistics.median(timed(worker, attend, 0.05, 0.05)[0]), 4)
         except Exception as error:
             found[name] = f"refused: {line(error)}"
     measured = {name: ms for name, ms in found.items() if isinstance(ms, float)}
@@ -366,8 +370,8 @@ def build_trt(flavour: Any) -> Callable[[Worker, Case], None]:
         if not bundle.has(case.stage):
             raise Absent("the bundle of a split model has no such stage")
         try:
-            library = libraries.load(flavour)
-            plan.find(bundle, case.stage, library, facts().compute_capability)
+            library, gpu = libraries.load(flavour), facts()
+            plan.find(bundle, case.stage, library, gpu.compute_capability, gpu.name)
         except PlanError:
             build_stage(bundle, case.stage, BuildOptions(backend=flavour), Watcher())
 
@@ -384,8 +388,8 @@ def open_trt(flavour: Any) -> Callable[[Worker, Case, Tensors, Geometry], Loaded
         from engines.trt import TrtEngine
         from engines.wire import to_wire
 
-        bundle, library = Bundle.load(worker.bundle), libraries.load(flavour)
-        built = plan.find(bundle, case.stage, library, facts().compute_capability)
+        bundle, library, gpu = Bundle.load(worker.bundle), libraries.load(flavour), facts()
+        built = plan.find(bundle, case.stage, library, gpu.compute_capability, gpu.name)
         engine = TrtEngine(built, library)
         arrays = {
             s.name: to_wire(t.float().numpy(), s.dtype)
