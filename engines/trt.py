@@ -192,6 +192,7 @@ class _Loaded:
 
     def _said(self, call: Callable[[], _T]) -> _T | None:
         """The result of a call into the library; None where it raised, which then is logged."""
+        self.log.forget()
         try:
             return call()
         except Exception as error:
@@ -276,6 +277,7 @@ class _Loaded:
             context = self._said(lambda: libraries.make_context(self.library, self.engine))
         if context is None:
             raise self.failed("made no execution context")
+        self.log.forget()
         try:
             if size:
                 libraries.give_memory(context, int(memory), size)
@@ -378,6 +380,7 @@ class _Worker:
     def _run(
         self, feeds: Mapping[str, np.ndarray], dims: Mapping[str, int]
     ) -> dict[str, np.ndarray]:
+        self._loaded.log.forget()
         key, shapes = tuple(dims.values()), self._shapes(dims)
         ready = self._prepare(key, shapes)
         with self._settled():
@@ -398,6 +401,7 @@ class _Worker:
     ) -> list[float]:
         """Milliseconds of ``runs`` runs on the same feeds, copies left out."""
         with self._cuda.active():
+            self._loaded.log.forget()
             ready = self._prepare(tuple(dims.values()), self._shapes(dims))
             with self._settled():
                 self._upload(feeds)
@@ -541,7 +545,7 @@ def _size(spec: TensorSpec, shape: tuple[int, ...]) -> int:
 
 @lru_cache
 def _log(library: Library) -> Any:
-    """A logger for the library: it writes to ours and keeps the last error of each thread.
+    """A logger for the library: it writes to ours and keeps an error of each thread.
 
     There is one for ever, because the library keeps the first it is given for what belongs to no
     plan, and complains of others.
@@ -557,14 +561,20 @@ def _log(library: Library) -> Any:
         def log(self, severity: Any, message: str) -> None:
             level = levels.get(severity.name, logging.DEBUG)
             text = " ".join("".join(c if c.isprintable() else " " for c in message).split())
-            if level == logging.ERROR:
-                self._errors.last = text[:400].rstrip(". ")
+            if level == logging.ERROR and self._error() is None:
+                # The first says what is wrong; those that follow complain of the consequences.
+                self._errors.first = text[:400].rstrip(". ")
             _logger.log(level, "%s: %s", library.name, text)
 
+        def _error(self) -> str | None:
+            return getattr(self._errors, "first", None)
+
+        def forget(self) -> None:
+            """Begin anew: errors of this thread before this did no harm."""
+            self._errors.first = None
+
         def said(self) -> str:
-            """The last error of this thread, after a colon, once; or that there was none."""
-            last = getattr(self._errors, "last", None)
-            self._errors.last = None
-            return f": {last or 'no reason given'}"
+            """The first error of this thread since :meth:`forget`, after a colon."""
+            return f": {self._error() or 'no reason given'}"
 
     return Log()

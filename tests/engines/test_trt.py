@@ -7,6 +7,7 @@ The simulated CUDA driver must be the only ``libcuda.so.1`` of its process, so i
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import shutil
 import subprocess
@@ -73,6 +74,23 @@ def test_importing_the_engine_imports_no_gpu_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_the_real_librarys_first_words_are_kept(caplog: pytest.LogCaptureFixture) -> None:
+    """The real library, without a GPU: it refuses everything, and says why more than once."""
+    pytest.importorskip("tensorrt_rtx")
+    from engines.trt import _log
+
+    library = libraries.load("tensorrt-rtx")
+    log = _log(library)
+    runtime = library.module.Runtime(log)
+    log.forget()
+    assert log.said() == ": no reason given"
+    with caplog.at_level(logging.ERROR):
+        assert runtime.deserialize_cuda_engine(b"no plan at all" * 100) is None
+    assert "Serialization" in log.said()
+    assert log is _log(libraries.load("tensorrt-rtx"))
+    assert "TensorRT-RTX" in caplog.text
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import enum
 import gc
 import itertools
 import logging
@@ -181,6 +182,27 @@ def test_bfloat16_travels_as_its_bits(bundle: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(engine.run({"x": bits})["y"], bits)
         with pytest.raises(EngineError, match="x is float16, expected uint16"):
             engine.run({"x": bits.view(np.float16)})
+
+
+# The simulation itself.
+
+
+def test_the_real_library_has_all_that_the_simulated_one_has() -> None:
+    real = pytest.importorskip("tensorrt_rtx")
+    own = {"said", "logger", "ort", "shapes", "compute", "ready", "error", "allocation"}
+    for ours, theirs in [
+        (simulated.Runtime, real.Runtime),
+        (simulated.Engine, real.ICudaEngine),
+        (simulated.CapturableContext, real.IExecutionContext),
+        (simulated.RuntimeConfig, real.IRuntimeConfig),
+        (simulated.ILogger, real.ILogger),
+    ]:
+        names = {name for name in dir(ours) if not name.startswith("_")}
+        assert names - own <= set(dir(theirs)), ours
+    for name, kind in vars(simulated).items():
+        if isinstance(kind, type) and issubclass(kind, enum.Enum) and name not in ("Enum",):
+            members = {member.name for member in kind}
+            assert members <= set(getattr(real, name).__members__), name
 
 
 # Graphs.

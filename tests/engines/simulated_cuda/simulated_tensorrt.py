@@ -124,6 +124,7 @@ class Runtime:
     def deserialize_cuda_engine(self, data: bytes) -> Engine | None:
         if failures.due("deserialize_cuda_engine"):
             self._logger.error("[runtime.cpp::parse::314] Error Code 6: plan\x1b[31m of another\n")
+            self._logger.error("[checkMacros.cpp] what the real one adds after every error")
             return None
         weights = driver.allocate(_WEIGHTS)
         if weights is None:
