@@ -337,6 +337,11 @@ from engines.bundle import Bundle
 from engines.errors import EngineError
 from engines.plan import plans
 from engines.trt import TrtEngine
+compute = simulated.ExecutionContext.compute
+def slow(context):
+    time.sleep(0.2)  # so that the end comes in the middle of a run
+    compute(context)
+simulated.ExecutionContext.compute = slow
 engine = TrtEngine(plans(Bundle.load({str(bundle)!r}))[0], simulated.library())
 feeds = {{"pixels": np.zeros((2, 16, 16, 3), np.uint8)}}
 feeds |= {{"extent": np.zeros((2, 2), np.int64), "window": np.zeros(2, np.int64)}}
