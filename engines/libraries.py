@@ -180,7 +180,12 @@ def configure(
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mib << 20)
-    if library.flavour == "tensorrt-rtx":  # TensorRT has no targets but the GPU at hand
+    rtx = library.flavour == "tensorrt-rtx"
+    if rtx:
+        # Otherwise the runtime allocates while it runs, and a stream that does can't be captured:
+        # https://docs.nvidia.com/deeplearning/tensorrt-rtx/1.2/getting-started/release-notes.html
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+        # TensorRT has no targets but the GPU at hand.
         config.num_compute_capabilities = len(compute_capabilities)
         for index, text in enumerate(compute_capabilities):
             member = getattr(trt.ComputeCapability, _to_sm(text), None)
@@ -193,6 +198,7 @@ def configure(
         "TF32": bool(config.get_flag(trt.BuilderFlag.TF32)),
         "workspace MiB": workspace_mib,
         "profiling verbosity": "detailed",
+        "memory from its user alone": rtx,
         "optimization level": int(config.builder_optimization_level),
     }
 
