@@ -450,9 +450,13 @@ class _Lane:
         self._filling.add(slot)
         return slot
 
-    def run(self, slot: _LocalSlot, rows: int) -> asyncio.Future[dict[str, np.ndarray]]:
+    def check(self, slot: _LocalSlot) -> None:
+        """Raise WorkerDied or PoolClosed when the slot's worker is no more."""
         if slot.process is not self.process or not self.ready:
             raise self._loss()
+
+    def run(self, slot: _LocalSlot, rows: int) -> asyncio.Future[dict[str, np.ndarray]]:
+        assert self.process is not None
         future = asyncio.get_running_loop().create_future()
         number = next(self._ids)
         if not self.flights:
@@ -688,10 +692,13 @@ class _LocalSlot(Slot):
         self._running = self._released = False
 
     async def run(self, n: int) -> dict[str, np.ndarray]:
-        if self._running or self._released or self.batch < 0:
-            raise RuntimeError("a slot runs one batch at a time, and none after success or release")
+        if self._released or self.batch < 0:
+            raise RuntimeError("a slot runs nothing more after success or release")
         if not 1 <= n <= self._rows:
             raise ValueError(f"{n} rows, expected 1 to {self._rows}")
+        self._lane.check(self)
+        if self._running:
+            raise RuntimeError("a slot runs one batch at a time")
         future = self._lane.run(self, n)
         self._running = True
         return await future
