@@ -1,0 +1,349 @@
+"""The worker process by itself, at the other end of its socket."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from cloud_node import worker as worker_module
+from cloud_node.shared import Arena, Layout
+from cloud_node.worker import (
+    Done,
+    Failed,
+    FromWorker,
+    Logged,
+    Noop,
+    Open,
+    Ready,
+    Run,
+    RunFailed,
+    ToWorker,
+    Unpacker,
+    pack,
+)
+from engines.bundle import Bundle
+from engines.engine import Engine
+from engines.errors import EngineError
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+_decoder = msgspec.msgpack.Decoder(FromWorker)
+
+
+@dataclass
+class Peer:
+    """The node's end of a worker's socket."""
+
+    socket: socket.socket
+    arena: Arena
+    process: subprocess.Popen[bytes]
+    out: Path
+    logged: list[Logged] = field(default_factory=list)
+    _unpacker: Unpacker = field(default_factory=Unpacker)
+    _bodies: list[bytes] = field(default_factory=list)
+
+    def send(self, message: ToWorker) -> None:
+        self.socket.sendall(pack(message))
+
+    def receive(self) -> Any:
+        """The next message that is not for the log; None at the end."""
+        while True:
+            while not self._bodies:
+                try:
+                    data = self.socket.recv(4096)
+                except ConnectionResetError:
+                    return None
+                if not data:
+                    return None
+                self._bodies += self._unpacker.feed(data)
+            message = _decoder.decode(self._bodies.pop(0))
+            if not isinstance(message, Logged):
+                return message
+            self.logged.append(message)
+
+    def fill(self, place: int, feeds: Mapping[str, np.ndarray]) -> int:
+        for name, array in feeds.items():
+            self.arena.batches[place][name][: len(array)] = array
+        return len(feeds["window"])
+
+
+@pytest.fixture
+def start(tmp_path: Path, bundle_of: Callable[[str], Path]) -> Iterator[Callable[..., Peer]]:
+    """Start workers and tell them what to open."""
+    peers: list[Peer] = []
+
+    def start(kind: str = "pixels", **changes: Any) -> Peer:
+        bundle = Bundle.load(bundle_of(kind))
+        request = _request(bundle, **changes)
+        arena = Arena.create(request.layout)
+        ours, theirs = socket.socketpair()
+        ours.settimeout(60)
+        fds = (theirs.fileno(), arena.fd)
+        out = tmp_path / f"out-{len(peers)}"
+        command = [sys.executable, "-m", "cloud_node.worker", *map(str, (*fds, os.getpid()))]
+        with theirs, out.open("wb") as file:
+            process = subprocess.Popen(
+                command,
+                pass_fds=fds,
+                stdout=file,
+                stderr=file,
+                cwd=Path(worker_module.__file__).parents[1],
+            )
+        peer = Peer(ours, arena, process, out)
+        peers.append(peer)
+        peer.send(request)
+        return peer
+
+    yield start
+    for peer in peers:
+        peer.process.kill()
+        peer.process.wait()
+        peer.socket.close()
+        peer.arena.close()
+
+
+def _request(bundle: Bundle, /, **changes: Any) -> Open:
+    stage = bundle.stage("stack")
+    return Open(
+        **{
+            "bundle": str(bundle.path),
+            "stage": stage.sha256,
+            "device": "cpu",
+            "threads": 1,
+            "layout": Layout(stage.inputs, stage.outputs, 9, 2, 3),
+            "log_level": logging.DEBUG,
+            **changes,
+        }
+    )
+
+
+def test_runs_what_it_is_told_where_it_is_told(
+    start: Callable[..., Peer], feeds: dict[str, np.ndarray]
+) -> None:
+    peer = start()
+    ready = peer.receive()
+    assert isinstance(ready, Ready)
+    assert ready.kind == "cpu"
+    assert ready.slowest_s > 0
+    assert not any(a.any() for r in peer.arena.results for a in r.values())  # warmed elsewhere
+    peer.send(Run(7, 1, 2, peer.fill(1, feeds)))
+    done = peer.receive()
+    assert isinstance(done, Done)
+    assert done.id == 7
+    tokens = peer.arena.results[2]["tokens"]
+    assert tokens[:4].any(axis=(1, 2)).all()
+    assert not tokens[4:].any()
+    assert not peer.arena.results[0]["tokens"].any()
+
+
+def test_runs_may_be_sent_ahead(start: Callable[..., Peer], feeds: dict[str, np.ndarray]) -> None:
+    peer = start()
+    rows = peer.fill(0, feeds)
+    peer.socket.sendall(b"".join(pack(Run(i, 0, i % 3, rows)) for i in range(20)))
+    assert isinstance(peer.receive(), Ready)
+    assert [peer.receive().id for _ in range(20)] == list(range(20))
+
+
+def test_ends_when_the_socket_closes_after_what_it_was_told(
+    start: Callable[..., Peer], feeds: dict[str, np.ndarray]
+) -> None:
+    peer = start()
+    assert isinstance(peer.receive(), Ready)
+    peer.send(Run(1, 0, 0, peer.fill(0, feeds)))
+    peer.socket.shutdown(socket.SHUT_WR)
+    assert peer.receive().id == 1
+    assert peer.receive() is None
+    assert peer.process.wait(60) == 0
+
+
+def test_signals_for_the_whole_group_do_not_end_it(
+    start: Callable[..., Peer], feeds: dict[str, np.ndarray]
+) -> None:
+    peer = start()
+    assert isinstance(peer.receive(), Ready)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        peer.process.send_signal(number)
+    peer.send(Run(1, 0, 0, peer.fill(0, feeds)))
+    assert isinstance(peer.receive(), Done)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "found"),
+    [
+        ({"bundle": "/no/such/bundle"}, "BundleError", "does not exist"),
+        ({"stage": "0" * 64}, "BundleError", "restart the node"),
+        ({"device": "cuda"}, "EngineError", "CUDA"),
+        ({"device": "tensorrt"}, "PlanError", "edge-runtime build"),
+    ],
+)
+def test_what_it_cannot_open_is_told(
+    start: Callable[..., Peer], changes: dict[str, Any], kind: str, found: str
+) -> None:
+    peer = start(**changes)
+    failed = peer.receive()
+    if isinstance(failed, Ready):
+        pytest.skip("there is CUDA here")
+    assert isinstance(failed, Failed)
+    assert failed.kind == kind
+    assert found in failed.text
+    assert peer.receive() is None
+    assert peer.process.wait(60) == 1
+
+
+@pytest.mark.parametrize("garbage", [b"\0\0\0\1\xc1", b"\xff" * 64, pack(Run(1, 99, 0, 1))])
+def test_nonsense_ends_it(start: Callable[..., Peer], garbage: bytes) -> None:
+    peer = start()
+    assert isinstance(peer.receive(), Ready)
+    peer.socket.sendall(garbage)
+    assert peer.receive() is None
+    assert peer.process.wait(60) != 0
+
+
+def test_it_is_the_first_to_go_and_leaves_no_core(start: Callable[..., Peer]) -> None:
+    peer = start()
+    assert isinstance(peer.receive(), Ready)
+    proc = Path(f"/proc/{peer.process.pid}")
+    assert int((proc / "oom_score_adj").read_text()) >= 500
+    core = next(x for x in (proc / "limits").read_text().splitlines() if "core file" in x)
+    assert core.split()[4:6] == ["0", "0"]
+
+
+def test_it_opens_no_network_and_keeps_no_descriptor_of_the_memory(
+    start: Callable[..., Peer],
+) -> None:
+    peer = start()
+    assert isinstance(peer.receive(), Ready)
+    links = Path(f"/proc/{peer.process.pid}/fd")
+    try:
+        opened = [os.readlink(link) for link in links.iterdir()]
+    except PermissionError:
+        pytest.skip("a process without core dumps shows its descriptors to root only")
+    assert sum(name.startswith("socket:") for name in opened) == 1
+    # Python's mapping keeps one of its own.
+    assert sum("memfd:" in name for name in opened) == 1
+
+
+def test_no_content_is_logged(start: Callable[..., Peer]) -> None:
+    canary = b"CANARY-IN-THE-COAL-MINE!"
+    peer = start("broken")
+    assert isinstance(peer.receive(), Ready)
+    good = {
+        "pixels": np.frombuffer(canary * 8, np.uint8).reshape(1, 8, 8, 3),
+        "extent": np.full((1, 2), 8),
+        "window": np.array([0]),
+    }
+    peer.send(Run(1, 0, 0, peer.fill(0, good)))
+    assert isinstance(peer.receive(), Done)
+    peer.send(Run(2, 0, 0, peer.fill(0, {**good, "window": np.array([8])})))
+    failed = peer.receive()
+    assert isinstance(failed, RunFailed)
+    said = peer.out.read_text() + failed.text + "".join(line.text for line in peer.logged)
+    for form in (canary.decode(), str(list(canary[:8]))[1:-1], canary[:8].hex()):
+        assert form not in said
+
+
+# The loop with engines that misbehave, in this process
+
+
+class Odd(Noop):
+    """Does what the test says."""
+
+    def __init__(self, layout: Layout, runs: list[Any]) -> None:
+        super().__init__(layout)
+        self._runs = runs
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        does = self._runs.pop(0) if self._runs else None
+        if isinstance(does, BaseException):
+            raise does
+        return does or super().run(feeds)
+
+
+@pytest.fixture
+def serve(bundle_of: Callable[[str], Path]) -> Callable[..., Any]:
+    """Serve runs with an odd engine; returns what came back and the exit status."""
+
+    def serve(runs: list[Any], count: int) -> tuple[list[Any], int]:
+        bundle = Bundle.load(bundle_of("pixels"))
+        layout = _request(bundle).layout
+        arena = Arena.create(layout)
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            ours.sendall(b"".join(pack(Run(i, 0, 0, 2)) for i in range(count)))
+            ours.shutdown(socket.SHUT_WR)
+            engine: Engine = Odd(layout, runs)
+            channel = worker_module._Channel(theirs)
+            status = worker_module._serve(channel, arena, engine, bundle)
+            theirs.shutdown(socket.SHUT_WR)
+            data = b"".join(iter(lambda: ours.recv(4096), b""))
+        arena.close()
+        return [_decoder.decode(body) for body in Unpacker().feed(data)], status
+
+    return serve
+
+
+def test_an_engine_that_works_again_goes_on(serve: Callable[..., Any]) -> None:
+    answers, status = serve([EngineError("no"), None, None, MemoryError(), None], 4)
+    assert [type(answer) for answer in answers] == [RunFailed, Done, RunFailed, Done]
+    assert answers[0].text == "no"
+    assert answers[2].text == "MemoryError in the engine"
+    assert status == 0
+
+
+def test_an_engine_that_works_no_more_ends_the_process(serve: Callable[..., Any]) -> None:
+    answers, status = serve([EngineError("no"), EngineError("still no")], 3)
+    assert [type(answer) for answer in answers] == [RunFailed]
+    assert status == 1
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [np.ones((1, 4, 8), np.float32), np.ones((2, 4, 8), np.float64), np.ones((3, 4, 8), "f4")],
+)
+def test_outputs_that_do_not_fit_fail_the_run(
+    serve: Callable[..., Any], tokens: np.ndarray
+) -> None:
+    answers, status = serve([{"tokens": tokens}], 2)
+    assert [type(answer) for answer in answers] == [RunFailed, Done]
+    assert "the engine returned tokens as" in answers[0].text
+    assert status == 0
+
+
+def test_a_surprising_error_tells_nothing_of_its_text(serve: Callable[..., Any]) -> None:
+    answers, _ = serve([ValueError("CANARY")], 1)
+    assert answers[0].text == "ValueError in the engine"
+
+
+# Messages
+
+
+def test_messages_survive_any_cut() -> None:
+    sent: list[FromWorker] = [Ready("cpu", 0.5), Done(1, 2), RunFailed(3, "x" * 3000)]
+    sent += [Failed("EngineError", "why"), Logged(20, "engines", "so")]
+    data = b"".join(map(pack, sent))
+    rng = random.Random(0)
+    for _ in range(200):
+        unpacker, found, start = Unpacker(), [], 0
+        while start < len(data):
+            stop = start + rng.randrange(1, 40)
+            found += [_decoder.decode(body) for body in unpacker.feed(data[start:stop])]
+            start = stop
+        assert found == sent
+
+
+def test_a_message_too_long_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected at most"):
+        list(Unpacker().feed(b"\0\x20\0\0"))
