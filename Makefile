@@ -62,6 +62,10 @@ gpu: ## On a machine with an NVIDIA GPU: run the GPU tests, then measure every e
 	  $(PYTHON) -m pytest -m gpu $$tests || status=$$?; fi; \
 	$(PYTHON) -m exporters.gpu $(if $(NAME),--name $(NAME)) $(GPU_ARGS) || status=$$?; exit $$status
 
+.PHONY: fuzz
+fuzz: $(VENV)/.ready ## Fuzz everything that reads a peer's bytes (SECONDS=600; better with atheris in the environment)
+	@PYTHONPATH=tests $(VENV)/bin/python -m fuzz --seconds $(or $(SECONDS),600)
+
 .PHONY: venv
 venv: $(VENV)/.ready ## The full environment (about 6 GB, with torch; Linux x86-64)
 

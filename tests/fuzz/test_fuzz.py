@@ -1,0 +1,91 @@
+"""Every target for a moment: nothing but the typed errors, all kinds of outcome, no growth."""
+
+from __future__ import annotations
+
+import collections
+import json
+import random
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from fuzz.__main__ import choose
+from fuzz.messages import KINDS, frames
+from fuzz.targets import TARGETS
+from transport.messages import decode_header
+
+EXPECTED = {
+    "decode": {"ok", "ProtocolError", "UnknownVersionError"},
+    "node": {"ok", "ProtocolError", "UnknownVersionError", "Refusal"},
+    "edge": {"ok", "ProtocolError", "UnknownVersionError", "OffloadError", "waits", "Refused"},
+    "zap": {"only CURVE clients", "malformed question", "key not authorised"},
+    "keys": {"ok", "KeyFileError"},
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@settings(max_examples=150, deadline=None)
+@given(data=st.binary(max_size=120))
+@example(data=b"")
+def test_only_typed_errors(name: str, data: bytes) -> None:
+    TARGETS[name](data)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_outcome_is_reached(name: str) -> None:
+    """A fuzzer whose inputs all fail at the first byte tests nothing."""
+    rng, seen = random.Random(1), collections.Counter[str]()
+    for _ in range(300 if name == "keys" else 4_000):
+        seen[TARGETS[name](rng.randbytes(rng.randrange(120)))] += 1
+    assert seen.keys() >= EXPECTED[name]
+
+
+def test_every_message_is_sound_until_damaged() -> None:
+    for kind in KINDS:
+        assert frames(b"", [kind])
+        decode_header(frames(b"", [kind])[0])
+
+
+@pytest.mark.parametrize("name", ["decode", "node", "edge", "zap"])
+def test_nothing_is_kept(name: str) -> None:
+    rng = random.Random(2)
+    inputs = [rng.randbytes(rng.randrange(120)) for _ in range(1_000)]
+    target = TARGETS[name]
+    for data in inputs:
+        target(data)
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    tracemalloc.reset_peak()
+    for data in inputs:
+        target(data)
+    after, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert after - before < 100_000
+    assert peak - before < 1 << 20
+
+
+def test_the_command_says_what_it_did(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fuzz", "--engine", "hypothesis", "--seconds", "1"]
+    done = subprocess.run(
+        [*command, "--target", "decode", "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": ":".join(map(str, Path(__file__).parents[1:3]))},
+    )
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["engine"] == "hypothesis"
+    assert told["targets"]["decode"]["inputs"] >= 2_000
+    assert not told["targets"]["decode"]["failed"]
+
+
+def test_a_missing_engine_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    said: list[str] = []
+    assert choose(None, said.append) == "hypothesis"
+    assert "pip install atheris" in said[0]
