@@ -368,6 +368,22 @@ def test_a_slow_worker_is_not_hung(bundle_of: Any, batch: Any) -> None:
     run(main())
 
 
+def test_time_in_which_the_node_itself_stood_still_is_no_hang(bundle_of: Any, batch: Any) -> None:
+    async def main() -> None:
+        async with running(bundle_of("pixels"), hang_s=1.0) as pool:
+            slot = await pool.acquire()
+            os.kill(pool.pids()[0], signal.SIGSTOP)  # a Ctrl-Z, a laptop's lid: both stop
+            going = asyncio.ensure_future(slot.run(fill(slot, batch(1))))
+            await asyncio.sleep(0)
+            time.sleep(1.5)
+            os.kill(pool.pids()[0], signal.SIGCONT)
+            await going
+            slot.release()
+            assert pool.kinds() == ["started", "ready"]
+
+    run(main())
+
+
 def test_a_worker_that_never_gets_ready_is_killed(bundle_of: Any) -> None:
     async def main() -> None:
         pool = Watched(Bundle.load(bundle_of("pixels")), start_s=0.01)
@@ -758,6 +774,64 @@ def test_many_restarts_leave_nothing_behind(bundle_of: Any) -> None:
             slots = [await pool.acquire(), await pool.acquire()]  # none was lost on the way
             for slot in slots:
                 slot.release()
+
+    run(main())
+
+
+def test_nothing_mixes_in_a_storm(
+    bundle_of: Any, batch: Any, direct: Callable[[Feeds], Feeds]
+) -> None:
+    """Clients that cancel, hold on and let go late, over workers that are killed and frozen."""
+    rng = np.random.default_rng(3)
+    died = answered = 0
+
+    async def client(pool: Watched, rounds: int) -> None:
+        nonlocal died, answered
+        for _ in range(rounds):
+            slot = await pool.acquire()
+            try:
+                feeds = batch(int(rng.integers(1, 10)), int(rng.integers(1 << 30)))
+                going = asyncio.ensure_future(slot.run(fill(slot, feeds)))
+                if rng.random() < 0.2:
+                    await asyncio.sleep(float(rng.random()) * 0.002)
+                    going.cancel()
+                outputs = await going
+                await asyncio.sleep(float(rng.random()) * 0.01)
+                assert outputs["tokens"].tobytes() == direct(feeds)["tokens"].tobytes()
+                answered += 1
+            except WorkerDied:
+                died += 1
+            except asyncio.CancelledError:
+                pass
+            finally:
+                slot.release()
+
+    async def vandal(pool: Watched) -> None:
+        while True:
+            await asyncio.sleep(float(rng.random()) * 0.1)
+            for pid in pool.pids():
+                if rng.random() < 0.3:
+                    os.kill(pid, signal.SIGSTOP)
+                    await asyncio.sleep(0.02)
+                    if pid in pool.pids():
+                        os.kill(pid, rng.choice([signal.SIGCONT, signal.SIGKILL]))
+
+    async def main() -> None:
+        options = {"devices": ["cpu", "cpu"], "results": 3, "retry_s": (0.01, 0.01)}
+        async with running(bundle_of("pixels"), **options) as pool:
+            spoiling = asyncio.ensure_future(vandal(pool))
+            while died < 5:
+                await asyncio.gather(*(client(pool, 50) for _ in range(8)))
+            spoiling.cancel()
+            await asyncio.wait([spoiling])
+            for pid in pool.pids():
+                os.kill(pid, signal.SIGCONT)
+            await asyncio.gather(*(client(pool, 10) for _ in range(8)))
+            assert answered > 100
+            for lane in pool._lanes:  # and everything is back
+                assert sorted(lane._batches) == [0, 1]
+                assert sorted(lane._results) == [0, 1, 2, 3, 4]
+                assert (lane._lent, lane.flights) == (0, {})
 
     run(main())
 

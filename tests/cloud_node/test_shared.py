@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -95,6 +96,7 @@ def test_arrays_outlive_the_arena_and_take_the_memory_along(system: None) -> Non
 
 
 def test_nothing_is_left_behind() -> None:
+    gc.collect()  # what other tests left to be collected
     fds, mapped = _fds(), _mapped()
     for _ in range(20):
         Arena.create(LAYOUT).close()
