@@ -2,19 +2,23 @@
 
 libzmq asks this authenticator about every client before any message of it is read. Promises that
 only a CURVE client whose key lies in the folder gets in, that no failure in here (a malformed key
-file, an exception, an unknown question) lets anyone in or stops the authenticator, and that a key
-added to or taken from the folder counts for the next handshake, without a restart. Connections that
-are already open stay open.
+file, an exception, an unknown question) lets anyone in or stops the authenticator, that a key added
+to or taken from the folder counts for the next handshake, without a restart, and that a key taken
+from it, or a folder that may not be trusted any more, is told within a quarter of a second or so.
+Dropping the connections that are open (`meter.Meter.revoke`) and the work that waits is left to
+whoever is told.
 """
 
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
+import errno
 import logging
 import os
 import stat
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import zmq
@@ -23,13 +27,14 @@ from zmq.utils import z85
 
 from engines.errors import KeyFileError
 from transport.keys import load_public
-from transport.sockets import ZAP_DOMAIN
+from transport.sockets import ZAP_DOMAIN, Seldom
 
 log = logging.getLogger(__name__)
 
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"
-_LOG_AGAIN_S = 60.0
-_LOG_KEYS = 256
+_WATCH_S = 0.25
+# Short of these a folder can't be read, which says nothing about what is in it.
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class AllowList:
@@ -48,7 +53,8 @@ class AllowList:
 
     def reload(self) -> dict[str, str]:
         """Names by Z85 public key, read anew if anything in the folder changed. A malformed file
-        lets in nobody.
+        lets in nobody. A process short of descriptors or memory goes by what it read last: else
+        whoever brought that about had shut out everybody.
 
         Raises:
             KeyFileError: as when made.
@@ -61,11 +67,15 @@ class AllowList:
                 if e.name.endswith(".pub") and not e.name.startswith(".")
             )
         except OSError as error:
+            if error.errno in _SHORTAGES and self._stamp is not None:
+                return self._names
+            self._stamp, self._names = None, {}
             raise KeyFileError(
                 f"cannot read the folder of authorised keys {self.folder}: {error.strerror}; "
                 "`edge-runtime keys node` makes one"
             ) from None
         if stat.S_IMODE(mode) & 0o022:
+            self._stamp, self._names = None, {}
             raise KeyFileError(
                 f"others may write to {self.folder} (mode {stat.S_IMODE(mode):04o}) and so "
                 f"authorise themselves: run `chmod 700 {self.folder}`"
@@ -97,31 +107,83 @@ def _stamp(entry: os.DirEntry[str]) -> tuple[str, int, int, int]:
 
 
 class Authenticator:
-    """Answers libzmq's ZAP questions on `ctx` from an `AllowList`, from `start` to `stop`."""
+    """Answers libzmq's ZAP questions on `ctx` from an `AllowList`, from `start` to `stop`.
 
-    def __init__(self, ctx: zmq.asyncio.Context, allowed: AllowList) -> None:
+    Args:
+        ctx: context of the servers.
+        allowed: who gets in.
+        on_revoked: called in the event loop with the names that were authorised and are not, or not
+            with the same key; that may be all of them.
+
+    Attributes:
+        refused: handshakes refused, by reason: ``not_authorised``, ``not_curve``, ``malformed``,
+            ``folder`` (it can't be read or trusted), ``internal``.
+    """
+
+    def __init__(
+        self,
+        ctx: zmq.asyncio.Context,
+        allowed: AllowList,
+        on_revoked: Callable[[frozenset[str]], None] | None = None,
+    ) -> None:
+        self.refused: collections.Counter[str] = collections.Counter()
         self._ctx = ctx
         self._allowed = allowed
+        self._on_revoked = on_revoked
+        self._known = {name: key for key, name in allowed.reload().items()}
         self._socket: zmq.asyncio.Socket | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._logged: dict[str, float] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._seldom = Seldom()
 
     def start(self) -> None:
         """Begin answering; needs a running event loop. Call before binding any server on `ctx`."""
         self._socket = self._ctx.socket(zmq.REP)
         self._socket.linger = 0
         self._socket.bind(_ZAP_ENDPOINT)
-        self._task = asyncio.get_running_loop().create_task(self._serve(), name="zap")
+        loop = asyncio.get_running_loop()
+        self._tasks = [
+            loop.create_task(self._serve(), name="zap"),
+            loop.create_task(self._watch(), name="allow-list"),
+        ]
 
     async def stop(self) -> None:
         """Stop; from now on nobody is let in."""
-        if self._task:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._socket:
             self._socket.close()
-        self._task = self._socket = None
+        self._tasks, self._socket = [], None
+
+    def admits(self, name: str) -> bool:
+        """Whether messages under this name are to be taken, as of the last look at the folder."""
+        return name in self._known
+
+    async def _watch(self) -> None:
+        """Look at the folder again and again: no notification works on every file system."""
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            try:
+                self._look()
+            except Exception as error:  # whatever happens, keep looking
+                log.error("authenticator failed: %s", error)
+
+    def _look(self) -> None:
+        try:
+            now = {name: key for key, name in self._allowed.reload().items()}
+        except Exception as error:
+            now = {}
+            if self._known or self._seldom("folder"):
+                log.error("nobody is authorised any more: %s", error)
+        gone = frozenset(name for name, key in self._known.items() if now.get(name) != key)
+        come = sorted(now.keys() - self._known.keys())
+        self._known = now
+        if come:
+            log.info("authorised now: %s", ", ".join(come))
+        if gone:
+            log.warning("no longer authorised: %s", ", ".join(sorted(gone)))
+            if self._on_revoked:
+                self._on_revoked(gone)
 
     async def _serve(self) -> None:
         assert self._socket is not None
@@ -130,7 +192,10 @@ class Authenticator:
             try:
                 status, text, user = self._judge(request)
             except Exception as error:  # whatever happens, answer no and stay alive
-                log.error("authenticator failed, client refused: %s", error)
+                reason = "folder" if isinstance(error, KeyFileError) else "internal"
+                self.refused[reason] += 1
+                if self._seldom(reason):
+                    log.error("authenticator failed, client refused: %s", error)
                 status, text, user = b"500", b"internal error", ""
             request_id = request[1] if len(request) > 1 else b""
             reply = [b"1.0", request_id, status, text, user.encode(), b""]
@@ -142,24 +207,25 @@ class Authenticator:
     def _judge(self, request: list[bytes]) -> tuple[bytes, bytes, str]:
         """(status, text, user id) for one ZAP question. https://rfc.zeromq.org/spec/27/"""
         if len(request) != 7 or request[0] != b"1.0":
+            self.refused["malformed"] += 1
             return b"500", b"malformed question", ""
         _, _, domain, address, _, mechanism, credential = request
         if domain != ZAP_DOMAIN or mechanism != b"CURVE" or len(credential) != 32:
+            self.refused["not_curve"] += 1
             return b"400", b"only CURVE clients", ""
         public = z85.encode(credential).decode()
         name = self._allowed.name_of(public)
         if name is None:
+            self.refused["not_authorised"] += 1
             self._log_refusal(public, address.decode("ascii", "replace"))
             return b"400", b"key not authorised", ""
+        if self._known.get(name) != public:
+            self._look()  # sooner than it would be due, so that `admits` knows of it
         return b"200", b"OK", name
 
     def _log_refusal(self, public: str, address: str) -> None:
-        now = time.monotonic()
-        if now - self._logged.get(public, -_LOG_AGAIN_S) < _LOG_AGAIN_S:
+        if not self._seldom(public):
             return
-        if len(self._logged) >= _LOG_KEYS:
-            self._logged.clear()
-        self._logged[public] = now
         log.warning(
             "refused %s: its key %s is not authorised; to let it in, put its .pub file in place "
             "with `edge-runtime keys authorize --dir %s FILE.pub` (no restart needed)",

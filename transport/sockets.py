@@ -2,10 +2,10 @@
 reason.
 
 An edge opens one DEALER per node (`client`), a node one ROUTER (`server`). Both are CURVE or
-nothing. The options bound what a peer can make us hold, but not the number of frames of a message
-nor the sum over connections: receivers count frames, and nodes admit by bytes. `watch` turns
-libzmq's monitor events into `LinkEvent`s that say, as far as an end can know, why a link is down.
-Who is let in is decided in `auth`.
+nothing. The options bound single frames and counts of messages; bytes are bounded by the `meter`,
+which both monitors feed: `watch` turns a client's events into `LinkEvent`s that say, as far as an
+end can know, why a link is down, and `peers` a server's into `PeerEvent`s. Who is let in is decided
+in `auth`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import os
 import re
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,11 +26,15 @@ from zmq.utils.monitor import parse_monitor_message
 
 from engines.errors import ConfigError
 from transport.keys import KeyPair
-from transport.messages import HEADER_BYTES, StageLimits
+from transport.messages import HEADER_BYTES, Limits, StageLimits
+from transport.meter import Meter, message_bytes
+
+log = logging.getLogger(__name__)
 
 ZAP_DOMAIN = b"edge-runtime"
 SLOWEST_LINK = 1_000_000
 """Bytes per second of the slowest link that must not be taken for a dead one (8 Mbit/s)."""
+_ZERO_COPY_RECV = 10  # ZMQ_ZERO_COPY_RECV, which pyzmq has no name for
 _SLACK_BYTES = 4096  # CURVE and framing around a part
 _ENDPOINT = re.compile(r"tcp://(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/\[\]]+):(\d{1,5}|\*)\Z")
 
@@ -63,19 +69,50 @@ def heartbeat_timeout_ms(limits: StageLimits) -> int:
     return max(3000, 2 * part * 1000 // SLOWEST_LINK)
 
 
-def _common(socket: Any, endpoint: str, largest_part: int, limits: StageLimits) -> None:
+def receive_mark(inbound: Limits) -> int:
+    """Messages that may wait in libzmq for the program, per connection (RCVHWM).
+
+    High-water marks count whole messages, not bytes: 32 MiB of the largest legal ones, 2 at least,
+    so that one arrives while another is read. More than 8 gains nothing, since whoever receives
+    does little else.
+    """
+    return max(2, min(8, (32 << 20) // message_bytes(inbound)))
+
+
+def send_mark(outbound: Limits) -> int:
+    """Messages that may wait for a peer to read them (SNDHWM): 64 MiB of the largest, and at least
+    as many as a node's queue may hold for one edge, `accepted` included. By bytes they are bounded
+    by the meter."""
+    return max(48, min(256, (64 << 20) // message_bytes(outbound)))
+
+
+def _copying(ctx: zmq.Context[Any]) -> zmq.Context[Any]:
+    """The context, with receiving without a copy turned off for sockets made from now on.
+
+    With it on, a small frame keeps the whole 8 KiB that it arrived in: an unfinished message of
+    small frames then holds a hundred times its size, out of every meter's sight. Large frames are
+    read into their own memory either way.
+    """
+    with contextlib.suppress(zmq.ZMQError):  # libzmq before 4.3 does not know it
+        ctx.set(_ZERO_COPY_RECV, 0)
+    return ctx
+
+
+def _common(socket: Any, endpoint: str, inbound: Limits, limits: StageLimits) -> None:
     # A peer announces a part's size before sending it and libzmq allocates it whole; without this,
     # four unauthenticated peers cost hundreds of megabytes.
-    socket.set(zmq.MAXMSGSIZE, max(largest_part, HEADER_BYTES) + _SLACK_BYTES)
+    socket.set(zmq.MAXMSGSIZE, max(inbound.part_bytes, HEADER_BYTES) + _SLACK_BYTES)
     # Nothing may outlive its socket: a late request or reply is worthless, and close() must not
     # hang.
     socket.set(zmq.LINGER, 0)
-    # High-water marks count messages, not bytes; with a MAXMSGSIZE they bound memory per peer. A
-    # full inbox stops reading, and TCP pushes back on the sender.
-    socket.set(zmq.RCVHWM, 8)
+    # A full inbox stops reading, and TCP pushes back on the sender.
+    socket.set(zmq.RCVHWM, receive_mark(inbound))
     # A frozen peer keeps its TCP connection open; only heartbeats show it.
     socket.set(zmq.HEARTBEAT_IVL, 1000)
     socket.set(zmq.HEARTBEAT_TIMEOUT, heartbeat_timeout_ms(limits))
+    # Nor does closing end a connection whose peer acknowledges nothing: the kernel keeps what is
+    # unsent for minutes. (TCP_KEEPALIVE has nothing to add to heartbeats and stays off.)
+    socket.set(zmq.TCP_MAXRT, max(10_000, 2 * heartbeat_timeout_ms(limits)))
     # A connection that doesn't finish its handshake holds a file descriptor: give it up.
     socket.set(zmq.HANDSHAKE_IVL, 3000)
     # Off by default: with it on, a name that resolves to ::1 first never tries 127.0.0.1.
@@ -106,9 +143,9 @@ def client(
         ConfigError: malformed endpoint.
     """
     check_endpoint(endpoint)
-    socket = ctx.socket(zmq.DEALER)
+    socket = _copying(ctx).socket(zmq.DEALER)
     try:
-        _common(socket, endpoint, limits.result.part_bytes, limits)
+        _common(socket, endpoint, limits.result, limits)
         # Pinned: a host with another key can't answer in the node's place.
         socket.set(zmq.CURVE_SERVERKEY, server_key.encode())
         socket.set(zmq.CURVE_PUBLICKEY, keypair.public.encode())
@@ -117,6 +154,7 @@ def client(
         # back, where no deadline would reach it. Sending then blocks (or fails with EAGAIN) while
         # the node is away.
         socket.set(zmq.IMMEDIATE, 1)
+        # Requests waiting here are few: each has a caller with a deadline.
         socket.set(zmq.SNDHWM, 8)
         # Come back fast after a blip, and don't hammer a node that stays away.
         socket.set(zmq.RECONNECT_IVL, 100)
@@ -140,9 +178,9 @@ def server(ctx: zmq.Context[Any], bind: str, keypair: KeyPair, limits: StageLimi
         ConfigError: malformed or unusable endpoint.
     """
     check_endpoint(bind, bind=True)
-    socket = ctx.socket(zmq.ROUTER)
+    socket = _copying(ctx).socket(zmq.ROUTER)
     try:
-        _common(socket, bind, limits.request.part_bytes, limits)
+        _common(socket, bind, limits.request, limits)
         socket.set(zmq.CURVE_SERVER, 1)
         socket.set(zmq.CURVE_SECRETKEY, keypair.secret.encode())
         # CURVE alone lets any client in. With a domain and its enforcement, no authenticator means
@@ -154,10 +192,10 @@ def server(ctx: zmq.Context[Any], bind: str, keypair: KeyPair, limits: StageLimi
         socket.set(zmq.ROUTER_MANDATORY, 1)
         # A newcomer using another's routing id must not take over its replies.
         socket.set(zmq.ROUTER_HANDOVER, 0)
-        # Two messages for each request that may wait (16), and some room: libzmq gives credit for
-        # what was read only half a mark at a time.
-        socket.set(zmq.SNDHWM, 48)
-        socket.set(zmq.BACKLOG, 256)
+        socket.set(zmq.SNDHWM, send_mark(limits.result))
+        # What connects while the loop is busy or descriptors are short waits in the kernel, which
+        # allows so many (net.core.somaxconn) and answers no more.
+        socket.set(zmq.BACKLOG, 1024)
         try:
             socket.bind(bind)
         except zmq.ZMQError as error:
@@ -222,7 +260,12 @@ _RETRY_GRACE_S = 0.2
 
 
 async def watch(
-    socket: Any, endpoint: str, *, first_retry_s: float = 0.5, last_retry_s: float = 10.0
+    socket: Any,
+    endpoint: str,
+    *,
+    first_retry_s: float = 0.5,
+    last_retry_s: float = 10.0,
+    meter: Meter | None = None,
 ) -> AsyncGenerator[LinkEvent, None]:
     """Connect a `client` made with ``connect=False``, keep it so, and tell how its link fares.
 
@@ -236,6 +279,7 @@ async def watch(
         endpoint: where to.
         first_retry_s: wait before connecting anew after a failed handshake; doubles each time.
         last_retry_s: the longest such wait.
+        meter: told of the connection; whoever has made it polls it.
 
     Yields:
         events whose state or reason differs from the one before.
@@ -253,6 +297,8 @@ async def watch(
             reconnect = False
             if kind == zmq.EVENT_CONNECTED:
                 tcp = True
+                if meter:
+                    meter.opened(value, time.monotonic())
             elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 up, wait = True, first_retry_s
                 state = LinkEvent("up", "connected")
@@ -260,6 +306,8 @@ async def watch(
                 state = LinkEvent("refused", _explain(kind, value))
                 reconnect = True
             elif kind == zmq.EVENT_DISCONNECTED:
+                if meter:
+                    meter.closed(value)
                 state = (
                     LinkEvent("down", CONNECTION_LOST) if up else LinkEvent("refused", NOT_A_NODE)
                 )
@@ -279,6 +327,8 @@ async def watch(
                 yield state
             if reconnect:
                 _disconnect(socket, endpoint)
+                if meter:
+                    meter.close()
                 await asyncio.sleep(wait)
                 wait = min(2 * wait, last_retry_s)
                 # What the old attempt still had to say is past.
@@ -287,6 +337,8 @@ async def watch(
                 tcp = up = False
                 socket.connect(endpoint)
     finally:
+        if meter:
+            meter.close()
         if not socket.closed:
             socket.disable_monitor()
         monitor.close(linger=0)
@@ -304,3 +356,155 @@ def _disconnect(socket: Any, endpoint: str) -> None:
     # An endpoint that libzmq has given up is no longer known to it.
     with contextlib.suppress(zmq.ZMQError):
         socket.disconnect(endpoint)
+
+
+Peering = Literal["opened", "ready", "refused", "closed", "dropped", "full"]
+
+
+@dataclass(frozen=True)
+class PeerEvent:
+    """What became of a connection to a server.
+
+    `kind`: ``opened`` (TCP alone), ``ready`` (handshake done: an authorised edge), ``refused``
+    (handshake failed), ``closed``, ``dropped`` (by the meter), ``full`` (dropped at once, for want
+    of descriptors). `reason`: of ``refused``, one of `REFUSALS`; of ``dropped``, a `meter.Reason`.
+    `address`: the peer's, as far as known.
+    """
+
+    kind: Peering
+    reason: str = ""
+    address: str = ""
+
+
+REFUSALS = {
+    "not_authorised": "its key is not authorised",
+    "wrong_key": "it does not encrypt for this node's key: the server_key in its edge.toml is "
+    "another node's, or damaged on the way",
+    "not_curve": "it does not speak CURVE: another program, or an edge without keys",
+    "protocol": "it does not speak this protocol: another program, or a scan",
+    "timeout": "it did not finish its handshake in time: a scan, a frozen edge or a very slow link",
+    "left": "it left in the middle of its handshake",
+    "authenticator": "the authenticator did not answer: see the errors before this line",
+}
+"""Reasons of refused handshakes, as far as a server can know them."""
+
+# Not EVENT_ACCEPT_FAILED: without descriptors, libzmq tells it as fast as it can, again and again.
+_SERVER_WATCHED = (
+    _FAILED | zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+)
+_ZAP_ERRORS = range(0x20000000, 0x30000000)
+_EVENTS_AT_ONCE = 100  # then others in the loop have their turn, the authenticator above all
+
+
+class Seldom:
+    """Whether to tell of something again: each thing at most once in `every_s`, so that nobody can
+    fill a log."""
+
+    def __init__(self, every_s: float = 60.0, most: int = 256) -> None:
+        self._every_s, self._most = every_s, most
+        self._told: dict[object, float] = {}
+
+    def __call__(self, thing: object, now: float | None = None) -> bool:
+        now = time.monotonic() if now is None else now
+        told = self._told.get(thing)
+        if told is not None and now - told < self._every_s:
+            return False
+        if len(self._told) >= self._most:
+            self._told = {key: at for key, at in self._told.items() if now - at < self._every_s}
+            if len(self._told) >= self._most:
+                return False  # so many things in so short a time: the rest goes untold
+        self._told[thing] = now
+        return True
+
+
+async def peers(
+    socket: Any, meter: Meter, *, every_s: float = 0.02
+) -> AsyncGenerator[PeerEvent, None]:
+    """Follow a server's connections, and have `meter` bound them.
+
+    Iterate for as long as the socket lives (one task per socket), then `aclose` the iterator before
+    closing the socket. What is told here is logged too, each kind for each address at most once a
+    minute.
+
+    Args:
+        socket: an asyncio socket from `server`, before or after it was bound.
+        meter: fed, polled and, at the end, closed here.
+        every_s: how often to look; seldomer, down to ten times a second, if there is much to see.
+    """
+    monitor = socket.get_monitor_socket(_SERVER_WATCHED)
+    seldom = Seldom()
+    failed: PeerEvent | None = None  # the end of its connection is told next, with its address
+
+    def tell(event: PeerEvent) -> PeerEvent:
+        if event.kind == "refused" and event.reason != "not_authorised":  # which `auth` tells
+            if seldom(("refused", event.reason, event.address)):
+                whom = event.address or "a connection"
+                log.warning("handshake of %s failed: %s", whom, REFUSALS[event.reason])
+        elif event.kind == "full" and seldom("full"):
+            log.error(
+                "connections dropped: no file descriptors are left; raise the limit (ulimit -n, or "
+                "LimitNOFILE= of the service)"
+            )
+        return event
+
+    due = 0.0
+    try:
+        while True:
+            begun = time.monotonic()
+            raw: list[bytes] | None = None
+            for _ in range(_EVENTS_AT_ONCE):
+                raw = _waiting(monitor)
+                if raw is None:
+                    break
+                event = parse_monitor_message(raw)
+                kind, value = event["event"], int(event["value"])
+                if failed and kind != zmq.EVENT_DISCONNECTED:
+                    yield tell(failed)
+                    failed = None
+                if kind == zmq.EVENT_ACCEPTED:
+                    kept = meter.opened(value, begun)
+                    yield PeerEvent("opened") if kept else tell(PeerEvent("full"))
+                elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                    yield PeerEvent("ready")
+                elif kind & _FAILED:
+                    failed = PeerEvent("refused", _refusal(kind, value))
+                else:
+                    address = meter.closed(value)
+                    if failed:
+                        yield tell(PeerEvent("refused", failed.reason, address))
+                        failed = None
+                    yield PeerEvent("closed", address=address)
+            if begun >= due or raw:  # in a rush, at once: descriptors run out fast
+                for breach in meter.poll(begun):
+                    if seldom((breach.reason, breach.address, breach.user)):
+                        log.warning("%s", breach)
+                    yield PeerEvent("dropped", breach.reason, breach.address)
+                # Many connections are a lot to look at; a fifth of the time is enough for it.
+                due = begun + max(every_s, min(0.1, 5 * (time.monotonic() - begun)))
+            await asyncio.sleep(0 if raw else max(0.0, due - time.monotonic()))
+    finally:
+        meter.close()
+        if not socket.closed:
+            socket.disable_monitor()
+        monitor.close(linger=0)
+
+
+def _waiting(monitor: Any) -> list[bytes] | None:
+    """The next event if one is there already."""
+    got = monitor.recv_multipart(flags=zmq.NOBLOCK)
+    if got.exception():
+        return None
+    frames: list[bytes] = got.result()
+    return frames
+
+
+def _refusal(kind: int, value: int) -> str:
+    if kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+        return "not_authorised" if value == 400 else "authenticator"
+    if kind == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+        if value == zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC:
+            return "wrong_key"
+        if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+            return "not_curve"
+        return "authenticator" if value in _ZAP_ERRORS else "protocol"
+    return "timeout" if value in (errno.EAGAIN, errno.ETIMEDOUT) else "left"

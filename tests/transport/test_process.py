@@ -17,3 +17,16 @@ def test_core_dumps_are_disabled() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_file_limit_is_raised_as_far_as_may_be() -> None:
+    code = (
+        "import resource\n"
+        "from transport.process import raise_file_limit\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 200))\n"
+        "assert raise_file_limit() == 200\n"
+        "assert resource.getrlimit(resource.RLIMIT_NOFILE) == (200, 200)\n"
+        "assert raise_file_limit() == 200\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,682 @@
+"""What a connection may make a process hold: the arithmetic, the descriptors, and real attacks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+from faults import zmtp
+from faults.zmtp import Budget, Curve, Peer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from transport import meter as metering
+from transport import sockets
+from transport.keys import KeyPair, generate, make_directory, write_public
+from transport.messages import Limits, StageLimits
+from transport.meter import Accounts, Bounds, MemoryWatch, Meter, bounds, message_bytes
+
+MIB = 1 << 20
+BOUNDS = Bounds(unseen=1000, unsent=1000, total=10_000, stall_s=10, handshakes=3, connections=5)
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="metering is by Linux's TCP_INFO")
+
+
+def opened(number: int = 1, address: str = "10.0.0.{}", **changes: Any) -> Accounts:
+    """Accounts 1 to `number`, all past their handshakes."""
+    accounts = Accounts(Bounds(**{**vars(BOUNDS), **changes}))
+    for fd in range(1, number + 1):
+        accounts.open(fd, address.format(fd), 0.0)
+        accounts.delivered(fd, 0, f"user{fd}")
+    return accounts
+
+
+def told(accounts: Accounts, now: float = 1.0) -> list[tuple[int, str]]:
+    return [(breach.fd, breach.reason) for breach in accounts.judge(now)]
+
+
+def test_what_is_delivered_is_not_held() -> None:
+    accounts = opened()
+    for turn in range(1, 100):
+        accounts.delivered(1, 900)
+        accounts.sample(1, 900 * turn, 0, 0, turn / 1000)
+        assert not told(accounts)
+    accounts.sample(1, 900 * 99 + 900, 0, 0, 0.1)
+    assert not told(accounts)
+    accounts.sample(1, 900 * 99 + 1200, 0, 0, 0.1)
+    assert told(accounts) == [(1, "endless")]
+    assert not told(accounts)  # once
+
+
+def test_what_the_kernel_still_queues_is_not_held_here() -> None:
+    accounts = opened()
+    accounts.sample(1, 50_000, 0, 49_500, 0.0)
+    assert not told(accounts)
+    accounts.sample(1, 50_000, 0, 0, 0.0)
+    assert told(accounts) == [(1, "endless")]
+
+
+def test_heartbeats_are_forgiven_and_idleness_is_no_credit() -> None:
+    accounts = opened()
+    for second in range(1, 100_000, 7):
+        accounts.sample(1, 90 * second, 0, 0, float(second))
+        assert not told(accounts, float(second))
+    accounts.sample(1, 90 * 100_000 + 2000, 0, 0, 100_000.0)
+    assert told(accounts, 100_000.0) == [(1, "endless")]
+
+
+def test_hours_of_silence_cover_no_attack() -> None:
+    accounts = opened()
+    accounts.sample(1, 0, 0, 0, 86_400.0)
+    accounts.sample(1, 2000, 0, 0, 86_400.1)
+    assert told(accounts, 86_400.1) == [(1, "endless")]
+
+
+def test_credit_that_is_not_ones_own_ends_with_the_next_sample() -> None:
+    accounts = opened()
+    accounts.close(1)
+    accounts.open(1, "10.0.0.9", 1.0)
+    accounts.delivered(1, 1_000_000)  # was waiting when the first connection ended
+    accounts.sample(1, 300, 0, 0, 1.0)
+    accounts.sample(1, 1301, 0, 0, 1.0)
+    assert told(accounts) == [(1, "endless")]
+
+
+def test_a_message_may_overtake_the_news_of_its_connection() -> None:
+    accounts = Accounts(BOUNDS)
+    accounts.delivered(7, 900)
+    accounts.open(7, "10.0.0.1", 0.0)
+    accounts.sample(7, 900 + 900, 0, 0, 0.0)
+    assert not told(accounts)
+    for fd in range(1000):  # and what no news follow does not pile up
+        accounts.delivered(100 + fd, 1)
+    assert len(accounts._early) < 100
+
+
+def test_a_slow_reader() -> None:
+    accounts = opened(2)
+    for fd in (1, 2):
+        accounts.handed(fd, 900, 0.0)
+        accounts.sample(fd, 0, 300, 0, 0.0)
+    assert not told(accounts)
+    accounts.handed(1, 1000, 0.0)
+    accounts.handed(2, 400, 0.0)
+    assert told(accounts) == [(1, "slow")]
+
+
+def test_a_reader_that_stops_altogether() -> None:
+    accounts = opened(2)
+    for second in range(30):
+        accounts.handed(1, 10, second)
+        accounts.sample(1, 0, 300 + 10 * second, 0, second)  # reads what was sent a second before
+        accounts.sample(2, 0, 300, 0, second)  # was sent nothing
+        assert not told(accounts, second)
+    accounts.handed(2, 10, 30)
+    accounts.sample(2, 0, 300, 0, 39)
+    assert not told(accounts, 39)
+    accounts.sample(2, 0, 300, 0, 41)
+    accounts.sample(1, 0, 700, 0, 41)
+    assert told(accounts, 41) == [(2, "slow")]
+
+
+def test_together_too_much_costs_whoever_holds_most() -> None:
+    accounts = opened(4, total=2500)
+    for fd, size in enumerate((700, 650, 650, 600), start=1):
+        accounts.accounts[fd].user = "greedy" if fd > 1 else "modest"
+        accounts.sample(fd, size, 0, 0, 0.0)
+    assert told(accounts) == [(2, "total")]
+    assert not told(accounts)
+
+
+def test_replies_are_booked_where_requests_came_from() -> None:
+    accounts = opened(2)
+    accounts.delivered(1, 1, "user1", b"route")
+    assert accounts.routes == {b"route": 1}
+    accounts.delivered(2, 1, "user1", b"route")  # the same edge, connected anew
+    accounts.close(1)
+    assert accounts.routes == {b"route": 2}
+    accounts.close(2)
+    assert accounts.routes == {}
+
+
+def test_too_many_handshakes_cost_the_oldest_of_the_busiest_address() -> None:
+    accounts = Accounts(BOUNDS)
+    accounts.open(1, "10.0.0.1", 0.0)
+    for fd in range(2, 8):
+        accounts.open(fd, "10.6.6.6", fd / 10)
+    accounts.open(8, "10.0.0.2", 1.0)
+    accounts.sample(4, 0, 300, 0, 1.0, 300)  # is through
+    assert told(accounts) == [(2, "crowd"), (3, "crowd"), (5, "crowd"), (6, "crowd")]
+    assert not told(accounts)
+    # libzmq itself ends handshakes: what is still there after that is through.
+    assert not told(accounts, 60.0)
+
+
+@pytest.mark.parametrize(
+    ("address", "party"),
+    [
+        ("10.1.2.3", "10.1.2.3"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("::ffff:10.1.2.3", "10.1.2.3"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("", ""),
+    ],
+)
+def test_an_ipv6_network_is_one_party(address: str, party: str) -> None:
+    assert metering.network(address) == party
+
+
+def test_too_many_connections() -> None:
+    accounts = Accounts(BOUNDS)
+    for fd in range(1, 8):
+        accounts.open(fd, "10.0.0.1", fd / 10)
+        accounts.delivered(fd, 0, "" if fd == 5 else "many" if fd > 2 else f"one{fd}")
+    assert told(accounts) == [(5, "crowd"), (3, "crowd")]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_an_honest_peer_is_never_at_fault(data: st.DataObject) -> None:
+    """Messages up to the largest, as many waiting as the mark allows, read at any pace."""
+    limits, hwm = Limits(2, 5000, 9000), 4
+    accounts = Accounts(bounds(limits, limits, hwm=hwm))
+    accounts.open(1, "10.0.0.1", 0.0)
+    largest, received, now = message_bytes(limits), 0, 0.0
+    waiting: list[int] = []
+    for _ in range(data.draw(st.integers(1, 60))):
+        pause = data.draw(st.floats(0, 2))
+        now += pause
+        received += int(pause * 90)  # heartbeats
+        size = data.draw(st.integers(1, largest))
+        partial = data.draw(st.integers(0, size))
+        accounts.sample(1, received + partial, 0, 0, now)
+        assert not accounts.judge(now)
+        received += size
+        waiting.append(size)
+        while len(waiting) > hwm or (waiting and data.draw(st.booleans())):
+            accounts.delivered(1, waiting.pop(0))
+        accounts.sample(1, received, 0, 0, now)
+        assert not accounts.judge(now)
+
+
+def test_bounds_leave_descriptors_for_others() -> None:
+    limits = Limits(2, MIB, 2 * MIB)
+    few = bounds(limits, limits, hwm=8, files=1024)
+    assert 2 * few.connections < 1024 - 100
+    assert few.handshakes < few.connections
+    assert bounds(limits, limits, hwm=8, files=20).connections >= 1
+    assert few.unseen > 9 * 2 * MIB
+
+
+# -- descriptors ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pairs() -> Iterator[Callable[[], tuple[socket.socket, socket.socket]]]:
+    """(server's end, client's end) of TCP connections."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+
+        def make() -> tuple[socket.socket, socket.socket]:
+            client = stack.enter_context(socket.create_connection(listener.getsockname()))
+            client.settimeout(30)
+            served = stack.enter_context(listener.accept()[0])
+            served.settimeout(30)
+            return served, client
+
+        yield make
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@linux
+def test_the_kernel_tells_bytes(pairs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metering, "_SLACK", 4000)
+    served, client = pairs()
+    meter = Meter(bounds(Limits(1, 1000, 1000), Limits(1, 1000, 1000), hwm=2))
+    meter.opened(served.fileno(), 0.0)
+    account = meter._accounts.accounts[served.fileno()]
+    assert account.address == "127.0.0.1"
+    client.sendall(bytes(50_000))
+    while account.received < 50_000:
+        assert not meter.poll(0.0)
+    assert account.queued == 50_000  # nobody has read it: it is TCP's, which bounds it
+    assert account.inside == 0
+    served.recv(50_000, socket.MSG_WAITALL)
+    assert not meter.poll(0.0)
+    assert account.inside == 50_000
+    client.sendall(bytes(20_000))
+    served.recv(20_000, socket.MSG_WAITALL)
+    (breach,) = meter.poll(0.0)
+    assert breach.reason == "endless"
+    assert client.recv(1) == b""  # shut down
+    assert served.recv(1) == b""  # the owner notices too
+    assert meter.dropped == {"endless": 1}
+    meter.close()
+
+
+@linux
+def test_a_reused_number_is_another_connection(pairs: Any) -> None:
+    first, first_client = pairs()
+    meter = Meter(BOUNDS)
+    before = descriptors()
+    meter.opened(first.fileno(), 0.0)
+    number = first.fileno()
+    second, second_client = pairs()
+    os.dup2(second.fileno(), number)  # closed, and its number given to another one
+    meter.opened(number, 1.0)
+    assert first_client.recv(1) == b""  # the duplicate of the first is closed too
+    second_client.sendall(bytes(500))
+    while meter._accounts.accounts[number].received < 500:
+        meter.poll(1.0)
+    meter.closed(number)
+    assert len(meter) == 0
+    assert descriptors() == before + 2
+
+
+@linux
+@pytest.mark.parametrize("now", ["nothing", "a pipe", "a file"])
+def test_a_number_that_is_no_connection_any_more(pairs: Any, now: str) -> None:
+    served, _ = pairs()
+    number = served.fileno()
+    read, write = os.pipe()
+    if now == "nothing":
+        served.close()
+    else:
+        os.dup2(read if now == "a pipe" else os.open(os.devnull, os.O_RDONLY), number)
+    before = descriptors()
+    meter = Meter(BOUNDS)
+    assert meter.opened(number, 0.0)
+    assert len(meter) == 0
+    assert not meter.poll(0.0)
+    assert descriptors() == before
+    meter.closed(number)
+    os.close(read)
+    os.close(write)
+
+
+@linux
+def test_a_successor_is_not_shut_for_its_predecessor(pairs: Any) -> None:
+    """ACCEPTED is read late, when the number is another connection's already."""
+    first, _ = pairs()
+    number = first.fileno()
+    second, second_client = pairs()
+    os.dup2(second.fileno(), number)
+    meter = Meter(BOUNDS)
+    meter.opened(number, 0.0)  # the first's news, the second's descriptor
+    meter.closed(number)
+    meter.opened(number, 0.0)
+    assert meter.revoke([])  # nobody has said yet whose it is
+    assert second_client.recv(1) == b""
+    meter.close()
+
+
+@linux
+def test_without_descriptors_newcomers_are_shut(pairs: Any) -> None:
+    meter = Meter(BOUNDS)
+    first, _ = pairs()
+    meter.opened(first.fileno(), 0.0)
+    newcomer, client = pairs()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(newcomer.fileno())
+    os.close(lowest)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+        kept = meter.opened(newcomer.fileno(), 0.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert not kept
+    assert client.recv(1) == b""
+    assert newcomer.fileno() > 0
+    assert meter.dropped == {"crowd": 1}
+    meter.close()
+
+
+def test_where_the_kernel_tells_nothing_connections_are_still_counted(pairs: Any) -> None:
+    meter = Meter(BOUNDS)
+    meter.metered = False
+    ends = [pairs() for _ in range(5)]
+    for served, _ in ends:
+        meter.opened(served.fileno(), 0.0)
+    meter.handed([bytes(10_000)], 0.0)
+    assert [breach.reason for breach in meter.poll(100.0)] == []
+    meter.close()
+    for served, _ in ends:
+        meter.opened(served.fileno(), 0.0)
+    assert [breach.reason for breach in meter.poll(0.0)] == ["crowd", "crowd"]
+    meter.close()
+
+
+def test_memory_watch_tells_each_rise_once() -> None:
+    values = iter([10, 99, 101, 150, 90, None, 120])
+    watch = MemoryWatch(100, lambda: next(values))
+    assert [watch.breached() for _ in range(7)] == [None, None, 101, None, None, None, 120]
+    assert watch.breaches == 2
+
+
+@linux
+def test_memory_is_read_and_limited_by_something() -> None:
+    read = metering.Resident()
+    before = read()
+    assert before
+    ballast = bytearray(64 * MIB)
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    after = read()
+    assert after
+    assert after - before > 32 * MIB
+    limit = metering.memory_limit()
+    assert limit is not None
+    assert limit > after
+
+
+# -- attacks by authenticated peers on a real process ---------------------------------------------
+
+REQUEST, RESULT = (3, MIB, 3 * MIB), (2, MIB, 2 * MIB)
+LIMITS = StageLimits(Limits(*REQUEST), Limits(*RESULT))
+
+
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join(str(folder) for folder in Path(__file__).parents[1:3]),
+}
+FLOOD = """
+import asyncio, resource
+from faults.zmtp import Budget, half_open
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (4096, hard))
+asyncio.run(half_open({}, hold_s=120, budget=Budget(count=2000, seconds=120)))
+"""
+
+
+class EchoNode:
+    """A process of `echo_node`."""
+
+    def __init__(self, folder: Path, files: int | None = None, **options: Any) -> None:
+        self.folder = make_directory(folder)
+        make_directory(folder / "authorized")
+        self.key = generate(folder, "node")
+        asked = {"keys": str(folder), "request": REQUEST, "result": RESULT, **options}
+
+        def limit() -> None:
+            if files:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("echo_node.py")), json.dumps(asked)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=(folder / "log").open("wb"),
+            preexec_fn=limit,
+            env=ENVIRONMENT,
+        )
+        self.endpoint = self._read()
+        self.address = zmtp.address_of(self.endpoint)
+
+    def _read(self) -> Any:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        assert line, self.log
+        return json.loads(line)
+
+    def stats(self) -> dict[str, Any]:
+        assert self.process.stdin
+        self.process.stdin.write(b"\n")
+        self.process.stdin.flush()
+        stats: dict[str, Any] = self._read()
+        assert not stats["broken"], stats["broken"]
+        return stats
+
+    def wait_for(self, condition: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+        give_up = time.monotonic() + 60
+        while not condition(stats := self.stats()):
+            assert time.monotonic() < give_up, stats
+            time.sleep(0.02)
+        return stats
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log").read_text()
+
+    def authorise(self, name: str) -> KeyPair:
+        pair = generate(self.folder / "edges", name)
+        write_public(self.folder / "authorized" / f"{name}.pub", pair.public, name)
+        return pair
+
+    async def peer(self, pair: KeyPair, **options: Any) -> Peer:
+        """An edge that says what it likes."""
+        peer = await Peer.connect(self.address, **options)
+        await peer.curve_client(Curve(pair.public, pair.secret, self.key.public))
+        return peer
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class Honest:
+    """An edge that asks again and again, in a thread; `answers` counts."""
+
+    def __init__(self, node: EchoNode, name: str = "honest") -> None:
+        self.answers = 0
+        self.failed: BaseException | None = None
+        self._end = threading.Event()
+        self._work = (node, node.authorise(name))
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        self.more(1)
+
+    def _run(self) -> None:
+        node, pair = self._work
+        with zmq.Context() as ctx:
+            client = sockets.client(ctx, node.endpoint, node.key.public, pair, LIMITS)
+            client.rcvtimeo = client.sndtimeo = 60_000
+            try:
+                while not self._end.is_set():
+                    client.send_multipart([b"1 1000000", bytes(MIB), bytes(MIB)])
+                    client.recv_multipart()
+                    self.answers += 1
+                    time.sleep(0.01)
+            except BaseException as error:
+                self.failed = error
+            finally:
+                client.close()
+
+    def more(self, count: int) -> None:
+        """Wait until it got so many more answers."""
+        wanted = self.answers + count
+        while self.answers < wanted:
+            assert self.failed is None, self.failed
+            time.sleep(0.005)
+
+    def close(self) -> None:
+        self._end.set()
+        self._thread.join()
+        assert self.failed is None, self.failed
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., EchoNode]]:
+    made: list[EchoNode] = []
+
+    def make(**options: Any) -> EchoNode:
+        made.append(EchoNode(tmp_path / f"node{len(made)}", **options))
+        return made[-1]
+
+    try:
+        yield make
+    finally:
+        for node in made:
+            node.close()
+
+
+@linux
+@pytest.mark.parametrize("part", [MIB, 64])
+def test_an_endless_message_costs_its_sender_the_connection(
+    start: Callable[..., EchoNode], part: int
+) -> None:
+    node = start()
+    honest = Honest(node)
+    honest.more(20)
+    before = node.stats()
+
+    async def attack() -> zmtp.Tally:
+        peer = await node.peer(node.authorise("hostile"))
+        budget = Budget(bytes=1 << 30, count=10**7, seconds=60)
+        async with peer:
+            return await zmtp.endless_multipart(peer, part_bytes=part, budget=budget)
+
+    tally = asyncio.run(attack())
+    assert tally.closed == 1, "it was let do as it liked"
+    stats = node.wait_for(lambda s: s["events"].get("dropped endless"))
+    allowed = bounds(LIMITS.request, LIMITS.result, hwm=sockets.receive_mark(LIMITS.request)).unseen
+    assert allowed < 30 * MIB
+    assert tally.sent < allowed + 256 * MIB  # what a busy machine let pass between two looks
+    honest.more(20)
+    after = node.wait_for(lambda s: s["connections"] == 1)
+    # The allocator may keep what was freed. Small frames take twice what they are on the wire.
+    assert after["rss"] < before["rss"] + 3 * allowed
+    assert stats["dropped"] == {"endless": 1}
+    assert "without ending a message" in node.log
+    honest.close()
+
+
+@linux
+def test_without_the_meter_the_same_attack_fills_the_memory(
+    start: Callable[..., EchoNode],
+) -> None:
+    """The attack works, else the test before proves nothing."""
+    node = start(metered=False)
+    before = node.stats()["rss"]
+
+    async def attack() -> None:
+        async with await node.peer(node.authorise("hostile")) as peer:
+            tally = await zmtp.endless_multipart(
+                peer, part_bytes=MIB, budget=Budget(bytes=256 * MIB, seconds=60)
+            )
+            assert not tally.closed
+            node.wait_for(lambda s: s["rss"] > before + 200 * MIB)
+
+    asyncio.run(attack())
+
+
+@linux
+def test_many_endless_messages_together_are_bounded(start: Callable[..., EchoNode]) -> None:
+    node = start(bounds={"total": 64 * MIB})
+    honest = Honest(node)
+    hostile = node.authorise("hostile")
+
+    async def attack() -> list[zmtp.Tally]:
+        peers = [await node.peer(hostile) for _ in range(8)]
+        budget = Budget(bytes=20 * MIB, seconds=60)  # each alone is within its bound
+        tallies = await asyncio.gather(
+            *(zmtp.endless_multipart(peer, part_bytes=MIB // 2, budget=budget) for peer in peers)
+        )
+        node.wait_for(lambda s: s["dropped"].get("total", 0) >= 4)
+        honest.more(10)
+        for peer in peers:
+            await peer.close()
+        return list(tallies)
+
+    asyncio.run(attack())
+    assert set(node.stats()["dropped"]) == {"total"}
+    assert "all connections together" in node.log
+    honest.close()
+
+
+@linux
+def test_a_peer_that_does_not_read_costs_its_connection(start: Callable[..., EchoNode]) -> None:
+    node = start()
+    honest = Honest(node)
+    honest.more(5)
+
+    async def attack() -> None:
+        peer = await node.peer(node.authorise("hostile"), receive_buffer=4096)
+        async with peer:
+            give_up = time.monotonic() + 60
+            with contextlib.suppress(OSError):
+                while time.monotonic() < give_up:
+                    await peer.send_message([b"4 1000000"])
+                    await asyncio.sleep(0.02)
+                pytest.fail("it was let do as it liked")
+
+    asyncio.run(attack())
+    stats = node.wait_for(lambda s: s["dropped"].get("slow"))
+    assert stats["peak"] < 64 * MIB
+    assert "does not read its replies" in node.log
+    honest.more(10)
+    honest.close()
+
+
+@linux
+def test_a_peer_that_stops_reading_is_dropped_in_time(start: Callable[..., EchoNode]) -> None:
+    node = start(bounds={"stall_s": 1.0})
+    honest = Honest(node)
+
+    async def attack() -> None:
+        peer = await node.peer(node.authorise("hostile"), receive_buffer=4096)
+        async with peer:
+            await peer.send_message([b"8 1000000"])  # within all bounds, but never read
+            while not node.stats()["dropped"].get("slow"):
+                await asyncio.sleep(0.05)
+
+    asyncio.run(asyncio.wait_for(attack(), 60))
+    honest.more(10)
+    honest.close()
+
+
+@linux
+def test_a_flood_of_half_open_connections_keeps_nobody_out(
+    start: Callable[..., EchoNode],
+) -> None:
+    node = start(files=1024)
+    pair = node.authorise("honest")
+
+    def ask() -> None:
+        with zmq.Context() as ctx:
+            client = sockets.client(ctx, node.endpoint, node.key.public, pair, LIMITS)
+            client.rcvtimeo = client.sndtimeo = 60_000
+            client.send_multipart([b"1 1000"])
+            client.recv_multipart()
+            client.close()
+
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard < 4096:
+        pytest.skip(f"a flood needs 2000 descriptors of its own; the limit is {hard}")
+    flood = subprocess.Popen([sys.executable, "-c", FLOOD.format(node.address)], env=ENVIRONMENT)
+    try:
+        node.wait_for(lambda s: s["dropped"].get("crowd", 0) >= 2000)
+        for _ in range(3):
+            ask()
+            assert flood.poll() is None, "the flood was over before anybody was served"
+    finally:
+        flood.kill()
+        flood.wait()
+    node.wait_for(lambda s: s["connections"] == 0)
+
+
+@linux
+def test_who_behaves_is_not_charged(start: Callable[..., EchoNode]) -> None:
+    """After hundreds of messages, what is counted in agrees with what was delivered."""
+    node = start()
+    honest = Honest(node)
+    honest.more(300)
+    stats = node.stats()
+    assert not stats["dropped"]
+    assert stats["peak"] < 16 * MIB
+    honest.close()
+    node.wait_for(lambda s: s["connections"] == 0 and s["held"] == 0)

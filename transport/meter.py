@@ -1,0 +1,550 @@
+"""What each connection makes this process hold, and an end to those that overdo it.
+
+libzmq keeps the frames of an unfinished message, and those a peer doesn't read, where a program
+can't see them, and bounds neither by bytes. But its monitor tells every connection's file
+descriptor, and the kernel counts what went through it: bytes received and not yet delivered to us
+lie in libzmq, bytes handed to it and not yet acknowledged wait for a slow reader. `Accounts` is
+that arithmetic and knows no sockets; `Meter` feeds it and shuts down the very connection that
+breaks the `Bounds`, whereupon libzmq frees what it held for it at once, others untouched. Where the
+kernel doesn't tell (not Linux) nothing is metered, connections are still counted, and
+`MemoryWatch` is what is left: it says when the process as a whole holds too much.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import errno
+import fcntl
+import ipaddress
+import os
+import socket
+import struct
+import sys
+import termios
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from io import FileIO
+from pathlib import Path
+from typing import Any, Literal
+
+import zmq
+
+from transport.messages import HEADER_BYTES, Limits
+
+Reason = Literal["endless", "slow", "total", "crowd", "revoked"]
+"""Why a connection was dropped: it sent more than the largest legal messages without ending one; it
+doesn't read what it asked for; it held the most when all together held too much; there were too
+many connections, or handshakes under way; its key was revoked."""
+
+FRAME_BYTES = 33
+"""What CURVE adds to a frame, besides ZMTP's 2 or 9 bytes. https://rfc.zeromq.org/spec/26/"""
+_TICK_RATE = 256.0
+# Heartbeats are received and never delivered: two a second of about 40 bytes. So many bytes a
+# second are forgiven, and are all that a patient peer can gain.
+_SLACK = 1 << 20
+_HANDSHAKE_SENT = 280
+# A server that has let its client in has sent a greeting, WELCOME and READY, 301 bytes; one that
+# has refused it, 246.
+_HANDSHAKE_S = 4.0  # libzmq itself ends those that take longer (HANDSHAKE_IVL)
+_TCP_INFO_BYTES = 208
+_EARLY = 64  # credits kept for connections whose opening has not been told yet
+_TCP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
+_METERED = sys.platform == "linux" and hasattr(socket, "TCP_INFO")
+
+
+def message_bytes(limits: Limits) -> int:
+    """The largest legal message of one direction, as it travels."""
+    return HEADER_BYTES + limits.total_bytes + (1 + limits.tensors) * (FRAME_BYTES + 9)
+
+
+def frames_bytes(frames: Iterable[Any]) -> int:
+    """What these frames take on a CURVE connection."""
+    total = 0
+    for frame in frames:
+        size = frame.nbytes if isinstance(frame, memoryview) else len(frame)
+        total += size + FRAME_BYTES + (2 if size + FRAME_BYTES < 256 else 9)
+    return total
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How much is too much.
+
+    Args:
+        unseen: bytes received from one connection and not delivered.
+        unsent: bytes handed to one connection and not acknowledged.
+        total: both, of all connections.
+        stall_s: how long what was handed over may go without any of it being acknowledged.
+        handshakes: connections that have not finished theirs.
+        connections: all of them.
+    """
+
+    unseen: int
+    unsent: int
+    total: int
+    stall_s: float = 10.0
+    handshakes: int = 128
+    connections: int = 4096
+
+
+def bounds(
+    inbound: Limits,
+    outbound: Limits,
+    *,
+    hwm: int,
+    total: int = 1 << 30,
+    files: int | None = None,
+    stall_s: float = 10.0,
+) -> Bounds:
+    """Bounds that no honest peer reaches.
+
+    Args:
+        inbound: limits of what is received. outbound: of what is sent.
+        hwm: RCVHWM of the socket: so many messages wait in libzmq, and one is under way.
+        total: for all connections together.
+        files: most open descriptors of this process (each connection takes two), None if known to
+            suffice.
+        stall_s: see `Bounds`; longer than a heartbeat's timeout, which ends a dead link by itself.
+    """
+    spare = 4096 if files is None else max(16, (files - min(128, files // 4)) // 2)
+    return Bounds(
+        unseen=(hwm + 1) * message_bytes(inbound) + _SLACK,
+        unsent=max(32 << 20, 4 * message_bytes(outbound)),
+        total=total,
+        stall_s=stall_s,
+        handshakes=min(128, spare // 2),
+        connections=spare,
+    )
+
+
+@dataclass(frozen=True)
+class Breach:
+    """A connection dropped. `address` is the peer's, without port; `user` as authenticated, empty
+    if no message of its has been seen."""
+
+    fd: int
+    address: str
+    user: str
+    reason: Reason
+    bytes: int
+
+    def __str__(self) -> str:
+        who = f"{self.user} at {self.address}" if self.user else self.address
+        held = f"{self.bytes / 1e6:.1f} MB"
+        return (
+            f"connection of {who} dropped: "
+            + {
+                "endless": f"it sent {held} without ending a message",
+                "slow": f"it does not read its replies, {held} of which wait",
+                "total": f"all connections together hold too much, and its share is {held}",
+                "crowd": "there are too many connections",
+                "revoked": "its key is no longer authorised",
+            }[self.reason]
+        )
+
+
+@dataclass
+class Account:
+    """One connection's bytes. `unseen` and `unsent` as of the last sample."""
+
+    fd: int
+    address: str
+    opened: float
+    user: str = ""
+    established: bool = False
+    received: int = 0
+    acked: int = 0
+    unseen: float = 0.0
+    unsent: float = 0.0
+    queued: int = 0
+    credit: int = 0
+    moved: float = 0.0
+    sampled: float = 0.0
+    dropped: bool = False
+    routes: set[bytes] = field(default_factory=set)
+
+    @property
+    def inside(self) -> float:
+        """Bytes in libzmq on the way in: the kernel's own queue, which TCP bounds, left out."""
+        return max(0.0, self.unseen - self.queued)
+
+    @property
+    def held(self) -> float:
+        return self.inside + self.unsent
+
+    @property
+    def whose(self) -> str:
+        """Whom to hold responsible: the user or, while unknown, the address."""
+        return f"user {self.user}" if self.user else network(self.address)
+
+    def pending(self, now: float) -> bool:
+        """Whether its handshake may still be under way."""
+        return not self.established and now - self.opened < _HANDSHAKE_S
+
+
+def network(address: str) -> str:
+    """The address that one party may be taken to hold: an IPv4 address, an IPv6 /64."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if parsed.version == 4:
+        return address
+    mapped = parsed.ipv4_mapped
+    return str(mapped or ipaddress.ip_network((int(parsed), 64), strict=False))
+
+
+class Accounts:
+    """The arithmetic: openings, samples, deliveries and hand-overs in, breaches out.
+
+    Times are passed in, in seconds of any one clock. Descriptor numbers are reused: an account
+    lives from `open` to `close` or the next `open` of its number. A message that was waiting in
+    libzmq when its connection ended may be credited to a successor of the same number; since no
+    connection can have been delivered more than it received, such credit ends with the next sample.
+    """
+
+    def __init__(self, bounds: Bounds) -> None:
+        self.bounds = bounds
+        self.accounts: dict[int, Account] = {}
+        self.routes: dict[bytes, int] = {}
+        self._early: dict[int, int] = {}
+
+    def open(self, fd: int, address: str, now: float) -> None:
+        self.close(fd)
+        account = Account(fd, address, opened=now, moved=now, sampled=now)
+        account.credit = self._early.pop(fd, 0)
+        self.accounts[fd] = account
+
+    def close(self, fd: int) -> None:
+        account = self.accounts.pop(fd, None)
+        for route in account.routes if account else ():
+            if self.routes.get(route) == fd:
+                del self.routes[route]
+
+    def delivered(self, fd: int, size: int, user: str = "", route: bytes | None = None) -> None:
+        """`size` bytes received on this connection have reached the program."""
+        account = self.accounts.get(fd)
+        if account is None:  # the message overtook the news of its connection
+            if len(self._early) < _EARLY:
+                self._early[fd] = self._early.get(fd, 0) + size
+            return
+        account.credit += size
+        account.established = True
+        account.user = user or account.user
+        if route is not None and self.routes.get(route) != fd:
+            self.routes[route] = fd
+            account.routes.add(route)
+
+    def handed(self, fd: int, size: int, now: float) -> None:
+        """`size` bytes are to leave by this connection."""
+        if account := self.accounts.get(fd):
+            if not account.unsent:
+                account.moved = now
+            account.unsent += size
+
+    def sample(
+        self, fd: int, received: int, acked: int, queued: int, now: float, sent: int = 0
+    ) -> None:
+        """The kernel's counts: received and acknowledged in all, received and not yet read, and
+        sent."""
+        account = self.accounts[fd]
+        forgiven = (now - account.sampled) * _TICK_RATE
+        came = received - account.received
+        account.unseen = max(0.0, account.unseen + came - account.credit - forgiven)
+        account.credit, account.received, account.queued = 0, received, queued
+        if acked != account.acked:
+            account.unsent = max(0.0, account.unsent - (acked - account.acked))
+            account.acked, account.moved = acked, now
+        if not account.unsent:
+            account.moved = now
+        if sent >= _HANDSHAKE_SENT:
+            account.established = True
+        account.sampled = now
+
+    def judge(self, now: float) -> list[Breach]:
+        """Who has to go; each is told once. The caller drops the connections."""
+        found: list[Breach] = []
+
+        def drop(account: Account, reason: Reason, size: float = 0) -> None:
+            account.dropped = True
+            found.append(Breach(account.fd, account.address, account.user, reason, int(size)))
+
+        live = [account for account in self.accounts.values() if not account.dropped]
+        for account in live:
+            if account.inside > self.bounds.unseen:
+                drop(account, "endless", account.inside)
+            elif account.unsent > self.bounds.unsent or (
+                account.unsent and now - account.moved > self.bounds.stall_s
+            ):
+                drop(account, "slow", account.unsent)
+        live = [account for account in live if not account.dropped]
+        while sum(account.held for account in live) > self.bounds.total:
+            # From whoever holds the most in all connections, the largest of these.
+            shares: collections.Counter[str] = collections.Counter()
+            for account in live:
+                shares[account.whose] += int(account.held)
+            worst = shares.most_common(1)[0][0]
+            largest = max((a for a in live if a.whose == worst), key=lambda a: a.held)
+            drop(largest, "total", largest.held)
+            live.remove(largest)
+        pending = [account for account in live if account.pending(now)]
+        self._thin(pending, self.bounds.handshakes, drop)
+        live = [account for account in live if not account.dropped]
+        # Who says nothing goes first.
+        excess = len(live) - self.bounds.connections
+        if excess > 0:
+            silent = [account for account in live if not account.user]
+            self._thin(silent, max(0, len(silent) - excess), drop)
+            self._thin([a for a in live if not a.dropped], self.bounds.connections, drop)
+        return found
+
+    @staticmethod
+    def _thin(accounts: list[Account], most: int, drop: Any) -> None:
+        """Drop all but `most`: the oldest of whoever has the most of them."""
+        if len(accounts) <= most:
+            return
+        groups: dict[str, collections.deque[Account]] = collections.defaultdict(collections.deque)
+        for account in sorted(accounts, key=lambda a: a.opened):
+            groups[account.whose].append(account)
+        for _ in range(len(accounts) - most):
+            drop(max(groups.values(), key=len).popleft(), "crowd")
+
+
+class Meter:
+    """Follows the connections of one socket, from its monitor's events to `close`.
+
+    Use in one thread. `sockets.peers` and `sockets.watch` feed it the events; whoever receives
+    calls `delivered`, whoever sends `handed`.
+
+    Attributes:
+        metered: whether the kernel tells bytes; if not, only connections are counted.
+        dropped: connections dropped, by reason.
+    """
+
+    def __init__(self, bounds: Bounds) -> None:
+        self.metered = _METERED
+        self.dropped: collections.Counter[str] = collections.Counter()
+        self._accounts = Accounts(bounds)
+        self._ends: dict[int, socket.socket] = {}
+        self._late: set[int] = set()
+        self._port = 0
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def pending(self, now: float) -> int:
+        """Connections whose handshake may still be under way."""
+        return sum(account.pending(now) for account in self._accounts.accounts.values())
+
+    def users(self) -> set[str]:
+        """Users of the open connections, as far as they have said anything."""
+        return {a.user for a in self._accounts.accounts.values() if a.user}
+
+    def held(self) -> int:
+        """Bytes held for all connections, as of the last `poll`."""
+        return int(sum(account.held for account in self._accounts.accounts.values()))
+
+    def opened(self, fd: int, now: float) -> bool:
+        """The monitor told of a connection (ACCEPTED, CONNECTED); whether it may stay.
+
+        libzmq may have closed the descriptor since, and something else have got its number. Then
+        the news of that is on its way: told before the descriptor was closed, it ends this account
+        before long.
+        """
+        self.closed(fd)
+        try:
+            # A duplicate stays the connection's, whatever becomes of the number.
+            copy = os.dup(fd)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                return True  # it has ended already
+            return self._shut_unseen(fd)
+        try:
+            end = socket.socket(fileno=copy)
+        except OSError:  # it was closed, and its number is no socket's now
+            os.close(copy)
+            return True
+        address = ""
+        with contextlib.suppress(OSError, IndexError, TypeError):
+            address = str(end.getpeername()[0])
+            self._port = self._port or end.getsockname()[1]
+        self._ends[fd] = end
+        self._accounts.open(fd, address, now)
+        return True
+
+    def _shut_unseen(self, fd: int) -> bool:
+        """End a connection that there is no descriptor left to follow by, unless it has proven to
+        be an authorised edge's; then it is followed as soon as may be. Whether it may stay.
+
+        Its number may have gone to another one in this very instant: of this socket's at worst, and
+        then a peer has to come again.
+        """
+        with contextlib.suppress(OSError):
+            borrowed = socket.socket(fileno=fd)
+            try:
+                if borrowed.family in _TCP_FAMILIES and borrowed.getsockname()[1] == self._port:
+                    counts = _counts(borrowed) if self.metered else None
+                    if counts and counts[2] >= _HANDSHAKE_SENT:
+                        self._late.add(fd)
+                        return True
+                    self.dropped["crowd"] += 1
+                    borrowed.shutdown(socket.SHUT_RDWR)
+            finally:
+                borrowed.detach()
+        return False
+
+    def _follow_late(self, now: float) -> None:
+        late, self._late = self._late, set()
+        for fd in late:
+            self.opened(fd, now)
+
+    def closed(self, fd: int) -> str:
+        """The monitor told of a connection's end; the address it was with."""
+        account = self._accounts.accounts.get(fd)
+        self._accounts.close(fd)
+        self._late.discard(fd)
+        if end := self._ends.pop(fd, None):
+            end.close()
+        return account.address if account else ""
+
+    def close(self) -> None:
+        """Forget all connections, because their socket closes or disconnects: then libzmq tells
+        nothing."""
+        for fd in list(self._ends):
+            self.closed(fd)
+        self._late.clear()
+
+    def delivered(self, frames: Sequence[zmq.Frame], *, routed: bool = False) -> None:
+        """A message was received with ``copy=False``; `routed` if a routing id comes first."""
+        try:
+            fd = int(frames[-1].get(zmq.SRCFD))
+            user = str(frames[-1].get("User-Id") or "")
+        except (zmq.ZMQError, IndexError, TypeError, ValueError):
+            return  # not by TCP
+        route = frames[0].bytes if routed else None
+        self._accounts.delivered(fd, frames_bytes(frames[int(routed) :]), user, route)
+
+    def handed(self, frames: Sequence[Any], now: float, *, route: bytes | None = None) -> None:
+        """A message was given to the socket (frames without a routing id); `route` is the routing
+        id it goes to, None if there is one connection only."""
+        if not self.metered:
+            return
+        accounts = self._accounts
+        fd = next(reversed(accounts.accounts), -1) if route is None else accounts.routes.get(route)
+        if fd is not None:
+            accounts.handed(fd, frames_bytes(frames), now)
+
+    def poll(self, now: float) -> list[Breach]:
+        """Look at all connections and drop those that break the bounds."""
+        self._follow_late(now)
+        if self.metered:
+            for fd, end in self._ends.items():
+                try:
+                    counts = _counts(end)
+                    if counts is None:
+                        self.metered = False
+                        break
+                    received, acked, sent = counts
+                    account = self._accounts.accounts[fd]
+                    much = account.unseen + received - account.received > _SLACK // 4
+                    queued = _readable(end) if much else 0
+                    self._accounts.sample(fd, received, acked, queued, now, sent)
+                except OSError:
+                    continue
+        found = self._accounts.judge(now)
+        for breach in found:
+            self._drop(breach)
+        return found
+
+    def revoke(self, users: Iterable[str]) -> list[Breach]:
+        """Drop the connections of these users, and those that have not said yet whose they are:
+        an honest one comes back at once."""
+        gone = {*users, ""}
+        found = []
+        for account in self._accounts.accounts.values():
+            if account.user in gone and not account.dropped:
+                account.dropped = True
+                found.append(
+                    Breach(account.fd, account.address, account.user, "revoked", int(account.held))
+                )
+        for breach in found:
+            self._drop(breach)
+        return found
+
+    def _drop(self, breach: Breach) -> None:
+        self.dropped[breach.reason] += 1
+        with contextlib.suppress(OSError):  # it has ended by itself
+            # Not closed: libzmq must find its end there. It notices at once and frees everything.
+            self._ends[breach.fd].shutdown(socket.SHUT_RDWR)
+
+
+def _counts(end: socket.socket) -> tuple[int, int, int] | None:
+    """Bytes received, acknowledged and sent; None if this kernel is too old to tell."""
+    info = end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+    if len(info) < 136:
+        return None
+    acked, received = struct.unpack_from("=QQ", info, 120)
+    sent = struct.unpack_from("=Q", info, 200)[0] if len(info) >= 208 else acked
+    return received, acked, sent
+
+
+def _readable(end: socket.socket) -> int:
+    """Bytes in the kernel's receive queue."""
+    buffer = bytearray(4)
+    fcntl.ioctl(end, termios.FIONREAD, buffer)
+    return int(struct.unpack("i", buffer)[0])
+
+
+class Resident:
+    """Reads the memory of this process: a number of bytes, None where the system doesn't tell. Kept
+    open, so that it can be read when no descriptors are left."""
+
+    def __init__(self) -> None:
+        self._file: FileIO | None = None
+        with contextlib.suppress(OSError):
+            self._file = FileIO("/proc/self/statm")
+
+    def __call__(self) -> int | None:
+        if self._file is None:
+            return None
+        pages = int(os.pread(self._file.fileno(), 256, 0).split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory_limit() -> int | None:
+    """Memory this process may use: the machine's or, if smaller, its control group's."""
+    found = []
+    with contextlib.suppress(OSError, ValueError):
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        path = next(line[3:] for line in lines if line.startswith("0::"))
+        for folder in (Path(path), *Path(path).parents):
+            limit = Path(f"/sys/fs/cgroup{folder}/memory.max")
+            with contextlib.suppress(OSError, ValueError):
+                found.append(int(limit.read_text()))
+    return min(found, default=None)
+
+
+class MemoryWatch:
+    """Says when this process holds more than `ceiling` bytes: the last resort before the kernel's.
+
+    Attributes:
+        breaches: how often it did; counted once until it is below again.
+    """
+
+    def __init__(self, ceiling: int, read: Callable[[], int | None] | None = None) -> None:
+        self.ceiling = ceiling
+        self.breaches = 0
+        self._read = read or Resident()
+        self._above = False
+
+    def breached(self) -> int | None:
+        """The bytes held if they have risen above the ceiling since the last call, else None."""
+        held = self._read()
+        above = held is not None and held > self.ceiling
+        risen = above and not self._above
+        self._above = above
+        self.breaches += risen
+        return held if risen else None
