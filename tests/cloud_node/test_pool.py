@@ -343,6 +343,18 @@ def test_a_slot_of_a_dead_worker_is_not_given_out_twice(bundle_of: Any, batch: A
     run(main())
 
 
+def test_a_slot_of_a_dead_worker_does_not_hold_up_the_next(bundle_of: Any, batch: Any) -> None:
+    async def main() -> None:
+        async with running(bundle_of("pixels")) as pool:
+            stale = await pool.acquire()
+            os.kill(pool.pids()[0], signal.SIGKILL)
+            await pool.wait(lambda: pool.kinds().count("ready") == 2)
+            await ask(pool, batch(1))
+            stale.release()
+
+    run(main())
+
+
 def test_a_hung_worker_is_killed(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels"), hang_s=0.3) as pool:
@@ -717,6 +729,7 @@ def test_workers_die_with_their_parent(bundle_of: Any) -> None:
             pids.add(int(line))
         assert len(pids) == 2
         assert all(_command(pid) for pid in pids)
+        os.kill(min(pids), signal.SIGSTOP)  # one that can't see for itself
         parent.kill()
     while any(b"cloud_node.worker" in _command(pid) for pid in pids):
         time.sleep(0.01)
