@@ -20,8 +20,8 @@ from typing import Any, Literal, TextIO
 _MOST = 8192
 """Characters of a message; more is cut."""
 _SITES = 1024
-_NEAT = re.compile(r"[\w.:/@+-]+")
 _SUSPECT = re.compile(r"[^\x20-\x7e]")
+_STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
@@ -32,14 +32,6 @@ def setup(level: str, form: Literal["text", "json"] | str, stream: TextIO | None
     handler.addFilter(Throttle())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
-
-
-def fields(**values: object) -> dict[str, dict[str, object]]:
-    """What a record tells besides its text, to be found by machines::
-
-    log.info("worker died", extra=fields(lane=0, status=-9))
-    """
-    return {"fields": values}
 
 
 def printable(text: str) -> str:
@@ -78,11 +70,13 @@ def _message(record: logging.LogRecord) -> str:
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    """What was given as ``extra``."""
     found = {}
-    for key, value in getattr(record, "fields", {}).items():
-        value = _harmless(value)
-        plain = value is None or isinstance(value, (str, int, float))
-        found[key] = value if plain else str(value)[:_MOST]
+    for key, value in vars(record).items():
+        if key not in _STANDARD:
+            value = _harmless(value)
+            plain = value is None or isinstance(value, (str, int, float))
+            found[key] = value if plain else str(value)[:_MOST]
     return found
 
 
@@ -92,13 +86,12 @@ def _time(record: logging.LogRecord) -> str:
 
 
 class Text(logging.Formatter):
-    """``TIME LEVEL message key=value``."""
+    """``TIME LEVEL message``; the message says what the fields say."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = _message(record)
-        for key, value in _fields(record).items():
-            shown = str(value)
-            text += f" {key}={shown if _NEAT.fullmatch(shown) else json.dumps(shown)}"
+        if left_out := getattr(record, "left_out", 0):
+            text += f" (and {left_out} more such lines before, left out)"
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
         lines = map(printable, text.rstrip("\n").split("\n"))
@@ -106,7 +99,8 @@ class Text(logging.Formatter):
 
 
 class Json(logging.Formatter):
-    """One object: ``time``, ``level``, ``logger``, ``message``, the fields, ``exception``."""
+    """One object: ``time``, ``level``, ``logger``, ``message``, what was given as ``extra``,
+    ``exception``."""
 
     def format(self, record: logging.LogRecord) -> str:
         told: dict[str, Any] = {
@@ -147,7 +141,6 @@ class Throttle(logging.Filter):
             left_out = int(state[1]) - self._most
             state[:] = [now, 0]
             if left_out > 0:
-                known = getattr(record, "fields", {})
-                record.fields = {**known, "left_out_before": left_out}
+                record.left_out = left_out
         state[1] += 1
         return state[1] <= self._most

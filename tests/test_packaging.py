@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("engines", "transport", "cloud_node", "edge_runtime", "exporters")
 LOCKS = ("cpu", "gpu", "jetson", "dev")
-RUNTIME = {"numpy", "pyzmq", "onnxruntime", "pillow", "msgspec", "rich"}
+RUNTIME = {"numpy", "pyzmq", "onnxruntime", "pillow", "msgspec", "rich", "prometheus-client"}
 
 
 def locked(kind: str) -> dict[str, dict[str, str]]:
