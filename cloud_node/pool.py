@@ -36,7 +36,15 @@ log = logging.getLogger(__name__)
 
 
 class WorkerDied(EdgeRuntimeError):
-    """The worker crashed, was killed or hung; what it was running is lost, the next runs again."""
+    """The worker crashed, was killed or hung; what it was given is lost, the next runs again.
+
+    `began`: whether the worker may have been at this very batch; one that it had not come to yet
+    can't be what ended it.
+    """
+
+    def __init__(self, message: str, *, began: bool = True) -> None:
+        super().__init__(message)
+        self.began = began
 
 
 class PoolClosed(EdgeRuntimeError):
@@ -453,7 +461,7 @@ class _Lane:
     def check(self, slot: _LocalSlot) -> None:
         """Raise WorkerDied or PoolClosed when the slot's worker is no more."""
         if slot.process is not self.process or not self.ready:
-            raise self._loss()
+            raise self._loss(began=False)
 
     def run(self, slot: _LocalSlot, rows: int) -> asyncio.Future[dict[str, np.ndarray]]:
         assert self.process is not None
@@ -512,10 +520,10 @@ class _Lane:
             flight.future.set_exception(EngineError(message.text))
         self._pool.landed()
 
-    def _loss(self) -> EdgeRuntimeError:
+    def _loss(self, *, began: bool) -> EdgeRuntimeError:
         if self._pool.closed.is_set():
             return PoolClosed("the pool of workers is closed")
-        return WorkerDied(f"{self._name} died: the batch is lost")
+        return WorkerDied(f"{self._name} died: the batch is lost", began=began)
 
     # The process
 
@@ -580,9 +588,9 @@ class _Lane:
             lost, self.flights = list(self.flights.values()), {}
             self.ready = False
             self._filling.clear()
-            for flight in lost:
+            for place, flight in enumerate(lost):
                 if not flight.future.done():
-                    flight.future.set_exception(self._loss())
+                    flight.future.set_exception(self._loss(began=place == 0))
             self._pool.landed()
             how = await process.reap(_GRACE_S)
             for flight in lost:  # nobody writes there any more

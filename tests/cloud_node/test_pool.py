@@ -295,10 +295,12 @@ def test_a_worker_that_dies_fails_its_run_and_is_replaced(
             os.kill(pid, number)
             if number != signal.SIGKILL:
                 os.kill(pid, signal.SIGCONT)
-            with pytest.raises(WorkerDied):
+            with pytest.raises(WorkerDied) as lost:
                 await going
-            with pytest.raises(WorkerDied):
+            assert lost.value.began
+            with pytest.raises(WorkerDied) as lost:
                 await slot.run(1)
+            assert not lost.value.began
             slot.release()
             feeds = batch(5, 1)
             assert (await ask(pool, feeds))["tokens"].tobytes() == direct(feeds)["tokens"].tobytes()
@@ -573,6 +575,22 @@ def test_a_gpu_would_get_its_next_batch_while_it_computes(bundle_of: Any, batch:
             os.kill(pid, signal.SIGCONT)
             await asyncio.gather(*runs)
             for slot in [*slots, await third]:
+                slot.release()
+
+    run(main())
+
+
+def test_what_a_dead_worker_had_not_come_to_is_told(bundle_of: Any, batch: Any) -> None:
+    async def main() -> None:
+        async with running(bundle_of("pixels"), noop=True) as pool:
+            slots = [await pool.acquire(), await pool.acquire()]
+            os.kill(pool.pids()[0], signal.SIGSTOP)
+            runs = [asyncio.ensure_future(slot.run(fill(slot, batch(1)))) for slot in slots]
+            await asyncio.sleep(0)
+            os.kill(pool.pids()[0], signal.SIGKILL)
+            errors = await asyncio.gather(*runs, return_exceptions=True)
+            assert [getattr(error, "began", None) for error in errors] == [True, False]
+            for slot in slots:
                 slot.release()
 
     run(main())
