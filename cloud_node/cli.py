@@ -28,8 +28,9 @@ then:
   cloud-node serve --bundle BUNDLE --bind tcp://0.0.0.0:5555 --keys keys
 
 A bundle is a directory made by `edge-runtime export`; `--for node` leaves out what a node needs
-not. Windows are kept in memory only and appear in no log. Ctrl-C or SIGTERM stops the node after
-the run in progress. Keys added to or taken from DIR/authorized count for the next connection.
+not. Windows are kept in memory only and appear in no log. Ctrl-C or SIGTERM stops the node once
+what it has admitted is answered, within 10 s; again, it stops at once. A key added to or taken from
+DIR/authorized counts within a second.
 """
 
 
@@ -142,8 +143,8 @@ def _leave(*_: object) -> NoReturn:
 
 def _run(args: argparse.Namespace) -> int:
     from cloud_node.config import NodeConfig, prepare
+    from cloud_node.pool import LocalPool
     from cloud_node.server import Server
-    from cloud_node.worker import Worker
     from engines.bundle import shipped_bundle
 
     config = NodeConfig(
@@ -155,7 +156,12 @@ def _run(args: argparse.Namespace) -> int:
         ready_file=args.ready_file,
     )
     prepared = prepare(config)
-    worker = Worker(prepared.bundle, threads=config.threads, device=config.device)
+    pool = LocalPool(
+        prepared.bundle,
+        devices=(config.device,),
+        threads=config.threads,
+        max_batch=config.max_batch,
+    )
     if config.threads is None and config.device in ("auto", "cpu"):
         logging.getLogger(__name__).info(
             "on the CPU this node takes all cores; if several nodes share this machine, give each "
@@ -173,12 +179,9 @@ def _run(args: argparse.Namespace) -> int:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, begin_stop)
-        await Server(prepared, worker).run(stop)
+        await Server(prepared, pool).run(stop)
 
-    try:
-        asyncio.run(serve())
-    finally:
-        worker.close()
+    asyncio.run(serve())
     logging.getLogger(__name__).info("stopped")
     return 0
 

@@ -17,16 +17,17 @@ from transport.keys import AUTHORIZED, KeyPair, load_secret
 from transport.messages import StageLimits, stage_limits
 from transport.sockets import check_endpoint
 
-QUEUE_LENGTH = 16
-"""Most requests waiting for the engine; with the limit on a request's bytes, this bounds memory."""
-
 
 @dataclass(frozen=True)
 class NodeConfig:
     """The settings of ``cloud-node serve``.
 
-    `threads`: CPU threads of the engine, None for all cores. `ready_file`: where to tell scripts
-    the bound endpoint.
+    `threads`: CPU threads of the engine, None for all cores. `max_batch`: most windows computed at
+    once, None for those of an image. `max_wait_ms`: how long a batch may wait to be filled while a
+    worker is free. `queue_bytes`: most that may wait for a worker, and most on its way in libzmq.
+    `client_requests`: most of one client, waiting and running. `memory_ceiling`: bytes of the front
+    process beyond which it drops all connections. `drain_s`: how long a node told to stop goes on
+    with what it has admitted. `ready_file`: where to tell scripts the bound endpoint.
     """
 
     bundle: Path
@@ -34,6 +35,12 @@ class NodeConfig:
     keys: Path
     threads: int | None = None
     device: Device = "auto"
+    max_batch: int | None = None
+    max_wait_ms: float = 2.0
+    queue_bytes: int = 256 << 20
+    client_requests: int = 16
+    memory_ceiling: int | None = None
+    drain_s: float = 10.0
     ready_file: Path | None = None
 
 

@@ -147,7 +147,9 @@ class Queue:
                 f"{self.most_requests} requests of this edge are waiting or running already",
                 self.retry_ms(wait),
             )
-        if now + wait > job.due:
+        # A node without work takes whatever comes: it may have become faster than it was.
+        busy = self._jobs or self._running or self._held_until > now
+        if busy and now + wait > job.due:
             raise Refusal(
                 "overloaded",
                 f"it would wait {wait:.2f} s and has {job.due - now:.2f} s",

@@ -1,37 +1,42 @@
-"""The node itself: one socket, one queue, one engine.
+"""The front of a node: between the door, where edges come and go, the queue and the pool.
 
-Every message that arrives is answered or, if it can't be answered, counted and forgotten; none of
-them stops the node. Window contents live in memory only, from arrival to reply, and no log line
-holds any. Admission by bytes, fairness, batching and metrics have their place between `_handle` and
-`_work`.
+It never touches an engine, and its event loop waits for nothing longer than the copy of one batch's
+rows: messages that ask for little (info, cancel, whatever has to be refused) are answered while
+workers compute. Promises that every request admitted has exactly one outcome, that what cannot be
+done is refused at once, and that no message stops the node. Window contents live in memory only,
+from arrival to reply, and no log line holds any.
 """
 
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
-import errno
 import functools
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import tempfile
-import traceback
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zmq
-import zmq.asyncio
 
 from cloud_node.admission import Refusal, check_stage, check_windows
-from cloud_node.config import QUEUE_LENGTH, Prepared
-from cloud_node.worker import Worker
+from cloud_node.config import Prepared
+from cloud_node.door import Door
+from cloud_node.metrics import Metrics
+from cloud_node.pool import Pool, PoolClosed, Slot, WorkerDied, WorkerEvent
+from cloud_node.queue import Job, Queue
+from cloud_node.suspects import Suspects
 from engines.bundle import TensorSpec
-from engines.errors import ConfigError, ProtocolError
-from transport.auth import Authenticator
+from engines.errors import ConfigError, EngineError, ProtocolError
 from transport.messages import (
     NO_ID,
     VERSIONS,
@@ -39,7 +44,6 @@ from transport.messages import (
     Cancel,
     Info,
     InfoRequest,
-    Message,
     Request,
     Result,
     StageInfo,
@@ -51,190 +55,463 @@ from transport.messages import (
     encode,
     refuse,
 )
-from transport.sockets import server as server_socket
+from transport.meter import MemoryWatch, Resident
 
 log = logging.getLogger(__name__)
 
 _FLUSH_S = 0.5
 """How long a stopping node lets its last replies leave."""
+_TICK_S = 0.1
+_APART_S = 60.0
+"""How long a client whose request failed in the engine shares no batch with others."""
+_RESTART_S = 1.0  # of a worker, as long as nothing is known
+_LOG_AGAIN_S = 10.0
+_LOG_KEYS = 1024
 
 
 @dataclass(frozen=True)
-class Job:
-    """A request admitted to the queue. Times are the event loop's, in seconds."""
+class _Work:
+    """What a queued request holds: views of the frames it came in."""
 
     peer: bytes
-    name: str
-    request: Request
     feeds: dict[str, np.ndarray]
-    windows: int
-    arrived: float
 
-    def expired(self, now: float) -> bool:
-        return now - self.arrived >= self.request.deadline_ms / 1000
+
+class _Lease:
+    """Keeps a slot until its outputs have left; in the event loop's thread."""
+
+    def __init__(self, slot: Slot) -> None:
+        self._slot = slot
+        self._holders = 1
+
+    def hold(self) -> None:
+        self._holders += 1
+
+    def drop(self) -> None:
+        self._holders -= 1
+        if not self._holders:
+            self._slot.release()
 
 
 class Server:
-    """Serves the stack of one bundle until told to stop."""
+    """Serves the stack of one bundle until told to stop.
 
-    def __init__(self, prepared: Prepared, worker: Worker) -> None:
+    Args:
+        prepared: what to serve, where, to whom.
+        pool: workers, not started; closed at the end.
+        metrics: to count in.
+    """
+
+    def __init__(self, prepared: Prepared, pool: Pool, metrics: Metrics | None = None) -> None:
+        self.metrics = metrics or Metrics()
         self._prepared = prepared
-        self._worker = worker
-        self._queue: asyncio.Queue[Job] = asyncio.Queue(maxsize=QUEUE_LENGTH)
-        self._socket: Any = None
+        self._pool = pool
+        self._queue = Queue(
+            max_batch=pool.max_batch,
+            most_bytes=prepared.config.queue_bytes,
+            most_requests=prepared.config.client_requests,
+            max_wait_s=prepared.config.max_wait_ms / 1000,
+        )
+        self._suspects = Suspects()
+        self._again: collections.deque[Job] = collections.deque()  # of failed batches, one by one
+        self._unread: collections.Counter[str] = collections.Counter()  # bytes sent and not left
+        self._runs: set[asyncio.Task[None]] = set()
+        self._told: dict[tuple[str, str], tuple[float, int]] = {}
+        self._start_s = _RESTART_S  # of the last worker
+        self._draining = self._bound = False
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Bind, announce, serve until `stop` is set; then finish the run in progress and leave.
+        """Warm up, bind, announce, serve until `stop` is set; then finish what was admitted, within
+        the drain limit, and leave.
 
         Raises:
-            EdgeRuntimeError: the address can't be bound or the ready file not written.
+            EdgeRuntimeError: the address can't be bound, the ready file not written, no worker
+                started.
         """
-        prepared = self._prepared
-        with zmq.asyncio.Context() as ctx:
-            authenticator = Authenticator(ctx, prepared.allowed)
-            authenticator.start()
-            try:
-                self._socket = server_socket(
-                    ctx, prepared.config.bind, prepared.keypair, prepared.limits
-                )
-                with self._announced():
-                    await self._serve(stop)
-            finally:
-                if self._socket:
-                    # Lingering alone does not do: a closing socket counts a message as gone once it
-                    # has left its queue, and drops what the connection has not written yet.
-                    await asyncio.sleep(_FLUSH_S)
-                    self._socket.close(linger=round(_FLUSH_S * 1000))
-                await authenticator.stop()
-
-    async def _serve(self, stop: asyncio.Event) -> None:
-        working = asyncio.create_task(self._work(stop), name="work")
-        reading = asyncio.create_task(self._read(), name="read")
+        self._loop = asyncio.get_running_loop()
+        self._work = asyncio.Event()  # there may be something to dispatch
+        self._door = Door(self._prepared, self.metrics, self._handle, self._revoked)
+        self._door.try_address()
         stopping = asyncio.create_task(stop.wait(), name="stop")
+        tasks: set[asyncio.Future[Any]] = set()
         try:
-            await asyncio.wait({working, reading, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if stop.is_set():
-                log.info("stopping")
-            else:  # neither task ends by itself unless something is broken: let it show
-                await asyncio.gather(*(task for task in (working, reading) if task.done()))
+            starting = asyncio.create_task(self._pool.start(self._heard), name="start")
+            await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                starting.cancel()
+                await asyncio.gather(starting, return_exceptions=True)
+                return
+            starting.result()
+            self._door.open()
+            self._watch = MemoryWatch(self._ceiling())
+            tasks = {
+                asyncio.create_task(self._dispatch(), name="dispatch"),
+                asyncio.create_task(self._tick(), name="tick"),
+                self._door.broken,
+            }
+            self._bound = True
+            self._look()
+            with self._announced():
+                await asyncio.wait({*tasks, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:  # none ends by itself unless something is broken: let it show
+                if task.done():
+                    task.result()
+            await self._drain()
         finally:
-            stop.set()
-            reading.cancel()
+            self._draining = True
             stopping.cancel()
-            while not self._queue.empty():
-                self._refuse(self._queue.get_nowait(), "shutdown", "the node is stopping")
-            await asyncio.gather(working, reading, stopping, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(stopping, *tasks, return_exceptions=True)
+            self._refuse_all(self._queue.clear(), "shutdown", "the node is stopping")
+            await self._pool.close(0)
+            await asyncio.gather(*self._runs, return_exceptions=True)
+            await self._door.close(_FLUSH_S if self._bound else 0)
 
-    async def _read(self) -> None:
-        """Receive for as long as the node lives."""
-        while True:
-            frames = await self._socket.recv_multipart(copy=False)
-            try:
-                self._handle(frames, asyncio.get_running_loop().time())
-            except Exception as error:  # a peer's message must not stop the node
-                # Where, but not the exception's text, which may quote what arrived.
-                where = "".join(traceback.format_tb(error.__traceback__))
-                log.error("message dropped: %s at\n%s", type(error).__name__, where)
-            # Receiving what is there already doesn't yield; replies and handshakes want their turn.
-            await asyncio.sleep(0)
+    async def _drain(self) -> None:
+        """Finish what was admitted, or as much of it as the limit allows."""
+        self._draining = True
+        self._look()
+        log.info(
+            "stopping: %d requests wait, %d run",
+            len(self._queue),
+            self._queue.running,
+            extra={"event": "stopping"},
+        )
+        give_up = self._loop.time() + self._prepared.config.drain_s
+        while (len(self._queue) or self._queue.running) and self._loop.time() < give_up:
+            await asyncio.sleep(min(0.02, max(0.0, give_up - self._loop.time())))
 
-    def _handle(self, frames: list[zmq.Frame], arrived: float) -> None:
+    # What arrives
+
+    def _handle(self, frames: list[zmq.Frame], name: str) -> None:
         peer, *parts = frames
         to = peer.bytes
-        if not parts:
-            return
-        name = str(parts[0].get("User-Id"))
         message_id = NO_ID
         try:
             message = decode_header(parts[0])
             message_id = getattr(message, "id", NO_ID)
             if isinstance(message, InfoRequest):
-                self._send(to, self._info(message))
+                self._send(to, name, encode(self._info(message)))
             elif isinstance(message, Request):
-                self._admit(to, name, message, parts[1:], arrived)
-            elif not isinstance(message, (Cancel, VersionsSpoken)):  # neither is ever answered
+                self._admit(to, name, message, parts[1:])
+            elif isinstance(message, Cancel):
+                job = self._queue.cancel(name, message.id)
+                if job and not job.dropped:
+                    self.metrics.requests["cancelled"] += 1
+            elif not isinstance(message, VersionsSpoken):  # which is never answered
                 kind = type(message).__name__
                 raise ProtocolError(f"a node takes no {kind} message")
         except UnknownVersionError as error:
-            log.info("%s: %s", name, error)
-            self._send(to, VersionsSpoken(VERSIONS))
-        except (ProtocolError, Refusal) as error:
-            code = error.code if isinstance(error, Refusal) else "malformed"
-            refused = refuse(message_id, code, str(error))
-            log.info("refused %s (%s): %s", name, code, refused.message)
-            self._send(to, refused)
+            self._log_refusal(name, "version", str(error))
+            self._send(to, name, encode(VersionsSpoken(VERSIONS)))
+        except ProtocolError as error:
+            self._refuse(to, name, message_id, Refusal("malformed", str(error)))
+        except Refusal as refusal:
+            self._refuse(to, name, message_id, refusal)
 
-    def _admit(
-        self, peer: bytes, name: str, request: Request, parts: list[zmq.Frame], arrived: float
-    ) -> None:
-        prepared = self._prepared
+    def _admit(self, peer: bytes, name: str, request: Request, parts: list[zmq.Frame]) -> None:
+        prepared, now = self._prepared, self._loop.time()
         check_stage(request.stage, prepared.stage, prepared.label)
+        if self._draining:
+            raise Refusal("shutdown", "the node is stopping")
         feeds = decode_tensors(request, parts, prepared.limits.request)
         windows = check_windows(feeds, prepared.stage, prepared.bundle.geometry)
-        job = Job(peer, name, request, feeds, windows, arrived)
-        if job.expired(asyncio.get_running_loop().time()):
-            raise Refusal("deadline", "the deadline had passed when the request arrived")
-        if self._queue.full():
-            raise Refusal("overloaded", f"{QUEUE_LENGTH} requests are waiting already")
-        self._send(peer, Accepted(request.id))
-        self._queue.put_nowait(job)
-
-    async def _work(self, stop: asyncio.Event) -> None:
-        """Run what is queued, oldest first, until `stop` is set."""
-        loop = asyncio.get_running_loop()
-        stopped = asyncio.create_task(stop.wait())
-        try:
-            while not stop.is_set():
-                getting = asyncio.create_task(self._queue.get())
-                await asyncio.wait({getting, stopped}, return_when=asyncio.FIRST_COMPLETED)
-                if not getting.done():
-                    getting.cancel()
-                    break
-                job = getting.result()
-                started = loop.time()
-                if stop.is_set():
-                    self._refuse(job, "shutdown", "the node is stopping")
-                elif job.expired(started):
-                    self._refuse(job, "deadline", "the deadline passed while waiting its turn")
-                else:
-                    await self._run(job, started)
-        finally:
-            stopped.cancel()
-
-    async def _run(self, job: Job, started: float) -> None:
-        try:
-            outcome = await self._worker.run(job.feeds)
-        except Exception as error:  # this request fails alone
-            log.error("engine failed on %d windows of %s: %s", job.windows, job.name, error)
-            self._refuse(job, "engine", "the node's engine failed; its log says more")
-            return
-        queue_us = round((started - job.arrived) * 1e6)
-        result = Result(job.request.id, queue_us, outcome.compute_us)
-        self._send(job.peer, result, outcome.outputs)
-        log.debug(
-            "%d windows for %s: queued %d us, computed %d us",
-            job.windows,
-            job.name,
-            queue_us,
-            outcome.compute_us,
+        deaths = self._suspects.deaths(name, feeds, now)
+        if deaths > 1:
+            raise Refusal("engine", "workers died over this very request; it is not tried again")
+        job = Job(
+            client=name,
+            id=request.id,
+            windows=windows,
+            size=sum(array.nbytes for array in feeds.values()),
+            arrived=now,
+            due=now + request.deadline_ms / 1000,
+            work=_Work(peer, feeds),
+            exclusive=deaths > 0,
         )
+        self._expire(now)
+        shed = self._queue.admit(job, now)
+        for old in shed:
+            wait = self._queue.estimate(old.client, old.windows, now)
+            hint = self._queue.retry_ms(wait)
+            self._refuse_job(old, Refusal("overloaded", "shed: the queue is full", hint))
+        self._send(peer, name, encode(Accepted(request.id)))
+        self._work.set()
 
-    def _refuse(self, job: Job, code: str, message: str) -> None:
-        log.info("refused %s (%s): %s", job.name, code, message)
-        self._send(job.peer, refuse(job.request.id, code, message))
+    def _revoked(self, names: Iterable[str]) -> None:
+        for name in names:
+            for _ in self._queue.revoke(name):
+                self.metrics.requests["revoked"] += 1
 
-    def _send(
-        self, peer: bytes, message: Message, arrays: dict[str, np.ndarray] | None = None
+    def _heard(self, event: WorkerEvent) -> None:
+        """Something happened to a worker."""
+        ready, now = self._pool.ready, self._loop.time()
+        if event.kind == "died":
+            self.metrics.worker_restarts += 1
+            if not ready:
+                self._queue.hold(now + event.seconds + self._start_s)
+        elif event.kind == "ready":
+            self._start_s = event.seconds
+            self._queue.hold(-math.inf)
+        self._queue.lanes = max(1, ready)
+        self._look()
+
+    # Batches
+
+    async def _dispatch(self) -> None:
+        """Give the workers what waits for as long as the node lives."""
+        while True:
+            await self._work.wait()
+            try:
+                slot = await self._pool.acquire()
+            except PoolClosed:
+                return
+            try:
+                jobs = await self._form()
+            except BaseException:
+                slot.release()
+                raise
+            if not jobs:
+                slot.release()
+                continue
+            run = asyncio.create_task(self._run(slot, jobs), name="run")
+            self._runs.add(run)
+            run.add_done_callback(self._runs.discard)
+
+    async def _form(self) -> list[Job]:
+        """The next batch; empty if there is none now."""
+        while True:
+            now = self._loop.time()
+            self._expire(now)
+            while self._again:
+                job = self._again.popleft()
+                if job.dropped:
+                    self._finish(job)
+                elif job.due <= now:
+                    self._finish(job, Refusal("deadline", "the deadline passed while waiting"))
+                else:
+                    return [job]
+            wait = self._queue.wait(now)
+            if wait is not None and wait <= 0:
+                return self._queue.take(now)
+            self._work.clear()
+            if wait is None:
+                return []
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._work.wait(), wait)
+
+    async def _run(self, slot: Slot, jobs: Sequence[Job]) -> None:
+        """See a batch to its end: every one of its requests has its outcome, or is run again."""
+        lease = _Lease(slot)
+        try:
+            outputs = await slot.run(_fill(slot.inputs, jobs))
+        except EngineError as error:
+            self._failed(jobs, error)
+        except WorkerDied:
+            self._died(jobs)
+        except PoolClosed:
+            for job in jobs:
+                self._finish(job, Refusal("shutdown", "the node is stopping"))
+        except Exception as error:  # a defect here; the edges get an answer all the same
+            log.exception("a batch could not be run")
+            self._failed(jobs[:1], error)
+            for job in jobs[1:]:
+                self._finish(job, Refusal("engine", "the node failed; its log says more"))
+        else:
+            self._answer(jobs, outputs, slot.compute_us, lease)
+        finally:
+            lease.drop()
+            self._work.set()
+
+    def _answer(
+        self,
+        jobs: Sequence[Job],
+        outputs: Mapping[str, np.ndarray],
+        compute_us: int,
+        lease: _Lease,
     ) -> None:
-        """Send without ever waiting: an edge that left or doesn't read loses its reply."""
-        frames = [peer, *encode(message, arrays)]
-        sent = self._socket.send_multipart(frames, flags=zmq.NOBLOCK, copy=False)
-        error = sent.exception()
-        if isinstance(error, zmq.ZMQError) and error.errno in (errno.EHOSTUNREACH, errno.EAGAIN):
-            why = "it left" if error.errno == errno.EHOSTUNREACH else "it does not read its replies"
-            log.info("%s to an edge dropped: %s", type(message).__name__, why)
-        elif error:
-            raise error
+        now, windows = self._loop.time(), sum(job.windows for job in jobs)
+        seconds = compute_us / 1e6
+        self._queue.measured(windows, seconds)
+        self.metrics.windows += windows
+        self.metrics.batch_windows.observe(windows)
+        self.metrics.compute_seconds.observe(seconds)
+        first = 0
+        for job in jobs:
+            rows = slice(first, first + job.windows)
+            first += job.windows
+            if job.exclusive:
+                self._suspects.survived(job.client, job.work.feeds)
+            if job.dropped:
+                self._finish(job)
+                continue
+            queue_us = max(0, round((now - job.arrived) * 1e6) - compute_us)
+            frames = encode(
+                Result(job.id, queue_us, compute_us), {k: v[rows] for k, v in outputs.items()}
+            )
+            peer: bytes = job.work.peer
+            self._finish(job, outcome=self._send(peer, job.client, frames, lease) or "result")
+            self.metrics.wait_seconds.observe(queue_us / 1e6)
+            log.debug(
+                "%d windows for %s: queued %d us, computed %d us in a batch of %d",
+                *(job.windows, job.client, queue_us, compute_us, windows),
+                extra={"event": "result", "client": job.client},
+            )
+
+    def _failed(self, jobs: Sequence[Job], error: Exception) -> None:
+        """A batch failed: whose fault it was shows when each of its requests is run alone."""
+        if len(jobs) > 1:
+            log.warning("a batch of %d requests failed; each is run alone", len(jobs))
+            self._again.extend(jobs)
+            return
+        (job,) = jobs
+        # The engine's own words: they name tensors and shapes, never contents.
+        self._log_refusal(job.client, "engine failed", f"{job.windows} windows: {error}")
+        self._queue.set_apart(job.client, self._loop.time() + _APART_S)
+        self._finish(job, Refusal("engine", "the node's engine failed; its log says more"))
+
+    def _died(self, jobs: Sequence[Job]) -> None:
+        """A worker died over these."""
+        now = self._loop.time()
+        others = self._pool.ready > 0
+        for job in jobs:
+            deaths = self._suspects.died(job.client, job.work.feeds, now, job.exclusive)
+            self._queue.set_apart(job.client, now + _APART_S)
+            if deaths > 1:
+                log.error("two workers died over one request of %s: it is refused", job.client)
+                text = "workers died over this very request; it is not tried again"
+                self._finish(job, Refusal("engine", text))
+                continue
+            wait = self._queue.estimate(job.client, job.windows, now)
+            hint = self._queue.retry_ms(wait if others else max(wait, self._start_s + 0.5))
+            text = "the process that computed this ended; another one is being started"
+            self._finish(job, Refusal("worker_died", text, hint))
+
+    def _finish(self, job: Job, refusal: Refusal | None = None, *, outcome: str = "") -> None:
+        """The one outcome of a request that was running."""
+        self._queue.finish(job)
+        if job.dropped:
+            kept = self._door.admits(job.client)
+            self.metrics.requests["cancelled" if kept else "revoked"] += 1
+        elif refusal:
+            self._refuse_job(job, refusal)
+        else:
+            self.metrics.requests[outcome] += 1
+
+    # What has to be done now and then
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            self._expire(self._loop.time())
+            self._look()
+            if held := self._watch.breached():
+                await self._rebind(held)
+
+    def _expire(self, now: float) -> None:
+        for job in self._queue.expire(now):
+            self._refuse_job(job, Refusal("deadline", "the deadline passed while waiting its turn"))
+
+    def _look(self) -> None:
+        """Bring the gauges up to date."""
+        metrics, ready = self.metrics, self._pool.ready
+        metrics.waiting_requests, metrics.waiting_bytes = len(self._queue), self._queue.bytes
+        metrics.workers_ready, metrics.lanes = ready, self._pool.lanes
+        self._door.look()
+        if self._draining:
+            metrics.state = "draining"
+        elif not self._bound:
+            metrics.state = "starting"
+        else:
+            metrics.state = "ready" if ready == self._pool.lanes else "degraded"
+
+    def _ceiling(self) -> int:
+        config, limits = self._prepared.config, self._prepared.limits
+        if config.memory_ceiling is not None:
+            return config.memory_ceiling
+        batches = 4 * self._pool.lanes * (limits.request.total_bytes + limits.result.total_bytes)
+        shared: int = getattr(self._pool, "shared_bytes", 0)
+        # Twice: waiting in the queue, and in libzmq.
+        allowed = 2 * config.queue_bytes + batches + shared
+        return (Resident()() or 0) + allowed * 5 // 4
+
+    async def _rebind(self, held: int) -> None:
+        log.error(
+            "this process holds %d MB, more than %d: all connections are dropped and the socket is "
+            "bound anew; edges connect again by themselves",
+            *(held >> 20, self._watch.ceiling >> 20),
+            extra={"event": "rebind"},
+        )
+        self.metrics.rebinds += 1
+        # Their connections end here, and with them the way back.
+        for _ in self._queue.clear():
+            self.metrics.requests["lost"] += 1
+        await self._door.reopen()
+
+    # What leaves
+
+    def _refuse_all(self, jobs: Iterable[Job], code: str, text: str) -> None:
+        for job in jobs:
+            self._refuse_job(job, Refusal(code, text))
+
+    def _refuse_job(self, job: Job, refusal: Refusal) -> None:
+        self._refuse(job.work.peer, job.client, job.id, refusal)
+
+    def _refuse(self, peer: bytes, name: str, id: bytes, refusal: Refusal) -> None:
+        self.metrics.requests[refusal.code] += 1
+        message = refuse(id, refusal.code, str(refusal), refusal.retry_ms)
+        self._log_refusal(name, refusal.code, message.message)
+        self._send(peer, name, encode(message))
+
+    def _send(self, peer: bytes, name: str, frames: list[Any], lease: _Lease | None = None) -> str:
+        """Send without waiting; what became of it unless it was sent. `lease` is held until the
+        tensors have left."""
+        parts = frames[1:]
+        size = sum(part.nbytes for part in parts)
+        if size and self._unread[name] + size > self._door.unsent:
+            outcome: str = "unread"
+        else:
+            for part in parts:
+                assert lease
+                lease.hold()
+                self._unread[name] += part.nbytes
+                # Freed by libzmq once it has left, in whichever thread.
+                left = functools.partial(self._left_soon, name, part.nbytes, lease)
+                weakref.finalize(part.obj, left).atexit = False
+            outcome = self._door.send(peer, frames)
+        if outcome == "sent":
+            return ""
+        what = "Result" if parts else "reply"
+        why = "it left" if outcome == "lost" else "it does not read its replies"
+        self._log_seldom(name, outcome, f"{what} to an edge dropped: {why}")
+        return outcome
+
+    def _left_soon(self, name: str, size: int, lease: _Lease) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: so is the pool
+            self._loop.call_soon_threadsafe(self._left, name, size, lease)
+
+    def _left(self, name: str, size: int, lease: _Lease) -> None:
+        self._unread[name] -= size
+        if not self._unread[name]:
+            del self._unread[name]
+        lease.drop()
+
+    def _log_refusal(self, client: str, code: str, text: str) -> None:
+        self._log_seldom(client, code, f"refused {client} ({code}): {text}")
+
+    def _log_seldom(self, client: str, code: str, text: str) -> None:
+        """One line for each client and reason in a while, however often it happens."""
+        key, now = (client, code), self._loop.time()
+        last, skipped = self._told.get(key, (-math.inf, 0))
+        if now - last < _LOG_AGAIN_S:
+            self._told[key] = last, skipped + 1
+            return
+        if key not in self._told and len(self._told) >= _LOG_KEYS:
+            self._told.clear()
+        self._told[key] = now, 0
+        more = f" (and {skipped} more times since the last such line)" if skipped else ""
+        log.info("%s%s", text, more, extra={"event": "refused", "client": client, "code": code})
 
     def _info(self, message: InfoRequest) -> Info:
         stage = self._prepared.stage
@@ -247,11 +524,11 @@ class Server:
         return Info(message.id, VERSIONS, (served,), software())
 
     @contextlib.contextmanager
-    def _announced(self) -> Any:
+    def _announced(self) -> Iterator[None]:
         """Say where the node listens, on the log and in the ready file while it serves."""
         prepared = self._prepared
         ready = {
-            "endpoint": self._socket.last_endpoint.decode(),
+            "endpoint": self._door.endpoint,
             "public_key": prepared.keypair.public,
             "bundle": prepared.label,
             "stack_sha256": prepared.stage.sha256,
@@ -283,6 +560,16 @@ def software() -> str:
         return f"cloud-node {importlib.metadata.version('edge-runtime')}"
     except importlib.metadata.PackageNotFoundError:
         return "cloud-node"
+
+
+def _fill(inputs: Mapping[str, np.ndarray], jobs: Iterable[Job]) -> int:
+    """Copy the requests' rows into a batch, one after another; how many there are."""
+    first = 0
+    for job in jobs:
+        for name, array in job.work.feeds.items():
+            inputs[name][first : first + job.windows] = array
+        first += job.windows
+    return first
 
 
 def _tensor_info(spec: TensorSpec) -> TensorInfo:

@@ -334,6 +334,12 @@ def feeds() -> dict[str, np.ndarray]:
     return make_feeds(4)
 
 
+@pytest.fixture
+def five() -> dict[str, np.ndarray]:
+    """Five windows: two requests of so many are too large to share a batch."""
+    return make_feeds(5)
+
+
 def make_feeds(count: int, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     return {

@@ -1,0 +1,223 @@
+"""The node's socket with all that guards it: ROUTER, authenticator and meter, opened, closed and
+opened anew as one.
+
+Promises that a message handed on comes from an edge that is authorised now, that sending never
+waits, and that after `reopen` everything libzmq held is free and the same port is bound again;
+edges reconnect by themselves. What messages mean is left to the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import errno
+import logging
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import zmq
+import zmq.asyncio
+
+from cloud_node.config import Prepared
+from cloud_node.metrics import Metrics
+from transport.auth import Authenticator
+from transport.meter import Meter, bounds
+from transport.process import raise_file_limit
+from transport.sockets import PeerEvent, peers, receive_mark
+from transport.sockets import server as server_socket
+
+log = logging.getLogger(__name__)
+
+_REOPEN_S = 2.0
+_RETRY_S = 0.02
+
+Sent = Literal["sent", "lost", "unread"]
+"""``lost``: the connection has ended; ``unread``: the edge does not read what it asked for."""
+
+
+class Door:
+    """Open from `open` to `close`.
+
+    Args:
+        prepared: address, keys and limits.
+        metrics: counts handshakes and connections.
+        on_message: is called with what arrived, routing id first, and the name of the key it came
+            with. What it raises is logged and forgotten.
+        on_revoked: is called with names whose keys have been taken away; their connections have
+            been dropped.
+
+    Attributes:
+        endpoint: where it is bound, with the port chosen.
+        unsent: most bytes that should wait for one edge to read them.
+        broken: a future that fails if the door can't go on.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        metrics: Metrics,
+        on_message: Callable[[list[zmq.Frame], str], None],
+        on_revoked: Callable[[frozenset[str]], None],
+    ) -> None:
+        self.endpoint = prepared.config.bind
+        self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._prepared = prepared
+        self._metrics = metrics
+        self._on_message = on_message
+        self._on_revoked = on_revoked
+        limits = prepared.limits
+        self._bounds = bounds(
+            limits.request,
+            limits.result,
+            hwm=receive_mark(limits.request),
+            total=prepared.config.queue_bytes,
+            files=raise_file_limit(),
+        )
+        self.unsent = self._bounds.unsent
+        self._ctx: zmq.asyncio.Context | None = None
+        self._socket: Any = None
+        self._authenticator: Authenticator | None = None
+        self._meter: Meter | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def try_address(self) -> None:
+        """Fail now and not after the workers' warm-up.
+
+        Raises:
+            ConfigError: the address can't be bound.
+        """
+        with zmq.Context() as ctx:
+            server_socket(ctx, self.endpoint, self._prepared.keypair, self._prepared.limits).close()
+
+    def open(self) -> None:
+        """Bind, and begin to let edges in.
+
+        Raises:
+            ConfigError: the address can't be bound.
+        """
+        prepared = self._prepared
+        self._ctx = zmq.asyncio.Context()
+        try:
+            self._authenticator = Authenticator(self._ctx, prepared.allowed, self._revoke)
+            self._authenticator.start()
+            self._socket = server_socket(
+                self._ctx, self.endpoint, prepared.keypair, prepared.limits
+            )
+        except BaseException:
+            self._ctx.destroy(linger=0)
+            raise
+        self.endpoint = self._socket.last_endpoint.decode()
+        self._meter = Meter(self._bounds)
+        loop = asyncio.get_running_loop()
+        self._tasks = [
+            loop.create_task(self._follow(self._socket, self._meter), name="peers"),
+            loop.create_task(self._read(self._socket, self._meter), name="read"),
+        ]
+        for task in self._tasks:
+            task.add_done_callback(self._ended)
+
+    async def close(self, flush_s: float = 0.0) -> None:
+        """Let nobody in any more and, if asked to, what was sent leave; then drop all connections.
+
+        Lingering alone does not flush: a closing socket counts a message as gone once it has left
+        its queue, and drops what the connection has not written yet.
+        """
+        if self._ctx is None:
+            return
+        if flush_s:
+            await asyncio.sleep(flush_s)
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._authenticator:
+            await self._authenticator.stop()
+        self._socket.close(linger=round(flush_s * 1000))
+        self._ctx.term()
+        self._ctx = self._socket = None
+
+    async def reopen(self) -> None:
+        """Close and open, which frees all that libzmq held.
+
+        Raises:
+            ConfigError: the port could not be bound again.
+        """
+        await self.close()
+        with contextlib.suppress(AttributeError, OSError):  # only where glibc is
+            ctypes.CDLL(None).malloc_trim(0)
+        give_up = time.monotonic() + _REOPEN_S
+        while True:
+            try:
+                return self.open()
+            except Exception:  # the reaper may not have closed the old listener yet
+                if time.monotonic() > give_up:
+                    raise
+            await asyncio.sleep(_RETRY_S)
+
+    def admits(self, name: str) -> bool:
+        """Whether this name's key is authorised."""
+        return self._authenticator is not None and self._authenticator.admits(name)
+
+    def send(self, peer: bytes, frames: Sequence[Any]) -> Sent:
+        """Send without ever waiting; frames are not copied and must not change until freed."""
+        if self._socket is None:
+            return "lost"
+        sent = self._socket.send_multipart([peer, *frames], flags=zmq.NOBLOCK, copy=False)
+        error = sent.exception()
+        if error is None:
+            assert self._meter is not None
+            self._meter.handed(frames, time.monotonic(), route=peer)
+            return "sent"
+        if isinstance(error, zmq.ZMQError) and error.errno in (errno.EHOSTUNREACH, errno.EAGAIN):
+            return "lost" if error.errno == errno.EHOSTUNREACH else "unread"
+        raise error
+
+    def look(self) -> None:
+        """Bring the gauges up to date."""
+        if self._meter is not None:
+            self._metrics.connections = len(self._meter)
+            self._metrics.clients = len(self._meter.users())
+
+    async def _read(self, socket: Any, meter: Meter) -> None:
+        while True:
+            frames = await socket.recv_multipart(copy=False)
+            meter.delivered(frames, routed=True)
+            try:
+                name = str(frames[-1].get("User-Id"))
+                if len(frames) > 1 and self.admits(name):
+                    self._on_message(frames, name)
+            except Exception as error:  # a peer's message must not stop the node
+                # Where, but not the exception's text, which may quote what arrived.
+                where = "".join(traceback.format_tb(error.__traceback__))
+                log.error("message dropped: %s at\n%s", type(error).__name__, where)
+            # Receiving what is there already doesn't yield; replies and handshakes want their turn.
+            await asyncio.sleep(0)
+
+    async def _follow(self, socket: Any, meter: Meter) -> None:
+        events: Any = peers(socket, meter)
+        async with contextlib.aclosing(events):
+            async for event in events:
+                self._count(event)
+
+    def _count(self, event: PeerEvent) -> None:
+        if event.kind == "refused":
+            self._metrics.handshakes_refused[event.reason] += 1
+        elif event.kind == "dropped":
+            self._metrics.connections_dropped[event.reason] += 1
+        elif event.kind == "full":
+            self._metrics.connections_dropped["full"] += 1
+
+    def _revoke(self, names: frozenset[str]) -> None:
+        if self._meter is not None:
+            for breach in self._meter.revoke(names):
+                self._metrics.connections_dropped[breach.reason] += 1
+        self._on_revoked(names)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """A task that ends by itself is a defect: let it show."""
+        if task in self._tasks and not self.broken.done():
+            error = None if task.cancelled() else task.exception()
+            self.broken.set_exception(error or RuntimeError(f"{task.get_name()} has ended"))
