@@ -477,8 +477,8 @@ def _library(facts: _Facts, flavour: Flavour, what: str, install: str | None) ->
     module = flavour.replace("-", "_")
     if answer.facts is None:
         command = install or f"pip uninstall {flavour}"
-        if install and install.startswith("pip install "):
-            command = install.replace("pip install ", "pip install --force-reinstall ")
+        if flavour == "tensorrt-rtx":  # named itself: pip would look for edge-runtime elsewhere
+            command = "pip install --force-reinstall tensorrt-rtx-cu13"
         elif install:
             command = install.replace("install python3", "install --reinstall python3")
         detail = f"`import {module}` {_failed(answer)}"
@@ -560,7 +560,7 @@ def _bundle(facts: _Facts) -> Check:
         if "gave no answer" in error:
             command = f"edge-runtime info {_quoted(facts.bundle)}    (hashes it without a limit)"
         elif facts.asked_for is None:
-            command = "pip install --force-reinstall --no-deps edge-runtime"
+            command = "pip install --force-reinstall --no-deps .    (in the folder of its source)"
         return Check("bundle", "fail", "bundle", error, command)
     detail = f"{answer.facts['model']}, {answer.facts['precision']}, files match their hashes"
     return Check("bundle", "ok", "bundle", detail)

@@ -26,7 +26,7 @@ FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt-rtx")
 _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _TITLES: dict[Flavour, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 # JetPack 6 has TensorRT 10.3, and everything here is written for that on. Of TensorRT-RTX, 1.7.1 is
-# what the tests run; `pip install --upgrade` reaches it wherever an older one lies.
+# what the tests run; pip reaches it wherever an older one lies.
 _OLDEST: dict[Flavour, Version] = {"tensorrt": (10, 3, 0), "tensorrt-rtx": (1, 7, 0)}
 _INSTALL: dict[Flavour, str] = {
     "tensorrt": (
@@ -98,7 +98,7 @@ def load(flavour: Flavour) -> Library:
         mend = (
             "JetPack 6.1 or later has it"
             if flavour == "tensorrt"
-            else "`pip install --upgrade 'edge-runtime[rtx]'` installs it"
+            else "`pip install --upgrade tensorrt-rtx-cu13` installs it"  # an extra never upgrades
         )
         raise EngineError(f"{library.name} is too old, expected {oldest} or later: {mend}")
     return library

@@ -288,7 +288,7 @@ class TestTensorrt:
         assert "apt install --reinstall python3-libnvinfer" in (check.mend or "")
         check = look(PC, gpu=RTX_4090, tensorrt_rtx=answer)["tensorrt-rtx"]
         assert check.status == "fail"
-        assert check.mend == "pip install --force-reinstall 'edge-runtime[rtx]'"
+        assert check.mend == "pip install --force-reinstall tensorrt-rtx-cu13"
 
     def test_is_offered_where_it_would_help(self, look: Look, tmp_path: Path) -> None:
         assert look(PC, gpu=RTX_4090)["tensorrt-rtx"].mend == "pip install 'edge-runtime[rtx]'"
@@ -390,7 +390,7 @@ def test_a_damaged_bundle_is_said_once(look: Look) -> None:
     error = Answer(error="tail.onnx is damaged")
     checks = look(PC, bundle=error, engines=error)
     assert checks["bundle"].status == "fail"
-    assert "--no-deps edge-runtime" in (checks["bundle"].mend or "")
+    assert "--no-deps ." in (checks["bundle"].mend or "")
     assert "engines" not in checks
 
 
