@@ -9,7 +9,6 @@ that nothing of what it computes on is logged, dumped or kept. It never opens a 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import ctypes
 import logging
@@ -21,8 +20,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +32,6 @@ from engines.engine import Device, Engine, check_feeds
 from engines.errors import BundleError, EdgeRuntimeError, EngineError
 from engines.opening import open_stage
 from engines.ort import OrtEngine
-from engines.pipeline import Pipeline
 from transport.process import disable_core_dumps
 
 log = logging.getLogger(__name__)
@@ -324,45 +320,6 @@ def _die_with(parent: int) -> None:
         os._exit(1)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("500")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Outputs of one run, and the time inside the engine."""
-
-    outputs: dict[str, np.ndarray]
-    compute_us: int
-
-
-class Worker:
-    """Runs the stack of a bundle.
-
-    Raises:
-        EdgeRuntimeError: the engine can't be opened.
-    """
-
-    def __init__(self, bundle: Bundle, *, threads: int | None, device: Device) -> None:
-        self._pipeline = Pipeline(bundle, threads=threads, device=device)
-        self._engine = self._pipeline.engine("stack")
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
-
-    async def run(self, feeds: Mapping[str, np.ndarray]) -> Outcome:
-        """Run once.
-
-        Raises:
-            EngineError: the feeds don't fit or the engine failed.
-        """
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, feeds)
-
-    def _run(self, feeds: Mapping[str, np.ndarray]) -> Outcome:
-        start = time.perf_counter()
-        outputs = self._engine.run(feeds)
-        return Outcome(outputs, round((time.perf_counter() - start) * 1e6))
-
-    def close(self) -> None:
-        """Wait for a run in progress, then close the engine."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
-        self._pipeline.close()
 
 
 if __name__ == "__main__":
