@@ -27,7 +27,8 @@ Run every engine of this machine on the bundle's golden samples, whose answers a
 PyTorch model's, and on fresh random inputs, whose answers are ONNX Runtime's on the CPU. An engine
 whose outputs differ by more than rounding, or hold a NaN, fails, and what failed does not serve
 until it has passed. TensorRT plans keep the verdict in their records; it holds for this GPU,
-driver and version of TensorRT. Exit status: 0, or 1 when an engine failed."""
+driver and version of TensorRT. Exit status: 0, or 1 when an engine failed or none that --device
+names could be run."""
 
 _EPILOG = """\
 examples:
@@ -78,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print. 1: an engine failed."""
+    """Measure and print. 1: an engine failed, or none of those asked for ran."""
     from rich.console import Console
 
     from engines.bundle import Bundle, shipped_bundle
@@ -104,15 +105,32 @@ def run(args: argparse.Namespace) -> int:
         threads=args.threads,
         watcher=_display(terminal),
     )
+    passed = report.passed and _ran(args.device, report)
     if args.json:
-        print(msgspec.json.format(msgspec.json.encode(_facts(bundle, report)), indent=2).decode())
+        facts = {**_facts(bundle, report), "passed": passed}
+        print(msgspec.json.format(msgspec.json.encode(facts), indent=2).decode())
     else:
         _print(bundle, report, Console(highlight=False, markup=False, emoji=False))
         if args.device == "all" and len({verdict.engine for verdict in report.verdicts}) == 1:
             print(_ONLY_CPU.format(shlex.quote(str(bundle.path))))
+    if not _ran(args.device, report):
+        command = f"edge-runtime doctor {shlex.quote(str(bundle.path))}"
+        if args.device in ("cuda", "tensorrt"):
+            command += f" --require {args.device}"
+        terminal.print(
+            f"error: nothing ran on --device {args.device}: `{command}` says what is missing",
+            soft_wrap=True,
+        )
     for text in report.unrecorded:
         terminal.print(f"warning: {text}", soft_wrap=True)
-    return 0 if report.passed else 1
+    return 0 if passed else 1
+
+
+def _ran(device: str, report: Report) -> bool:
+    """Whether anything ran of what was asked for. The CPU runs for the others' sake too."""
+    besides = device in ("cuda", "tensorrt")
+    verdicts = [v for v in report.verdicts if not (besides and v.engine.endswith(" CPU"))]
+    return any(verdict.status != "not run" for verdict in verdicts)
 
 
 def _display(terminal: Console) -> Any:
@@ -132,7 +150,6 @@ def _facts(bundle: Bundle, report: Report) -> dict[str, Any]:
         "bundle": str(bundle.path.resolve()),
         "model": bundle.manifest.model,
         "precision": bundle.manifest.precision,
-        "passed": report.passed,
         "seed": report.seed,
         "tolerance": {**asdict(report.tolerance), "mask_iou_min": report.tolerance.mask_iou_min},
         "verdicts": [
@@ -162,7 +179,7 @@ def _print(bundle: Bundle, report: Report, console: Console) -> None:
     failed = dict.fromkeys(v.engine for v in report.verdicts if v.status == "failed")
     if failed:
         console.print(f"FAILED: {', '.join(failed)}. What failed does not serve.", soft_wrap=True)
-    else:
+    elif any(verdict.status == "ok" for verdict in report.verdicts):
         console.print("every engine that ran passed", soft_wrap=True)
 
 

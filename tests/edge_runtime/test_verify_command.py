@@ -100,6 +100,22 @@ def test_plans_of_another_machine_are_not_run(
     assert "stack not run: no NVIDIA driver is installed here (simulated)" in out
 
 
+def test_nothing_of_the_device_asked_for_is_no_success(
+    bundle: Bundle, machine: SimulatedMachine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["verify", str(bundle.path), "--threads", "1", "--device", "tensorrt"]
+    assert main(command) == 0
+    assert "nothing ran" not in capsys.readouterr().err
+    machine.gpu = None
+    assert main([*command, "--json"]) == 1
+    said = capsys.readouterr()
+    assert json.loads(said.out)["passed"] is False
+    assert "--require tensorrt` says what is missing" in said.err
+    shutil.rmtree(bundle.path / "plans")
+    assert main(command) == 1
+    assert "nothing ran on --device tensorrt" in capsys.readouterr().err
+
+
 def test_json(
     bundle: Bundle, machine: SimulatedMachine, capsys: pytest.CaptureFixture[str]
 ) -> None:
