@@ -1,15 +1,24 @@
-"""The `cloud-node` command."""
+"""The `cloud-node` command: serve, check a configuration, write one."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
+import contextlib
+import json
+import os
 import signal
 import sys
-import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from cloud_node.settings import BY_NAME, GROUPS, SETTINGS, Invalid, Setting
+
+if TYPE_CHECKING:
+    from cloud_node.config import Loaded, Prepared
+    from cloud_node.notify import Notifier
+    from cloud_node.pool import Pool
 
 _DESCRIPTION = """\
 Lend this machine to edges: run the window-attention layers of a Segment Anything Model on single
@@ -17,7 +26,19 @@ windows of their images. A node never gets a whole image, a prompt or a mask."""
 
 _SERVE = """\
 Serve one bundle over ZeroMQ with CURVE encryption. Only edges whose public keys lie in
-DIR/authorized get in; edges know this node by the public key in DIR/node.pub."""
+DIR/authorized get in; edges know this node by the public key in DIR/node.pub.
+
+Every setting is an option here and a key in the file that --config names (with _ for -); options
+win. `cloud-node init` writes such a file with all of them explained."""
+
+_CHECK = """\
+Check everything that `cloud-node serve` would be told with the same words: settings, keys, the
+hashes of the bundle, addresses. Prints the settings that hold and where each comes from. Starts
+nothing: whether the engine opens is only seen by serving, or by `edge-runtime doctor`."""
+
+_INIT = """\
+Write a node.toml with every setting explained in it. Settings given as options are set in it, the
+others stand there as comments, with their defaults. Overwrites nothing."""
 
 _EXAMPLES = """\
 first time on this machine:
@@ -26,11 +47,15 @@ first time on this machine:
   edge-runtime keys authorize --dir keys kitchen.pub
 then:
   cloud-node serve --bundle BUNDLE --bind tcp://0.0.0.0:5555 --keys keys
+or, to keep it running:
+  cloud-node init --bundle BUNDLE --metrics 127.0.0.1:9464
+  cloud-node check --config node.toml
+  cloud-node serve --config node.toml
 
 A bundle is a directory made by `edge-runtime export`; `--for node` leaves out what a node needs
 not. Windows are kept in memory only and appear in no log. Ctrl-C or SIGTERM stops the node once
-what it has admitted is answered, within 10 s; again, it stops at once. A key added to or taken from
-DIR/authorized counts within a second.
+what it has admitted is answered, or drain_s is over; again, it stops at once. A key added to or
+taken from DIR/authorized counts within a second. docs/node.md tells the rest.
 """
 
 
@@ -41,61 +66,57 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    serve = commands.add_parser(
-        "serve",
-        help="answer window requests",
-        description=_SERVE,
-        epilog=_EXAMPLES,
-        formatter_class=raw,
-    )
-    serve.add_argument(
-        "--bundle",
+
+    def add(name: str, summary: str, description: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name, help=summary, description=description, epilog=_EXAMPLES, formatter_class=raw
+        )
+        for group in GROUPS:
+            section = command.add_argument_group(group)
+            for setting in SETTINGS:
+                if setting.group == group:
+                    section.add_argument(
+                        setting.option,
+                        type=_reader(setting),
+                        default=argparse.SUPPRESS,
+                        metavar=setting.placeholder,
+                        help=_help(setting),
+                    )
+        command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+        return command
+
+    for command in (
+        add("serve", "answer window requests", _SERVE),
+        check := add("check", "check a configuration and show what holds", _CHECK),
+    ):
+        command.add_argument(
+            "--config", type=Path, metavar="FILE", help="settings in TOML (default: none)"
+        )
+    check.add_argument("--json", action="store_true", help="print the result as JSON")
+    init = add("init", "write a commented node.toml", _INIT)
+    init.add_argument(
+        "--out",
         type=Path,
-        metavar="BUNDLE",
-        help="full or node-only bundle to serve; edges must use the same one (default: the small "
-        "one that comes with the package)",
+        default=Path("node.toml"),
+        metavar="FILE",
+        help="where to write (default: %(default)s)",
     )
-    serve.add_argument(
-        "--bind",
-        default="tcp://0.0.0.0:5555",
-        metavar="ENDPOINT",
-        help="address to listen on (default %(default)s); port 0 takes any free one",
-    )
-    serve.add_argument(
-        "--keys",
-        type=Path,
-        default=Path("keys"),
-        metavar="DIR",
-        help="folder with node.key and authorized/*.pub (default %(default)s)",
-    )
-    serve.add_argument(
-        "--threads",
-        type=int,
-        metavar="N",
-        help="CPU threads of the engine (default: all cores). Several nodes on one machine must "
-        "share its cores: give each its part, or they slow one another down",
-    )
-    serve.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda", "tensorrt"),
-        default="auto",
-        help="what computes: tensorrt: a plan made by `edge-runtime build`; cuda, cpu: ONNX "
-        "Runtime; auto: the first of these that may serve here (default %(default)s)",
-    )
-    serve.add_argument(
-        "--ready-file",
-        type=Path,
-        metavar="PATH",
-        help="once serving, write endpoint and public key here as JSON; removed at the end",
-    )
-    serve.add_argument(
-        "--log-level",
-        choices=("debug", "info", "warning", "error"),
-        default="info",
-        help="least severity to log, on stderr (default %(default)s)",
-    )
-    serve.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     return parser
+
+
+def _reader(setting: Setting) -> Any:
+    def read(text: str) -> Any:
+        try:
+            return setting.parse(text)
+        except Invalid as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+    return read
+
+
+def _help(setting: Setting) -> str:
+    default = setting.unset or setting.show(setting.default).strip('"')
+    return f"{setting.help} Default: {default}.".replace("%", "%%")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -110,26 +131,15 @@ def main(argv: list[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 2
-    return _serve(args)
-
-
-def _serve(args: argparse.Namespace) -> int:
     from engines.errors import EdgeRuntimeError
-    from transport.process import disable_core_dumps
 
-    disable_core_dumps()
-    handler = logging.StreamHandler(sys.stderr)
-    formatter = logging.Formatter(
-        "%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S"
-    )
-    formatter.converter = time.gmtime
-    handler.setFormatter(formatter)
-    logging.basicConfig(level=args.log_level.upper(), handlers=[handler])
-    logging.getLogger("asyncio").setLevel(logging.WARNING)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _leave)  # until the server can stop in order
+    options = {name: value for name, value in vars(args).items() if name in BY_NAME}
     try:
-        return _run(args)
+        if args.command == "init":
+            return _init(args.out, options)
+        if args.command == "check":
+            return _check(args.config, options, args.json)
+        return _serve(args.config, options)
     except EdgeRuntimeError as error:
         if args.debug:
             raise
@@ -137,53 +147,175 @@ def _serve(args: argparse.Namespace) -> int:
         return error.exit_code
 
 
+def _serve(file: Path | None, options: Mapping[str, Any]) -> int:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave)  # until the server can stop in order
+
+    import logging
+
+    from cloud_node.config import load, prepare
+    from cloud_node.logs import setup
+    from cloud_node.notify import Notifier
+    from transport.process import disable_core_dumps
+
+    disable_core_dumps()
+    config = load(file, options).config
+    setup(config.log_level, config.log_format)
+    log = logging.getLogger(__name__)
+    prepared = prepare(config)
+    notifier = Notifier.from_environment()  # before workers inherit it
+    pool = _pool(prepared)
+    if config.threads is None and config.workers == "local" and {*config.device} <= {"auto", "cpu"}:
+        log.info(
+            "on the CPU this node takes all cores; if several nodes share this machine, give each "
+            "its part with --threads"
+        )
+    asyncio.run(_run(prepared, pool, notifier))
+    log.info("stopped")
+    return 0
+
+
 def _leave(*_: object) -> NoReturn:
     raise SystemExit(0)
 
 
-def _run(args: argparse.Namespace) -> int:
-    from cloud_node.config import NodeConfig, prepare
-    from cloud_node.pool import LocalPool
-    from cloud_node.server import Server
-    from engines.bundle import shipped_bundle
+def _pool(prepared: Prepared) -> Pool:
+    from cloud_node.pool import LocalPool, parse_device
 
-    config = NodeConfig(
-        bundle=args.bundle or shipped_bundle(),
-        bind=args.bind,
-        keys=args.keys,
-        threads=args.threads,
-        device=args.device,
-        ready_file=args.ready_file,
-    )
-    prepared = prepare(config)
-    pool = LocalPool(
+    config = prepared.config
+    if config.workers == "ray":
+        from cloud_node.ray_pool import RayPool
+
+        return RayPool(
+            prepared.bundle,
+            address=config.ray_address,
+            device=parse_device(config.device[0])[0],
+            replicas=config.ray_replicas,
+            threads=config.threads,
+            max_batch=config.max_batch,
+        )
+    return LocalPool(
         prepared.bundle,
-        devices=(config.device,),
+        devices=config.device,
         threads=config.threads,
         max_batch=config.max_batch,
     )
-    if config.threads is None and config.device in ("auto", "cpu"):
-        logging.getLogger(__name__).info(
-            "on the CPU this node takes all cores; if several nodes share this machine, give each "
-            "its part with --threads"
-        )
 
-    async def serve() -> None:
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
 
-        def begin_stop() -> None:
-            stop.set()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.remove_signal_handler(number)  # a second signal ends the process at once
+async def _run(prepared: Prepared, pool: Pool, notifier: Notifier) -> None:
+    from cloud_node.server import Server, software
 
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def begin_stop() -> None:
+        stop.set()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, begin_stop)
-        await Server(prepared, pool).run(stop)
+            loop.remove_signal_handler(number)  # a second signal ends the process at once
 
-    asyncio.run(serve())
-    logging.getLogger(__name__).info("stopped")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, begin_stop)
+    server = Server(prepared, pool)
+    async with contextlib.AsyncExitStack() as stack:
+        if prepared.config.metrics:
+            from cloud_node.health import Endpoint
+
+            endpoint = Endpoint(server.metrics, software())
+            await endpoint.open(prepared.config.metrics)
+            stack.push_async_callback(endpoint.close)
+        await stack.enter_async_context(notifier.following(server.metrics))
+        await server.run(stop)
+
+
+def _check(file: Path | None, options: Mapping[str, Any], as_json: bool) -> int:
+    from cloud_node.config import examine, load, prepare
+
+    loaded = load(file, options)
+    prepared = prepare(loaded.config)
+    _pool(prepared)
+    notes = examine(prepared)
+    if as_json:
+        settings = {
+            setting.name: {"value": _plain(value), "source": loaded.sources[setting.name]}
+            for setting in SETTINGS
+            for value in [getattr(loaded.config, setting.name)]
+        }
+        told = {
+            "settings": settings,
+            "notes": notes,
+            "bundle": prepared.label,
+            "public_key": prepared.keypair.public,
+            "authorised_keys": len(prepared.allowed),
+        }
+        print(json.dumps(told, indent=2))
+        return 0
+    print("\n".join(_table(loaded)))
+    print(
+        f"\nBundle: {prepared.label}, stack {prepared.stage.sha256[:12]}, hashes as they should be"
+    )
+    print(f"Public key: {prepared.keypair.public}")
+    print(f"Edges authorised: {len(prepared.allowed)}")
+    for note in notes:
+        print(f"Note: {note}")
     return 0
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value  # tuples become arrays
+
+
+def _table(loaded: Loaded) -> list[str]:
+    rows = [("SETTING", "VALUE", "FROM")]
+    for setting in SETTINGS:
+        value = getattr(loaded.config, setting.name)
+        shown = f"({setting.unset})" if value is None else setting.show(value).strip('"')
+        rows.append((setting.name, shown, loaded.sources[setting.name]))
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return [f"{name:{widths[0]}}  {value:{widths[1]}}  {source}" for name, value, source in rows]
+
+
+def _init(out: Path, options: Mapping[str, Any]) -> int:
+    from cloud_node.config import load
+    from engines.errors import ConfigError
+
+    if os.path.lexists(out):
+        raise ConfigError(
+            f"{out} exists and is never overwritten: edit it, move it away, or name another file "
+            "with --out"
+        )
+    config = load(None, options).config
+    try:
+        with open(out, "x", encoding="utf-8") as file:
+            file.write(_toml(options, out.parent))
+    except OSError as error:
+        raise ConfigError(f"cannot write {out}: {error.strerror}") from None
+    print(f"Wrote {out}.\n\nNext:")
+    if not config.key_file.exists():
+        print(f"  edge-runtime keys node --dir {config.keys}")
+    print(f"  cloud-node check --config {out}\n  cloud-node serve --config {out}")
+    return 0
+
+
+def _toml(options: Mapping[str, Any], base: Path) -> str:
+    """A node.toml with these settings set, for the folder `base`."""
+    import textwrap
+
+    parts = [
+        "# Settings of this node, read by `cloud-node serve --config`. Relative paths are relative "
+        "to\n# this file. Lines that are comments show the default, or an example.\n"
+    ]
+    for setting in SETTINGS:
+        text = setting.help if not setting.unset else f"{setting.help} Default: {setting.unset}."
+        parts.append("\n" + textwrap.fill(text, 98, initial_indent="# ", subsequent_indent="# "))
+        if setting.name in options:
+            value = options[setting.name]
+            if setting.is_path:
+                value = os.path.relpath(value, base)
+            parts.append(f"\n{setting.name} = {setting.show(value)}\n")
+        else:
+            value = setting.example if setting.default is None else setting.default
+            parts.append(f"\n# {setting.name} = {setting.show(value)}\n")
+    return "".join(parts)
 
 
 if __name__ == "__main__":

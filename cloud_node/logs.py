@@ -42,7 +42,9 @@ def printable(text: str) -> str:
         if unicodedata.category(character) not in _UNSEEN:
             return character
         code = ord(character)
-        return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+        if code < 256:
+            return f"\\x{code:02x}"
+        return f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
 
     return _SUSPECT.sub(written, text)
 

@@ -166,6 +166,18 @@ def _device_list(texts: list[Any]) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _replicas(text: str) -> tuple[int, int]:
+    least, dash, most = text.partition("-")
+    if not least.isdecimal() or (dash and not most.isdecimal()):
+        raise Invalid("expected a number, or two such as 1-4")
+    return int(least), int(most if dash else least)
+
+
+def _check_replicas(value: tuple[int, int]) -> None:
+    if not 1 <= value[0] <= value[1] <= 1024:
+        raise Invalid("expected 1 to 1024, the smaller number first")
+
+
 def _address(text: str) -> str | None:
     """``HOST:PORT``; None for ``off``."""
     if text == "off":
@@ -301,9 +313,24 @@ SETTINGS = (
         "what computes",
         _text,
         "ADDRESS",
-        'Ray cluster to run workers on, with workers = "ray".',
-        unset="the one that RAY_ADDRESS names, or one started on this machine",
-        example="ray://head.example.org:10001",
+        "Ray cluster to run workers on: auto (the one that this machine is a host of), HOST:PORT "
+        "(likewise, naming its head), or local (one on this machine alone).",
+        default="auto",
+    ),
+    Setting(
+        "ray_replicas",
+        "what computes",
+        _replicas,
+        "NUMBER",
+        "How many workers on Ray; with two numbers, such as 1-4, Ray adds and removes some with "
+        "the load.",
+        default=(1, 1),
+        accepts=(int,),
+        convert=lambda value: (value, value),
+        check=_check_replicas,
+        show=lambda value: (
+            _plain(value[0]) if value[0] == value[1] else quoted("-".join(map(str, value)))
+        ),
     ),
     Setting(
         "max_batch",

@@ -1,0 +1,229 @@
+"""/metrics, /healthz, /readyz over real sockets, and people who abuse them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+import pytest
+
+from cloud_node import health
+from cloud_node.health import CONNECTIONS, Endpoint
+from cloud_node.metrics import Metrics
+from engines.errors import ConfigError
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    async def bounded() -> None:
+        await asyncio.wait_for(test, 60)
+
+    asyncio.run(bounded())
+
+
+@contextlib.asynccontextmanager
+async def serving(metrics: Metrics | None = None) -> AsyncIterator[Endpoint]:
+    endpoint = Endpoint(metrics or Metrics(), "cloud-node 1.2.3")
+    await endpoint.open("127.0.0.1:0")
+    try:
+        yield endpoint
+    finally:
+        await endpoint.close()
+
+
+async def connect(endpoint: Endpoint) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    host, _, port = endpoint.address.rpartition(":")
+    return await asyncio.open_connection(host, int(port))
+
+
+async def ask(endpoint: Endpoint, request: bytes) -> tuple[int, dict[str, str], bytes]:
+    """Send bytes; status, headers and body of the answer, which must end the connection."""
+    reader, writer = await connect(endpoint)
+    writer.write(request)
+    answer = await reader.read()
+    writer.close()
+    head, _, body = answer.partition(b"\r\n\r\n")
+    first, *lines = head.decode().split("\r\n")
+    assert first.startswith("HTTP/1.1 ")
+    headers = dict(line.lower().split(": ", 1) for line in lines)
+    return int(first.split(" ")[1]), headers, body
+
+
+def get(path: str) -> bytes:
+    return f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+
+
+def test_metrics_in_prometheus_format() -> None:
+    async def test() -> None:
+        async with serving(Metrics(windows=12)) as endpoint:
+            status, headers, body = await ask(endpoint, get("/metrics"))
+            assert status == 200
+            assert headers["content-type"].startswith("text/plain; version=")
+            assert headers["content-length"] == str(len(body))
+            assert headers["connection"] == "close"
+            assert b"\nedge_runtime_node_windows_total 12.0\n" in body
+
+    run(test())
+
+
+def test_ready_follows_the_state() -> None:
+    async def test() -> None:
+        metrics = Metrics()
+        async with serving(metrics) as endpoint:
+            for state, workers, status in (
+                ("starting", 0, 503),
+                ("ready", 2, 200),
+                ("degraded", 1, 200),
+                ("degraded", 0, 503),
+                ("draining", 2, 503),
+            ):
+                metrics.state, metrics.workers_ready = state, workers  # type: ignore[assignment]
+                found, _, body = await ask(endpoint, get("/readyz"))
+                assert (found, body) == (status, f"{state}\n".encode())
+                assert (await ask(endpoint, get("/healthz")))[0] == 200
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (get("/"), 404),
+        (get("/metrics/../../etc/passwd"), 404),
+        (get("/metrics?name[]=x"), 200),
+        (b"HEAD /metrics HTTP/1.0\r\n\r\n", 200),
+        (b"POST /metrics HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc", 405),
+        (b"get /metrics HTTP/1.1\r\n\r\n", 405),
+        (b"GET /metrics\r\n\r\n", 400),
+        (b"GET /metrics HTTP/2.0\r\n\r\n", 400),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+        (b"\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
+        (b"GET /metrics HTTP/1.1 \x00\xff\r\n\r\n", 400),
+        (b"GET /metrics HTTP/1.1\r\nX: " + b"x" * 20_000 + b"\r\n\r\n", 431),
+        (b"x" * 20_000, 431),
+    ],
+    ids=lambda v: str(v)[:40],
+)
+def test_requests_of_all_kinds(request_: bytes, status: int) -> None:
+    async def test() -> None:
+        async with serving() as endpoint:
+            try:
+                found, headers, body = await ask(endpoint, request_)
+            except ConnectionError:
+                # What was sent beyond the limit is not read; TCP may then end before the answer.
+                assert status == 431
+            else:
+                assert found == status
+                if request_.startswith(b"HEAD"):
+                    assert body == b""
+                    assert int(headers["content-length"]) > 0
+                if status == 405:
+                    assert headers["allow"] == "get, head"
+            assert (await ask(endpoint, get("/healthz")))[0] == 200
+
+    run(test())
+
+
+def test_who_says_nothing_or_too_little_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "REQUEST_S", 0.2)
+
+    async def test() -> None:
+        async with serving() as endpoint:
+            silent, half = await connect(endpoint), await connect(endpoint)
+            half[1].write(b"GET /metrics HT")
+            for reader, writer in (silent, half):
+                with contextlib.suppress(ConnectionError):
+                    assert await reader.read() == b""
+                writer.close()
+            # One byte now and then does not help.
+            reader, writer = await connect(endpoint)
+            ended = asyncio.create_task(reader.read())
+            while not ended.done():
+                writer.write(b"x")
+                await asyncio.sleep(0.02)
+            writer.close()
+            assert ended.exception() or ended.result() == b""
+            assert not endpoint._connections
+
+    run(test())
+
+
+def test_a_crowd_of_slow_ones_does_not_keep_out_an_honest_one() -> None:
+    async def test() -> None:
+        async with serving() as endpoint:
+            slow = [await connect(endpoint) for _ in range(3 * CONNECTIONS)]
+            for _, writer in slow:
+                writer.write(b"GET /metrics HT")
+            for _ in range(5):
+                assert (await ask(endpoint, get("/metrics")))[0] == 200
+                assert len(endpoint._connections) <= CONNECTIONS
+            # The oldest had to go.
+            with contextlib.suppress(ConnectionError):
+                assert await slow[0][0].read() == b""
+            for _, writer in slow:
+                writer.close()
+
+    run(test())
+
+
+def test_who_does_not_read_the_answer_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "REQUEST_S", 0.2)
+    monkeypatch.setattr(health, "exposition", lambda registry: b"x" * (64 << 20))
+
+    async def test() -> None:
+        async with serving() as endpoint:
+            host, _, port = endpoint.address.rpartition(":")
+            with socket.create_connection((host, int(port))) as deaf:
+                deaf.setblocking(False)
+                await asyncio.get_running_loop().sock_sendall(deaf, get("/metrics"))
+                while not endpoint._connections:
+                    await asyncio.sleep(0.01)
+                while endpoint._connections:
+                    await asyncio.sleep(0.01)
+            assert (await ask(endpoint, get("/healthz")))[0] == 200
+
+    run(test())
+
+
+def test_who_resets_the_connection_does_no_harm(caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        async with serving() as endpoint:
+            for sent in (b"", b"GET", get("/metrics")):
+                _, writer = await connect(endpoint)
+                writer.write(sent)
+                writer.transport.abort()
+            assert (await ask(endpoint, get("/metrics")))[0] == 200
+
+    run(test())
+    assert not [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
+
+
+def test_closing_ends_open_connections_and_frees_the_port() -> None:
+    async def test() -> None:
+        async with serving() as endpoint:
+            reader, writer = await connect(endpoint)
+            writer.write(b"GET")
+            while not endpoint._connections:
+                await asyncio.sleep(0.01)
+        with contextlib.suppress(ConnectionError):
+            assert await reader.read() == b""
+        writer.close()
+        with pytest.raises(OSError):  # noqa: PT011
+            await connect(endpoint)
+
+    run(test())
+
+
+def test_a_port_that_is_taken_is_named_with_the_setting() -> None:
+    async def test() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            address = f"127.0.0.1:{other.getsockname()[1]}"
+            endpoint = Endpoint(Metrics(), "x")
+            with pytest.raises(ConfigError, match=f"{address}.*--metrics"):
+                await endpoint.open(address)
+            await endpoint.close()
+
+    run(test())

@@ -1,0 +1,184 @@
+"""The log: one record a line whatever is in it, no contents, no flood."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cloud_node.logs import Json, Text, Throttle, printable, setup
+
+HOSTILE = "a\nb\r\x1b[31mred\x1b[0m\x00\u202eevil\u2028z\x9b\x7f\ud800é"
+
+
+def record(message: object, *args: Any, level: int = logging.INFO, **extra: Any) -> Any:
+    made = logging.getLogger("test").makeRecord(
+        "test", level, "file.py", 1, message, args, None, extra=extra or None
+    )
+    made.created, made.msecs = 1_700_000_000.25, 250.0
+    return made
+
+
+def test_text_is_time_in_utc_level_and_message() -> None:
+    line = Text().format(record("%d windows for %s", 4, "kitchen", event="done", client="kitchen"))
+    assert line == "2023-11-14T22:13:20.250Z INFO 4 windows for kitchen"
+
+
+def test_json_has_the_fields_besides() -> None:
+    line = Json().format(record("%d windows", 4, event="done", client="kitchen", ms=1.5, ok=True))
+    assert json.loads(line) == {
+        "time": "2023-11-14T22:13:20.250Z",
+        "level": "info",
+        "logger": "test",
+        "message": "4 windows",
+        "event": "done",
+        "client": "kitchen",
+        "ms": 1.5,
+        "ok": True,
+    }
+
+
+def test_a_field_cannot_pose_as_the_time_or_level() -> None:
+    made = record("x", event="e")
+    made.time, made.level = "never", "none"
+    told = json.loads(Json().format(made))
+    assert (told["time"], told["level"]) == ("2023-11-14T22:13:20.250Z", "info")
+
+
+def test_nothing_a_peer_says_makes_a_second_record_or_moves_a_terminal() -> None:
+    text = Text().format(record("refused %s", HOSTILE))
+    first, *rest = text.split("\n")
+    assert first.startswith("2023")
+    assert rest
+    assert all(line.startswith("    ") for line in rest)
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u202e\ud800]", text)
+    assert "\\x1b[31mred" in text
+    assert "é" in text
+    line = Json().format(record("refused %s", HOSTILE, client=HOSTILE))
+    assert line.isascii()
+    assert "\n" not in line
+    assert json.loads(line)["client"] == HOSTILE
+
+
+def test_printable_leaves_text_alone() -> None:
+    assert printable('Grüße, 東京 100 % \\ "q"') == 'Grüße, 東京 100 % \\ "q"'
+    assert printable("\t\x85\u200b\U000e0001") == "\\x09\\x85\\u200b\\U000e0001"
+
+
+CANARY = b"window-contents-canary"
+
+
+@pytest.mark.parametrize("form", [Text(), Json()])
+@pytest.mark.parametrize(
+    "value",
+    [
+        CANARY,
+        bytearray(CANARY),
+        memoryview(CANARY),
+        np.frombuffer(CANARY, np.uint8),
+        np.frombuffer(CANARY[:16], np.float32),
+    ],
+    ids=lambda v: type(v).__name__,
+)
+def test_arrays_and_bytes_are_told_by_size(form: Any, value: Any) -> None:
+    for made in (
+        record("got %s", value),
+        record("got %r", value),
+        record(value),
+        record("got %(it)s", {"it": value}),
+        record("got", contents=value),
+    ):
+        line = form.format(made)
+        assert "canary" not in line
+        assert "119" not in line  # as numbers
+        if form.__class__ is Json or "contents" not in vars(made):
+            assert re.search(r"<\w+ of (22|16) bytes>", line)
+
+
+def test_a_wrong_format_costs_no_line() -> None:
+    line = Text().format(record("%d of %d", "x"))
+    assert line.endswith("%d of %d (cannot be formatted)")
+
+
+def test_a_huge_message_is_cut() -> None:
+    line = Text().format(record("x" * 100_000))
+    assert len(line) < 9000
+    assert line.endswith("(100000 characters)")
+
+
+def test_exceptions_are_indented_or_a_field() -> None:
+    try:
+        raise ValueError("no\x1b[2J")
+    except ValueError as error:
+        made = record("failed")
+        made.exc_info = (type(error), error, error.__traceback__)
+    text = Text().format(made)
+    assert "\n    ValueError: no\\x1b[2J" in text
+    assert "ValueError: no" in json.loads(Json().format(made))["exception"]
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_one_place_cannot_flood_the_log_and_says_what_it_left_out() -> None:
+    clock = Clock()
+    throttle = Throttle(3, 10.0, clock)
+    assert [throttle.filter(record("a %d", i)) for i in range(10)] == [True] * 3 + [False] * 7
+    other = record("elsewhere")
+    other.lineno = 2
+    assert throttle.filter(other)
+    clock.now = 10.0
+    again = record("a")
+    assert throttle.filter(again)
+    assert Text().format(again).endswith("INFO a (and 7 more such lines before, left out)")
+    assert json.loads(Json().format(again))["left_out"] == 7
+    later = record("a")
+    assert throttle.filter(later)
+    assert "left out" not in Text().format(later)
+
+
+def test_debug_lines_are_not_left_out() -> None:
+    throttle = Throttle(1, 10.0, Clock())
+    assert all(throttle.filter(record("a", level=logging.DEBUG)) for _ in range(10))
+
+
+def test_throttling_remembers_a_bounded_number_of_places() -> None:
+    throttle = Throttle(1, 10.0, Clock())
+    for number in range(10_000):
+        made = record("a")
+        made.name = f"logger{number}"
+        throttle.filter(made)
+    assert len(throttle._sites) <= 1024
+
+
+@pytest.fixture
+def root() -> Iterator[logging.Logger]:
+    logger = logging.getLogger()
+    handlers, level = logger.handlers[:], logger.level
+    quiet = logging.getLogger("asyncio").level
+    yield logger
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
+    logging.getLogger("asyncio").setLevel(quiet)
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_setup_sends_every_logger_there_and_nowhere_else(root: logging.Logger, form: str) -> None:
+    stream = io.StringIO()
+    setup("info", form, stream)
+    setup("info", form, stream)  # again, and still every line once
+    logging.getLogger("some.module").info("hello")
+    logging.getLogger("some.module").debug("not this")
+    (line,) = stream.getvalue().splitlines()
+    assert "hello" in line
+    assert (form == "json") == line.startswith("{")

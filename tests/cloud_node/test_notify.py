@@ -1,0 +1,145 @@
+"""What the service manager is told."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cloud_node.metrics import Metrics
+from cloud_node.notify import Notifier
+
+
+@pytest.fixture
+def manager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[socket.socket, str]]:
+    path = tmp_path_factory.mktemp("n") / "s"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
+        end.bind(str(path))
+        end.settimeout(60)
+        yield end, str(path)
+
+
+def waiting(end: socket.socket) -> list[str]:
+    found = []
+    end.setblocking(False)
+    try:
+        while True:
+            found.append(end.recv(1000).decode())
+    except BlockingIOError:
+        end.settimeout(60)
+        return found
+
+
+def test_the_environment_is_read_and_cleared() -> None:
+    environment = {
+        "NOTIFY_SOCKET": "/run/x",
+        "WATCHDOG_USEC": "3000000",
+        "WATCHDOG_PID": str(os.getpid()),
+        "PATH": "/bin",
+    }
+    notifier = Notifier.from_environment(environment)
+    assert notifier.watchdog_s == 3.0
+    assert environment == {"PATH": "/bin"}
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"WATCHDOG_USEC": "0"},
+        {"WATCHDOG_USEC": "soon"},
+        {"WATCHDOG_USEC": "1000", "WATCHDOG_PID": "1"},
+    ],
+)
+def test_no_watchdog_unless_this_process_is_meant(environment: dict[str, str]) -> None:
+    assert Notifier.from_environment(environment).watchdog_s is None
+
+
+def test_nobody_to_tell_is_nothing_to_do() -> None:
+    async def test() -> None:
+        notifier = Notifier(None)
+        notifier.send("READY=1")
+        async with notifier.following(Metrics()):
+            assert len(asyncio.all_tasks()) == 1
+
+    asyncio.run(test())
+
+
+def test_names_outside_the_file_system() -> None:
+    name = f"edge-runtime-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
+        end.bind("\0" + name)
+        end.settimeout(60)
+        Notifier("@" + name).send("READY=1")
+        assert end.recv(100) == b"READY=1"
+
+
+def test_who_does_not_listen_costs_a_line_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Notifier(str(tmp_path / "gone")).send("READY=1\nSTATUS=x")
+    (line,) = caplog.messages
+    assert "cannot tell the service manager READY=1" in line
+
+
+def test_a_full_socket_does_not_block(manager: tuple[socket.socket, str]) -> None:
+    notifier = Notifier(manager[1])
+    for _ in range(10_000):  # far more than a queue of datagrams holds
+        notifier.send("WATCHDOG=1")
+    assert 0 < len(waiting(manager[0])) < 10_000
+
+
+def test_the_life_of_a_node(manager: tuple[socket.socket, str]) -> None:
+    end, path = manager
+
+    async def until(text: str, told: list[str]) -> None:
+        while text not in told:
+            told += waiting(end)
+            await asyncio.sleep(0.01)
+
+    async def test() -> list[str]:
+        metrics, told = Metrics(lanes=2), list[str]()
+        async with Notifier(path, 60.0).following(metrics):
+            await until("STATUS=starting, 0 of 2 workers", told)
+            assert "READY=1" not in told
+            metrics.state, metrics.workers_ready = "ready", 2
+            await until("STATUS=ready, 2 of 2 workers", told)
+            metrics.state, metrics.workers_ready = "degraded", 1
+            await until("STATUS=degraded, 1 of 2 workers", told)
+            metrics.state = "draining"
+            await until("STOPPING=1", told)
+        return told + waiting(end)
+
+    told = asyncio.run(asyncio.wait_for(test(), 60))
+    assert [text for text in told if not text.startswith("STATUS")] == ["READY=1", "STOPPING=1"]
+
+
+def test_a_node_that_fails_says_that_it_stops(manager: tuple[socket.socket, str]) -> None:
+    async def test() -> None:
+        async with Notifier(manager[1]).following(Metrics()):
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        asyncio.run(test())
+    assert waiting(manager[0])[-1] == "STOPPING=1"
+
+
+def test_a_loop_that_does_not_turn_pings_nobody(manager: tuple[socket.socket, str]) -> None:
+    end, path = manager
+
+    async def test() -> None:
+        async with Notifier(path, 0.04).following(Metrics()):
+            while "WATCHDOG=1" not in waiting(end):
+                await asyncio.sleep(0.001)
+            waiting(end)
+            time.sleep(0.5)
+            assert waiting(end) == []
+            while "WATCHDOG=1" not in waiting(end):
+                await asyncio.sleep(0.001)
+
+    asyncio.run(asyncio.wait_for(test(), 60))
