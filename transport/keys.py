@@ -220,7 +220,7 @@ def _read(path: Path, *, private: bool) -> str:
         if not stat.S_ISREG(status.st_mode):
             raise KeyFileError(f"{path} is not a regular file")
         mode = stat.S_IMODE(status.st_mode)
-        if private and mode & 0o077:
+        if private and mode & (0o037 if _is_credential(path) else 0o077):
             raise KeyFileError(
                 f"{path} is open to others (mode {mode:04o}): run `chmod 600 {path}`; if others "
                 "use this machine, make a new key instead"
@@ -234,6 +234,13 @@ def _read(path: Path, *, private: bool) -> str:
         return data.decode("ascii")
     except UnicodeDecodeError:
         raise KeyFileError(f"{path} is no key file: not plain text") from None
+
+
+def _is_credential(path: Path) -> bool:
+    """Whether systemd put it there for this service alone. It lets its user read it by an access
+    control list, whose mask shows as the group's permission to read."""
+    folder = os.environ.get("CREDENTIALS_DIRECTORY")
+    return folder is not None and path.parent == Path(folder)
 
 
 def _fields(path: Path, text: str, words: tuple[str, ...]) -> dict[str, str]:
