@@ -494,7 +494,8 @@ class _Worker:
             if not libraries.capturable(ready.context, self._stream.handle):
                 raise EngineError(f"{self._loaded.library.name} cannot capture this plan")
             ready.graph = cuda.Graph(self._graph_driver, self._stream, lambda: self._enqueue(ready))
-        except EngineError as error:
+        # cuda-python looks for a function of the driver when it is first called.
+        except (EngineError, RuntimeError) as error:
             self._no_graphs(key, str(error))
 
     def _no_graphs(self, key: tuple[int, ...], reason: str) -> None:

@@ -233,6 +233,23 @@ def test_graphs_can_be_declined(open_stack: Opener, toy: Toy) -> None:
     assert driver.count("captures") == captures
 
 
+def test_a_cuda_python_that_misfits_the_driver_is_no_failure(
+    open_stack: Opener, toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks for the driver's functions when they are called, and raises RuntimeError."""
+
+    def missing(*arguments: object) -> None:
+        raise RuntimeError('Function "cuStreamBeginCapture_v2" not found')
+
+    real = cuda.graph_driver()
+    assert real is not None
+    monkeypatch.setattr(real, "cuStreamBeginCapture", missing)
+    with open_stack() as engine:
+        for seed in range(4):
+            check_stack(engine, toy, 2, seed)
+        assert engine.notes == ['no CUDA graphs: Function "cuStreamBeginCapture_v2" not found']
+
+
 def test_a_library_that_cannot_capture_runs_on(
     open_stack: Opener, toy: Toy, caplog: pytest.LogCaptureFixture
 ) -> None:
