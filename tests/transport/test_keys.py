@@ -148,19 +148,19 @@ def test_a_credential_of_systemd_may_look_readable_by_its_group(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, fit: bool
 ) -> None:
     """Access control lists show so. The same file elsewhere is refused."""
-    generate(tmp_path, "node")
+    keys.generate(tmp_path, "node")
     path = tmp_path / "node.key"
     path.chmod(mode)
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
     if fit:
-        load_secret(path)
+        keys.load_secret(path)
     else:
         with pytest.raises(KeyFileError, match="is open to others"):
-            load_secret(path)
+            keys.load_secret(path)
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path / "other"))
     if mode & 0o077:
         with pytest.raises(KeyFileError, match="is open to others"):
-            load_secret(path)
+            keys.load_secret(path)
 
 
 def _write(path: Path, text: str | bytes) -> Path:
