@@ -51,14 +51,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompts", type=_count, default=1, metavar="P", help="prompts at once (default 1)")
     add("--points", type=_count, default=2, metavar="K", help="points per prompt (default 2)")
     add("--top", type=_count, default=10, metavar="ROWS", help="rows to show (default 10)")
-    add("--limit", type=float, metavar="MB", help="exit with 1 if a tensor is larger; 1 MB = 10^6")
+    add(
+        "--limit",
+        type=_megabytes,
+        metavar="MB",
+        help="exit with 1 if a tensor is larger; 1 MB = 10^6",
+    )
     add("--json", action="store_true", help="print JSON for scripts")
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is negative")
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 up")
+    return int(text)
+
+
+def _megabytes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value >= 0:  # nothing exceeds NaN
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 up")
     return value
 
 

@@ -108,3 +108,19 @@ def test_help_teaches_and_loads_nothing_heavy() -> None:
     assert "examples:" in done.stdout
     assert "exit code" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("--limit=nan", "'nan' is no number from 0 up"),
+        ("--limit=-1", "'-1' is no number from 0 up"),
+        ("--windows=x", "'x' is no whole number from 0 up"),
+        ("--top=-1", "'-1' is no whole number from 0 up"),
+    ],
+)
+def test_numbers_that_are_none(option: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["tensors", BUNDLE, option])
+    assert ended.value.code == 2
+    assert says in capsys.readouterr().err
