@@ -1,11 +1,12 @@
 """TensorRT and TensorRT-RTX behind the engine interface.
 
-It opens one plan on one GPU and promises that all memory is taken when it is opened, for the
-greatest shapes the plan was built for, and given back by :meth:`TrtEngine.close`, in whatever order
-engines are closed; that every refusal of the library is an error with the library's own words; and
-that a batch larger than the plan allows runs in parts. A shape that recurs is captured as a CUDA
-graph where cuda-python is installed. Which plan may serve is decided in :mod:`engines.opening`,
-what differs between the library's versions in :mod:`engines.libraries`.
+It opens one plan on one GPU and promises that buffers and working memory are taken when it is
+opened, for the greatest shapes the plan was built for, and given back by :meth:`TrtEngine.close`,
+in whatever order engines are closed; that every refusal of the library is an error with the
+library's own words; and that a batch larger than the plan allows runs in parts. A shape that recurs
+is captured as a CUDA graph where cuda-python is installed and memory suffices. Which plan may serve
+is decided in :mod:`engines.opening`, what differs between the library's versions in
+:mod:`engines.libraries`.
 """
 
 from __future__ import annotations

@@ -69,9 +69,10 @@ CLOSING_SECONDS = 20.0
 
 NOTES = (
     "Weights are random, so masks mean nothing; parity compares the same weights.",
-    "A run's time is between CUDA events on its stream, runs following without a pause, so "
-    "launches count where they take longest. The level-2 cache is not flushed between runs: the "
-    "weights of vit_b and larger do not fit it; those of tiny do, and its times profit.",
+    "A run's time is between CUDA events on its stream. Runs follow without a pause, so launches "
+    "count where they take longest; TensorRT's are waited for one by one, and the launch of each "
+    "counts. The level-2 cache is not flushed between runs: the weights of vit_b and larger do not "
+    "fit it; those of tiny do, and its times profit.",
     "TFLOP counts upstream's matrix products and convolutions (exporters/flops.py), for every "
     "engine alike. share_of_matmul is against the best dense square product of the same precision "
     "measured in the same run, random values.",
