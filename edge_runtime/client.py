@@ -1,17 +1,20 @@
 """One connection to one node: requests out, checked replies in, and why if not.
 
 A :class:`NodeClient` holds a DEALER socket, one task that reads it for as long as it lives (a
-receive is never cancelled half-way), and one that follows the link's state. It promises that
-:meth:`NodeClient.infer` ends at its deadline at the latest, with the stage's outputs or an
-:class:`~engines.errors.OffloadError` that names the node and the likely cause, and that it sends
-nothing without a permit of the exposure ledger. Which windows to send is decided in
-:mod:`edge_runtime.placement`, what to do about failures in :mod:`edge_runtime.offload`.
+receive is never cancelled half-way), one that follows the link's state, and one that meters it. It
+promises that :meth:`NodeClient.infer` ends at its deadline at the latest, with the stage's outputs
+or an :class:`~engines.errors.OffloadError` that names the node and the likely cause; that it sends
+nothing without a permit of the exposure ledger; that it tells the node of requests it gives up; and
+that a node which sends without end is cut off and not talked to again. Which windows to send is
+decided in :mod:`edge_runtime.placement`, what to do about failures in :mod:`edge_runtime.offload`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +29,10 @@ from edge_runtime.placement import Permit
 from engines.bundle import Stage
 from engines.errors import OffloadError, ProtocolError
 from transport.messages import (
+    MAX_TENSORS,
     NO_ID,
     Accepted,
+    Cancel,
     Info,
     InfoRequest,
     Message,
@@ -41,10 +46,27 @@ from transport.messages import (
     encode,
     new_id,
 )
-from transport.sockets import LinkEvent, client, watch
+from transport.meter import Meter, bounds
+from transport.sockets import LinkEvent, client, receive_mark, watch
+
+log = logging.getLogger(__name__)
 
 _GRACE_S = 1.0
 """How long an unreachable or lost node may take to come back before a request to it fails."""
+_METER_S = 0.05
+"""How often to look what the node makes this process hold: at 1 Gbit/s, 6 MB in between."""
+
+
+class NodeRefusedError(OffloadError):
+    """A node said that it will not return a result; ``code`` as in ``docs/protocol.md``.
+
+    ``retry_ms``: the same request may do better after so long; 0 if the node gave no hint.
+    """
+
+    def __init__(self, message: str, code: str, retry_ms: int) -> None:
+        super().__init__(message)
+        self.code = code
+        self.retry_ms = retry_ms
 
 
 @dataclass(frozen=True)
@@ -89,6 +111,8 @@ class NodeClient:
 
     Attributes:
         strays: messages that answered nothing we had asked, all ignored.
+        cancelled: requests that the node was told to forget.
+        quarantine: why this node is not talked to any more, None if it is.
     """
 
     def __init__(
@@ -96,9 +120,13 @@ class NodeClient:
     ) -> None:
         self.node = node
         self.strays = 0
+        self.cancelled = 0
+        self.quarantine: str | None = None
         self._ctx = ctx
         self._stage = stage
         self._limits = limits
+        # What is sent needs no metering: few requests wait, each for a caller with a deadline.
+        self._meter = Meter(bounds(limits.result, limits.request, hwm=receive_mark(limits.result)))
         self._pending: dict[bytes, _Pending] = {}
         self._link: LinkEvent | None = None
         self._link_since = 0.0
@@ -116,7 +144,11 @@ class NodeClient:
         return self._link
 
     def start(self) -> None:
-        """Begin connecting, in the running event loop; returns at once."""
+        """Begin connecting, in the running event loop; returns at once. Not with a node in
+        quarantine."""
+        if self.quarantine:
+            return
+        self._link = None
         self._link_since = asyncio.get_running_loop().time()
         self._socket = client(
             self._ctx,
@@ -129,17 +161,19 @@ class NodeClient:
         self._tasks = [
             asyncio.create_task(self._follow(), name=f"link-{self.name}"),
             asyncio.create_task(self._read(), name=f"read-{self.name}"),
+            asyncio.create_task(self._measure(), name=f"meter-{self.name}"),
         ]
-
         for task in self._tasks:
             task.add_done_callback(self._ended)
 
-    async def close(self) -> None:
-        """Drop the connection; requests under way fail."""
-        for task in self._tasks:
+    async def close(self, reason: str = "the connection was closed") -> None:
+        """Drop the connection and all that libzmq holds for it; requests under way fail. It may be
+        started again."""
+        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._fail_all("the connection was closed")
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._fail_all(reason)
         if self._socket is not None:
             self._socket.close(linger=0)
 
@@ -153,9 +187,12 @@ class NodeClient:
             until: deadline, in the event loop's time.
 
         Raises:
+            NodeRefusedError: the node refused; it may say when to ask again.
             OffloadError: no checked outputs by the deadline; names the node and the cause.
             PlacementError: the permit is for something else.
         """
+        if self.quarantine:
+            raise self._error(self.quarantine)
         permit.spend(self.name, feeds["window"].tolist())
         loop = asyncio.get_running_loop()
         begun = loop.time()
@@ -241,14 +278,29 @@ class NodeClient:
             raise self._error(f"sending failed: {error}") from None
         finally:
             self._pending.pop(id, None)
+            if permit and not pending.answer.done():
+                self._cancel(id, sending)
             for future in (sending, pending.answer):
                 if not future.cancel() and not future.cancelled():
                     future.exception()  # told already, or too late to matter
             if permit and not sending.cancelled() and not sending.exception():
                 permit.bytes_sent = sum(memoryview(frame).nbytes for frame in frames)
         if isinstance(message, Refused):
-            raise self._error(f"refused ({message.code}): {message.message}")
+            raise NodeRefusedError(
+                str(self._error(f"refused ({message.code}): {message.message}")),
+                message.code,
+                message.retry_ms,
+            )
         return message, parts
+
+    def _cancel(self, id: bytes, sending: asyncio.Future[Any]) -> None:
+        """Tell the node that nobody waits any more for what it has been sent."""
+        if not sending.done() or sending.cancelled() or sending.exception():
+            return
+        # At once or not at all: a node that takes nothing more needs no telling.
+        told = self._socket.send_multipart(encode(Cancel(id)), flags=zmq.NOBLOCK)
+        if not told.cancelled() and told.exception() is None:
+            self.cancelled += 1
 
     def _error(self, reason: str) -> OffloadError:
         return OffloadError(f"node {self.name} ({self.node.endpoint}): {reason}")
@@ -257,6 +309,8 @@ class NodeClient:
         """Wait for the link; raise as soon as it is known that waiting is in vain."""
         loop = asyncio.get_running_loop()
         begun = loop.time()
+        if self.quarantine:
+            raise self._error(self.quarantine)
         while self._link is None or self._link.state != "up":
             limit = until
             if self._link is not None:
@@ -276,21 +330,46 @@ class NodeClient:
 
     async def _follow(self) -> None:
         """Keep the link's state for as long as the client lives."""
-        events: Any = watch(self._socket, self.node.endpoint)
+        events: Any = watch(self._socket, self.node.endpoint, meter=self._meter)
         async with contextlib.aclosing(events):
             async for event in events:
-                self._link = event
-                self._link_since = asyncio.get_running_loop().time()
-                changed, self._link_changed = self._link_changed, asyncio.Event()
-                changed.set()
+                self._turn(event)
                 if event.state != "up":  # the node forgets us with the connection
                     self._fail_all(event.reason)
+
+    def _turn(self, event: LinkEvent) -> None:
+        self._link = event
+        self._link_since = asyncio.get_running_loop().time()
+        changed, self._link_changed = self._link_changed, asyncio.Event()
+        changed.set()
+
+    async def _measure(self) -> None:
+        """Watch what the node makes this process hold, until it is too much."""
+        while True:
+            await asyncio.sleep(_METER_S)
+            for breach in self._meter.poll(time.monotonic()):
+                if breach.reason == "endless":
+                    await self._shut_out(
+                        f"in quarantine until this edge starts anew: it sent "
+                        f"{breach.bytes / 1e6:.0f} MB without ending a message, which no node does "
+                        "that means well"
+                    )
+                    return
+
+    async def _shut_out(self, reason: str) -> None:
+        """Drop the connection, and never talk to this node again."""
+        log.warning("%s", self._error(reason))
+        self.quarantine = reason
+        self._fail_all(reason)
+        await self.close(reason)
+        self._turn(LinkEvent("refused", reason))
 
     async def _read(self) -> None:
         """Receive for as long as the client lives."""
         loop = asyncio.get_running_loop()
         while True:
             frames = await self._socket.recv_multipart(copy=False)
+            self._meter.delivered(frames)
             try:
                 self._handle(frames, loop.time())
             except ProtocolError as error:
@@ -302,6 +381,8 @@ class NodeClient:
             await asyncio.sleep(0)
 
     def _handle(self, frames: list[zmq.Frame], now: float) -> None:
+        if len(frames) > 1 + MAX_TENSORS:
+            raise ProtocolError(f"message of {len(frames)} frames")
         message = decode_header(frames[0])
         if isinstance(message, VersionsSpoken):
             spoken = ", ".join(map(str, message.versions))

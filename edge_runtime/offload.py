@@ -3,7 +3,8 @@
 :meth:`Offloader.stack` returns every window's tokens or raises: a mask is never made from part of
 an image. Placement grants each send, nodes work in parallel, replies are checked, and the first
 node that fails ends the image with an error that names it; or, with ``fallback = "local"``, the
-edge computes that node's windows itself. No window is ever sent to a second node.
+edge computes that node's windows itself. No window is ever sent to a second node; a node that asks
+for a moment's patience is asked once more.
 
 Everything on the network happens in one background thread with an event loop, so that this class is
 called like any other.
@@ -13,17 +14,18 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import threading
 from collections.abc import Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
 import zmq.asyncio
 
-from edge_runtime.client import NodeClient, Reply
+from edge_runtime.client import NodeClient, NodeRefusedError, Reply
 from edge_runtime.config import EdgeConfig, load_nodes
 from edge_runtime.placement import Decision, ExposureLedger, Permit, Placement, place
 from engines.errors import BundleError, OffloadError
@@ -31,12 +33,19 @@ from engines.pipeline import Pipeline
 from engines.windows import Windows
 from transport.keys import load_secret_bytes
 from transport.messages import stage_limits
+from transport.meter import MemoryWatch, memory_limit
 from transport.sockets import NOT_AUTHORISED
 
 _NODES_SHARE = 0.5
 """With a local fallback, the share of the deadline the nodes get; the edge needs the rest."""
 
+_MEMORY_SHARE = 0.9
+"""Of the memory this process may use, the share from which on connections are dropped."""
+_MEMORY_S = 0.25
+
 _T = TypeVar("_T")
+
+log = logging.getLogger(__name__)
 
 
 class NodeReport(msgspec.Struct, frozen=True):
@@ -106,7 +115,7 @@ class _Share:
 
     client: NodeClient
     rows: np.ndarray
-    permit: Permit | None = None
+    permits: list[Permit] = field(default_factory=list)
 
 
 class Offloader:
@@ -149,6 +158,7 @@ class Offloader:
             clients = [NodeClient(ctx, node, self._stage, limits) for node in nodes]
             for client in clients:
                 client.start()
+            self._watching = asyncio.create_task(_watch_memory(clients), name="memory")
             return ctx, clients
 
         try:
@@ -191,6 +201,7 @@ class Offloader:
         self._closed = True
 
         async def disconnect() -> None:
+            self._watching.cancel()
             await asyncio.gather(*(client.close() for client in self._clients))
             left = asyncio.all_tasks() - {asyncio.current_task()}  # of a call that was interrupted
             for task in left:
@@ -268,8 +279,21 @@ class Offloader:
 
         async def send(share: _Share) -> Reply:
             chosen = {name: array[share.rows] for name, array in feeds.items()}
-            share.permit = ledger.permit(share.client.name, chosen["window"].tolist())
-            reply = await share.client.infer(chosen, share.permit, nodes_until)
+
+            async def ask(reason: str) -> Reply:
+                permit = ledger.permit(share.client.name, chosen["window"].tolist(), reason)
+                share.permits.append(permit)
+                return await share.client.infer(chosen, permit, nodes_until)
+
+            try:
+                reply = await ask("dispatch")
+            except NodeRefusedError as error:
+                # The same windows to the same node: it is shown nothing new.
+                wait = error.retry_ms / 1000
+                if not wait or loop.time() + wait >= nodes_until:
+                    raise
+                await asyncio.sleep(wait)
+                reply = await ask(f"once more: {error.code}")
             for name, array in reply.outputs.items():
                 outputs[name][share.rows] = array
             return reply
@@ -362,12 +386,12 @@ class Offloader:
         failures: dict[str, str],
         at_home: set[int],
     ) -> OffloadReport:
-        sent = [share.permit for share in shares if share.permit and share.permit.bytes_sent]
+        sent = [permit for share in shares for permit in share.permits if permit.bytes_sent]
         total = sum(placement.areas.values())
         nodes = []
         for client in self._clients:
             permits = [permit for permit in sent if permit.node == client.name]
-            shown = sorted(window for permit in permits for window in permit.windows)
+            shown = sorted({window for permit in permits for window in permit.windows})
             replies = returned.get(id(client), [])
             nodes.append(
                 NodeReport(
@@ -431,6 +455,25 @@ class Offloader:
             else f"it serves {served}, this edge has stack {ours[:12]}: use the bundle that the "
             "node's was cut from",
         )
+
+
+async def _watch_memory(clients: list[NodeClient]) -> None:
+    """Before the kernel ends this process for want of memory, let go of what nodes have sent."""
+    limit = memory_limit()
+    if limit is None:
+        return
+    watch = MemoryWatch(int(limit * _MEMORY_SHARE))
+    while True:
+        await asyncio.sleep(_MEMORY_S)
+        if held := watch.breached():
+            reason = (
+                f"the edge holds {held / 1e9:.1f} of the {limit / 1e9:.1f} GB of memory it may "
+                "have, and has dropped its connections lest it be ended"
+            )
+            log.error("%s", reason)
+            for client in clients:
+                await client.close(reason)
+                client.start()
 
 
 def _retrieve(future: asyncio.Future[Any]) -> None:

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import zmq
 
@@ -195,6 +195,12 @@ def network(address: str) -> str:
     return str(mapped or ipaddress.ip_network((int(parsed), 64), strict=False))
 
 
+class _Early(NamedTuple):
+    size: int
+    user: str
+    route: bytes | None
+
+
 class Accounts:
     """The arithmetic: openings, samples, deliveries and hand-overs in, breaches out.
 
@@ -208,13 +214,17 @@ class Accounts:
         self.bounds = bounds
         self.accounts: dict[int, Account] = {}
         self.routes: dict[bytes, int] = {}
-        self._early: dict[int, int] = {}
+        # Deliveries that overtook the news of their connection, since the last look and before.
+        self._early: dict[int, _Early] = {}
+        self._earlier: dict[int, _Early] = {}
 
     def open(self, fd: int, address: str, now: float) -> None:
         self.close(fd)
         account = Account(fd, address, opened=now, moved=now, sampled=now)
-        account.credit = self._early.pop(fd, 0)
         self.accounts[fd] = account
+        for early in (self._earlier.pop(fd, None), self._early.pop(fd, None)):
+            if early:
+                self.delivered(fd, *early)
 
     def close(self, fd: int) -> None:
         account = self.accounts.pop(fd, None)
@@ -227,7 +237,8 @@ class Accounts:
         account = self.accounts.get(fd)
         if account is None:  # the message overtook the news of its connection
             if len(self._early) < _EARLY:
-                self._early[fd] = self._early.get(fd, 0) + size
+                before = self._early.get(fd, _Early(0, "", None)).size
+                self._early[fd] = _Early(before + size, user, route)
             return
         account.credit += size
         account.established = True
@@ -264,6 +275,7 @@ class Accounts:
 
     def judge(self, now: float) -> list[Breach]:
         """Who has to go; each is told once. The caller drops the connections."""
+        self._earlier, self._early = self._early, {}
         found: list[Breach] = []
 
         def drop(account: Account, reason: Reason, size: float = 0) -> None:
@@ -311,6 +323,13 @@ class Accounts:
             drop(max(groups.values(), key=len).popleft(), "crowd")
 
 
+class Ended(NamedTuple):
+    """A connection that is no more: whose, and whether its handshake was done (None: not known)."""
+
+    address: str
+    established: bool | None
+
+
 class Meter:
     """Follows the connections of one socket, from its monitor's events to `close`.
 
@@ -330,7 +349,9 @@ class Meter:
         self._late: set[int] = set()
         self._port = 0
 
-    def __len__(self) -> int:
+    @property
+    def connections(self) -> int:
+        """How many are open."""
         return len(self._ends)
 
     def pending(self, now: float) -> int:
@@ -399,14 +420,19 @@ class Meter:
         for fd in late:
             self.opened(fd, now)
 
-    def closed(self, fd: int) -> str:
-        """The monitor told of a connection's end; the address it was with."""
+    def closed(self, fd: int) -> Ended:
+        """The monitor told of a connection's end."""
         account = self._accounts.accounts.get(fd)
         self._accounts.close(fd)
         self._late.discard(fd)
-        if end := self._ends.pop(fd, None):
-            end.close()
-        return account.address if account else ""
+        end = self._ends.pop(fd, None)
+        if end is None or account is None:
+            return Ended("", None)
+        established: bool | None = account.established or None
+        with end, contextlib.suppress(OSError):
+            if not established and self.metered and (counts := _counts(end)):
+                established = counts[2] >= _HANDSHAKE_SENT
+        return Ended(account.address, established)
 
     def close(self) -> None:
         """Forget all connections, because their socket closes or disconnects: then libzmq tells

@@ -297,7 +297,7 @@ async def watch(
             reconnect = False
             if kind == zmq.EVENT_CONNECTED:
                 tcp = True
-                if meter:
+                if meter is not None:
                     meter.opened(value, time.monotonic())
             elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 up, wait = True, first_retry_s
@@ -306,7 +306,7 @@ async def watch(
                 state = LinkEvent("refused", _explain(kind, value))
                 reconnect = True
             elif kind == zmq.EVENT_DISCONNECTED:
-                if meter:
+                if meter is not None:
                     meter.closed(value)
                 state = (
                     LinkEvent("down", CONNECTION_LOST) if up else LinkEvent("refused", NOT_A_NODE)
@@ -327,7 +327,7 @@ async def watch(
                 yield state
             if reconnect:
                 _disconnect(socket, endpoint)
-                if meter:
+                if meter is not None:
                     meter.close()
                 await asyncio.sleep(wait)
                 wait = min(2 * wait, last_retry_s)
@@ -337,7 +337,7 @@ async def watch(
                 tcp = up = False
                 socket.connect(endpoint)
     finally:
-        if meter:
+        if meter is not None:
             meter.close()
         if not socket.closed:
             socket.disable_monitor()
@@ -469,11 +469,13 @@ async def peers(
                 elif kind & _FAILED:
                     failed = PeerEvent("refused", _refusal(kind, value))
                 else:
-                    address = meter.closed(value)
+                    ended = meter.closed(value)
                     if failed:
-                        yield tell(PeerEvent("refused", failed.reason, address))
-                        failed = None
-                    yield PeerEvent("closed", address=address)
+                        yield tell(PeerEvent("refused", failed.reason, ended.address))
+                    elif ended.established is False:  # libzmq is silent about the oldest protocols
+                        yield tell(PeerEvent("refused", "protocol", ended.address))
+                    failed = None
+                    yield PeerEvent("closed", address=ended.address)
             if begun >= due or raw:  # in a rush, at once: descriptors run out fast
                 for breach in meter.poll(begun):
                     if seldom((breach.reason, breach.address, breach.user)):

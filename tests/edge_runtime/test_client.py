@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 import zmq
 import zmq.asyncio
+from faults.nodes import Act, FaultyNode
 
-from edge_runtime.client import NodeClient, Reply
+from edge_runtime.client import NodeClient, NodeRefusedError, Reply
 from edge_runtime.config import Node
 from edge_runtime.placement import ExposureLedger, place
 from engines.bundle import Bundle
@@ -24,6 +26,7 @@ from transport.messages import (
     NO_ID,
     VERSIONS,
     Accepted,
+    Cancel,
     Info,
     InfoRequest,
     Request,
@@ -36,6 +39,7 @@ from transport.messages import (
     refuse,
     stage_limits,
 )
+from transport.meter import Resident
 from transport.sockets import server
 
 WINDOWS = [0, 4]
@@ -68,6 +72,7 @@ class Case:
         self.client = client
         self.bundle = bundle
         self.requests: list[Request] = []
+        self.cancelled: list[bytes] = []
 
     async def infer(self, seconds: float = 20.0) -> Reply:
         until = asyncio.get_running_loop().time() + seconds
@@ -103,6 +108,9 @@ async def connected(folder: Path, bundle_path: Path, behaviour: Behaviour) -> As
                 await router.send_multipart([peer, *frames])  # noqa: B023
 
             request = decode_header(header)
+            if isinstance(request, Cancel):
+                case.cancelled.append(request.id)
+                continue
             case.requests.append(request)  # type: ignore[arg-type]
             await behaviour(request, say)  # type: ignore[arg-type]
 
@@ -398,3 +406,129 @@ def test_info_tells_what_is_served_and_the_round_trip(run: Callable[..., Any]) -
         assert 0 < round_trip < 20_000
 
     run(inform, work)
+
+
+def cancels(case: Case, count: int) -> Callable[[], Awaitable[None]]:
+    async def wait() -> None:
+        while len(case.cancelled) < count:
+            await asyncio.sleep(0.01)
+
+    return wait
+
+
+def test_a_request_given_up_is_cancelled_on_the_node(run: Callable[..., Any]) -> None:
+    async def work(case: Case) -> None:
+        await case.up()
+        with pytest.raises(OffloadError, match="no answer"):
+            await case.infer(seconds=1.0)
+        await cancels(case, 1)()
+        task = asyncio.create_task(case.infer())
+        while len(case.requests) < 2:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await cancels(case, 2)()
+        assert case.cancelled == [request.id for request in case.requests]
+        assert case.client.cancelled == 2
+
+    run(silence, work)
+
+
+def test_what_was_answered_is_not_cancelled(run: Callable[..., Any]) -> None:
+    async def work(case: Case) -> None:
+        await case.infer()
+        with pytest.raises(OffloadError):
+            await case.infer()
+        assert case.client.cancelled == 0
+
+    async def once(request: Request, say: Say) -> None:
+        if not done:
+            done.append(request)
+            await honest(request, say)
+        else:
+            await say(refuse(request.id, "engine", "it broke"))
+
+    done: list[Request] = []
+    run(once, work)
+
+
+def test_a_refusal_tells_code_and_hint(run: Callable[..., Any]) -> None:
+    async def work(case: Case) -> None:
+        with pytest.raises(NodeRefusedError, match=r"refused \(overloaded\): busy") as caught:
+            await case.infer()
+        assert (caught.value.code, caught.value.retry_ms) == ("overloaded", 250)
+
+    run(answering(lambda r: refuse(r.id, "overloaded", "busy", 250)), work)
+
+
+MIB = 1 << 20
+
+
+def resident() -> int:
+    held = Resident()()
+    assert held
+    return held
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="metering is by Linux's TCP_INFO")
+def test_a_node_that_sends_without_end_is_cut_off_for_good(
+    toy_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = Bundle.load(toy_bundle)
+    before = resident()
+
+    async def scene(node: FaultyNode, other: FaultyNode) -> None:
+        ctx = zmq.asyncio.Context()
+        bad, good = (
+            NodeClient(ctx, each.node(each.authorise()), each.stage, each.limits)
+            for each in (node, other)
+        )
+        for client in (bad, good):
+            client.start()
+
+        async def ask(client: NodeClient) -> Reply:
+            until = asyncio.get_running_loop().time() + 60
+            placement = place([1] * 9, range(9), 3, [client.name], 1.0, bytes(32), b"")
+            permit = ExposureLedger(placement).permit(client.name, WINDOWS)
+            return await client.infer(feeds(bundle), permit, until)
+
+        try:
+            await ask(good)
+            with pytest.raises(OffloadError, match="without ending a message"):
+                await ask(bad)
+            assert bad.quarantine
+            assert resident() < before + 128 * MIB
+            asked, connections = node.requests, node.connections
+            for _ in range(3):
+                with pytest.raises(OffloadError, match="quarantine"):
+                    await ask(bad)
+                with pytest.raises(OffloadError, match="quarantine"):
+                    await bad.info(asyncio.get_running_loop().time() + 60)
+                await ask(good)
+            bad.start()  # nor does starting it again help
+            with pytest.raises(OffloadError, match="quarantine"):
+                await ask(bad)
+            assert (node.requests, node.connections) == (asked, connections)
+            assert good.quarantine is None
+        finally:
+            for client in (bad, good):
+                await client.close()
+            ctx.destroy(linger=0)
+
+    endless = Act("endless", size=1 << 30)
+    with (
+        FaultyNode(bundle, tmp_path / "bad", endless, wire="raw") as node,
+        FaultyNode(bundle, tmp_path / "good", name="good", wire="raw") as other,
+    ):
+        asyncio.run(scene(node, other))
+
+
+def test_a_closed_client_can_be_started_again(run: Callable[..., Any]) -> None:
+    async def work(case: Case) -> None:
+        await case.infer()
+        await case.client.close()
+        case.client.start()
+        await case.infer()
+
+    run(honest, work)

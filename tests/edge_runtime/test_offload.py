@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_runtime.client import NodeClient
+from edge_runtime.client import NodeClient, NodeRefusedError, Reply
 from edge_runtime.config import EdgeConfig
 from edge_runtime.images import resize_longest
 from edge_runtime.offload import Offloader, OffloadReport
@@ -318,6 +318,57 @@ def test_the_edge_s_own_engine_cannot_outlast_the_deadline(
         finally:
             assert not enough.is_set()
             enough.set()
+
+
+def refusing(
+    monkeypatch: pytest.MonkeyPatch, times: int, retry_ms: int, node: str = "beta"
+) -> list[tuple[int, ...]]:
+    """Have a node refuse the first requests that reach it; the windows of all of them."""
+    asked: list[tuple[int, ...]] = []
+    infer = NodeClient.infer
+
+    async def first_refused(self: NodeClient, feeds: Any, permit: Any, until: float) -> Reply:
+        reply = await infer(self, feeds, permit, until)
+        if self.name == node:
+            asked.append(permit.windows)
+            if len(asked) <= times:
+                raise NodeRefusedError(f"node {node}: busy", "overloaded", retry_ms)
+        return reply
+
+    monkeypatch.setattr(NodeClient, "infer", first_refused)
+    return asked
+
+
+def test_a_node_that_asks_for_patience_is_asked_once_more_and_shown_nothing_new(
+    shared_fleet: Any, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = refusing(monkeypatch, times=1, retry_ms=20)
+    outputs, report = offload(shared_fleet.config(), photo)
+    assert_identical(outputs, alone(photo, shared_fleet.bundle))
+    assert len(asked) == 2
+    assert asked[0] == asked[1]
+    beta = next(node for node in report.nodes if node.name == "beta")
+    assert beta.windows == asked[0]
+    assert beta.failure is None
+    assert report.max_exposure <= 0.5
+    again = [decision for decision in report.ledger if decision.node == "beta"]
+    assert [decision.granted for decision in again] == [True, True]
+    assert again[0].exposure == again[1].exposure
+    assert again[1].reason == "once more: overloaded"
+
+
+@pytest.mark.parametrize(("times", "retry_ms"), [(2, 20), (1, 0), (1, 3_600_000)])
+def test_patience_ends_after_once_without_a_hint_and_with_the_deadline(
+    shared_fleet: Any,
+    photo: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+    times: int,
+    retry_ms: int,
+) -> None:
+    asked = refusing(monkeypatch, times, retry_ms)
+    with pytest.raises(OffloadError, match="busy"):
+        offload(shared_fleet.config(), photo)
+    assert len(asked) == times
 
 
 def test_failures_at_once_leave_no_complaint_of_asyncio(

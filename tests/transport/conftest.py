@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
+from echo_node import EchoNode
 
 from transport.keys import KeyPair, make_directory, write_public
 from transport.messages import Limits, StageLimits
@@ -39,3 +41,18 @@ def authorise(authorized: Path) -> Callable[[KeyPair], None]:
         write_public(authorized / f"{pair.name}.pub", pair.public, pair.name)
 
     return add
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., EchoNode]]:
+    made: list[EchoNode] = []
+
+    def make(**options: Any) -> EchoNode:
+        made.append(EchoNode(tmp_path / f"node{len(made)}", **options))
+        return made[-1]
+
+    try:
+        yield make
+    finally:
+        for node in made:
+            node.close()

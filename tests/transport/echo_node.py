@@ -1,7 +1,8 @@
 """A server of `transport` alone, as a process: authenticator, meter and monitor, and an echo.
 
-Run by path with one argument, JSON: keys (folder), limits, and what differs of the bounds. Prints
-its endpoint, then says on request (one line on standard input) what it counted.
+`EchoNode` starts it and asks what it counted, `Honest` is an edge of it that behaves. Run by path,
+it takes one argument, JSON: keys (folder), limits, and what differs of the bounds; it prints its
+endpoint, then what it counted for every line on standard input.
 """
 
 from __future__ import annotations
@@ -13,20 +14,35 @@ import dataclasses
 import errno
 import json
 import logging
+import os
+import resource
+import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import zmq
 import zmq.asyncio
+from faults import zmtp
+from faults.zmtp import Curve, Peer
 
 from transport import meter as metering
 from transport import sockets
 from transport.auth import AllowList, Authenticator
-from transport.keys import load_secret
+from transport.keys import KeyPair, generate, load_secret, make_directory, write_public
 from transport.messages import Limits, StageLimits
 from transport.process import raise_file_limit
+
+MIB = 1 << 20
+REQUEST, RESULT = (3, MIB, 3 * MIB), (2, MIB, 2 * MIB)
+LIMITS = StageLimits(Limits(*REQUEST), Limits(*RESULT))
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join(str(folder) for folder in Path(__file__).parents[1:3]),
+}
 
 
 async def serve(options: dict[str, Any]) -> None:
@@ -99,7 +115,7 @@ async def serve(options: dict[str, Any]) -> None:
                 "refused": authenticator.refused,
                 "dropped": meter.dropped,
                 "revoked": revoked,
-                "connections": len(meter),
+                "connections": meter.connections,
                 "held": meter.held(),
                 "peak": peak,
                 "rss": resident(),
@@ -111,6 +127,112 @@ async def serve(options: dict[str, Any]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
     await authenticator.stop()
     ctx.destroy(linger=0)
+
+
+class EchoNode:
+    """A process of `echo_node`."""
+
+    def __init__(self, folder: Path, files: int | None = None, **options: Any) -> None:
+        self.folder = make_directory(folder)
+        make_directory(folder / "authorized")
+        self.key = generate(folder, "node")
+        asked = {"keys": str(folder), "request": REQUEST, "result": RESULT, **options}
+
+        def limit() -> None:
+            if files:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__)), json.dumps(asked)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=(folder / "log").open("wb"),
+            preexec_fn=limit,
+            env=ENVIRONMENT,
+        )
+        self.endpoint = self._read()
+        self.address = zmtp.address_of(self.endpoint)
+
+    def _read(self) -> Any:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        assert line, self.log
+        return json.loads(line)
+
+    def stats(self) -> dict[str, Any]:
+        assert self.process.stdin
+        self.process.stdin.write(b"\n")
+        self.process.stdin.flush()
+        stats: dict[str, Any] = self._read()
+        assert not stats["broken"], stats["broken"]
+        return stats
+
+    def wait_for(self, condition: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+        give_up = time.monotonic() + 60
+        while not condition(stats := self.stats()):
+            assert time.monotonic() < give_up, stats
+            time.sleep(0.02)
+        return stats
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log").read_text()
+
+    def authorise(self, name: str) -> KeyPair:
+        pair = generate(self.folder / "edges", name)
+        write_public(self.folder / "authorized" / f"{name}.pub", pair.public, name)
+        return pair
+
+    async def peer(self, pair: KeyPair, **options: Any) -> Peer:
+        """An edge that says what it likes."""
+        peer = await Peer.connect(self.address, **options)
+        await peer.curve_client(Curve(pair.public, pair.secret, self.key.public))
+        return peer
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class Honest:
+    """An edge that asks again and again, in a thread; `answers` counts."""
+
+    def __init__(self, node: EchoNode, name: str = "honest") -> None:
+        self.answers = 0
+        self.failed: BaseException | None = None
+        self._end = threading.Event()
+        self._work = (node, node.authorise(name))
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        self.more(1)
+
+    def _run(self) -> None:
+        node, pair = self._work
+        with zmq.Context() as ctx:
+            client = sockets.client(ctx, node.endpoint, node.key.public, pair, LIMITS)
+            client.rcvtimeo = client.sndtimeo = 60_000
+            try:
+                while not self._end.is_set():
+                    client.send_multipart([b"1 1000000", bytes(MIB), bytes(MIB)])
+                    client.recv_multipart()
+                    self.answers += 1
+                    time.sleep(0.01)
+            except BaseException as error:
+                self.failed = error
+            finally:
+                client.close()
+
+    def more(self, count: int) -> None:
+        """Wait until it got so many more answers."""
+        wanted = self.answers + count
+        while self.answers < wanted:
+            assert self.failed is None, self.failed
+            time.sleep(0.005)
+
+    def close(self) -> None:
+        self._end.set()
+        self._thread.join()
+        assert self.failed is None, self.failed
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import Any
 import pytest
 import zmq
 import zmq.asyncio
+from echo_node import EchoNode, Honest
+from faults.zmtp import Peer, PeerError
 
 from engines.errors import KeyFileError
 from transport import sockets
@@ -227,3 +231,135 @@ def test_a_link_to_nowhere_is_skipped_until_it_leads_somewhere(
     write_public(tmp_path / "later", linked.public, "linked")
     assert allowed.name_of(linked.public) == "linked"
     assert allowed.name_of(kept.public) == "kept"
+
+
+async def _answered(peer: Peer) -> bool:
+    await peer.send_message([b"1 10"])
+    return bool(await asyncio.wait_for(peer.read_message(), 60))
+
+
+def test_a_revoked_key_is_cut_off_and_nobody_else(start: Callable[..., EchoNode]) -> None:
+    node = start()
+    honest = Honest(node)
+    pair = node.authorise("revoked")
+
+    async def scene() -> None:
+        peer, silent = await node.peer(pair), await node.peer(pair)
+        assert await _answered(peer)
+        (node.folder / "authorized" / "revoked.pub").unlink()
+        assert await peer.wait_closed(60)
+        assert await silent.wait_closed(60)  # let in, and has not said yet whose it is
+        with pytest.raises(PeerError):
+            await node.peer(pair)
+        await peer.close()
+        await silent.close()
+
+    asyncio.run(scene())
+    honest.more(20)
+    stats = node.stats()
+    assert stats["revoked"] == ["revoked"]
+    assert stats["events"]["dropped revoked"] == 2
+    assert not stats["events"].get("suppressed")
+    assert stats["refused"] == {"not_authorised": 1}
+    honest.close()
+
+
+def test_another_key_under_the_same_name_cuts_off_the_old_one(
+    start: Callable[..., EchoNode], new_pair: NewPair
+) -> None:
+    node = start()
+    old, new = node.authorise("edge"), new_pair("edge")
+
+    async def scene() -> None:
+        peer = await node.peer(old)
+        assert await _answered(peer)
+        (node.folder / "authorized" / "edge.pub").unlink()
+        write_public(node.folder / "authorized" / "edge.pub", new.public, "edge")
+        assert await peer.wait_closed(60)
+        await peer.close()
+        with pytest.raises(PeerError):
+            await node.peer(old)
+        async with await node.peer(new) as peer:
+            assert await _answered(peer)
+
+    asyncio.run(scene())
+
+
+def test_a_folder_not_to_be_trusted_any_more_cuts_off_everybody(
+    start: Callable[..., EchoNode],
+) -> None:
+    node = start()
+    pair = node.authorise("edge")
+    folder = node.folder / "authorized"
+
+    async def scene() -> None:
+        peer = await node.peer(pair)
+        assert await _answered(peer)
+        folder.chmod(0o777)
+        assert await peer.wait_closed(60)
+        await peer.close()
+        with pytest.raises(PeerError):
+            await node.peer(pair)
+        folder.chmod(0o700)
+        async with await node.peer(pair) as peer:
+            assert await _answered(peer)
+
+    asyncio.run(scene())
+    assert "nobody is authorised any more" in node.log
+    assert "chmod 700" in node.log
+    assert node.stats()["refused"]["folder"] == 1
+
+
+def test_a_failing_callback_does_not_end_the_watch(
+    authorized: Path, authorise: Any, new_pair: NewPair
+) -> None:
+    for name in ("first", "second"):
+        authorise(new_pair(name))
+    told: list[str] = []
+
+    def callback(names: frozenset[str]) -> None:
+        told.extend(names)
+        raise RuntimeError("boom")
+
+    async def scene() -> None:
+        ctx = zmq.asyncio.Context()
+        authenticator = Authenticator(ctx, AllowList(authorized), callback)
+        authenticator.start()
+        try:
+            for name in ("first", "second"):
+                assert authenticator.admits(name)
+                (authorized / f"{name}.pub").unlink()
+                while name not in told:
+                    await asyncio.sleep(0.01)
+                assert not authenticator.admits(name)
+        finally:
+            await authenticator.stop()
+            ctx.destroy(linger=0)
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+    assert told == ["first", "second"]
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_a_shortage_shuts_out_nobody(
+    authorized: Path,
+    authorise: Any,
+    new_pair: NewPair,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+) -> None:
+    pair, other = new_pair("edge"), new_pair("other")
+    authorise(pair)
+    allowed = AllowList(authorized)
+
+    def fail(path: object) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", fail)
+        authorise(other)
+        assert allowed.name_of(pair.public) == "edge"
+        assert allowed.name_of(other.public) is None
+        with pytest.raises(KeyFileError):
+            AllowList(authorized)  # without anything read before, there is nothing to go by
+    assert allowed.name_of(other.public) == "other"

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import resource
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import zmq
+from echo_node import ENVIRONMENT, LIMITS, EchoNode, Honest
 from faults import zmtp
-from faults.zmtp import Budget, Curve, Peer
+from faults.zmtp import Budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transport import meter as metering
 from transport import sockets
-from transport.keys import KeyPair, generate, make_directory, write_public
-from transport.messages import Limits, StageLimits
+from transport.messages import Limits
 from transport.meter import Accounts, Bounds, MemoryWatch, Meter, bounds, message_bytes
 
 MIB = 1 << 20
@@ -101,9 +98,22 @@ def test_a_message_may_overtake_the_news_of_its_connection() -> None:
     accounts.open(7, "10.0.0.1", 0.0)
     accounts.sample(7, 900 + 900, 0, 0, 0.0)
     assert not told(accounts)
-    for fd in range(1000):  # and what no news follow does not pile up
-        accounts.delivered(100 + fd, 1)
+    accounts.delivered(8, 900, "edge", b"route")
+    assert not told(accounts)
+    accounts.open(8, "10.0.0.1", 0.0)
+    assert accounts.accounts[8].user == "edge"
+    assert accounts.routes == {b"route": 8}
+
+
+def test_deliveries_that_no_news_follow_are_forgotten() -> None:
+    accounts = Accounts(BOUNDS)
+    for fd in range(1000):
+        accounts.delivered(fd, 1, "edge")
     assert len(accounts._early) < 100
+    accounts.judge(0.0)
+    accounts.judge(0.0)
+    accounts.open(0, "10.0.0.1", 0.0)
+    assert accounts.accounts[0].user == ""
 
 
 def test_a_slow_reader() -> None:
@@ -285,7 +295,7 @@ def test_a_reused_number_is_another_connection(pairs: Any) -> None:
     while meter._accounts.accounts[number].received < 500:
         meter.poll(1.0)
     meter.closed(number)
-    assert len(meter) == 0
+    assert meter.connections == 0
     assert descriptors() == before + 2
 
 
@@ -302,7 +312,7 @@ def test_a_number_that_is_no_connection_any_more(pairs: Any, now: str) -> None:
     before = descriptors()
     meter = Meter(BOUNDS)
     assert meter.opened(number, 0.0)
-    assert len(meter) == 0
+    assert meter.connections == 0
     assert not meter.poll(0.0)
     assert descriptors() == before
     meter.closed(number)
@@ -386,14 +396,6 @@ def test_memory_is_read_and_limited_by_something() -> None:
 
 # -- attacks by authenticated peers on a real process ---------------------------------------------
 
-REQUEST, RESULT = (3, MIB, 3 * MIB), (2, MIB, 2 * MIB)
-LIMITS = StageLimits(Limits(*REQUEST), Limits(*RESULT))
-
-
-ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": os.pathsep.join(str(folder) for folder in Path(__file__).parents[1:3]),
-}
 FLOOD = """
 import asyncio, resource
 from faults.zmtp import Budget, half_open
@@ -401,127 +403,6 @@ hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (4096, hard))
 asyncio.run(half_open({}, hold_s=120, budget=Budget(count=2000, seconds=120)))
 """
-
-
-class EchoNode:
-    """A process of `echo_node`."""
-
-    def __init__(self, folder: Path, files: int | None = None, **options: Any) -> None:
-        self.folder = make_directory(folder)
-        make_directory(folder / "authorized")
-        self.key = generate(folder, "node")
-        asked = {"keys": str(folder), "request": REQUEST, "result": RESULT, **options}
-
-        def limit() -> None:
-            if files:
-                resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("echo_node.py")), json.dumps(asked)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=(folder / "log").open("wb"),
-            preexec_fn=limit,
-            env=ENVIRONMENT,
-        )
-        self.endpoint = self._read()
-        self.address = zmtp.address_of(self.endpoint)
-
-    def _read(self) -> Any:
-        assert self.process.stdout
-        line = self.process.stdout.readline()
-        assert line, self.log
-        return json.loads(line)
-
-    def stats(self) -> dict[str, Any]:
-        assert self.process.stdin
-        self.process.stdin.write(b"\n")
-        self.process.stdin.flush()
-        stats: dict[str, Any] = self._read()
-        assert not stats["broken"], stats["broken"]
-        return stats
-
-    def wait_for(self, condition: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
-        give_up = time.monotonic() + 60
-        while not condition(stats := self.stats()):
-            assert time.monotonic() < give_up, stats
-            time.sleep(0.02)
-        return stats
-
-    @property
-    def log(self) -> str:
-        return (self.folder / "log").read_text()
-
-    def authorise(self, name: str) -> KeyPair:
-        pair = generate(self.folder / "edges", name)
-        write_public(self.folder / "authorized" / f"{name}.pub", pair.public, name)
-        return pair
-
-    async def peer(self, pair: KeyPair, **options: Any) -> Peer:
-        """An edge that says what it likes."""
-        peer = await Peer.connect(self.address, **options)
-        await peer.curve_client(Curve(pair.public, pair.secret, self.key.public))
-        return peer
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
-class Honest:
-    """An edge that asks again and again, in a thread; `answers` counts."""
-
-    def __init__(self, node: EchoNode, name: str = "honest") -> None:
-        self.answers = 0
-        self.failed: BaseException | None = None
-        self._end = threading.Event()
-        self._work = (node, node.authorise(name))
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-        self.more(1)
-
-    def _run(self) -> None:
-        node, pair = self._work
-        with zmq.Context() as ctx:
-            client = sockets.client(ctx, node.endpoint, node.key.public, pair, LIMITS)
-            client.rcvtimeo = client.sndtimeo = 60_000
-            try:
-                while not self._end.is_set():
-                    client.send_multipart([b"1 1000000", bytes(MIB), bytes(MIB)])
-                    client.recv_multipart()
-                    self.answers += 1
-                    time.sleep(0.01)
-            except BaseException as error:
-                self.failed = error
-            finally:
-                client.close()
-
-    def more(self, count: int) -> None:
-        """Wait until it got so many more answers."""
-        wanted = self.answers + count
-        while self.answers < wanted:
-            assert self.failed is None, self.failed
-            time.sleep(0.005)
-
-    def close(self) -> None:
-        self._end.set()
-        self._thread.join()
-        assert self.failed is None, self.failed
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., EchoNode]]:
-    made: list[EchoNode] = []
-
-    def make(**options: Any) -> EchoNode:
-        made.append(EchoNode(tmp_path / f"node{len(made)}", **options))
-        return made[-1]
-
-    try:
-        yield make
-    finally:
-        for node in made:
-            node.close()
 
 
 @linux

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import zmq
 import zmq.asyncio
+from faults import zmtp
 
 from engines.errors import ConfigError
 from transport import messages, sockets
 from transport.auth import AllowList, Authenticator
 from transport.keys import KeyPair
 from transport.messages import Limits, StageLimits
+from transport.meter import Meter, bounds
 from transport.sockets import LinkEvent
 
 NewPair = Callable[[str], KeyPair]
@@ -265,6 +267,129 @@ def test_ipv6(run_scene: Any, authorise: Any, new_pair: NewPair, limits: StageLi
         server.close()
 
     run_scene(scene)
+
+
+async def _say(endpoint: str, data: bytes, go: asyncio.Event, stay: bool) -> None:
+    host, port = endpoint.removeprefix("tcp://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    await go.wait()
+    writer.write(data)
+    await reader.read(64)
+    while stay and await reader.read(64):
+        pass
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    "reason", ["not_authorised", "wrong_key", "not_curve", "protocol", "timeout", "left"]
+)
+def test_a_server_tells_why_a_handshake_failed(
+    run_scene: Any,
+    authorise: Any,
+    new_pair: NewPair,
+    limits: StageLimits,
+    reason: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pair = new_pair("edge")
+    if reason != "not_authorised":
+        authorise(pair)
+
+    async def scene(stage: Any) -> None:
+        server = stage.server()
+        endpoint = server.last_endpoint.decode()
+        watcher = sockets.peers(server, meter_of(limits))
+        key = new_pair("other").public if reason == "wrong_key" else stage.node.public
+        client: Any = None
+        task: asyncio.Task[None] | None = None
+        seen = asyncio.Event()  # what is over at once cannot be told from what was never there
+        first = asyncio.ensure_future(anext(watcher))
+        await asyncio.sleep(0)  # now it listens
+        if reason in ("not_authorised", "wrong_key"):
+            client = sockets.client(stage.ctx, endpoint, key, pair, limits)
+        elif reason == "not_curve":
+            client = stage.ctx.socket(zmq.DEALER)
+            client.connect(endpoint)
+        else:
+            said = {"protocol": b"GET / HTTP/1.1\r\n\r\n", "left": zmtp.greeting()}.get(reason, b"")
+            task = asyncio.create_task(_say(endpoint, said, seen, reason == "timeout"))
+        assert (await first).kind == "opened"
+        seen.set()
+        async for event in watcher:
+            if event.kind == "refused":
+                break
+        assert event.reason == reason
+        if reason == "timeout":  # others may be gone before they can be looked at
+            assert event.address == "127.0.0.1"
+        await watcher.aclose()
+        if client:
+            client.close(linger=0)
+        if task:
+            task.cancel()
+        server.close()
+
+    run_scene(scene)
+    if reason != "not_authorised":
+        assert sockets.REFUSALS[reason] in caplog.text
+
+
+def meter_of(limits: StageLimits) -> Meter:
+    mark = sockets.receive_mark(limits.request)
+    return Meter(bounds(limits.request, limits.result, hwm=mark))
+
+
+def test_a_server_follows_its_connections(
+    run_scene: Any, authorise: Any, new_pair: NewPair, limits: StageLimits
+) -> None:
+    pair = new_pair("edge")
+    authorise(pair)
+
+    async def scene(stage: Any) -> None:
+        server = stage.server()
+        meter = meter_of(limits)
+        kinds: list[str] = []
+
+        async def follow() -> None:
+            async for event in sockets.peers(server, meter):
+                kinds.append(event.kind)
+
+        task = asyncio.create_task(follow())
+        await asyncio.sleep(0)
+        for _ in range(3):
+            kinds.clear()
+            async with stage.watching(server.last_endpoint.decode(), pair) as (client, events):
+                assert (await _next(events)).state == "up"
+                await client.send(b"hello")
+                meter.delivered(await server.recv_multipart(copy=False), routed=True)
+                while meter.users() != {"edge"}:  # the message may overtake the news
+                    await asyncio.sleep(0.01)
+                assert meter.connections == 1
+            while "closed" not in kinds:
+                await asyncio.sleep(0.01)
+            assert kinds == ["opened", "ready", "closed"]
+            assert meter.connections == 0
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        server.close()
+
+    run_scene(scene)
+
+
+def test_a_log_line_is_repeated_seldom_and_the_memory_of_it_bounded() -> None:
+    seldom = sockets.Seldom(every_s=60, most=3)
+    assert seldom("a", 0)
+    assert not seldom("a", 59)
+    assert seldom("a", 61)
+    assert [seldom(thing, 70) for thing in "bcde"] == [True, True, False, False]
+    assert seldom("e", 131)
+
+
+def test_marks_bound_bytes() -> None:
+    for size in (100, 1 << 20, 30 << 20, 1 << 30):
+        limits = Limits(1, size, size)
+        assert 2 <= sockets.receive_mark(limits) <= 8
+        assert sockets.receive_mark(limits) * size <= max(32 << 20, 2 * size)
+        assert 48 <= sockets.send_mark(limits) <= 256
 
 
 def test_heartbeats_leave_a_slow_link_its_time() -> None:
