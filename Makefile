@@ -66,6 +66,12 @@ gpu: ## On a machine with an NVIDIA GPU: run the GPU tests, then measure every e
 fuzz: $(VENV)/.ready ## Fuzz everything that reads a peer's bytes (SECONDS=600; better with atheris in the environment)
 	@PYTHONPATH=tests $(VENV)/bin/python -m fuzz --seconds $(or $(SECONDS),600)
 
+.PHONY: reliability
+reliability: $(VENV)/.ready ## Measure the reliability rows (FORM=long: hours; MACHINE="what it runs on")
+	@export PYTHONPATH=tests; status=0; \
+	$(VENV)/bin/python -m reliability --form $(or $(FORM),short) $(if $(MACHINE),--machine "$(MACHINE)") || status=$$?; \
+	$(VENV)/bin/python -m reliability --doc; exit $$status
+
 .PHONY: venv
 venv: $(VENV)/.ready ## The full environment (about 6 GB, with torch; Linux x86-64)
 

@@ -1,0 +1,180 @@
+"""Measure the rows of the bar: ``python -m reliability``, with `tests` on ``PYTHONPATH``.
+
+Every row runs in a process of its own, so that one that crashes or hangs costs no other, and one
+row's memory is not another's. ``--out`` takes the results, of the rows that were run: others that
+it holds already stay. ``--doc`` writes the page that quotes them instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from reliability.page import page
+from reliability.rows import ROWS, Bench, Form, Row, Skip
+
+ROOT = Path(__file__).parents[2]
+OUT = ROOT / "docs/results/reliability.json"
+PAGE = ROOT / "docs/reliability.md"
+MODULES = ("network", "hostile", "load", "trust")
+
+
+def load_rows() -> dict[str, Row]:
+    for module in MODULES:
+        importlib.import_module(f"reliability.{module}")
+    return ROWS
+
+
+def measure(row: Row, bench: Bench) -> dict[str, Any]:
+    """Run a row here and now."""
+    told: dict[str, Any] = {"row": row.name, "bar": row.bar, "form": bench.form}
+    begun = time.monotonic()
+    try:
+        seen = row.work(bench)
+        told |= {"injected": dict(seen.injected), "seen": dict(seen.seen), "held": bool(seen.held)}
+    except Skip as skip:
+        told |= {"held": None, "skipped": str(skip)}
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}:{last.lineno}"
+        told |= {"held": False, "error": f"{type(error).__name__} at {where}: {error}"[:2000]}
+    told["seconds"] = round(time.monotonic() - begun, 1)
+    return told
+
+
+def apart(row: Row, form: Form, toy: Path, folder: Path) -> dict[str, Any]:
+    """Run a row in a process of its own, and end it when its time is up."""
+    folder.mkdir()
+    out = folder / "told.json"
+    command = [sys.executable, "-m", "reliability", "--one", row.name, "--form", form]
+    command += ["--toy", str(toy), "--folder", str(folder / "work"), "--out", str(out)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "tests", ROOT)))}
+    begun = time.monotonic()
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, start_new_session=True, env=environment
+        )
+        try:
+            process.wait(row.seconds[form])
+            end = f"ended with status {process.returncode}"
+        except subprocess.TimeoutExpired:
+            end = f"still ran after {row.seconds[form]:.0f} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and whatever it left behind
+            process.wait()
+    if out.exists():
+        told: dict[str, Any] = json.loads(out.read_text())
+        return told
+    text = (folder / "log").read_text(errors="replace")[-1500:]
+    return {
+        "row": row.name,
+        "bar": row.bar,
+        "form": form,
+        "held": False,
+        "error": f"the row's process {end}: {text}",
+        "seconds": round(time.monotonic() - begun, 1),
+    }
+
+
+def about(arguments: list[str], machine: str) -> dict[str, Any]:
+    """What these numbers belong to."""
+    import msgspec
+    import numpy
+    import onnxruntime
+    import zmq
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip()
+
+    dirty = git("status", "--porcelain", "--", "transport", "cloud_node", "edge_runtime", "engines")
+    return {
+        "command": " ".join(["PYTHONPATH=tests python -m reliability", *arguments]),
+        "commit": git("rev-parse", "HEAD") + ("+changes" if dirty else ""),
+        "machine": machine,
+        "versions": {
+            "python": platform.python_version(),
+            "kernel": platform.release().partition("-")[0],
+            "libzmq": zmq.zmq_version(),
+            "pyzmq": zmq.__version__,
+            "msgspec": msgspec.__version__,
+            "numpy": numpy.__version__,
+            "onnxruntime": onnxruntime.__version__,
+        },
+    }
+
+
+def merge(path: Path, told: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
+    """The results with these rows new and the others kept, each with what it belongs to."""
+    kept: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    fresh = {(one["row"], one["form"]) for one in told}
+    rows = [one for one in kept if (one["row"], one["form"]) not in fresh]
+    rows += [{**one, "run": facts} for one in told]
+    order = {name: number for number, name in enumerate(ROWS)}
+    rows.sort(key=lambda one: (order.get(one["row"], len(order)), one["form"] == "long"))
+    return {"rows": rows}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("reliability", description=__doc__.splitlines()[0])
+    parser.add_argument("--form", choices=("short", "long"), default="short")
+    parser.add_argument("--row", action="append", metavar="NAME", help="only rows so named")
+    parser.add_argument("--machine", default=f"{os.cpu_count()} CPU cores, {platform.machine()}")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--doc", action="store_true", help="write the page from the results")
+    parser.add_argument("--list", action="store_true", help="the rows and their bars")
+    for hidden in ("--one", "--toy", "--folder"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    rows = load_rows()
+    if options.one:
+        folder = Path(options.folder)
+        folder.mkdir(exist_ok=True)
+        told = measure(rows[options.one], Bench(folder, Path(options.toy), options.form))
+        options.out.write_text(json.dumps(told))
+        return 0
+    if options.list:
+        for row in rows.values():
+            print(f"{row.name}: {row.bar}")
+        return 0
+    if options.doc:
+        PAGE.write_text(page(json.loads(options.out.read_text())))
+        return 0
+    chosen = [row for name, row in rows.items() if not options.row or name in options.row]
+    if unknown := set(options.row or ()) - rows.keys():
+        parser.error(f"no row {', '.join(sorted(unknown))}; --list shows them")
+    facts = about(sys.argv[1:], options.machine)
+    found = []
+    with tempfile.TemporaryDirectory(prefix="reliability-") as scratch:
+        from toy import write_toy_bundle
+
+        toy = write_toy_bundle(Path(scratch) / "toy")
+        for number, row in enumerate(chosen):
+            told = apart(row, options.form, toy, Path(scratch) / str(number))
+            verdict = {True: "held", False: "NOT HELD", None: "skipped"}[told["held"]]
+            detail = told.get("error") or told.get("skipped") or json.dumps(told["seen"])
+            print(f"{verdict:9}{told['seconds']:6.1f} s  {row.name}: {detail}", flush=True)
+            found.append(told)
+            options.out.write_text(json.dumps(merge(options.out, [told], facts), indent=1) + "\n")
+    failed = [one["row"] for one in found if one["held"] is False]
+    print(f"{sum(bool(one['held']) for one in found)} of {len(found)} rows held")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
