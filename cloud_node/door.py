@@ -178,7 +178,7 @@ class Door:
     def look(self) -> None:
         """Bring the gauges up to date."""
         if self._meter is not None:
-            self._metrics.connections = len(self._meter)
+            self._metrics.connections = self._meter.connections
             self._metrics.clients = len(self._meter.users())
 
     async def _read(self, socket: Any, meter: Meter) -> None:

@@ -41,10 +41,11 @@ class Job:
         windows: how many it holds. size: bytes of its tensors.
         arrived, due: when, and when it is too late.
         work: what to do; nothing here looks at it.
-        exclusive: must be computed while nothing else is.
+        alone: shares no batch.
 
     Attributes:
-        dropped: nobody waits for the outcome any more (set while it is running).
+        dropped: why nobody waits for the outcome any more, if so; set while it is running:
+            ``cancelled``, ``revoked`` or ``lost``.
     """
 
     client: str
@@ -54,8 +55,8 @@ class Job:
     arrived: float
     due: float
     work: Any = None
-    exclusive: bool = False
-    dropped: bool = False
+    alone: bool = False
+    dropped: str = ""
     _number: int = 0
 
 
@@ -113,7 +114,6 @@ class Queue:
         self._since = 0.0  # when the first of those that wait came
         self._running = 0
         self._running_windows = 0
-        self._exclusive = False
         self._sweep_at = _SWEEP
         self._seconds = self._counted = 0.0
         self._held_until = -math.inf
@@ -179,10 +179,8 @@ class Queue:
         return shed
 
     def wait(self, now: float) -> float | None:
-        """Seconds until `take` should be called if a worker is free; None: not before something
-        else happens."""
-        first = self._first()
-        if not first or self._exclusive or (first.oldest.exclusive and self._running):
+        """Seconds until `take` should be called if a worker is free; None if nothing waits."""
+        if not self._jobs:
             return None
         if self.windows >= self.max_batch:
             return 0.0
@@ -200,16 +198,14 @@ class Queue:
         batch: list[Job] = []
         room = self.max_batch
         passed: list[_Client] = []
-        while room > 0 and not self._exclusive and (client := self._first()):
+        while room > 0 and (client := self._first()):
             job = client.oldest
-            if job.exclusive and (batch or self._running):
-                break  # and nothing after it, or it would wait for ever
             if not passed:
                 self._present = max(self._present, client.time)
             elif client.time > passed[0].time + self.max_batch:
                 break  # it has been let past often enough
             heapq.heappop(self._order)
-            apart = job.exclusive or client.apart_until > now
+            apart = job.alone or client.apart_until > now
             if job.windows > room or (apart and batch):
                 passed.append(client)
                 continue
@@ -219,7 +215,6 @@ class Queue:
             self._future = max(self._future, client.time)
             self._running += 1
             self._running_windows += job.windows
-            self._exclusive = job.exclusive
             batch.append(job)
             room -= job.windows
             if client.waiting:
@@ -237,8 +232,6 @@ class Queue:
         del client.running[job.id]
         self._running -= 1
         self._running_windows -= job.windows
-        if job.exclusive:
-            self._exclusive = False
 
     def cancel(self, client: str, id: bytes) -> Job | None:
         """Forget a request: one that waits is removed, one that runs marked as dropped."""
@@ -248,7 +241,7 @@ class Queue:
         if job := found.waiting.get(id):
             self._remove(job)
         elif job := found.running.get(id):
-            job.dropped = True
+            job.dropped = job.dropped or "cancelled"
         return job
 
     def revoke(self, client: str) -> list[Job]:
@@ -257,7 +250,7 @@ class Queue:
         if not found:
             return []
         for job in found.running.values():
-            job.dropped = True
+            job.dropped = "revoked"
         return [self._remove(job) for job in list(found.waiting.values())]
 
     def expire(self, now: float) -> list[Job]:
@@ -273,8 +266,15 @@ class Queue:
         """Remove and return all that waits."""
         return [self._remove(job) for job in list(self._jobs.values())]
 
+    def forget(self) -> list[Job]:
+        """As `clear`, and nobody waits for what is running either."""
+        for client in self._clients.values():
+            for job in client.running.values():
+                job.dropped = job.dropped or "lost"
+        return self.clear()
+
     def set_apart(self, client: str, until: float) -> None:
-        """Until then, share no batch between this client and others."""
+        """Until then, each request of this client has a batch of its own."""
         if found := self._clients.get(client):
             found.apart_until = max(found.apart_until, until)
 

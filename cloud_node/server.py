@@ -113,7 +113,7 @@ class Server:
             max_wait_s=prepared.config.max_wait_ms / 1000,
         )
         self._suspects = Suspects()
-        self._again: collections.deque[Job] = collections.deque()  # of failed batches, one by one
+        self._again: collections.deque[list[Job]] = collections.deque()  # batches to be run again
         self._unread: collections.Counter[str] = collections.Counter()  # bytes sent and not left
         self._runs: set[asyncio.Task[None]] = set()
         self._told: dict[tuple[str, str], tuple[float, int]] = {}
@@ -166,6 +166,8 @@ class Server:
             self._refuse_all(self._queue.clear(), "shutdown", "the node is stopping")
             await self._pool.close(0)
             await asyncio.gather(*self._runs, return_exceptions=True)
+            for job in (job for jobs in self._again for job in jobs):
+                self._finish(job, Refusal("shutdown", "the node is stopping"))
             await self._door.close(_FLUSH_S if self._bound else 0)
 
     async def _drain(self) -> None:
@@ -228,7 +230,7 @@ class Server:
             arrived=now,
             due=now + request.deadline_ms / 1000,
             work=_Work(peer, feeds),
-            exclusive=deaths > 0,
+            alone=deaths > 0,
         )
         self._expire(now)
         shed = self._queue.admit(job, now)
@@ -284,14 +286,8 @@ class Server:
         while True:
             now = self._loop.time()
             self._expire(now)
-            while self._again:
-                job = self._again.popleft()
-                if job.dropped:
-                    self._finish(job)
-                elif job.due <= now:
-                    self._finish(job, Refusal("deadline", "the deadline passed while waiting"))
-                else:
-                    return [job]
+            if self._again:
+                return self._again.popleft()
             wait = self._queue.wait(now)
             if wait is not None and wait <= 0:
                 return self._queue.take(now)
@@ -308,8 +304,11 @@ class Server:
             outputs = await slot.run(_fill(slot.inputs, jobs))
         except EngineError as error:
             self._failed(jobs, error)
-        except WorkerDied:
-            self._died(jobs)
+        except WorkerDied as error:
+            if error.began:
+                self._died(jobs)
+            else:  # it was next in turn only
+                self._again.append(list(jobs))
         except PoolClosed:
             for job in jobs:
                 self._finish(job, Refusal("shutdown", "the node is stopping"))
@@ -341,7 +340,7 @@ class Server:
         for job in jobs:
             rows = slice(first, first + job.windows)
             first += job.windows
-            if job.exclusive:
+            if job.alone:
                 self._suspects.survived(job.client, job.work.feeds)
             if job.dropped:
                 self._finish(job)
@@ -363,7 +362,7 @@ class Server:
         """A batch failed: whose fault it was shows when each of its requests is run alone."""
         if len(jobs) > 1:
             log.warning("a batch of %d requests failed; each is run alone", len(jobs))
-            self._again.extend(jobs)
+            self._again.extend([job] for job in jobs)
             return
         (job,) = jobs
         # The engine's own words: they name tensors and shapes, never contents.
@@ -376,7 +375,7 @@ class Server:
         now = self._loop.time()
         others = self._pool.ready > 0
         for job in jobs:
-            deaths = self._suspects.died(job.client, job.work.feeds, now, job.exclusive)
+            deaths = self._suspects.died(job.client, job.work.feeds, now, job.alone)
             self._queue.set_apart(job.client, now + _APART_S)
             if deaths > 1:
                 log.error("two workers died over one request of %s: it is refused", job.client)
@@ -392,8 +391,7 @@ class Server:
         """The one outcome of a request that was running."""
         self._queue.finish(job)
         if job.dropped:
-            kept = self._door.admits(job.client)
-            self.metrics.requests["cancelled" if kept else "revoked"] += 1
+            self.metrics.requests[job.dropped] += 1
         elif refusal:
             self._refuse_job(job, refusal)
         else:
@@ -410,8 +408,16 @@ class Server:
                 await self._rebind(held)
 
     def _expire(self, now: float) -> None:
+        late = Refusal("deadline", "the deadline passed while waiting its turn")
         for job in self._queue.expire(now):
-            self._refuse_job(job, Refusal("deadline", "the deadline passed while waiting its turn"))
+            self._refuse_job(job, late)
+        for _ in range(len(self._again)):
+            jobs = self._again.popleft()
+            for job in jobs:
+                if job.dropped or job.due <= now:
+                    self._finish(job, late)
+            if left := [job for job in jobs if not job.dropped and job.due > now]:
+                self._again.append(left)
 
     def _look(self) -> None:
         """Bring the gauges up to date."""
@@ -438,16 +444,22 @@ class Server:
 
     async def _rebind(self, held: int) -> None:
         log.error(
-            "this process holds %d MB, more than %d: all connections are dropped and the socket is "
-            "bound anew; edges connect again by themselves",
+            "this process holds %d MB, more than %d: all connections are dropped; edges connect "
+            "again by themselves",
             *(held >> 20, self._watch.ceiling >> 20),
             extra={"event": "rebind"},
         )
         self.metrics.rebinds += 1
         # Their connections end here, and with them the way back.
-        for _ in self._queue.clear():
+        for _ in self._queue.forget():
             self.metrics.requests["lost"] += 1
+        begun = self._loop.time()
         await self._door.reopen()
+        log.info(
+            "bound anew after %.2f s, %d MB held",
+            *(self._loop.time() - begun, (Resident()() or 0) >> 20),
+            extra={"event": "rebound"},
+        )
 
     # What leaves
 

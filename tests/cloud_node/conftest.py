@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -217,10 +217,11 @@ def start_node(
     """Start nodes; those still running at the end are stopped."""
     nodes: list[Node] = []
 
-    def start(kind: str = "pixels", *options: str) -> Node:
+    def start(kind: str = "pixels", *options: str, program: Sequence[str] = ()) -> Node:
         root = tmp_path_factory.mktemp("node")
         folder, ready, log = node_keys(root / "keys"), root / "ready.json", root / "log"
-        command = [sys.executable, "-m", "cloud_node.cli", "serve", "--threads", "1"]
+        command = [*(program or (sys.executable, "-m", "cloud_node.cli")), "serve"]
+        command += ["--threads", "1"]
         command += ["--bundle", str(bundle_of(kind)), "--bind", "tcp://127.0.0.1:0"]
         command += ["--keys", str(folder), "--ready-file", str(ready), "--log-level", "debug"]
         with log.open("wb") as out:

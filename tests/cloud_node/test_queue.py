@@ -143,22 +143,13 @@ def test_a_client_set_apart_shares_no_batch_until_then() -> None:
     assert len(queue.take(60.0)) == 2
 
 
-def test_an_exclusive_request_runs_while_nothing_else_does() -> None:
-    queue = make(max_batch=2)
-    admitted(queue, job("a"), job("a"))
-    first = queue.take(0.0)
-    alone = job("b", exclusive=True)
-    admitted(queue, alone, *(job("a") for _ in range(6)))
-    between = queue.take(0.0)  # those whose turn it was before; then none, until all are finished
-    assert alone not in between
-    assert queue.take(0.0) == []
-    assert queue.wait(1.0) is None
-    finished(queue, first + between)
-    assert queue.take(0.0) == [alone]
-    assert queue.take(0.0) == []
-    assert queue.wait(1.0) is None
-    queue.finish(alone)
-    assert len(queue.take(0.0)) == 2
+def test_a_request_that_must_be_alone_has_a_batch_of_its_own() -> None:
+    queue = make()
+    alone = job("b", alone=True)
+    admitted(queue, job("a"), alone, job("a"), job("c"))
+    batches = [finished(queue, queue.take(0.0)) for _ in range(2)]
+    assert [alone] in batches
+    assert sorted(map(len, batches)) == [1, 3]
 
 
 # -- admission ---------------------------------------------------------------------------------
@@ -271,7 +262,7 @@ def test_cancelled_requests_never_run_and_running_ones_are_marked() -> None:
     assert queue.cancel("a", b"?" * 16) is None
     assert queue.cancel("a", second.id) is second
     assert queue.cancel("a", first.id) is first
-    assert (first.dropped, second.dropped) == (True, False)
+    assert (first.dropped, second.dropped) == ("cancelled", "")
     queue.finish(first)
     assert queue.take(0.0) == []
     assert (queue.bytes, queue.windows, len(queue), queue.running) == (0, 0, 0, 0)
@@ -293,9 +284,19 @@ def test_revoked_clients_leave_nothing_behind() -> None:
     running = queue.take(0.0)
     assert running == mine[:1]
     assert queue.revoke("a") == mine[1:]
-    assert mine[0].dropped
+    assert mine[0].dropped == "revoked"
     assert queue.take(0.0) == [theirs]
     assert queue.revoke("nobody") == []
+
+
+def test_nothing_is_left_when_all_connections_are_gone() -> None:
+    queue = make(max_batch=1)
+    jobs = [job("a"), job("a"), job("b")]
+    admitted(queue, *jobs)
+    (running,) = queue.take(0.0)
+    assert set(queue.forget()) == set(jobs) - {running}
+    assert running.dropped == "lost"
+    assert queue.take(0.0) == []
 
 
 def test_a_client_that_sends_and_cancels_for_ever_costs_no_memory() -> None:
@@ -356,7 +357,7 @@ def test_every_admitted_request_leaves_exactly_once_and_bounds_hold(steps: list[
         kind = step[0]
         if kind == "admit":
             _, client, windows, size, left, alone = step
-            new = job(client, windows, size, arrived=now, due=now + left, exclusive=alone)
+            new = job(client, windows, size, arrived=now, due=now + left, alone=alone)
             with contextlib.suppress(Refusal):
                 out(queue.admit(new, now), "shed")
                 every.append(new)
@@ -365,8 +366,7 @@ def test_every_admitted_request_leaves_exactly_once_and_bounds_hold(steps: list[
             batch = queue.take(now)
             assert sum(each.windows for each in batch) <= queue.max_batch
             assert all(each.due > now and not each.dropped for each in batch)
-            if any(each.exclusive for each in batch + running):
-                assert len(batch + running) == 1 or not batch
+            assert len(batch) == 1 or not any(each.alone for each in batch)
             out(batch, "taken")
             running += batch
         elif kind == "finish" and running:

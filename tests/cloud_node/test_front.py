@@ -1,0 +1,369 @@
+"""A live node under stress: crowded, flooded, cancelled, its workers killed, its edges hostile.
+
+Whatever is to be caught at work is caught by stopping the worker's process: then it is certain that
+a request is being computed, or waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from faults import sodium
+from faults.edges import HostileEdge
+from faults.zmtp import Budget
+
+from transport import messages
+from transport.messages import Accepted, Cancel, Info, InfoRequest, Refused, Result, encode
+
+Feeds = dict[str, np.ndarray]
+needs_sodium = pytest.mark.skipif(sodium.MISSING is not None, reason=str(sodium.MISSING))
+
+
+def workers(node: Any) -> list[int]:
+    found = []
+    for task in Path(f"/proc/{node.process.pid}/task").iterdir():
+        with contextlib.suppress(OSError):
+            found += [int(pid) for pid in (task / "children").read_text().split()]
+    return found
+
+
+def until(what: Callable[[], Any]) -> Any:
+    give_up = time.monotonic() + 60
+    while not (found := what()):
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+    return found
+
+
+@contextlib.contextmanager
+def stopped(node: Any) -> Iterator[int]:
+    """The worker computes nothing meanwhile, unless it is killed."""
+    (pid,) = until(lambda: workers(node))
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield pid
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def kill_worker(node: Any, pid: int) -> None:
+    """Kill it and wait for the next one."""
+    before = node.logged().count("ready on")
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: node.logged().count("ready on") > before)
+
+
+def accepted(edge: Any, feeds: Feeds, **options: Any) -> bytes:
+    sent: bytes = edge.request(feeds, **options)
+    assert edge.receive()[0] == Accepted(sent)
+    return sent
+
+
+def computing(edge: Any, nine: Feeds) -> bytes:
+    """Send a request that fills a batch, and see to it that the worker has it."""
+    sent = accepted(edge, nine)
+    for _ in range(3):  # each takes the node several turns; that one takes two
+        ask_info(edge)
+    return sent
+
+
+def ask_info(edge: Any) -> None:
+    edge.send(encode(InfoRequest(messages.new_id())))
+    assert isinstance(edge.receive()[0], Info)
+
+
+def same(node: Any, local: Any, feeds: Feeds, outputs: Any) -> bool:
+    return bool(outputs["tokens"].tobytes() == local(node, feeds)["tokens"].tobytes())
+
+
+def some(feeds: Feeds, count: int, seed: int) -> Feeds:
+    """Other pixels, `count` windows."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (count, *feeds["pixels"].shape[1:]), dtype=np.uint8)
+    return {"pixels": pixels, "extent": np.full((count, 2), 8), "window": np.arange(count)}
+
+
+@pytest.fixture
+def mine(start_node: Any) -> Iterator[Any]:
+    """A node of this test's own."""
+    node = start_node()
+    yield node
+    node.stop(signal.SIGKILL)
+
+
+def test_requests_that_waited_are_computed_together(
+    mine: Any, connect: Any, feeds: Feeds, local: Any
+) -> None:
+    edges = [connect(mine) for _ in range(3)]
+    work = [some(feeds, count, count) for count in (2, 3, 4)]
+    with stopped(mine):
+        first = computing(edges[0], some(feeds, 9, 0))
+        sent = [accepted(edge, fed) for edge, fed in zip(edges, work, strict=True)]
+    assert first in edges[0].replies([first], final=True)
+    for edge, fed, id in zip(edges, work, sent, strict=True):
+        message, outputs = edge.receive()
+        assert isinstance(message, Result)
+        assert message.id == id
+        assert same(mine, local, fed, outputs)
+    assert mine.logged().count("in a batch of 9") == 4
+
+
+def test_a_modest_client_does_not_wait_behind_a_flooder(
+    mine: Any, connect: Any, five: Feeds
+) -> None:
+    flooder, modest = connect(mine), connect(mine)
+    ask_info(modest)
+    with stopped(mine):
+        flood = [flooder.request(five) for _ in range(40)]
+        first = flooder.replies(flood, final=False)
+        let_in = [id for id in flood if isinstance(first[id], Accepted)]
+        assert len(let_in) == 16
+        sent = accepted(modest, five)
+    answer, _ = modest.receive()
+    assert isinstance(answer, Result)
+    assert answer.id == sent
+    flooder.replies(let_in, final=True)
+    order = re.findall(r"5 windows for (edge-\w+): queued", mine.logged())
+    assert len(order) == 17
+    assert len(set(order)) == 2
+    # One batch was being computed, one may be its turn before: then comes the modest one.
+    assert [order.count(name) for name in order].index(1) <= 2
+
+
+def test_a_busy_node_answers_what_costs_nothing(mine: Any, connect: Any, five: Feeds) -> None:
+    edge, other = connect(mine), connect(mine)
+    with stopped(mine):
+        sent = [accepted(edge, five) for _ in range(16)]
+        ask_info(edge)
+        refused = edge.ask(five)
+        assert isinstance(refused, Refused)
+        assert refused.code == "overloaded"
+        assert refused.retry_ms > 0
+        duplicate = messages.Request(sent[3], mine.stage.sha256, 60_000)
+        edge.send(encode(duplicate, five))
+        message, _ = edge.receive()
+        assert isinstance(message, Refused)
+        assert (message.id, message.code) == (sent[3], "duplicate")
+        late = other.request(five, deadline_ms=30)
+        assert other.receive()[0] == Accepted(late)
+        message, _ = other.receive()  # not only when its turn comes, which is never
+        assert isinstance(message, Refused)
+        assert (message.id, message.code) == (late, "deadline")
+    replies = edge.replies(sent, final=True)
+    assert {type(message) for message in replies.values()} == {Result}
+
+
+def test_cancelled_requests_are_not_computed_or_not_answered(
+    mine: Any, connect: Any, five: Feeds
+) -> None:
+    edge = connect(mine)
+    with stopped(mine):
+        running = computing(edge, some(five, 9, 0))
+        waiting, last = accepted(edge, five), accepted(edge, five)
+        for id in (running, waiting, messages.new_id()):
+            edge.send(encode(Cancel(id)))
+        ask_info(edge)  # the node has read what was sent before
+    message, _ = edge.receive()
+    assert isinstance(message, Result)
+    assert message.id == last
+    assert not edge.socket.poll(300)
+    assert len(re.findall(r"\d windows for", mine.logged())) == 1
+    again = encode(messages.Request(waiting, mine.stage.sha256, 60_000), five)
+    edge.send(again)  # and their ids are free
+    assert edge.receive()[0] == Accepted(waiting)
+
+
+def test_one_bad_request_fails_alone_whoever_shares_its_batch(
+    start_node: Any, connect: Any, local: Any
+) -> None:
+    node = start_node("broken")
+    edges = [connect(node) for _ in range(3)]
+    good = {
+        "pixels": np.zeros((1, 8, 8, 3), np.uint8),
+        "extent": np.full((1, 2), 8),
+        "window": np.array([0]),
+    }
+    bad = {**good, "window": np.array([8])}  # legal, but the graph's table is a row short
+    with stopped(node):
+        before = computing(edges[0], {name: np.repeat(a, 9, 0) for name, a in good.items()})
+        sent = [accepted(edge, fed) for edge, fed in zip(edges, (good, bad, good), strict=True)]
+    assert isinstance(edges[0].replies([before], final=True)[before], Result)
+    message, outputs = edges[0].receive()
+    assert isinstance(message, Result)
+    assert same(node, local, good, outputs)
+    message, _ = edges[1].receive()
+    assert isinstance(message, Refused)
+    assert (message.id, message.code, message.retry_ms) == (sent[1], "engine", 0)
+    message, outputs = edges[2].receive()
+    assert isinstance(message, Result)
+    assert same(node, local, good, outputs)
+    assert "a batch of 3 requests failed" in node.logged()
+
+
+def test_a_killed_worker_costs_what_it_was_at_and_nothing_else(
+    mine: Any, connect: Any, feeds: Feeds, local: Any
+) -> None:
+    edge, other = connect(mine), connect(mine)
+    lost, kept = some(feeds, 9, 0), some(feeds, 9, 1)
+    for _ in range(2):
+        with stopped(mine) as pid:
+            running, waiting = computing(edge, lost), accepted(other, kept)
+            kill_worker(mine, pid)
+        message, _ = edge.receive()
+        assert isinstance(message, Refused)
+        assert (message.id, message.code) == (running, "worker_died")
+        assert message.retry_ms > 0
+        message, outputs = other.receive()
+        assert isinstance(message, Result)
+        assert message.id == waiting
+        assert same(mine, local, kept, outputs)
+        assert same(mine, local, lost, edge.ask(lost))  # which clears it of suspicion
+
+
+def test_a_request_that_two_workers_died_over_is_refused_for_good(
+    mine: Any, connect: Any, feeds: Feeds, local: Any
+) -> None:
+    edge, other = connect(mine), connect(mine)
+    nine = some(feeds, 9, 0)
+    for code in ("worker_died", "engine"):
+        with stopped(mine) as pid:
+            running = computing(edge, nine)
+            kill_worker(mine, pid)
+        refused = edge.replies([running], final=True)[running]
+        assert isinstance(refused, Refused)
+        assert refused.code == code
+    assert refused.retry_ms == 0
+    assert edge.ask(nine).code == "engine"
+    for asking, fed in ((edge, some(feeds, 9, 1)), (other, nine)):
+        assert same(mine, local, fed, asking.ask(fed))
+
+
+def test_revoked_edges_lose_their_connection_their_place_and_their_replies(
+    mine: Any, connect: Any, five: Feeds, local: Any
+) -> None:
+    revoked, other = connect(mine, mine.authorise("mallory")), connect(mine)
+    with stopped(mine):
+        computing(revoked, some(five, 9, 0))
+        accepted(revoked, five)
+        sent = accepted(other, five)
+        (mine.keys / "authorized" / "mallory.pub").unlink()
+        until(lambda: "no longer authorised: mallory" in mine.logged())
+    message, outputs = other.receive()
+    assert isinstance(message, Result)
+    assert message.id == sent
+    assert same(mine, local, five, outputs)
+    assert not revoked.socket.poll(500)
+    assert "windows for mallory" not in mine.logged()
+
+
+def test_sixteen_clients_get_their_own_answers(mine: Any, connect: Any, local: Any) -> None:
+    edges = [connect(mine) for _ in range(16)]
+    rng = np.random.default_rng(0)
+    asked: list[dict[bytes, Feeds]] = [{} for _ in edges]
+    base = {"pixels": np.zeros((1, 8, 8, 3), np.uint8)}
+    for turn in range(8):
+        for number, edge in enumerate(edges):
+            fed = some(base, int(rng.integers(1, 10)), 100 * turn + number)
+            asked[number][edge.request(fed)] = fed
+    for edge, sent in zip(edges, asked, strict=True):
+        while sent:
+            message, outputs = edge.receive()
+            if not isinstance(message, Accepted):
+                assert isinstance(message, Result), message
+                assert same(mine, local, sent.pop(message.id), outputs)
+
+
+def test_a_stop_within_the_drain_limit_ends_all_the_same(
+    start_node: Any, connect: Any, five: Feeds
+) -> None:
+    node = start_node()
+    edge = connect(node)
+    with stopped(node):  # so nothing will ever be finished
+        sent = [accepted(edge, five) for _ in range(3)]
+        node.process.send_signal(signal.SIGTERM)
+        replies = edge.replies(sent, final=True)
+        assert {getattr(message, "code", "") for message in replies.values()} == {"shutdown"}
+        assert node.process.wait(timeout=60) == 0
+
+
+# -- hostile edges -----------------------------------------------------------------------------
+
+
+def hostile(node: Any, name: str) -> HostileEdge:
+    pair = node.authorise(name)
+    return HostileEdge(node.endpoint, str(node.ready["public_key"]), pair, node.stage.sha256)
+
+
+@needs_sodium
+def test_an_edge_that_never_reads_disturbs_nobody(
+    mine: Any, connect: Any, five: Feeds, local: Any
+) -> None:
+    edge = connect(mine)
+    ask_info(edge)
+
+    async def work() -> int:
+        attack = hostile(mine, "deaf").never_read(five, budget=Budget(count=3000, seconds=20))
+        attacking = asyncio.create_task(attack)
+        asked = 0
+        while not attacking.done():
+            assert same(mine, local, five, await asyncio.to_thread(edge.ask, five))
+            asked += 1
+        return asked + (await attacking).messages
+
+    assert asyncio.run(work()) > 100
+
+
+@needs_sodium
+def test_refused_requests_do_not_fill_the_log(mine: Any, connect: Any, five: Feeds) -> None:
+    edge = connect(mine)
+    bad = {**five, "window": five["window"] * 0 - 1}
+    for _ in range(500):
+        refused = edge.ask(bad)
+        assert refused.code == "invalid"
+    assert mine.logged().count("(invalid)") < 20
+
+
+_UNMETERED = """
+import sys
+from transport import meter
+meter._METERED = False  # as where the kernel doesn't tell
+from cloud_node import server
+server.Server._ceiling = lambda self: meter.Resident()() + (64 << 20)
+from cloud_node.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@needs_sodium
+def test_a_node_that_holds_too_much_drops_all_connections_and_goes_on(
+    start_node: Any, connect: Any, five: Feeds, local: Any
+) -> None:
+    node = start_node(program=[sys.executable, "-c", _UNMETERED])
+    edge = connect(node)
+    assert same(node, local, five, edge.ask(five))
+    before = _resident(node.process.pid)
+    attack = hostile(node, "endless").endless_multipart(
+        five, part_bytes=1000, budget=Budget(bytes=400 << 20, seconds=30)
+    )
+    tally = asyncio.run(attack)
+    assert tally.sent > 16 << 20
+    until(lambda: "bound anew" in node.logged())
+    assert same(node, local, five, edge.ask(five))  # its socket has connected again by itself
+    assert node.process.poll() is None
+    assert _resident(node.process.pid) < before + (64 << 20)
+
+
+def _resident(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
