@@ -169,10 +169,25 @@ def client(
     return socket
 
 
-def server(ctx: zmq.Context[Any], bind: str, keypair: KeyPair, limits: StageLimits) -> Any:
+def server(
+    ctx: zmq.Context[Any],
+    bind: str,
+    keypair: KeyPair,
+    limits: StageLimits,
+    *,
+    monitor: bool = False,
+) -> Any:
     """A ROUTER bound to `bind`; ``socket.last_endpoint`` tells the port when it was 0.
 
     Start `auth.Authenticator` on `ctx` first: without it nobody is let in.
+
+    Args:
+        ctx: context.
+        bind: ``tcp://HOST:PORT``.
+        keypair: the node's.
+        limits: of the stage served.
+        monitor: attach the monitor before binding, so that `peers`, which must be iterated soon,
+            misses no connection, however early.
 
     Raises:
         ConfigError: malformed or unusable endpoint.
@@ -196,6 +211,8 @@ def server(ctx: zmq.Context[Any], bind: str, keypair: KeyPair, limits: StageLimi
         # What connects while the loop is busy or descriptors are short waits in the kernel, which
         # allows so many (net.core.somaxconn) and answers no more.
         socket.set(zmq.BACKLOG, 1024)
+        if monitor:
+            socket.get_monitor_socket(_SERVER_WATCHED)
         try:
             socket.bind(bind)
         except zmq.ZMQError as error:
@@ -427,7 +444,7 @@ async def peers(
     minute.
 
     Args:
-        socket: an asyncio socket from `server`, before or after it was bound.
+        socket: an asyncio socket from `server`, made with ``monitor=True``.
         meter: fed, polled and, at the end, closed here.
         every_s: how often to look; seldomer, down to ten times a second, if there is much to see.
     """

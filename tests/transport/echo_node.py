@@ -69,7 +69,8 @@ async def serve(options: dict[str, Any]) -> None:
     folder = Path(options["keys"])
     authenticator = Authenticator(ctx, AllowList(folder / "authorized"), on_revoked)
     authenticator.start()
-    socket = sockets.server(ctx, "tcp://127.0.0.1:0", load_secret(folder / "node.key"), limits)
+    key = load_secret(folder / "node.key")
+    socket = sockets.server(ctx, "tcp://127.0.0.1:0", key, limits, monitor=True)
 
     async def follow() -> None:
         nonlocal held, peak

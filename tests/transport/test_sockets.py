@@ -375,6 +375,30 @@ def test_a_server_follows_its_connections(
     run_scene(scene)
 
 
+def test_a_connection_made_before_anybody_looks_is_followed(
+    run_scene: Any, authorise: Any, new_pair: NewPair, limits: StageLimits
+) -> None:
+    pair = new_pair("edge")
+    authorise(pair)
+
+    async def scene(stage: Any) -> None:
+        server = sockets.server(stage.ctx, "tcp://127.0.0.1:0", stage.node, limits, monitor=True)
+        endpoint = server.last_endpoint.decode()
+        client = sockets.client(stage.ctx, endpoint, stage.node.public, pair, limits)
+        await client.send(b"hello")
+        await server.recv_multipart()
+        meter = meter_of(limits)
+        watcher = sockets.peers(server, meter)
+        assert (await anext(watcher)).kind == "opened"
+        assert meter.connections == 1
+        await watcher.aclose()
+        assert meter.connections == 0
+        client.close()
+        server.close()
+
+    run_scene(scene)
+
+
 def test_a_log_line_is_repeated_seldom_and_the_memory_of_it_bounded() -> None:
     seldom = sockets.Seldom(every_s=60, most=3)
     assert seldom("a", 0)
