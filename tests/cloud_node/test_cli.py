@@ -1,0 +1,218 @@
+"""`cloud-node` as typed: help, check, init, serving from a file; health and notifications."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cloud_node.config import load
+from cloud_node.settings import SETTINGS
+from transport import keys
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "node.md"
+
+
+def run(*words: object, cwd: Path | None = None, **environment: str) -> Any:
+    return subprocess.run(
+        [sys.executable, "-m", "cloud_node.cli", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=cwd,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path, bundle_of: Callable[[str], Path]) -> Path:
+    """A folder with keys and a bundle beside them."""
+    keys.generate(tmp_path / "keys", "node")
+    keys.make_directory(tmp_path / "keys" / "authorized")
+    (tmp_path / "bundle").symlink_to(bundle_of("pixels"))
+    return tmp_path
+
+
+def test_every_setting_is_an_option_that_is_explained() -> None:
+    done = run("serve", "--help")
+    assert done.returncode == 0
+    text = re.sub(r"\s+", " ", done.stdout)
+    for setting in SETTINGS:
+        assert f" {setting.option} {setting.placeholder} " in text
+        assert re.sub(r"\s+", " ", setting.help.split(":")[0][:40]) in text
+    assert "Traceback" not in done.stderr
+
+
+def test_check_shows_what_holds_and_where_it_comes_from(folder: Path) -> None:
+    (folder / "node.toml").write_text(
+        'bundle = "bundle"\nbind = "tcp://127.0.0.1:0"\nthreads = 1\n'
+    )
+    done = run("check", "--config", "node.toml", "--drain-s", "3", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line.split()[1:] for line in done.stdout.split("\n\n")[0].splitlines()}
+    assert set(rows) == {"SETTING", *(setting.name for setting in SETTINGS)}
+    assert rows["threads"] == ["1", "node.toml"]
+    assert rows["drain_s"] == ["3", "--drain-s"]
+    assert rows["queue_bytes"] == ["256", "MiB", "default"]
+    assert "hashes as they should be" in done.stdout
+    assert "Note: no edge is authorised" in done.stdout
+    told = json.loads(run("check", "--config", "node.toml", "--json", cwd=folder).stdout)
+    assert told["settings"]["threads"] == {"value": 1, "source": "node.toml"}
+    assert told["settings"]["device"]["value"] == ["auto"]
+    assert told["public_key"] == keys.load_secret(folder / "keys" / "node.key").public
+    assert told["authorised_keys"] == 0
+
+
+def test_check_and_serve_refuse_the_same_mistakes(folder: Path) -> None:
+    (folder / "node.toml").write_text('bundel = "bundle"\n')
+    said = [run(command, "--config", folder / "node.toml") for command in ("check", "serve")]
+    for done in said:
+        assert done.returncode == 1
+        assert done.stderr.count("\n") == 1
+        assert "did you mean bundle?" in done.stderr
+    (folder / "node.toml").write_text("")
+    (folder / "keys" / "node.key").chmod(0o644)
+    done = run("check", "--config", folder / "node.toml")
+    assert (done.returncode, "chmod 600" in done.stderr) == (1, True)
+
+
+def test_init_writes_a_file_that_explains_and_loads(folder: Path) -> None:
+    done = run(
+        "init", "--bundle", "bundle", "--metrics", "127.0.0.1:0", "--device", "cuda:0,1",
+        "--queue-bytes", "64MiB", "--out", "etc.toml", cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "cloud-node check --config etc.toml" in done.stdout
+    assert "keys node" not in done.stdout  # there are some
+    text = (folder / "etc.toml").read_text()
+    for setting in SETTINGS:
+        assert re.search(rf"^(# )?{setting.name} = ", text, re.MULTILINE)
+    assert max(map(len, text.splitlines())) <= 100
+    config = load(folder / "etc.toml").config
+    assert config.bundle == folder / "bundle"
+    assert config.device == ("cuda:0", "cuda:1")
+    assert config.queue_bytes == 64 << 20
+    assert config.metrics == "127.0.0.1:0"
+    assert run("init", "--out", "etc.toml", cwd=folder).returncode == 1
+    assert (folder / "etc.toml").read_text() == text
+
+
+def test_what_init_comments_out_is_valid_too(tmp_path: Path) -> None:
+    assert run("init", cwd=tmp_path).returncode == 0
+    text = (tmp_path / "node.toml").read_text()
+    assert load(tmp_path / "node.toml").config == load(None, {"keys": tmp_path / "keys"}).config
+    lines = re.sub(r"^# (\w+ = )", r"\1", text, flags=re.MULTILINE)
+    lines = lines.replace('workers = "local"', 'workers = "ray"')
+    (tmp_path / "all.toml").write_text(lines)
+    sources = load(tmp_path / "all.toml").sources
+    assert set(sources.values()) == {str(tmp_path / "all.toml")}
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--threads", "0"], "--threads 0: expected 1 to 1024"),
+        (["--memory-ceiling", "100MiB"], "expected at least 320 MiB"),
+        (["--out", "no/where.toml"], "cannot write no/where.toml"),
+    ],
+)
+def test_init_writes_nothing_when_something_is_wrong(
+    tmp_path: Path, words: list[str], part: str
+) -> None:
+    done = run("init", *words, cwd=tmp_path)
+    assert done.returncode == 1
+    assert part in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--device", "abacus"], ["--threads", "x"], ["--metrics", "9464"], ["--queue-bytes", "lots"]],
+)
+def test_what_cannot_be_read_at_all_is_a_usage_error(words: list[str]) -> None:
+    done = run("serve", *words)
+    assert done.returncode == 2
+    assert "expected" in done.stderr
+
+
+def test_a_node_serves_from_its_file_and_tells_how_it_does(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    short = tmp_path_factory.mktemp("n")  # a socket's path may not be long
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(short / "notify"))
+        manager.settimeout(60)
+        (folder / "node.toml").write_text(
+            'bundle = "bundle"\nbind = "tcp://127.0.0.1:0"\nthreads = 1\nlog_format = "json"\n'
+            'metrics = "127.0.0.1:0"\nready_file = "ready.json"\n'
+        )
+        environment = {"NOTIFY_SOCKET": str(short / "notify"), "WATCHDOG_USEC": "200000"}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cloud_node.cli", "serve", "--config", "node.toml"],
+            cwd=folder,
+            env={**os.environ, **environment},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            told = []
+            while not told or told[-1] != "WATCHDOG=1" or "READY=1" not in told:
+                told.append(manager.recv(1000).decode())
+            assert process.stderr
+            records = []
+            while not records or not records[-1]["message"].startswith("ready "):
+                records.append(json.loads(process.stderr.readline()))
+            address = next(r["message"] for r in records if "metrics at" in r["message"])
+            base = address.removeprefix("metrics at ").removesuffix("/metrics")
+            with urllib.request.urlopen(f"{base}/readyz", timeout=60) as answer:
+                assert answer.read() == b"ready\n"
+            with urllib.request.urlopen(f"{base}/metrics", timeout=60) as answer:
+                assert b"\nedge_runtime_node_workers_ready 1.0\n" in answer.read()
+            assert json.loads((folder / "ready.json").read_text())["pid"] == process.pid
+            for child in _children(process.pid):
+                assert b"NOTIFY_SOCKET" not in Path(f"/proc/{child}/environ").read_bytes()
+
+            process.send_signal(signal.SIGTERM)
+            while told[-1] != "STOPPING=1":
+                told.append(manager.recv(1000).decode())
+            assert process.wait(timeout=60) == 0
+            assert json.loads(process.stderr.read().splitlines()[-1])["message"] == "stopped"
+            with pytest.raises(urllib.error.URLError):
+                urllib.request.urlopen(f"{base}/healthz", timeout=60)
+        finally:
+            process.kill()
+            process.wait()
+            if process.stderr:
+                process.stderr.close()
+
+
+def _children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def test_an_address_for_metrics_that_is_taken_stops_the_start(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        done = run("serve", "--metrics", address, "--bind", "tcp://127.0.0.1:0", cwd=folder)
+    assert done.returncode == 1
+    assert f"error: cannot listen on {address}" in done.stderr
+
+
+def test_the_document_lists_the_settings_there_are() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", DOCUMENT.read_text(), re.MULTILINE)
+    listed = {name: (default, text) for name, default, text in rows}
+    for setting in SETTINGS:
+        default = setting.unset if setting.default is None else f"`{setting.show(setting.default)}`"
+        assert listed.pop(setting.name) == (default, setting.help), setting.name
