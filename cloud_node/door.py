@@ -104,7 +104,7 @@ class Door:
             self._authenticator = Authenticator(self._ctx, prepared.allowed, self._revoke)
             self._authenticator.start()
             self._socket = server_socket(
-                self._ctx, self.endpoint, prepared.keypair, prepared.limits
+                self._ctx, self.endpoint, prepared.keypair, prepared.limits, monitor=True
             )
         except BaseException:
             self._ctx.destroy(linger=0)
@@ -136,7 +136,7 @@ class Door:
         if self._authenticator:
             await self._authenticator.stop()
         self._socket.close(linger=round(flush_s * 1000))
-        self._ctx.term()
+        self._ctx.destroy()
         self._ctx = self._socket = None
 
     async def reopen(self) -> None:

@@ -1,0 +1,139 @@
+"""The door: opened, closed and opened anew, with edges that come back by themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+import zmq.asyncio
+
+from cloud_node.config import NodeConfig, Prepared, prepare
+from cloud_node.door import Door
+from cloud_node.metrics import Metrics
+from engines.errors import ConfigError
+from transport import keys, sockets
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, bundle_of: Callable[[str], Path]) -> Prepared:
+    folder = tmp_path / "keys"
+    keys.generate(folder, "node")
+    keys.make_directory(folder / "authorized")
+    pair = keys.generate(tmp_path / "edge", "edge")
+    keys.write_public(folder / "authorized" / "edge.pub", pair.public, "edge")
+    return prepare(NodeConfig(bundle=bundle_of("pixels"), bind="tcp://127.0.0.1:0", keys=folder))
+
+
+class Edge:
+    """A bare edge in the same loop."""
+
+    def __init__(self, prepared: Prepared, endpoint: str, pair: keys.KeyPair) -> None:
+        self.ctx = zmq.asyncio.Context()
+        public = prepared.keypair.public
+        self.socket: Any = sockets.client(self.ctx, endpoint, public, pair, prepared.limits)
+
+    async def say(self, *parts: bytes) -> list[bytes]:
+        await asyncio.wait_for(self.socket.send_multipart(parts), 30)
+        answer: list[bytes] = await asyncio.wait_for(self.socket.recv_multipart(), 30)
+        return answer
+
+    def close(self) -> None:
+        self.ctx.destroy(linger=0)
+
+
+def echo(door: list[Door]) -> Callable[[list[zmq.Frame], str], None]:
+    def answer(frames: list[zmq.Frame], name: str) -> None:
+        if frames[1].bytes == b"fail":
+            raise ValueError("contents of a message")
+        sent = door[0].send(frames[0].bytes, [name.encode(), *(f.bytes for f in frames[1:])])
+        assert sent == "sent"
+
+    return answer
+
+
+def test_edges_come_back_after_it_was_opened_anew_on_the_same_port(
+    prepared: Prepared, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pair = keys.load_secret(tmp_path / "edge" / "edge.key")
+
+    async def work() -> None:
+        metrics, doors = Metrics(), []
+        door = Door(prepared, metrics, echo(doors), lambda names: None)
+        doors.append(door)
+        door.open()
+        endpoint = door.endpoint
+        edge = Edge(prepared, endpoint, pair)
+        for _ in range(3):
+            assert await edge.say(b"x", b"y") == [b"edge", b"x", b"y"]
+            await edge.socket.send_multipart([b"fail"])  # stops nothing
+            assert door.send(b"nobody", [b"x"]) == "lost"
+            await door.reopen()
+            assert door.endpoint == endpoint
+        assert await edge.say(b"z") == [b"edge", b"z"]
+        door.look()
+        assert metrics.clients == 1
+        edge.close()
+        await door.close()
+        await door.close()
+        assert door.send(b"nobody", [b"x"]) == "lost"
+        assert not door.broken.done()
+
+    asyncio.run(work())
+    assert "contents of a message" not in caplog.text
+
+
+def test_a_revoked_key_loses_its_connection_and_its_name_is_told(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    pair = keys.load_secret(tmp_path / "edge" / "edge.key")
+
+    async def work() -> None:
+        metrics, doors, told = Metrics(), [], asyncio.Event()
+        door = Door(prepared, metrics, echo(doors), lambda names: told.set())
+        doors.append(door)
+        door.open()
+        edge = Edge(prepared, door.endpoint, pair)
+        await edge.say(b"x")
+        assert door.admits("edge")
+        (tmp_path / "keys" / "authorized" / "edge.pub").unlink()
+        await asyncio.wait_for(told.wait(), 30)
+        assert not door.admits("edge")
+        assert metrics.connections_dropped["revoked"] == 1
+        edge.close()
+        await door.close()
+
+    asyncio.run(work())
+
+
+def test_opening_and_closing_at_once_does_not_hang(prepared: Prepared) -> None:
+    async def work() -> None:
+        door = Door(prepared, Metrics(), lambda *_: None, lambda _: None)
+        door.open()
+        await door.close()
+
+    asyncio.run(work())
+
+
+def test_a_port_that_is_taken(prepared: Prepared) -> None:
+    async def work() -> None:
+        first = Door(prepared, Metrics(), lambda *_: None, lambda _: None)
+        first.open()
+        taken = dataclasses.replace(prepared.config, bind=first.endpoint)
+        second = Door(
+            dataclasses.replace(prepared, config=taken),
+            Metrics(),
+            lambda *_: None,
+            lambda _: None,
+        )
+        with pytest.raises(ConfigError, match="choose another"):
+            second.try_address()
+        with pytest.raises(ConfigError, match="choose another"):
+            second.open()
+        await first.close()
+
+    asyncio.run(work())
