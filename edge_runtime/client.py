@@ -299,7 +299,9 @@ class NodeClient:
             return
         # At once or not at all: a node that takes nothing more needs no telling.
         told = self._socket.send_multipart(encode(Cancel(id)), flags=zmq.NOBLOCK)
-        if not told.cancelled() and told.exception() is None:
+        if not told.done():  # pyzmq lets it wait behind other messages
+            told.cancel()
+        elif not told.cancelled() and told.exception() is None:
             self.cancelled += 1
 
     def _error(self, reason: str) -> OffloadError:

@@ -445,9 +445,11 @@ class Meter:
         """A message was received with ``copy=False``; `routed` if a routing id comes first."""
         try:
             fd = int(frames[-1].get(zmq.SRCFD))
-            user = str(frames[-1].get("User-Id") or "")
         except (zmq.ZMQError, IndexError, TypeError, ValueError):
             return  # not by TCP
+        user = ""
+        with contextlib.suppress(zmq.ZMQError):  # a server has none
+            user = str(frames[-1].get("User-Id") or "")
         route = frames[0].bytes if routed else None
         self._accounts.delivered(fd, frames_bytes(frames[int(routed) :]), user, route)
 
