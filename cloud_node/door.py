@@ -96,19 +96,15 @@ class Door:
         """Bind, and begin to let edges in.
 
         Raises:
-            ConfigError: the address can't be bound.
+            ConfigError: the address can't be bound; `close` all the same.
         """
         prepared = self._prepared
         self._ctx = zmq.asyncio.Context()
-        try:
-            self._authenticator = Authenticator(self._ctx, prepared.allowed, self._revoke)
-            self._authenticator.start()
-            self._socket = server_socket(
-                self._ctx, self.endpoint, prepared.keypair, prepared.limits, monitor=True
-            )
-        except BaseException:
-            self._ctx.destroy(linger=0)
-            raise
+        self._authenticator = Authenticator(self._ctx, prepared.allowed, self._revoke)
+        self._authenticator.start()
+        self._socket = server_socket(
+            self._ctx, self.endpoint, prepared.keypair, prepared.limits, monitor=True
+        )
         self.endpoint = self._socket.last_endpoint.decode()
         self._meter = Meter(self._bounds)
         loop = asyncio.get_running_loop()
@@ -135,7 +131,8 @@ class Door:
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._authenticator:
             await self._authenticator.stop()
-        self._socket.close(linger=round(flush_s * 1000))
+        if self._socket:
+            self._socket.close(linger=round(flush_s * 1000))
         self._ctx.destroy()
         self._ctx = self._socket = None
 
@@ -155,6 +152,7 @@ class Door:
             except Exception:  # the reaper may not have closed the old listener yet
                 if time.monotonic() > give_up:
                     raise
+            await self.close()
             await asyncio.sleep(_RETRY_S)
 
     def admits(self, name: str) -> bool:

@@ -325,7 +325,6 @@ def test_an_edge_that_never_reads_disturbs_nobody(
     assert asyncio.run(work()) > 100
 
 
-@needs_sodium
 def test_refused_requests_do_not_fill_the_log(mine: Any, connect: Any, five: Feeds) -> None:
     edge = connect(mine)
     bad = {**five, "window": five["window"] * 0 - 1}
