@@ -95,6 +95,7 @@ def write_stage(
         OSError: the file could not be written.
     """
     model = _to_onnx(module.eval(), inputs, outputs)
+    measure_no_uint8(model)
     _make_anonymous(model)
     return _save(name, model, inputs, outputs, directory)
 
@@ -160,6 +161,23 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         log.setLevel(level)
+
+
+def measure_no_uint8(model: ir.Model) -> None:
+    """Let the batch size be read from an input that is not uint8.
+
+    TensorRT takes uint8 inputs into a cast and into nothing else
+    (https://github.com/NVIDIA/TensorRT/issues/3985), not even to ask for their shape.
+    """
+    for node in model.graph.all_nodes():
+        value = node.inputs[0] if node.op_type == "Shape" else None
+        if value is None or value.dtype != ir.DataType.UINT8:
+            continue
+        if [node.attributes[k].as_int() for k in ("start", "end")] != [0, 1]:
+            raise ExportError(f"the graph asks for more than the batch size of {value.name}")
+        size = _describe(value)[2][0]
+        others = (v for v in model.graph.inputs if v.dtype != ir.DataType.UINT8)
+        node.replace_input_with(0, next(v for v in others if _describe(v)[2][0] == size))
 
 
 def _make_anonymous(model: ir.Model) -> None:

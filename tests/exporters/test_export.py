@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from edge_runtime.cli import main
-from engines.bundle import Bundle
+from engines.bundle import Bundle, shipped_bundle
 from engines.errors import CheckpointError, ExportError
 from engines.ort import OrtEngine
 from engines.pipeline import Pipeline
@@ -102,6 +102,15 @@ def test_graphs_hold_what_engines_take(random_bundle: Path) -> None:
                 shapes = {tuple(v.shape or ())[-1] for v in node.inputs}
                 assert len(shapes) == 1, "q, k and v of one width"
                 assert shapes.pop() % 8 == 0
+
+
+def test_pixels_go_into_a_cast_and_nothing_else(random_bundle: Path) -> None:
+    """TensorRT takes uint8 nowhere else; the shipped bundles are what Jetsons will try first."""
+    for bundle in (random_bundle, shipped_bundle("fp32"), shipped_bundle("fp16")):
+        for file in ("stack.onnx", "stack.plain.onnx"):
+            graph = ir.load(bundle / file).graph
+            pixels = next(value for value in graph.inputs if value.name == "pixels")
+            assert [node.op_type for node, _ in pixels.uses()] == ["Cast"], file
 
 
 def test_golden_sample_can_be_replayed(random_bundle: Path) -> None:
