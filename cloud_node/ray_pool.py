@@ -551,6 +551,9 @@ class RayPool(Pool):
         if self._starting is not None and self._starting.done():
             self._starting.exception()
         tasks = [flight.task for flight in self._flights.values()]
+        if self._handle is not None:
+            with contextlib.suppress(Exception):  # only its own upkeep, which ends with Ray too
+                await self._handle.shutdown_async()
         if self._watching is not None:
             tasks.append(self._watching)
         if tasks:
@@ -643,6 +646,8 @@ class _Cluster:
         Raises:
             EdgeRuntimeError: there is none, or it may write what it holds to disks.
         """
+        # Else Ray answers a SIGTERM to this process with a stack trace.
+        os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
         if address == "local":
             os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing is sent to Ray's makers
             # Ray asks for a token on its ports, which are open on every address. It would keep
@@ -748,10 +753,8 @@ class _Cluster:
                 import ray
 
                 try:
-                    if self.ours and ray.is_initialized():
-                        from ray import serve
-
-                        serve.shutdown()
+                    # Not serve.shutdown() first: what then still listens to Serve's controller
+                    # meets a Ray that is gone, which ends the process.
                     ray.shutdown()
                 except Exception as error:
                     log.error("leaving Ray failed: %s", type(error).__name__)

@@ -134,6 +134,17 @@ def folders() -> set[Path]:
     return {path for root in roots for path in root.glob("edge-runtime-ray-*")}
 
 
+def gone(before: dict[int, str]) -> dict[int, str]:
+    """What Ray left that was not there before; its last processes take a moment to end."""
+    left: dict[int, str] = {}
+    for _ in range(300):
+        left = {pid: text for pid, text in ray_processes().items() if pid not in before}
+        if not left:
+            break
+        time.sleep(0.05)
+    return left
+
+
 @pytest.fixture(scope="module")
 def bundle(bundle_of: Callable[[str], Path]) -> Bundle:
     """Takes a good second for a batch: time to be killed in."""
@@ -166,13 +177,7 @@ def running(bundle: Bundle) -> Iterator[Running]:
     assert late is not None
     np.testing.assert_array_equal(late["tokens"], expected["tokens"])  # valid after the end
     assert running.events[-1].kind != "died"
-    left: dict[int, str] = {}
-    for _ in range(200):  # Ray's last processes take a moment to be gone
-        left = {pid: text for pid, text in ray_processes().items() if pid not in before}
-        if not left:
-            break
-        time.sleep(0.05)
-    assert left == {}
+    assert gone(before) == {}
     assert folders() == before_folders
 
 
@@ -394,7 +399,28 @@ def test_another_process_uses_the_cluster_and_leaves_it(
     running.call(running.ask(make_feeds(bundle, 1)))
 
 
-# Without a cluster of ours
+# Without that cluster
+
+
+def test_a_node_with_workers_on_ray(
+    start_node: Callable[..., Any],
+    connect: Callable[..., Any],
+    local: Callable[..., Feeds],
+    feeds: Feeds,
+) -> None:
+    """The front over real sockets; a cluster that it starts ends with it."""
+    before, before_folders = ray_processes(), folders()
+    options = ("--workers", "ray", "--ray-address", "local", "--ray-replicas", "2")
+    node = start_node("pixels", *options, "--device", "cpu")
+    try:
+        found = connect(node).ask(feeds)
+        np.testing.assert_array_equal(found["tokens"], local(node, feeds)["tokens"])
+    finally:
+        status = node.stop()
+    assert status == 0, node.logged()
+    assert "SIGTERM received" not in node.logged()
+    assert gone(before) == {}
+    assert folders() == before_folders
 
 
 def test_a_cluster_that_spills_is_refused() -> None:
