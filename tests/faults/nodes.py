@@ -385,7 +385,9 @@ class FaultyNode(Service):
             took = loop.time() - started
         times = (round((started - arrived) * 1e6), round(took * 1e6))
         if kind == "late":
-            await asyncio.sleep(max(0.0, arrived + request.deadline_ms / 1000 - loop.time()))
+            # Whole milliseconds were sent, rounded down: with some to spare it is late for sure.
+            due = arrived + request.deadline_ms / 1000 + 0.05
+            await asyncio.sleep(max(0.0, due - loop.time()))
         if act.delay_s:
             await asyncio.sleep(act.delay_s)
         earlier = self._sent[-1] if self._sent else None
