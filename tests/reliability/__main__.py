@@ -167,7 +167,8 @@ def main() -> int:
         for number, row in enumerate(chosen):
             told = apart(row, options.form, toy, Path(scratch) / str(number))
             verdict = {True: "held", False: "NOT HELD", None: "skipped"}[told["held"]]
-            detail = told.get("error") or told.get("skipped") or json.dumps(told["seen"])
+            detail = told.get("error") or told.get("skipped")
+            detail = detail or json.dumps([told["injected"], told["seen"]])
             print(f"{verdict:9}{told['seconds']:6.1f} s  {row.name}: {detail}", flush=True)
             found.append(told)
             options.out.write_text(json.dumps(merge(options.out, [told], facts), indent=1) + "\n")
