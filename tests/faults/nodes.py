@@ -43,6 +43,7 @@ from transport.keys import KeyPair, generate, load_secret, make_directory, write
 from transport.messages import (
     VERSIONS,
     Accepted,
+    Cancel,
     Info,
     InfoRequest,
     Request,
@@ -220,6 +221,7 @@ class FaultyNode(Service):
         model: what to compute instead of the bundle's stack.
 
     Attributes:
+        cancels: how often an edge gave a request up.
         did: acts done, by kind; also ``garbage`` (unreadable messages) and ``fallback`` (honest
             because there was nothing to replay).
         log: the last (request id, kind), oldest first.
@@ -252,7 +254,7 @@ class FaultyNode(Service):
         self.endpoint = bind
         self.did: collections.Counter[str] = collections.Counter()
         self.log: collections.deque[tuple[bytes, str]] = collections.deque(maxlen=100_000)
-        self.requests = self.forged = self.undelivered = self.connections = 0
+        self.requests = self.cancels = self.forged = self.undelivered = self.connections = 0
         self._service_s, self._seed = service_s, seed
         self._pool = pool or Pool()
         self._info_stage = info_stage or self.stage.sha256
@@ -340,6 +342,9 @@ class FaultyNode(Service):
             message = decode_header(frames[0])
             if isinstance(message, InfoRequest):
                 self._spawn(self._send(channel, encode(self._info(message))))
+                return
+            if isinstance(message, Cancel):  # a node may answer nonetheless, and this one does
+                self.cancels += 1
                 return
             if not isinstance(message, Request):
                 raise ProtocolError("not for a node")
