@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import importlib.util
+import json
 import os
 import random
 import resource
 import subprocess
+import sys
 import time
 from typing import Any
 
@@ -60,6 +63,35 @@ def decoders(bench: Bench) -> Seen:
     grown = sample(os.getpid()).rss / before - 1
     seen |= {"other errors": failures, "memory, %": round(100 * grown, 2)}
     return Seen({"inputs": count * len(names)}, seen, not failures and grown < 0.05)
+
+
+@row(
+    "coverage-guided fuzz",
+    "atheris over every target, 10^6 inputs at least: only the typed errors; memory < +5 %",
+    long_s=1200,
+)
+def guided(bench: Bench) -> Seen:
+    if bench.form == "short":
+        raise Skip("takes minutes: see the long form, or `make fuzz`")
+    if not importlib.util.find_spec("atheris"):
+        raise Skip("atheris is not installed (pip install atheris)")
+    seconds = 300
+    command = [sys.executable, "-m", "fuzz", "--engine", "atheris", "--seconds", str(seconds)]
+    command += ["--out", str(bench.fresh("fuzz"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    told = json.loads(done.stdout.splitlines()[-1])["targets"]
+    inputs = {name: one["inputs"] for name, one in told.items()}
+    grown = {name: one["rss_end"] / one["rss_settled"] - 1 for name, one in told.items()}
+    failed = [name for name, one in told.items() if one["failed"]]
+    seen = {
+        "inputs": inputs,
+        "in all": sum(inputs.values()),
+        "failed": failed,
+        "memory MB at the end": {name: mb(one["rss_end"]) for name, one in told.items()},
+        "memory, most %": round(100 * max(grown.values()), 2),
+    }
+    held = not failed and sum(inputs.values()) >= 1_000_000 and max(grown.values()) < 0.05
+    return Seen({"for s": seconds}, seen, held)
 
 
 @row(
