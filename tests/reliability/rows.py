@@ -159,7 +159,7 @@ class Questions:
         self.right = self.wrong = self.asked = 0
         self.failed: collections.Counter[str] = collections.Counter()
         self.worst_s = self.over_s = 0.0
-        self.times_s: list[float] = []
+        self.times_s: collections.deque[float] = collections.deque(maxlen=1_000)
         self.compare = True
         self.fed = [feeds(bench.bundle, seed) for seed in range(SEEDS)]
 

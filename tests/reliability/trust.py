@@ -6,6 +6,7 @@ import ast
 import asyncio
 import base64
 import contextlib
+import functools
 import importlib.util
 import logging
 import mmap
@@ -14,11 +15,13 @@ import pickle
 import re
 import shutil
 import signal
+import socket
 import stat
 import struct
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -265,14 +268,10 @@ async def linkability(bench: Bench) -> Seen:
     requests = bench.pick(50, 5_000)
     views: list[dict[str, set[bytes]]] = []
 
-    class Watching(Peer):
-        """Writes down all that a node can tell edges by."""
-
     async with contextlib.AsyncExitStack() as stack:
         clients = []
         secret = bench.fresh("edge")
         questions = Questions(bench)
-        nodes = []
         for number in range(3):
             node = FaultyNode(bench.bundle, bench.fresh(), wire="raw", name=f"node-{number}")
             view: dict[str, set[bytes]] = {"ids": set(), "keys": set(), "handshakes": set()}
@@ -280,7 +279,6 @@ async def linkability(bench: Bench) -> Seen:
             _record(node, view)
             await stack.enter_async_context(node)
             pair = node.authorise(f"for-node-{number}", secret)
-            nodes.append(node)
             edge = node.node(pair)
             clients.append(await stack.enter_async_context(connected(edge, bench.bundle)))
         for _ in range(requests):
@@ -370,41 +368,44 @@ async def hygiene(bench: Bench) -> Seen:
     canary = bytes(b or 1 for b in os.urandom(16))
     fed = feeds(bench.bundle)
     fed["pixels"] = np.resize(np.frombuffer(canary, np.uint8), fed["pixels"].shape).copy()
-    shm = set(Path("/dev/shm").iterdir()) if Path("/dev/shm").exists() else set()
+    shm = set(Path("/dev/shm").glob("*"))
     edge_log = bench.folder / "edge.log"
     logging.basicConfig(filename=edge_log, level=logging.DEBUG, force=True)
     questions = Questions(bench)
     questions.fed = [fed] * len(questions.fed)
     questions.compare = False  # answers to this picture are not in the table
-    if True:
-        with bench.node() as node:
-            edge = bench.edge(node)
-            async with connected(edge, bench.bundle) as client:
-                for _ in range(bench.pick(20, 2_000)):
-                    await questions.ask(client)
-                refused = 0
-                if sodium.MISSING is None:
-                    hostile = bench.hostile(node)
-                    for build in hostile.defects(fed).values():
-                        await hostile.answer_to(build())
-                        refused += 1
-                pids = [node.pid, *workers_of(node.pid)]
-                shared = _memfds(pids)
-                in_memory = len(_search(shared, [canary]))
-                limits = Path(f"/proc/{node.pid}/limits").read_text()
-                if workers := workers_of(node.pid):
-                    async with questions.going_on(client, client, pause_s=0):
-                        await asyncio.sleep(0.02)
-                        os.kill(workers[0], signal.SIGABRT)
-                        await asyncio.sleep(0.2)
-                    await questions.until_right(client, 60)
-            node.term()
-            await asyncio.sleep(1)
-            files = [path for path in [*bench.folder.rglob("*")] if path.is_file()]
-            files = [
-                path for path in files if path.suffix != ".key" and bench.toy not in path.parents
-            ]
-    files += [p for p in Path("/dev/shm").iterdir() if p not in shm] if shm is not None else []
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        metrics = f"127.0.0.1:{free.getsockname()[1]}"
+    with bench.node(options=["--metrics", metrics]) as node:
+        edge = bench.edge(node)
+        async with connected(edge, bench.bundle) as client:
+            for _ in range(bench.pick(20, 2_000)):
+                await questions.ask(client)
+            refused = 0
+            if sodium.MISSING is None:
+                hostile = bench.hostile(node)
+                for build in hostile.defects(fed).values():
+                    await hostile.answer_to(build())
+                    refused += 1
+            pids = [node.pid, *workers_of(node.pid)]
+            shared = _memfds(pids)
+            in_memory = len(_search(shared, [canary]))
+            limits = Path(f"/proc/{node.pid}/limits").read_text()
+            if workers := workers_of(node.pid):
+                async with questions.going_on(client, client, pause_s=0):
+                    await asyncio.sleep(0.02)
+                    os.kill(workers[0], signal.SIGABRT)
+                    await asyncio.sleep(0.2)
+                await questions.until_right(client, 60)
+        for page in ("metrics", "healthz", "readyz"):
+            fetch = functools.partial(urllib.request.urlopen, f"http://{metrics}/{page}")
+            with await asyncio.to_thread(fetch) as answer:
+                (bench.folder / page).write_bytes(answer.read())
+        node.term()
+        await asyncio.sleep(1)
+        files = [path for path in [*bench.folder.rglob("*")] if path.is_file()]
+        files = [path for path in files if path.suffix != ".key" and bench.toy not in path.parents]
+    files += [p for p in Path("/dev/shm").glob("*") if p.is_file() and p not in shm]
     files += [Path(p) for p in Path.cwd().glob("core*") if p.is_file()]
     secrets = [edge.keypair.secret.encode(), node.keypair.secret.encode()]
     forms = [*_forms(canary), *secrets]
@@ -413,6 +414,7 @@ async def hygiene(bench: Bench) -> Seen:
     seen = {
         "hits": hits,
         "files searched": len(files),
+        "pages searched": ["/metrics", "/healthz", "/readyz"],
         "bytes of logs": sum(path.stat().st_size for path in files if path.exists()),
         "core file limit of the node": core[1] if core else "?",
         "shared memory segments that still hold it (memory, not files)": in_memory,
