@@ -13,11 +13,24 @@ and the machine it was measured on; do not edit it.
 
     make reliability              # the short form, about five minutes
     make reliability FORM=long    # hours
+    make fuzz SECONDS=600         # only the fuzzers
 
 Faults are those of [tests/faults](../tests/faults/README.md); each row is a function in
 `tests/reliability`. A row that can't be run somewhere says why. "Identical" is bit for bit what a
 single process computes. Rows of the frame as a whole (failover, hedging, exposure) are not here:
 they belong to the edge's scheduler and its tests.
+
+What these numbers don't say:
+
+- **A hard limit on allocations ends the process.** Where `malloc` fails (`RLIMIT_DATA`,
+  `RLIMIT_AS`), libzmq aborts; no bound that a node keeps by itself can forestall that for a limit
+  it is not told of. Limit it with systemd's `MemoryMax=` well above its `memory_ceiling`, and let
+  it be restarted ([node.md](node.md)).
+- A short soak is one minute, of which a slope per hour is noise: then growth is judged, not slope.
+- Shared memory keeps the last windows until others overwrite them. It has no name in any file
+  system and goes with its processes.
+- Lies within the shape and range of an honest answer pass here: finding them is the edge's part.
+- All of it was run on one machine, over the loopback or links between namespaces of it.
 """
 
 
