@@ -410,7 +410,7 @@ class Meter:
                         self._late.add(fd)
                         return True
                     self.dropped["crowd"] += 1
-                    borrowed.shutdown(socket.SHUT_RDWR)
+                    _cut(borrowed)
             finally:
                 borrowed.detach()
         return False
@@ -503,8 +503,16 @@ class Meter:
     def _drop(self, breach: Breach) -> None:
         self.dropped[breach.reason] += 1
         with contextlib.suppress(OSError):  # it has ended by itself
-            # Not closed: libzmq must find its end there. It notices at once and frees everything.
-            self._ends[breach.fd].shutdown(socket.SHUT_RDWR)
+            _cut(self._ends[breach.fd])
+
+
+def _cut(end: socket.socket) -> None:
+    """End a connection of libzmq's without closing it: libzmq must find its end there, which it
+    does at once, and frees everything."""
+    # A reset in place of a farewell. The kernel would wait a minute for the peer's, holding the
+    # connection, and a peer that only writes would never learn.
+    end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    end.shutdown(socket.SHUT_RDWR)
 
 
 def _counts(end: socket.socket) -> tuple[int, int, int] | None:
