@@ -457,8 +457,9 @@ async def replays(bench: Bench) -> Seen:
                 node.policy = lambda ask, kind=kind: Act(kind)
                 before, right = client.strays, questions.right
                 # One after the other, or a replayed answer is that to a question still open.
-                width = 1 if kind == "replay" else 25
-                seconds = {"duplicate": 20, "replay": 0.03}.get(kind, 0.25)
+                # The others wait long enough that no `accepted` comes too late, and is a stray too.
+                width = 1 if kind == "replay" else 200
+                seconds = {"duplicate": 20, "replay": 0.05}.get(kind, 2.0)
                 await _volley(questions, client, each, seconds, width)
                 until = time.monotonic() + 10
                 while client.strays - before < each and time.monotonic() < until:
