@@ -28,7 +28,7 @@ from reliability.rows import ROWS, Bench, Form, Row, Skip
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "docs/results/reliability.json"
 PAGE = ROOT / "docs/reliability.md"
-MODULES = ("network", "hostile", "load", "trust")
+MODULES = ("network", "hostile", "load", "trust", "throughput")
 
 
 def load_rows() -> dict[str, Row]:

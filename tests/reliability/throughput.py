@@ -1,0 +1,379 @@
+"""Rows of throughput: a node whose engine does nothing, beside two bare sockets with the same
+security.
+
+What is left of a request without its engine is what the node costs: metering, admission, queue, the
+copy into memory shared with the worker, the worker's turn, the result. `main` is the processes
+this takes: ``serve``, a real node but for its engine; ``bare``, a ROUTER with the same options,
+keys and authenticator that answers every message with frames of a result's sizes and looks at
+nothing; ``edge``, which loads either with the same requests. Node and bare take turns in short
+windows, since machines are shared and drift.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import collections
+import itertools
+import json
+import logging
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zmq
+import zmq.asyncio
+from faults.nodes import NodeProcess
+from faults.processes import sample
+
+from cloud_node.config import load, prepare
+from cloud_node.pool import LocalPool
+from cloud_node.server import Server
+from engines.bundle import Bundle, Manifest, Stage, TensorSpec, hash_file, write_manifest
+from engines.bundle import stage_digest as digest
+from engines.geometry import Geometry
+from reliability.rows import Bench, Seen, row, workers_of
+from transport.auth import AllowList, Authenticator
+from transport.keys import KeyPair
+from transport.messages import Refused, Request, Result, decode_header, encode, new_id, stage_limits
+from transport.sockets import client, server
+
+EDGES = (1, 16)
+IN_FLIGHT = 3
+"""Requests of one edge at a time, each of all windows of an image."""
+_RAMP_S = 0.4
+_LOST_S = 8.0
+_SHARE, _KEPT = 80.0, 90.0  # percent
+
+
+def write_sized_bundle(directory: Path, dim: int) -> Path:
+    """A bundle with the shapes of SAM and no graph in it: its engine is never opened."""
+    geometry = Geometry(
+        image_size=1024, patch_size=16, window_size=14, embed_dim=dim, out_chans=256
+    )
+    side, tokens = geometry.window_pixels, geometry.tokens_per_window
+    directory.mkdir()
+    (directory / "stack.onnx").write_bytes(b"not a graph")
+    files = {"stack.onnx": hash_file(directory / "stack.onnx")}
+    inputs = (
+        TensorSpec("pixels", "uint8", ("n", side, side, 3)),
+        TensorSpec("extent", "int64", ("n", 2)),
+        TensorSpec("window", "int64", ("n",)),
+    )
+    outputs = (TensorSpec("tokens", "float16", ("n", tokens, dim)),)
+    stage = Stage("stack.onnx", files, digest(files), inputs, outputs)
+    manifest = Manifest(
+        model=f"sized-{dim}",
+        geometry=geometry,
+        order="reordered",
+        adapted=False,
+        precision="fp16",
+        weights_sha256="0" * 64,
+        stages={"stack": stage},
+    )
+    write_manifest(directory, manifest)
+    return directory
+
+
+def _whole(specs: Sequence[TensorSpec], geometry: Geometry) -> dict[str, np.ndarray]:
+    """All windows of an image, of noise: nothing on the way may gain from zeros."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for spec in specs:
+        shape = tuple(d if isinstance(d, int) else geometry.windows for d in spec.shape)
+        arrays[spec.name] = rng.integers(0, 200, shape).astype(spec.numpy_dtype)
+    if "window" in arrays:
+        arrays["window"] = np.arange(geometry.windows)
+        arrays["extent"] = np.full((geometry.windows, 2), geometry.window_pixels)
+    return arrays
+
+
+# The processes
+
+
+async def _serve(options: argparse.Namespace) -> None:
+    """A node, as ``cloud-node serve`` makes it, but for the engine."""
+    settings = {"bundle": options.bundle, "keys": options.keys, "bind": options.bind}
+    prepared = prepare(load(None, {**settings, "ready_file": options.ready_file}).config)
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    await Server(prepared, LocalPool(prepared.bundle, noop=True)).run(stop)
+
+
+def _bare(options: argparse.Namespace) -> None:
+    """A ROUTER in a plain loop; only ZAP has a thread of its own."""
+    prepared = prepare(load(None, {"bundle": options.bundle, "keys": options.keys}).config)
+    ctx = zmq.asyncio.Context()
+    started = threading.Event()
+
+    async def authenticate() -> None:
+        Authenticator(ctx, AllowList(options.keys / "authorized")).start()
+        started.set()
+        await asyncio.Event().wait()
+
+    threading.Thread(target=asyncio.run, args=(authenticate(),), daemon=True).start()
+    started.wait()
+    plain: Any = zmq.Context.shadow(ctx.underlying)
+    socket = server(plain, options.bind, prepared.keypair, prepared.limits)
+    reply = encode(Result(new_id(), 1, 1), _whole(prepared.stage.outputs, prepared.bundle.geometry))
+    ready = {"endpoint": socket.last_endpoint.decode(), "pid": os.getpid()}
+    scratch = options.ready_file.with_suffix(".new")
+    scratch.write_text(json.dumps(ready))
+    scratch.replace(options.ready_file)
+    while True:
+        peer, *_ = socket.recv_multipart(copy=False)
+        socket.send_multipart([peer.bytes, *reply], copy=False)
+
+
+class _Load:
+    """Edges in one process, each with a key and a connection of its own."""
+
+    def __init__(self, told: dict[str, Any]) -> None:
+        bundle = Bundle.load(told["bundle"])
+        stage = bundle.stage("stack")
+        self._limits = stage_limits(stage.inputs, stage.outputs, bundle.geometry.windows)
+        self._stage, self._feeds = stage.sha256, _whole(stage.inputs, bundle.geometry)
+        self._size = self._limits.result.total_bytes
+        self._told, self._ctx, self._poller = told, zmq.Context(), zmq.Poller()
+        self._sockets = [self._connect(*keys) for keys in told["keys"]]
+
+    def _connect(self, public: str, secret: str) -> Any:
+        told, pair = self._told, KeyPair("edge", public, secret)
+        socket = client(self._ctx, told["endpoint"], told["public"], pair, self._limits)
+        socket.set(zmq.SNDTIMEO, round(_LOST_S * 1000))
+        self._poller.register(socket, zmq.POLLIN)
+        return socket
+
+    def run(self, seconds: float) -> dict[str, Any]:
+        """Load for so long, after a ramp; what came back within."""
+        began = time.monotonic()
+        begin, end = began + _RAMP_S, began + _RAMP_S + seconds
+        open_ = dict.fromkeys(self._sockets, 0)
+        refused: collections.Counter[str] = collections.Counter()
+        results = every = 0
+        for socket, _ in itertools.product(self._sockets, range(IN_FLIGHT)):
+            self._ask(socket)
+            open_[socket] += 1
+        while any(open_.values()):
+            ready = self._poller.poll(_LOST_S * 1000)
+            if not ready:
+                break
+            for socket, _ in ready:
+                frames = socket.recv_multipart(copy=False)
+                now = time.monotonic()
+                if len(frames) > 1:
+                    assert sum(len(frame) for frame in frames[1:]) == self._size
+                    results += begin <= now < end
+                    every += 1
+                else:
+                    message = decode_header(frames[0])
+                    if not isinstance(message, Refused):
+                        continue
+                    refused[message.code] += 1
+                if now < end:
+                    self._ask(socket)
+                else:
+                    open_[socket] -= 1
+        lost = sum(open_.values())
+        for number, socket in enumerate(self._sockets):
+            if open_[socket]:  # what comes late is of no run that follows
+                self._poller.unregister(socket)
+                socket.close()
+                self._sockets[number] = self._connect(*self._told["keys"][number])
+        return {"results": results, "all": every, "refused": refused, "lost": lost}
+
+    def _ask(self, socket: Any) -> None:
+        request = Request(new_id(), self._stage, 60_000)
+        socket.send_multipart(encode(request, self._feeds), copy=False)
+
+
+def _edge() -> None:
+    """Whom to load comes as the first line of stdin, seconds to do so as each that follows."""
+    load_ = _Load(json.loads(sys.stdin.readline()))
+    for line in sys.stdin:
+        print(json.dumps(load_.run(float(line))), flush=True)
+
+
+# The rows
+
+
+class _Side:
+    """A node, real or bare, and the edges that load it.
+
+    Attributes:
+        rates: results a second, by window. cpu_ms: of the processes for each request, likewise.
+        refused, lost: requests without a result.
+    """
+
+    def __init__(self, node: NodeProcess, edge: subprocess.Popen[str]) -> None:
+        self.rates: list[float] = []
+        self.cpu_ms: dict[str, list[float]] = collections.defaultdict(list)
+        self.refused: collections.Counter[str] = collections.Counter()
+        self.lost = 0
+        self._node, self._edge = node, edge
+
+    def measure(self, seconds: float, *, keep: bool = True) -> None:
+        before = self._cpu_s()
+        assert self._edge.stdin
+        assert self._edge.stdout
+        print(seconds, file=self._edge.stdin, flush=True)
+        told = json.loads(self._edge.stdout.readline())
+        after = self._cpu_s()
+        if not keep:
+            return
+        self.rates.append(told["results"] / seconds)
+        for name, used in after.items():
+            self.cpu_ms[name].append(1000 * (used - before[name]) / max(1, told["all"]))
+        self.refused.update(told["refused"])
+        self.lost += told["lost"]
+
+    def _cpu_s(self) -> dict[str, float]:
+        used = {"front": sample(self._node.pid).cpu_s, "edges": sample(self._edge.pid).cpu_s}
+        if workers := workers_of(self._node.pid):
+            used["worker"] = sum(sample(pid).cpu_s for pid in workers)
+        return used
+
+    def told(self, bytes_each: int) -> dict[str, Any]:
+        rate = statistics.median(self.rates)
+        return {
+            "requests/s": round(rate, 1),
+            "MB/s": round(rate * bytes_each / 1e6),
+            "CPU ms/request": {n: round(statistics.median(v), 1) for n, v in self.cpu_ms.items()},
+            **({"refused": dict(self.refused)} if self.refused else {}),
+            **({"lost": self.lost} if self.lost else {}),
+        }
+
+
+def _in_this_role(role: str) -> Callable[..., subprocess.Popen[bytes]]:
+    def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        changed = [sys.executable, "-m", "reliability.throughput", role, *command[4:]]
+        return subprocess.Popen(changed, **options)
+
+    return start
+
+
+@contextmanager
+def _side(bench: Bench, bundle: Path, role: str, edges: int) -> Iterator[_Side]:
+    with bench.node(bundle=bundle, popen=_in_this_role(role)) as node:
+        pairs = [node.authorise(f"edge{number}") for number in range(edges)]
+        edge = subprocess.Popen(
+            [sys.executable, "-m", "reliability.throughput", "edge"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert edge.stdin
+            told = {
+                "bundle": str(bundle),
+                "endpoint": node.endpoint,
+                "public": node.keypair.public,
+                "keys": [(pair.public, pair.secret) for pair in pairs],
+            }
+            print(json.dumps(told), file=edge.stdin, flush=True)
+            yield _Side(node, edge)
+        finally:
+            edge.kill()
+            edge.wait()
+
+
+def _shares(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Percent, of what was measured in the same round."""
+    return [100 * a / b if b else 0.0 for a, b in zip(ours, theirs, strict=True)]
+
+
+def _spread(shares: Sequence[float]) -> dict[str, float]:
+    found = {"median": statistics.median(shares), "least": min(shares), "most": max(shares)}
+    return {name: round(value, 1) for name, value in found.items()}
+
+
+def _compare(bench: Bench, dim: int) -> Seen:
+    bundle_path = write_sized_bundle(bench.folder / "bundle", dim)
+    bundle = Bundle.load(bundle_path)
+    stage, windows = bundle.stage("stack"), bundle.geometry.windows
+    limits = stage_limits(stage.inputs, stage.outputs, windows)
+    sizes = limits.request.total_bytes, limits.result.total_bytes
+    rounds, seconds = bench.pick((5, 1.5), (15, 6.0))
+    sides: dict[tuple[str, int], _Side] = {}
+    with ExitStack() as stack:
+        for edges in EDGES:
+            for role in ("serve", "bare"):
+                sides[role, edges] = stack.enter_context(_side(bench, bundle_path, role, edges))
+        for side in sides.values():
+            side.measure(0.3, keep=False)
+        for number in range(rounds):
+            order = list(sides.values())
+            for side in order if number % 2 else reversed(order):
+                side.measure(seconds)
+    seen: dict[str, Any] = {}
+    held = True
+    for edges in EDGES:
+        ours, theirs = sides["serve", edges], sides["bare", edges]
+        share = _spread(_shares(ours.rates, theirs.rates))
+        held = held and share["median"] >= _SHARE and not ours.refused and not ours.lost
+        seen[f"{edges} edge{'s' * (edges > 1)}"] = {
+            "share of bare, %": share,
+            "node": ours.told(sum(sizes)),
+            "bare": theirs.told(sum(sizes)),
+        }
+    few, many = EDGES
+    kept = {
+        name: _spread(_shares(sides[role, many].rates, sides[role, few].rates))
+        for name, role in (("node", "serve"), ("bare", "bare"))
+    }
+    seen[f"{many} edges of {few}, %"] = kept
+    held = held and kept["node"]["median"] >= _KEPT
+    injected = {
+        "windows a request": windows,
+        "bytes in": sizes[0],
+        "bytes out": sizes[1],
+        "in flight, each edge": IN_FLIGHT,
+        "rounds": rounds,
+        "seconds each": seconds,
+    }
+    return Seen(injected, seen, held)
+
+
+_BAR = (
+    "a node without an engine moves >= 80 % of what two bare sockets with the same security do; "
+    "16 edges together get >= 90 % of what one gets"
+)
+
+
+@row("throughput, ViT-B windows", _BAR, short_s=180, long_s=1800)
+def vit_b(bench: Bench) -> Seen:
+    return _compare(bench, 768)
+
+
+@row("throughput, ViT-H windows", _BAR, short_s=180, long_s=1800)
+def vit_h(bench: Bench) -> Seen:
+    return _compare(bench, 1280)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("reliability.throughput")
+    parser.add_argument("role", choices=("serve", "bare", "edge"))
+    for name in ("bundle", "keys", "ready-file"):
+        parser.add_argument(f"--{name}", type=Path)
+    parser.add_argument("--bind")
+    options, _ = parser.parse_known_args()  # the others are cloud-node's
+    logging.basicConfig(level=logging.INFO)
+    if options.role == "serve":
+        asyncio.run(_serve(options))
+    elif options.role == "bare":
+        _bare(options)
+    else:
+        _edge()
+
+
+if __name__ == "__main__":
+    main()
