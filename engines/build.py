@@ -360,6 +360,8 @@ def _record(
         assert spec.plain is not None
         graph = spec.plain.sha256
     partial = Path(request.plan)
+    # Names, not where they lie: the record travels with the bundle.
+    cache = None if options.timing_cache is None else options.timing_cache.name
     return PlanRecord(
         stage=stage,
         model=manifest.model,
@@ -380,14 +382,21 @@ def _record(
         profile=request.profile,
         inputs=spec.inputs,
         outputs=spec.outputs,
-        flags={**built.flags, "builder_peak_rss_bytes": built.peak_rss_bytes},
+        flags={
+            **built.flags,
+            "max windows": options.max_windows,
+            "workspace MiB": options.workspace_mib,
+            "timing cache": cache,
+            "strict": options.strict,
+            "builder_peak_rss_bytes": built.peak_rss_bytes,
+        },
         command=plans.rebuild_command(
-            bundle.path,
+            bundle.path.resolve().name,
             stage,
             began.flavour,
             max_windows=options.max_windows,
             workspace_mib=options.workspace_mib,
-            timing_cache=options.timing_cache,
+            timing_cache=cache,
             strict=options.strict,
         ),
         build_seconds=round(built.seconds, 2),

@@ -35,6 +35,11 @@ _INSTALL: dict[Flavour, str] = {
     ),
     "tensorrt-rtx": "`pip install 'edge-runtime[rtx]'` installs it",
 }
+# Of one that is there but broken, pip and apt would say that nothing is to be done.
+_REPAIR: dict[Flavour, str] = {
+    "tensorrt": "on a Jetson `sudo apt install --reinstall python3-libnvinfer` installs it anew",
+    "tensorrt-rtx": "`pip install --force-reinstall tensorrt-rtx-cu13` installs it anew",
+}
 
 
 @dataclass(frozen=True)
@@ -82,14 +87,14 @@ def load(flavour: Flavour) -> Library:
         reason = (str(error).splitlines() or [""])[0]
         raise EngineError(
             f"{_TITLES[flavour]} is installed, but `import {name}` fails "
-            f"({type(error).__name__}: {reason}): {_INSTALL[flavour]}"
+            f"({type(error).__name__}: {reason}): {_REPAIR[flavour]}"
         ) from error
     text = str(getattr(module, "__version__", ""))
     match = re.match(r"(\d+)\.(\d+)\.(\d+)", text)
     if match is None:
         raise EngineError(
             f"the module {name} at {getattr(module, '__file__', None)} has the version {text!r}, "
-            f"expected one like 10.3.0: something else lies in its place. {_INSTALL[flavour]}"
+            f"expected one like 10.3.0: something else lies in its place. {_REPAIR[flavour]}"
         )
     major, minor, patch = map(int, match.groups())
     library = Library(flavour, (major, minor, patch), module)
@@ -144,6 +149,11 @@ def compute_capabilities(library: Library, gpu: str | None) -> tuple[str, ...]:
     if gpu == "7.5" and gpu in supported:
         return (gpu,)
     return tuple(text for text in supported if text != "7.5")
+
+
+def builds_for(library: Library, compute_capability: str) -> bool:
+    """Whether a plan that ``library`` builds where such a GPU is can fit that GPU."""
+    return compute_capability in compute_capabilities(library, compute_capability)
 
 
 def network_flags(library: Library) -> int:

@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import logging
 import math
 import os
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
+from engines import libraries
 from engines.bundle import Bundle, Line, Name, Sha256, Tensors
 from engines.errors import BuildError, PlanError
 from engines.libraries import Backend, Defect, Flavour, Library
@@ -43,10 +45,12 @@ Shape = Annotated[
 ]
 
 
-class Machine(msgspec.Struct, frozen=True):
-    """Where a plan was measured. Two machines are the same when all of it is equal.
+class Machine(msgspec.Struct, frozen=True, eq=False):
+    """Where a plan was measured. Two machines are equal when all but the memory is.
 
     ``memory_bytes`` is all of the GPU's memory, ``library`` a name such as ``TensorRT 10.3.0``.
+    A GPU that shares the CPU's memory is told how much by the kernel, a few pages more or less
+    after an update or another boot: no reason to measure anew.
     """
 
     gpu: Name
@@ -54,6 +58,15 @@ class Machine(msgspec.Struct, frozen=True):
     driver: Name
     memory_bytes: Bytes
     library: Name
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Machine) and not _difference(self, other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(getattr(self, name) for name in _BINDING))
+
+
+_BINDING = ("gpu", "compute_capability", "driver", "library")
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -116,7 +129,10 @@ class PlanRecord(msgspec.Struct, frozen=True, kw_only=True):
         compute_capabilities: the GPUs that the plan is for.
         gpu, driver, device_memory_bytes: of the building machine; None where it had no GPU.
         profile: least, best and greatest shape of every input.
-        command: the command that builds it again, for the reader; messages make their own.
+        flags: what the library was set to, and what was asked for: ``max windows``, ``workspace
+            MiB`` and ``timing cache`` (its name alone) are None where nothing was.
+        command: the command that builds it again, for the reader, from where the bundle lies: a
+            bundle travels, and no record names a directory. Messages make their own.
         built: UTC, ISO 8601.
         read_from: where ``attention`` and ``layers`` were read.
         activation_bytes: device memory of one context, None where no GPU could tell.
@@ -175,7 +191,10 @@ class Plan:
     @property
     def rebuild(self) -> str:
         """The command that builds this plan anew."""
-        return rebuild_command(self.bundle_path, self.record.stage, self.record.flavour)
+        flavour = self.record.flavour
+        return rebuild_command(
+            self.bundle_path, self.record.stage, flavour, **_options(self.record, flavour)
+        )
 
     def read(self) -> bytes:
         """The plan's bytes, after their number and sha256 were compared with the record.
@@ -284,10 +303,12 @@ def find(
     """
     bundle.stage(stage)
     fitting: list[Plan] = []
+    others: list[PlanRecord] = []
     reasons: list[str] = []
     for path in _records(bundle, stage):
         try:
             plan = _read(bundle, path)
+            others.append(plan.record)
             _check(plan, bundle, library, compute_capability, gpu)
         except PlanError as error:
             reasons.append(str(error))
@@ -296,9 +317,18 @@ def find(
     if fitting:
         return max(fitting, key=lambda plan: plan.record.built)
     wanted = f"{library.name} on a GPU of compute capability {compute_capability}"
-    command = rebuild_command(bundle.path, stage, library.flavour)
     there = "".join(f" {reason}." for reason in reasons) or " The bundle has none of this stage."
-    raise PlanError(f"no plan of the {stage} fits {wanted}.{there} Build one: `{command}`")
+    like = max(
+        others,
+        key=lambda record: (
+            record.flavour == library.flavour,
+            compute_capability in record.compute_capabilities,
+            record.built,
+        ),
+        default=None,
+    )
+    mend = _mend("Build one", bundle, stage, library, compute_capability, like)
+    raise PlanError(f"no plan of the {stage} fits {wanted}.{there} {mend}")
 
 
 def check(
@@ -316,13 +346,17 @@ def check(
             for every GPU of their compute capabilities.
 
     Raises:
-        PlanError: naming the first mismatch and the command that rebuilds the plan.
+        PlanError: naming the first mismatch and what mends it, where something does the command
+            that rebuilds the plan.
     """
+    stage = plan.record.stage
+    if not bundle.has(stage):
+        raise PlanError(f"{plan.path} is for the {stage}, which this bundle lacks: remove it")
     try:
         _check(plan, bundle, library, compute_capability, gpu)
     except PlanError as error:
-        command = rebuild_command(bundle.path, plan.record.stage, library.flavour)
-        raise PlanError(f"{error}. Build it again: `{command}`") from None
+        mend = _mend("Build it again", bundle, stage, library, compute_capability, plan.record)
+        raise PlanError(f"{error}. {mend}") from None
 
 
 def may_serve(plan: Plan, machine: Machine, defects: Sequence[Defect]) -> str | None:
@@ -384,11 +418,12 @@ def write(
     temporary = target / f".{stage}.json.{os.getpid()}"
     try:
         _flush(Path(built))
-        _write_whole(temporary, _encode(record))
-        note.unlink(missing_ok=True)
-        os.replace(built, place)
-        os.replace(temporary, note)
-        _flush(target)
+        with _locked(target):
+            _write_whole(temporary, _encode(record))
+            note.unlink(missing_ok=True)
+            os.replace(built, place)
+            os.replace(temporary, note)
+            _flush(target)
     except OSError as error:
         raise BuildError(cannot_write(place, error)) from error
     finally:
@@ -405,18 +440,19 @@ def write_parity(plan: Plan, parity: Parity) -> Plan:
         PlanError: when the record cannot be written, or the plan was rebuilt meanwhile.
     """
     note = plan.path.with_suffix(".json")
-    on_disk = _decode(note, plan.rebuild)
-    if on_disk.plan_sha256 != plan.record.plan_sha256:
-        raise PlanError(
-            f"{plan.path} was built anew while the old one was measured: measure it again with "
-            f"`{verify_command(plan.bundle_path)}`"
-        )
-    record = msgspec.structs.replace(on_disk, parity=parity)
     temporary = note.with_name(f".{note.name}.{os.getpid()}")
     try:
-        _write_whole(temporary, _encode(record))
-        os.replace(temporary, note)
-        _flush(note.parent)
+        with _locked(note.parent):
+            on_disk = _decode(note, f"Build the plan again: `{plan.rebuild}`")
+            if on_disk.plan_sha256 != plan.record.plan_sha256:
+                raise PlanError(
+                    f"{plan.path} was built anew while the old one was measured: measure it again "
+                    f"with `{verify_command(plan.bundle_path)}`"
+                )
+            record = msgspec.structs.replace(on_disk, parity=parity)
+            _write_whole(temporary, _encode(record))
+            os.replace(temporary, note)
+            _flush(note.parent)
     except OSError as error:
         raise PlanError(cannot_write(note, error)) from error
     finally:
@@ -437,6 +473,65 @@ def cannot_write(path: Path, error: OSError) -> str:
     return f"{path} cannot be written: {error.strerror or error}"
 
 
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other writers of plans and verdicts out of ``folder``, where its disk knows locks."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _options(record: PlanRecord, flavour: Flavour, windows: int | None = None) -> dict[str, Any]:
+    """What :func:`rebuild_command` takes, as the plan was built.
+
+    Args:
+        flavour: of the library that is to build; TensorRT-RTX takes no timing cache.
+        windows: of the bundle, which may have fewer by now; None: not known.
+    """
+    most, workspace = (_count(record.flags.get(name)) for name in ("max windows", "workspace MiB"))
+    cache = record.flags.get("timing cache")
+    return {
+        "max_windows": None if most and windows and most >= windows else most,
+        "workspace_mib": workspace,
+        # The name alone, as it was written: a record must not choose where files are overwritten.
+        "timing_cache": (
+            (Path(cache).name or None) if isinstance(cache, str) and flavour == "tensorrt" else None
+        ),
+        "strict": record.flags.get("strict") is True,
+    }
+
+
+def _count(flag: object) -> int | None:
+    return flag if isinstance(flag, int) and not isinstance(flag, bool) and flag > 0 else None
+
+
+def _mend(
+    what: str,
+    bundle: Bundle,
+    stage: str,
+    library: Library,
+    compute_capability: str,
+    like: PlanRecord | None,
+) -> str:
+    """``Build it again: `command` ``, with the options of ``like``; or what else can be done."""
+    able = libraries.builds_for(library, compute_capability)
+    flavour: Flavour = library.flavour if able else "tensorrt"
+    windows = bundle.manifest.geometry.windows
+    options = {} if like is None else _options(like, flavour, windows)
+    command = rebuild_command(bundle.path, stage, flavour, **options)
+    if able:
+        return f"{what}: `{command}`"
+    return (
+        f"{library.name} supports no GPU of compute capability {compute_capability}, however often "
+        "a plan is built. Take ONNX Runtime with CUDA, or, where JetPack or a container of "
+        f"NVIDIA's brings TensorRT, build with that: `{command}`"
+    )
+
+
 def _argument(path: str | os.PathLike[str]) -> str:
     """A path that no parser of options takes for an option."""
     text = os.fspath(path)
@@ -450,49 +545,47 @@ def _records(bundle: Bundle, stage: str) -> list[Path]:
 
 def _read(bundle: Bundle, path: Path) -> Plan:
     stage = path.stem
-    known = stage in bundle.manifest.stages
-    rebuild = rebuild_command(bundle.path, stage if known else "all", "auto")
-    record = _decode(path, rebuild)
+    if stage not in bundle.manifest.stages:  # building would not replace it
+        again = "Remove it"
+    else:
+        again = f"Build the plan again: `{rebuild_command(bundle.path, stage, 'auto')}`"
+    record = _decode(path, again)
     place = (record.target, record.stage)
     if place != (path.parent.name, stage):
         raise PlanError(
-            f"{path} is the record of {record.target}/{record.stage}, it was moved or renamed. "
-            f"Build the plan again: `{rebuild}`"
+            f"{path} is the record of {record.target}/{record.stage}, it was moved or renamed: "
+            f"remove it. {again}"
         )
     return Plan(path.with_suffix(".plan"), record)
 
 
-def _decode(path: Path, rebuild: str) -> PlanRecord:
+def _decode(path: Path, again: str) -> PlanRecord:
+    """Read a record. ``again`` is what to say of one that is of no use."""
     try:
         if not path.is_file():
-            raise PlanError(f"{path} is no file. Build the plan again: `{rebuild}`")
+            raise PlanError(f"{path} is no file. {again}")
         with path.open("rb") as file:
             data = file.read(_MAX_RECORD_BYTES + 1)
     except OSError as error:
         raise PlanError(f"{path} cannot be read: {error.strerror}") from error
     if len(data) > _MAX_RECORD_BYTES:
-        raise PlanError(
-            f"{path} is larger than {_MAX_RECORD_BYTES} bytes, no record is. "
-            f"Build the plan again: `{rebuild}`"
-        )
+        raise PlanError(f"{path} is larger than {_MAX_RECORD_BYTES} bytes, no record is. {again}")
     try:
         schema = msgspec.json.decode(data, type=_SchemaOnly).schema
         if schema != SCHEMA:
             raise PlanError(
                 f"{path} has schema {schema}, expected {SCHEMA}: another version of edge-runtime "
-                f"wrote it. Build the plan again: `{rebuild}`"
+                f"wrote it. {again}"
             )
         return msgspec.json.decode(data, type=PlanRecord)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise PlanError(f"{path} is damaged: {error}. Build the plan again: `{rebuild}`") from error
+        raise PlanError(f"{path} is damaged: {error}. {again}") from error
 
 
 def _check(
     plan: Plan, bundle: Bundle, library: Library, compute_capability: str, gpu: str | None
 ) -> None:
     record, path = plan.record, plan.path
-    if not bundle.has(record.stage):
-        raise PlanError(f"{path} is for the {record.stage}, which this bundle lacks")
     stage = bundle.stage(record.stage)
     if record.form == "attention":
         graph = stage.files[stage.file]
@@ -529,13 +622,15 @@ def _describe(row: Row) -> str:
     values = [f"{name} {value:.6g}" for name, value in measures if value is not None]
     if not row.finite:
         values.insert(0, "NaN or infinity in the outputs")
-    return f"{row.stage} on {row.inputs} inputs against {row.reference}: {', '.join(values)}"
+    measured = f": {', '.join(values)}" if values else ""
+    return f"{row.stage} on {row.inputs} inputs against {row.reference}{measured}"
 
 
 def _difference(there: Machine, here: Machine) -> str:
+    """What keeps a verdict from there from holding here; empty when nothing does."""
     changed = [
         f"{name.replace('_', ' ')} {getattr(there, name)}, here {getattr(here, name)}"
-        for name in Machine.__struct_fields__
+        for name in _BINDING
         if getattr(there, name) != getattr(here, name)
     ]
     return "; ".join(changed)

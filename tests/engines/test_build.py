@@ -167,7 +167,7 @@ def check(plan: Plan, bundle: Bundle, stage: str) -> None:
     assert (record.gpu, record.read_from) == (None, "serialised plan")
     assert record.flags["strongly typed"] is True
     assert record.command == (
-        f"edge-runtime build {bundle.path} --stage {stage} --backend tensorrt-rtx"
+        f"edge-runtime build {bundle.path.name} --stage {stage} --backend tensorrt-rtx"
     )
     assert record.build_seconds > 0
     assert record.layers
@@ -277,6 +277,8 @@ def test_strict_keeps_one_that_is(tiny: Bundle, heard: Heard) -> None:
     assert record.profile["window"] == ((1,), (4,), (4,))
     assert record.command.endswith("--max-windows 4 --workspace 256 --strict")
     assert record.flags["workspace MiB"] == 256
+    (plan,) = plans(tiny)
+    assert plan.rebuild == record.command.replace(tiny.path.name, str(tiny.path))
 
 
 @pytest.mark.usefixtures("rtx")
@@ -409,7 +411,9 @@ def test_a_timing_cache_is_replaced_by_the_builds_own(
         assert no_plans(tiny)
     else:
         record = build_stage(tiny, "stack", options).record
-        assert f"--timing-cache {cache}" in record.command
+        assert "--timing-cache cache" in record.command
+        assert str(tmp_path) not in msgspec.json.encode(record).decode()
+        assert plans(tiny)[0].rebuild.endswith("--timing-cache cache")
         assert (record.gpu, record.form) == ("Orin", "plain")
     assert cache.read_bytes() == (b"old" if fails else b"new")
     assert list(tmp_path.glob(".*")) == []

@@ -101,6 +101,22 @@ def test_a_library_that_cannot_serve_is_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("body", ["raise OSError('broken')", ""])
+def test_a_broken_library_is_installed_anew(simulate: Simulate, body: str) -> None:
+    """What merely installs would find nothing to do."""
+    simulate(tensorrt=body, tensorrt_rtx=body)
+    with pytest.raises(EngineError, match="`pip install --force-reinstall tensorrt-rtx-cu13`"):
+        libraries.load("tensorrt-rtx")
+    with pytest.raises(EngineError, match="`sudo apt install --reinstall python3-libnvinfer`"):
+        libraries.load("tensorrt")
+
+
+def test_the_real_library_says_what_it_builds_for(rtx: Library) -> None:
+    able = [c for c in ("7.5", "8.6", "8.7", "9.0", "12.0") if libraries.builds_for(rtx, c)]
+    assert able == ["7.5", "8.6", "12.0"]
+    assert libraries.builds_for(tensorrt(10, 3, 0), "9.0")
+
+
 def test_the_operator_attention_is_parsed_from_10_14_on(rtx: Library) -> None:
     assert not tensorrt(10, 3, 0).parses_attention
     assert not tensorrt(10, 13, 3).parses_attention

@@ -9,7 +9,9 @@ import math
 import os
 import shlex
 import shutil
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -40,7 +42,12 @@ from engines.plan import (
 )
 
 JETPACK = Library("tensorrt", (10, 3, 0), None)
-RTX = Library("tensorrt-rtx", (1, 7, 1), None)
+_SUPPORTED = dict.fromkeys(["NONE", "SM75", "SM80", "SM86", "SM89", "SM120", "SM121"])
+RTX = Library(
+    "tensorrt-rtx",
+    (1, 7, 1),
+    SimpleNamespace(ComputeCapability=SimpleNamespace(__members__=_SUPPORTED)),
+)
 PORTABLE = ("8.0", "8.6", "8.9", "12.0", "12.1")
 ORIN = Machine("Orin", "8.7", "540.4.0", 64 << 30, "TensorRT 10.3.0")
 CONTENT = b"a serialised engine" * 100
@@ -289,9 +296,93 @@ def test_a_portable_plan_fits_all_of_its_gpus_of_any_name(bundle: Bundle) -> Non
     plan = put(bundle, record_of(bundle, library=RTX, capabilities=PORTABLE))
     for capability in PORTABLE:
         assert find(bundle, "stack", RTX, capability, "any GPU") == plan
-    with pytest.raises(PlanError, match=r"this GPU has 9\.0") as caught:
-        find(bundle, "stack", RTX, "9.0", "NVIDIA H200")
+    turing = "compute capability 8.0, 8.6, 8.9, 12.0, 12.1, this GPU has 7.5"
+    with pytest.raises(PlanError, match=turing) as caught:
+        find(bundle, "stack", RTX, "7.5", "T4")
     refused(str(caught.value), bundle, "tensorrt-rtx")
+
+
+@pytest.mark.parametrize(("capability", "gpu"), [("9.0", "NVIDIA H200"), ("8.7", "Orin")])
+def test_a_library_that_lacks_the_gpu_is_not_asked_to_build_again(
+    bundle: Bundle, capability: str, gpu: str
+) -> None:
+    def told() -> str:
+        with pytest.raises(PlanError, match="supports no GPU of compute capability") as caught:
+            find(bundle, "stack", RTX, capability, gpu)
+        return str(caught.value)
+
+    assert "tensorrt-rtx" not in told()
+    refused(told(), bundle, "tensorrt")
+    plan = put(bundle, record_of(bundle, library=RTX, capabilities=PORTABLE))
+    assert f"this GPU has {capability}" in told()
+    refused(told(), bundle, "tensorrt")
+    with pytest.raises(PlanError, match="however often") as caught:
+        check(plan, bundle, RTX, capability, gpu)
+    refused(str(caught.value), bundle, "tensorrt")
+
+
+ASKED = {"max windows": 2, "workspace MiB": 512, "timing cache": "my.cache", "strict": True}
+AS_ASKED = ["--max-windows", "2", "--workspace", "512", "--timing-cache", "my.cache", "--strict"]
+
+
+def options_in(text: str) -> list[str]:
+    return shlex.split(text.split("`")[-2])[7:]
+
+
+def test_a_plan_is_rebuilt_as_it_was_built(bundle: Bundle) -> None:
+    plan = put(bundle, record_of(bundle, flags=ASKED))
+    assert options_in(f"`{plan.rebuild}`") == AS_ASKED
+    other = Library("tensorrt", (10, 13, 3), None)
+    for ask in (
+        lambda: check(plan, bundle, other, "8.7", "Orin"),
+        lambda: find(bundle, "stack", other, "8.7", "Orin"),
+        lambda: (plan.path.unlink(), plan.read()),
+    ):
+        with pytest.raises(PlanError) as caught:
+            ask()  # type: ignore[no-untyped-call]
+        assert options_in(str(caught.value)) == AS_ASKED
+    # TensorRT-RTX refuses a timing cache.
+    with pytest.raises(PlanError) as caught:
+        check(plan, bundle, RTX, "8.6")
+    assert options_in(str(caught.value)) == ["--max-windows", "2", "--workspace", "512", "--strict"]
+
+
+def test_of_several_plans_the_one_most_like_what_is_needed_tells_the_options(
+    bundle: Bundle,
+) -> None:
+    desktop = {"strict": True}
+    put(bundle, record_of(bundle, library=RTX, capabilities=PORTABLE, built="3", flags=desktop))
+    put(bundle, record_of(bundle, built="1", flags={"max windows": 2}))
+    put(bundle, record_of(bundle, capabilities=("8.6",), built="2", flags={"max windows": 3}))
+    with pytest.raises(PlanError) as caught:
+        find(bundle, "stack", Library("tensorrt", (10, 13, 3), None), "8.7", "Orin")
+    assert options_in(str(caught.value)) == ["--max-windows", "2"]
+
+
+def test_more_windows_than_the_bundle_has_by_now_are_not_asked_for(bundle: Bundle) -> None:
+    windows = bundle.manifest.geometry.windows
+    flags = {"max windows": windows + 1}
+    plan = put(bundle, record_of(bundle, flags=flags, model="vit_b"))
+    with pytest.raises(PlanError, match="stale") as caught:
+        check(plan, bundle, JETPACK, "8.7")
+    assert options_in(str(caught.value)) == []
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"max windows": "9; rm", "workspace MiB": True, "timing cache": 3, "strict": "yes"},
+        {"max windows": -1, "workspace MiB": 0, "timing cache": "", "strict": 1},
+        {"timing cache": "/"},
+    ],
+)
+def test_flags_that_no_build_wrote_are_no_options(bundle: Bundle, flags: dict[str, Any]) -> None:
+    assert options_in(f"`{put(bundle, record_of(bundle, flags=flags)).rebuild}`") == []
+
+
+def test_a_record_chooses_no_file_elsewhere_to_be_overwritten(bundle: Bundle) -> None:
+    plan = put(bundle, record_of(bundle, flags={"timing cache": "/home/you/.bashrc"}))
+    assert "/home" not in plan.rebuild
 
 
 def test_plans_of_several_targets_lie_side_by_side(bundle: Bundle) -> None:
@@ -315,7 +406,7 @@ def test_the_newest_of_several_that_fit_is_found(bundle: Bundle) -> None:
     ("changes", "library", "capability", "gpu", "reason"),
     [
         ({}, Library("tensorrt", (10, 13, 3), None), "8.7", "Orin", r"10\.3\.0, this is .* 10\.13"),
-        ({}, RTX, "8.7", "Orin", "built with tensorrt 10.3.0, this is tensorrt-rtx"),
+        ({}, RTX, "8.6", "Orin", "built with tensorrt 10.3.0, this is tensorrt-rtx"),
         ({}, JETPACK, "8.6", "Orin", "compute capability 8.7, this GPU has 8.6"),
         ({}, JETPACK, "8.7", "Other", "on the GPU Orin, this is Other"),
         ({"model": "vit_b"}, JETPACK, "8.7", "Orin", "stale: .* the model vit_b"),
@@ -370,8 +461,16 @@ def test_a_plan_of_the_plain_form_needs_that_very_form(bundle: Bundle) -> None:
 def test_a_plan_of_a_stage_that_the_bundle_lacks(bundle: Bundle) -> None:
     record = record_of(bundle, stage="tail")
     plan = put(bundle, msgspec.structs.replace(record, stage="encoder"))
-    with pytest.raises(PlanError, match="encoder, which this bundle lacks"):
+    with pytest.raises(PlanError, match="encoder, which this bundle lacks: remove it") as caught:
         check(plan, bundle, JETPACK, "8.7")
+    assert "edge-runtime build" not in str(caught.value)
+
+
+def test_a_damaged_record_of_a_stage_that_the_bundle_lacks(bundle: Bundle) -> None:
+    note_of(put(bundle, record_of(bundle))).with_name("encoder.json").write_text("{")
+    with pytest.raises(PlanError, match=r"is damaged: .*\. Remove it") as caught:
+        plans(bundle)
+    assert "edge-runtime build" not in str(caught.value)
 
 
 # Records from elsewhere
@@ -486,7 +585,6 @@ def test_never_measured_serves_with_a_warning(bundle: Bundle) -> None:
         {"gpu": "Orin Nano"},
         {"compute_capability": "8.6"},
         {"driver": "1"},
-        {"memory_bytes": 8 << 30},
         {"library": "TensorRT 10.3.1"},
     ],
 )
@@ -500,6 +598,20 @@ def test_measured_on_another_machine_is_not_measured_here(
     assert str(next(iter(changes.values()))) in warning
     with pytest.raises(PlanError, match="wrong in all"):
         may_serve(plan, ORIN, WIDER)
+
+
+def test_memory_is_no_part_of_what_a_verdict_holds_for(bundle: Bundle) -> None:
+    """A kernel of a Jetson that keeps a page more for itself changes nothing that is computed."""
+    there = msgspec.structs.replace(ORIN, memory_bytes=ORIN.memory_bytes - 4096)
+    assert there == ORIN
+    assert hash(there) == hash(ORIN)
+    assert there != "Orin"
+    plan = put(bundle, record_of(bundle, parity=parity(there)))
+    assert may_serve(plan, ORIN, WIDER) is None
+    assert plans(bundle)[0].record.parity == parity(there)
+    failed = put(bundle, record_of(bundle, parity=parity(there, False)))
+    with pytest.raises(PlanError, match="on this machine"):
+        may_serve(failed, ORIN, ())
 
 
 def test_a_known_defect_stops_a_plan_that_was_not_measured(bundle: Bundle) -> None:
@@ -567,6 +679,31 @@ def test_a_verdict_on_a_plan_that_was_replaced_is_refused(bundle: Bundle) -> Non
     with pytest.raises(PlanError, match="built anew"):
         write_parity(old, parity())
     assert plans(bundle)[0].record.parity is None
+
+
+def test_a_build_that_ends_while_a_verdict_is_written_loses_nothing(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = put(bundle, record_of(bundle))
+    new = CONTENT + b"!"
+    digest = hashlib.sha256(new).hexdigest()
+    record = record_of(bundle, plan_sha256=digest, plan_bytes=len(new))
+    build = threading.Thread(target=put, args=(bundle, record, new))
+    real = plan_module._decode
+
+    def decode(*args: Any) -> PlanRecord:
+        read = real(*args)
+        build.start()
+        build.join(0.5)  # without a lock it ends here, and its record is written over
+        return read
+
+    monkeypatch.setattr(plan_module, "_decode", decode)
+    write_parity(old, parity())
+    build.join()
+    monkeypatch.undo()
+    (found,) = plans(bundle)
+    assert found.record == record
+    assert found.read() == new
 
 
 def test_a_verdict_that_cannot_be_written_says_what_to_do(
