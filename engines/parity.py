@@ -4,9 +4,10 @@ Engines are run on the bundle's golden samples, whose answers are the original P
 on fresh random inputs, whose answers are ONNX Runtime's on the CPU (where it can run the bundle). A
 stage is fed the reference's inputs, so that its rows tell of it alone; then the stages that passed
 are chained, and the masks at the end compared. The gate promises that a NaN, an infinity or a miss
-is a failure, that a failure is kept where :mod:`engines.opening` finds it, so that what failed does
-not serve, and that the same seed draws the same inputs. It needs no torch: what it measures with is
-what the exporters verify with. Building, opening and displaying are left to others.
+is a failure, and so is whatever an engine raises; that a failure is kept, at once and in place of
+an older pass, where :mod:`engines.opening` finds it, so that what failed does not serve; and that
+the same seed draws the same inputs. It needs no torch: what it measures with is what the exporters
+verify with. Building, opening and displaying are left to others.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ import numpy as np
 from engines import cuda, libraries, opening
 from engines import plan as plans
 from engines.bundle import Bundle, Stage
-from engines.engine import Engine
-from engines.errors import EngineError
+from engines.engine import Engine, check_feeds
+from engines.errors import BundleError, EngineError
 from engines.plan import Machine, Parity, Plan, Row
 from engines.samples import Arrays, Sample, golden_samples, linked, order, random_sample
 from engines.wire import from_wire
@@ -314,19 +315,26 @@ class _Run:
             opener = contender.openers.get(name)
             if opener is not None:
                 found[name] = self._stage(contender, name, opener, chain)
+                if found[name].status == "failed":  # before anything else can go wrong
+                    self._keep(contender, name, found[name].rows)
             if name not in found or found[name].status != "ok":
                 chain.fill(name)
-        end = chain.verdict()
+        try:
+            end = chain.verdict()
+        except Exception as error:
+            rows = (_no_answer(END_TO_END),)
+            end = Verdict(contender.name, END_TO_END, "failed", _said(error), rows)
         if end is not None:
             self._report(end)
         for name, verdict in found.items():
-            if verdict.rows:
-                joined = end is not None and verdict.status == "ok"
-                rows = verdict.rows + (end.rows if end is not None and joined else ())
-                try:
-                    contender.keep(name, all(row.passed for row in rows), rows)
-                except EngineError as error:
-                    self.unrecorded.append(str(error))
+            if verdict.status == "ok":
+                self._keep(contender, name, verdict.rows + (end.rows if end is not None else ()))
+
+    def _keep(self, contender: _Contender, name: str, rows: tuple[Row, ...]) -> None:
+        try:
+            contender.keep(name, all(row.passed for row in rows), rows)
+        except Exception as error:  # the other verdicts are to be kept all the same
+            self.unrecorded.append(_said(error))
 
     def compared(
         self,
@@ -359,13 +367,13 @@ class _Run:
             with opener() as engine:
                 opened = True
                 self._run(contender, name, engine, chain, rows, missed)
-        except EngineError as error:
-            if not opened and contender.may_be_absent:
+        except BundleError:
+            raise  # it is no fault of the engine's
+        except Exception as error:  # libraries raise what they like
+            if not opened and contender.may_be_absent and isinstance(error, EngineError):
                 return self._report(Verdict(contender.name, name, "not run", str(error)))
-            missed.append(str(error))
-            if opened:  # what cannot be run must not count as never measured
-                nothing = Comparison(np.nan, np.nan, np.nan, finite=True)
-                rows.append(_row(name, "golden", "no answer at all", nothing, passed=False))
+            missed.append(_said(error))
+            rows.append(_no_answer(name))  # nor is it what it was before
         status: Status = "failed" if missed else "ok"
         return self._report(Verdict(contender.name, name, status, "; ".join(missed), tuple(rows)))
 
@@ -380,7 +388,7 @@ class _Run:
     ) -> None:
         """Run one opened stage on everything; when all is well, hand its outputs on."""
         stage = self.bundle.stage(name)
-        answers = [engine.run(sample.feeds(name, stage)) for sample in self.samples]
+        answers = [_ask(engine, sample.feeds(name, stage), stage) for sample in self.samples]
 
         def add(inputs: Inputs, reference: str, pairs: list[Pair], masks: list[Pair]) -> None:
             row, why = self.compared(name, inputs, reference, pairs, masks)
@@ -408,7 +416,7 @@ class _Run:
             if sample.inputs == "random" or contender.kind == "tensorrt"
         ]
         feeds = [sample.feeds(name, stage) for sample, _ in chosen]
-        repeats = _repeats(engine, feeds, contender.kind)
+        repeats = _repeats(engine, feeds, contender.kind, stage)
         for kind in kinds:
             pairs = []
             for (sample, answer), again in zip(chosen, repeats, strict=True):
@@ -464,7 +472,7 @@ class _Chain:
         for index, sample in enumerate(self._run.samples):
             if index in self._outputs:
                 feeds = linked(self._run.bundle, name, sample, self._outputs[index])
-                done[index] = engine.run(feeds)
+                done[index] = _ask(engine, feeds, self._run.bundle.stage(name))
             elif self._counts(sample):
                 done[index] = answers[index]
         self._own.append(name)
@@ -484,13 +492,15 @@ class _Chain:
                 self._run.bundle, name, device=kind, threads=self._run.threads
             ) as engine:
                 done = {
-                    index: engine.run(
-                        linked(self._run.bundle, name, self._run.samples[index], outputs)
+                    index: _ask(
+                        engine,
+                        linked(self._run.bundle, name, self._run.samples[index], outputs),
+                        self._run.bundle.stage(name),
                     )
                     for index, outputs in self._outputs.items()
                 }
-        except EngineError as error:
-            self._stop(str(error))
+        except Exception as error:
+            self._stop(_said(error))
         else:
             self._advance(name, done)
 
@@ -543,11 +553,42 @@ class _Chain:
         self._stopped = why
 
 
+def _ask(engine: Engine, feeds: Arrays, stage: Stage) -> Arrays:
+    """What an engine answers, when it has the names, types and shapes that the manifest says.
+
+    A row too few would spread over all of them wherever answers are compared.
+    """
+    answer = engine.run(feeds)
+    dims = check_feeds(stage.inputs, feeds)
+    for spec in stage.outputs:
+        array = answer.get(spec.name)
+        shape = tuple(dims.get(dim, dim) if isinstance(dim, str) else dim for dim in spec.shape)
+        found = "nothing" if array is None else f"{array.dtype} {array.shape}"
+        if found != (expected := f"{spec.numpy_dtype} {shape}"):
+            raise EngineError(f"it returned {found} for {spec.name}, expected {expected}")
+    return answer
+
+
+def _said(error: Exception) -> str:
+    """One printable line of an exception; of a foreign one, what it is too."""
+    text = "".join(c if c.isprintable() else " " for c in str(error))
+    if isinstance(error, EngineError):
+        return text
+    return f"{type(error).__name__}{f': {text}' if text else ''}"
+
+
+def _no_answer(name: str) -> Row:
+    nothing = Comparison(np.nan, np.nan, np.nan, finite=True)
+    return _row(name, "golden", "no answer at all", nothing, passed=False)
+
+
 def _floats(answer: Arrays, stage: Stage) -> Arrays:
     return {spec.name: from_wire(answer[spec.name], spec.dtype) for spec in stage.outputs}
 
 
-def _repeats(engine: Engine, feeds: Sequence[Arrays], kind: Kind) -> list[list[Arrays]]:
+def _repeats(
+    engine: Engine, feeds: Sequence[Arrays], kind: Kind, stage: Stage
+) -> list[list[Arrays]]:
     """What comes of each of ``feeds`` once more, computed otherwise.
 
     In two unequal parts; and for TensorRT, whose engine replays a shape as a CUDA graph from its
@@ -563,7 +604,7 @@ def _repeats(engine: Engine, feeds: Sequence[Arrays], kind: Kind) -> list[list[A
     for index, each in enumerate(feeds):
         if rows and len(each[rows[0]]) > 1:
             parts = [
-                engine.run({key: a[cut] if key in rows else a for key, a in each.items()})
+                _ask(engine, {key: a[cut] if key in rows else a for key, a in each.items()}, stage)
                 for cut in (slice(0, 1), slice(1, None))
             ]
             results[index].append(
@@ -571,7 +612,7 @@ def _repeats(engine: Engine, feeds: Sequence[Arrays], kind: Kind) -> list[list[A
             )
     for turn in range(1, 4) if kind == "tensorrt" else ():
         for index, each in enumerate(feeds):
-            answer = engine.run(turned(each, turn, rows))
+            answer = _ask(engine, turned(each, turn, rows), stage)
             results[index].append(turned(answer, -turn, answer.keys()) if rows else answer)
     return results
 

@@ -470,6 +470,150 @@ def test_an_engine_that_breaks_off_fails_and_never_serves(
     assert machine.open == 0
 
 
+class Odd(Exception):
+    """What no library of ours would raise."""
+
+
+def without(stage: str, outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return dict(list(outputs.items())[1:])
+
+
+def one_row_less(stage: str, outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {key: array[:1] for key, array in outputs.items()}
+
+
+def raising(error: BaseException) -> Callable[..., dict[str, np.ndarray]]:
+    def spoil(stage: str, outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if stage == "stack":
+            raise error
+        return outputs
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (raising(MemoryError()), "MemoryError"),
+        (raising(RuntimeError("two\nlines")), "RuntimeError: two lines"),
+        (raising(KeyError("tokens")), "KeyError: 'tokens'"),
+        (raising(Odd("odd")), "Odd: odd"),
+        (without, "it returned nothing for tokens, expected float16"),
+        (one_row_less, "it returned float16 (1, "),
+    ],
+)
+def test_whatever_an_engine_does_instead_of_answering_is_a_failure(
+    fp16: Bundle, machine: SimulatedMachine, spoil: Any, why: str
+) -> None:
+    machine.build(fp16, "stack", "tail")
+    assert gate(fp16, threads=1).passed
+    machine.spoil = lambda stage, outputs: spoil(stage, outputs) if stage == "stack" else outputs
+    report = gate(fp16, threads=1)
+    verdicts = of_tensorrt(report)
+    assert not report.passed
+    assert verdicts["stack"].status == "failed"
+    assert why in verdicts["stack"].why
+    assert verdicts["tail"].status == "ok", "the others are measured all the same"
+    machine.spoil = lambda stage, outputs: outputs
+    with pytest.raises(PlanError, match=r"failed the parity gate .* no answer at all\. It does"):
+        open_stage(fp16, "stack", device="tensorrt")
+    open_stage(fp16, "tail", device="tensorrt").close()
+    assert machine.open == 0
+
+
+@pytest.mark.parametrize("error", [EngineError("no memory"), MemoryError(), OSError(5, "I/O")])
+def test_a_plan_that_opens_no_more_does_not_keep_its_pass(
+    fp16: Bundle, machine: SimulatedMachine, error: Exception
+) -> None:
+    machine.build(fp16, "stack")
+    assert gate(fp16, threads=1).passed
+
+    def refuse(*args: Any, **options: Any) -> Engine:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opening, "open_plan", refuse)
+        assert of_tensorrt(gate(fp16, threads=1))["stack"].status == "failed"
+    with pytest.raises(PlanError, match="failed the parity gate"):
+        open_stage(fp16, "stack", device="tensorrt")
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143)])
+def test_a_stop_is_no_verdict_but_loses_no_failure(
+    fp16: Bundle, machine: SimulatedMachine, stop: BaseException
+) -> None:
+    machine.build(fp16, "stack", "tail")
+    assert gate(fp16, threads=1).passed
+
+    def spoil(stage: str, outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if stage == "tail":
+            raise stop
+        return {key: array * 2 for key, array in outputs.items()}
+
+    machine.spoil = spoil
+    with pytest.raises(type(stop)):
+        gate(fp16, threads=1)
+    machine.spoil = lambda stage, outputs: outputs
+    open_stage(fp16, "tail", device="tensorrt").close()  # nothing was found against it
+    with pytest.raises(PlanError, match="failed the parity gate"):
+        open_stage(fp16, "stack", device="tensorrt")
+
+
+def test_an_engine_that_breaks_off_in_the_chain_alone_fails(
+    fp16: Bundle, machine: SimulatedMachine
+) -> None:
+    """The decoder's answers to its own inputs are good; of chained ones it leaves some out."""
+    machine.build(fp16, "tail", "decoder")
+    assert gate(fp16, threads=1).passed
+    opened = machine.open_plan
+
+    class Decoder(SimulatedTrt):
+        def run(self, feeds: Any) -> dict[str, np.ndarray]:
+            outputs = super().run(feeds)
+            seen = any(np.array_equal(feeds["embedding"], known) for known in tails)
+            return without("decoder", outputs) if seen else outputs
+
+    tails: list[np.ndarray] = []
+
+    def spoil(stage: str, outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if stage == "tail":
+            outputs = {k: a + a.dtype.type(0.001) for k, a in outputs.items()}
+            tails.extend(outputs.values())
+        return outputs
+
+    def open_plan(bundle: Bundle, plan: Any, library: Any, *, ordinal: int = 0) -> Engine:
+        if plan.record.stage == "decoder":
+            return Decoder(machine, bundle, "decoder")
+        return opened(bundle, plan, library)
+
+    machine.spoil = spoil
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opening, "open_plan", open_plan)
+        report = gate(fp16, threads=1)
+    assert of_tensorrt(report)["decoder"].status == "failed"
+    with pytest.raises(PlanError, match="failed the parity gate"):
+        open_stage(fp16, "decoder", device="tensorrt")
+
+
+def test_what_onnx_runtime_raises_is_a_failure_too(
+    fp16: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = OrtEngine.run
+
+    def run(self: OrtEngine, feeds: Any) -> dict[str, np.ndarray]:
+        if any(spec.name == "pixels" for spec in self.inputs):
+            raise MemoryError
+        return real(self, feeds)
+
+    monkeypatch.setattr(OrtEngine, "run", run)
+    report = gate(fp16, threads=1)
+    monkeypatch.undo()
+    assert statuses(report)["stack"] == "failed"
+    assert statuses(report)["tail"] == "ok"
+    with pytest.raises(EngineError, match="failed the parity gate"):
+        open_stage(fp16, "stack")
+
+
 def test_a_plan_that_cannot_be_opened_fails(fp16: Bundle, machine: SimulatedMachine) -> None:
     (plan,) = machine.build(fp16, "stack")
     plan.path.write_bytes(b"?" * plan.record.plan_bytes)
