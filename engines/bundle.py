@@ -300,10 +300,7 @@ def _read_manifest(root: Path) -> Manifest:
     path = root / MANIFEST
     if not root.is_dir():
         what = "is not a directory" if root.exists() else "does not exist"
-        raise BundleError(
-            f"bundle {root} {what}: name a directory made by `edge-runtime export`, "
-            "or leave --bundle out to use the shipped one"
-        )
+        raise BundleError(f"bundle {root} {what}: name a directory made by `edge-runtime export`")
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_MANIFEST_BYTES + 1)

@@ -126,8 +126,7 @@ def driver_version(root: Path = Path("/")) -> str | None:
 
 _NO_GPU = (
     "no NVIDIA GPU is visible to this process: see `nvidia-smi` (on a Jetson `tegrastats`) and "
-    "CUDA_VISIBLE_DEVICES, start a container with --gpus all or --runtime nvidia, "
-    "or use --device cpu"
+    "CUDA_VISIBLE_DEVICES, or start a container with --gpus all or --runtime nvidia"
 )
 
 
@@ -138,8 +137,8 @@ def _driver() -> Any:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         raise EngineError(
-            f"no NVIDIA driver is installed here ({error}): install it, start a container with "
-            "--gpus all or --runtime nvidia, or use --device cpu"
+            f"no NVIDIA driver is installed here ({error}): install it, or start a container with "
+            "--gpus all or --runtime nvidia"
         ) from None
     _ask(cuda, "cuInit", 0)
     return cuda
@@ -161,7 +160,7 @@ def _ask(cuda: Any, function: str, *arguments: Any) -> None:
         reason = (text.value or b"unknown error").decode("utf-8", "replace")
         raise EngineError(
             f"the NVIDIA driver failed in {function}: {reason} (error {code}). "
-            "See `nvidia-smi` and `dmesg`, or use --device cpu"
+            "See `nvidia-smi` and `dmesg`"
         )
 
 
@@ -249,13 +248,14 @@ class Context:
         return (
             f"out of memory on {self.facts.name}: {what} needs {_mib(size)}, "
             f"{_mib(free)} of {_mib(total)} are free. Stop other programs that use the GPU, "
-            "build the plan for fewer windows with --max-windows, or use --device cpu"
+            "build the stack for fewer windows (`edge-runtime build --max-windows`), or run on the "
+            "CPU"
         )
 
     def _failed(self, error: Exception) -> str:
         return (
             f"{self.facts.name} failed: {error}. See `dmesg`; after an illegal access the GPU "
-            "serves this process no more, so start it again, or use --device cpu"
+            "serves this process no more, so start it again, or run on the CPU"
         )
 
 

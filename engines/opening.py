@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import platform
+import shlex
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -133,7 +134,7 @@ def _open_tensorrt(bundle: Bundle, stage: str, ordinal: int) -> Engine:
     if not _has_plans(bundle, stage):
         raise PlanError(
             f"{bundle.path} has no TensorRT plan of the {stage}: "
-            f"`edge-runtime build {bundle.path} --stage {stage}` builds one"
+            f"`edge-runtime build {shlex.quote(str(bundle.path))} --stage {stage}` builds one"
         )
     gpu = cuda.facts(ordinal)
     reasons = []

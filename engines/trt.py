@@ -34,6 +34,8 @@ from engines.plan import Plan
 
 _logger = logging.getLogger(__name__)
 
+# Of what engines.libraries.invalidity may say; the other causes lie in driver, GPU and memory.
+_MENDED_BY_BUILDING = ("version mismatch", "unsupported cc", "malformed engine")
 # Each holds an execution context, and the stages see few different shapes.
 _MAX_GRAPHS = 8
 _DTYPES = {
@@ -145,7 +147,7 @@ class TrtEngine(Engine):
                 plan = self._loaded.plan
                 raise EngineError(
                     f"{name} is {size}, but {plan.path} was built for {least} to {greatest}: feed "
-                    f"it such, or build it for more with `{plan.rebuild}` and its options"
+                    "it such, or take ONNX Runtime"
                 )
 
     def _parts(
@@ -210,10 +212,12 @@ class _Loaded:
         if reason is None and self.cuda.free_bytes()[0] < len(data):
             # The library does not say so in a form to rely on.
             raise EngineError(self.cuda.no_memory(len(data), f"the plan {self.plan.path}"))
+        mend = f"Build it again: `{self.plan.rebuild}`"
+        if reason is not None and not any(cause in reason for cause in _MENDED_BY_BUILDING):
+            mend = "Building it again would not help: `edge-runtime doctor` tells of GPU and driver"
         raise PlanError(
             f"{self.library.name} refuses {self.plan.path}"
-            f"{f': {reason}' if reason else self.log.said()}. "
-            f"Build it again: `{self.plan.rebuild}`"
+            f"{f': {reason}' if reason else self.log.said()}. {mend}"
         )
 
     def _check(self) -> dict[str, tuple[int, int]]:
@@ -293,7 +297,7 @@ class _Loaded:
         """An error that ends in what the library had to say."""
         return EngineError(
             f"{self.library.name} {what} ({self.plan.path.name}){self.log.said()}. "
-            "Look for an earlier error in the log, or use --device cpu"
+            "Look for an earlier error in the log, or take ONNX Runtime"
         )
 
 

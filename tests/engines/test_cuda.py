@@ -32,7 +32,7 @@ def test_without_a_driver_there_is_no_gpu_and_one_clear_line(
     no_driver(monkeypatch)
     assert cuda.device_count() == 0
     for ask in (cuda.facts, cuda.context):
-        with pytest.raises(EngineError, match=r"no NVIDIA driver .*--gpus all.*--device cpu"):
+        with pytest.raises(EngineError, match=r"no NVIDIA driver .*--gpus all"):
             ask()
 
 

@@ -160,8 +160,9 @@ def test_empty_dimensions_and_two_dynamic_ones(gpu: str, bundle: Path, toy: Toy)
             np.testing.assert_allclose(found["low_res_logits"], logits, **CLOSE)
             np.testing.assert_allclose(found["iou"], iou, **CLOSE)
         for p, k, said in [(1, 6, "k is 6, but .* 0 to 5"), (0, 1, "p is 0, but .* 1 to 4")]:
-            with pytest.raises(EngineError, match=said):
+            with pytest.raises(EngineError, match=said) as caught:
                 engine.run(decoder_feeds(p, k))
+            assert "edge-runtime build" not in str(caught.value)  # it has no option for these
 
 
 def test_bfloat16_travels_as_its_bits(bundle: Path, tmp_path: Path) -> None:
@@ -416,8 +417,11 @@ def test_a_plan_the_library_refuses(open_stack: Opener, flavour: str) -> None:
 
 
 def test_a_plan_the_header_of_which_is_refused(open_stack: Opener) -> None:
-    simulated.failures.invalid = True
+    simulated.failures.invalid = int(simulated.EngineInvalidityDiagnostics.UNSUPPORTED_CC)
     with pytest.raises(PlanError, match=r"TensorRT-RTX 1\.7\.1 refuses .*: unsupported cc\. Build"):
+        open_stack("tensorrt-rtx")
+    simulated.failures.invalid = int(simulated.EngineInvalidityDiagnostics.OLD_CUDA_DRIVER)
+    with pytest.raises(PlanError, match=r"old cuda driver\. Building it again would not help"):
         open_stack("tensorrt-rtx")
 
 

@@ -56,6 +56,7 @@ EngineValidity = enum.Enum("EngineValidity", ["VALID", "SUBOPTIMAL", "INVALID"])
 class EngineInvalidityDiagnostics(enum.IntFlag):
     VERSION_MISMATCH = 1
     UNSUPPORTED_CC = 2
+    OLD_CUDA_DRIVER = 4
 
 
 class Failures:
@@ -66,7 +67,7 @@ class Failures:
         self.at = 0
         self.name: str | None = None
         self.failed: str | None = None
-        self.invalid = False
+        self.invalid = 0
         self.capturable = True
 
     def due(self, name: str) -> bool:
@@ -118,7 +119,7 @@ class Runtime:
     def get_engine_validity(self, header: bytes) -> tuple[Any, int]:
         assert len(header) <= self.engine_header_size
         if failures.invalid:
-            return EngineValidity.INVALID, int(EngineInvalidityDiagnostics.UNSUPPORTED_CC)
+            return EngineValidity.INVALID, failures.invalid
         return EngineValidity.VALID, 0
 
     def deserialize_cuda_engine(self, data: bytes) -> Engine | None:
