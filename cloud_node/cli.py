@@ -156,9 +156,10 @@ def _serve(file: Path | None, options: Mapping[str, Any]) -> int:
     from cloud_node.config import load, prepare
     from cloud_node.logs import setup
     from cloud_node.notify import Notifier
-    from transport.process import disable_core_dumps
+    from transport.process import disable_core_dumps, keep_freed_memory
 
     disable_core_dumps()
+    keep_freed_memory()
     config = load(file, options).config
     setup(config.log_level, config.log_format)
     log = logging.getLogger(__name__)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import resource
 import sys
 
 _PR_SET_DUMPABLE = 4
 _FILES = 65_536
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_KEPT_BYTES = 64 << 20
+_MAPPED_BYTES = 32 << 20  # the most that glibc takes
 
 
 def disable_core_dumps() -> None:
@@ -33,3 +37,18 @@ def raise_file_limit() -> int:
     except (OSError, ValueError):  # macOS has a limit of its own below the hard one
         return soft
     return wanted
+
+
+def keep_freed_memory() -> None:
+    """Let the allocator keep 64 MiB of what is freed, instead of giving it back at once.
+
+    Messages are megabytes each, allocated and freed all the time: by default most are mapped anew
+    and cleared by the kernel page by page, which costs a busy node a tenth of its time. To be
+    called before threads start. Only where glibc is; `malloc_trim` gives back what is kept.
+    """
+    with contextlib.suppress(AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        # In the arenas of threads it keeps 64 MiB at a time, which the kernel takes back whole.
+        mallopt(_M_ARENA_MAX, 1)
+        mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)

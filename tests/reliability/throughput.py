@@ -45,6 +45,7 @@ from reliability.rows import Bench, Seen, row, workers_of
 from transport.auth import AllowList, Authenticator
 from transport.keys import KeyPair
 from transport.messages import Refused, Request, Result, decode_header, encode, new_id, stage_limits
+from transport.process import keep_freed_memory
 from transport.sockets import client, server
 
 EDGES = (1, 16)
@@ -367,6 +368,7 @@ def main() -> None:
     parser.add_argument("--bind")
     options, _ = parser.parse_known_args()  # the others are cloud-node's
     logging.basicConfig(level=logging.INFO)
+    keep_freed_memory()  # as cloud-node does
     if options.role == "serve":
         asyncio.run(_serve(options))
     elif options.role == "bare":
