@@ -196,9 +196,12 @@ def network(address: str) -> str:
 
 
 class _Early(NamedTuple):
-    size: int
-    user: str
-    route: bytes | None
+    """Of a connection before the news of it: what it delivered, and what it was answered."""
+
+    size: int = 0
+    user: str = ""
+    route: bytes | None = None
+    unsent: int = 0
 
 
 class Accounts:
@@ -214,7 +217,7 @@ class Accounts:
         self.bounds = bounds
         self.accounts: dict[int, Account] = {}
         self.routes: dict[bytes, int] = {}
-        # Deliveries that overtook the news of their connection, since the last look and before.
+        # What overtook the news of its connection, since the last look and before.
         self._early: dict[int, _Early] = {}
         self._earlier: dict[int, _Early] = {}
 
@@ -224,7 +227,8 @@ class Accounts:
         self.accounts[fd] = account
         for early in (self._earlier.pop(fd, None), self._early.pop(fd, None)):
             if early:
-                self.delivered(fd, *early)
+                self.delivered(fd, early.size, early.user, early.route)
+                self.handed(fd, early.unsent, now)
 
     def close(self, fd: int) -> None:
         account = self.accounts.pop(fd, None)
@@ -237,13 +241,15 @@ class Accounts:
         account = self.accounts.get(fd)
         if account is None:  # the message overtook the news of its connection
             if len(self._early) < _EARLY:
-                before = self._early.get(fd, _Early(0, "", None)).size
-                self._early[fd] = _Early(before + size, user, route)
+                before = self._early.get(fd, _Early())
+                self._early[fd] = _Early(before.size + size, user, route, before.unsent)
+                if route is not None:
+                    self.routes[route] = fd
             return
         account.credit += size
         account.established = True
         account.user = user or account.user
-        if route is not None and self.routes.get(route) != fd:
+        if route is not None:
             self.routes[route] = fd
             account.routes.add(route)
 
@@ -253,6 +259,8 @@ class Accounts:
             if not account.unsent:
                 account.moved = now
             account.unsent += size
+        elif early := self._early.get(fd):
+            self._early[fd] = early._replace(unsent=early.unsent + size)
 
     def sample(
         self, fd: int, received: int, acked: int, queued: int, now: float, sent: int = 0
@@ -275,6 +283,9 @@ class Accounts:
 
     def judge(self, now: float) -> list[Breach]:
         """Who has to go; each is told once. The caller drops the connections."""
+        for fd, early in self._earlier.items():  # no news came: it had ended before
+            if early.route is not None and self.routes.get(early.route) == fd:
+                del self.routes[early.route]
         self._earlier, self._early = self._early, {}
         found: list[Breach] = []
 

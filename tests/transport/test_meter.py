@@ -105,6 +105,18 @@ def test_a_message_may_overtake_the_news_of_its_connection() -> None:
     assert accounts.routes == {b"route": 8}
 
 
+def test_an_answer_may_overtake_it_too() -> None:
+    accounts = Accounts(BOUNDS)
+    accounts.delivered(8, 900, "edge", b"route")
+    accounts.handed(accounts.routes[b"route"], 700, 0.0)
+    accounts.open(8, "10.0.0.1", 0.0)
+    assert accounts.accounts[8].unsent == 700
+    accounts.delivered(9, 900, "edge", b"another")  # no news of this one ever comes
+    for _ in range(2):
+        accounts.judge(0.0)
+    assert accounts.routes == {b"route": 8}
+
+
 def test_deliveries_that_no_news_follow_are_forgotten() -> None:
     accounts = Accounts(BOUNDS)
     for fd in range(1000):
