@@ -196,7 +196,7 @@ def main() -> None:
             )
         return
     runtime, extras = project()
-    wanted = extras["export"] + extras["rtx"] + extras["dev"]
+    wanted = extras["export"] + extras["rtx"] + extras["ray"] + extras["dev"]
     dev = [r for r in wanted if not r.startswith("edge-runtime")]
     gpu = [
         r.replace("onnxruntime", "onnxruntime-gpu[cuda,cudnn]")
