@@ -275,8 +275,15 @@ def weight_places(path: Path) -> dict[str, Place]:
 
 
 def share_weights(model: ir.Model, places: Mapping[str, Place], directory: Path) -> None:
-    """Make every weight of ``model``, a graph for ``directory``, external data at its place."""
-    for name, tensor in list(_weights(model)):
+    """Make every weight of ``model``, a graph for ``directory``, external data at its place.
+
+    All else that the graph holds comes inside it.
+    """
+    weights = dict(_weights(model))
+    for name, value in model.graph.initializers.items():
+        if name not in weights and isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = ir.Tensor(value.const_value.numpy().copy(), name=name)
+    for name, tensor in weights.items():
         place = places[name]
         model.graph.initializers[name].const_value = ir.ExternalTensor(
             place.location,

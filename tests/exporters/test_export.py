@@ -199,6 +199,19 @@ def test_large_weights_lie_beside_the_graph(
     assert located == {"stack.onnx.data", "stack.onnx"}, "weights below 256 bytes are in the graph"
 
 
+def test_bf16_with_large_weights(
+    adapted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the float32 twin's graphs lie weights of another layout."""
+    monkeypatch.setattr(onnx_export, "EXTERNAL_FROM", 1)
+    result = export(adapted, tmp_path / "b", precision="bf16", node_only=True)
+    assert [row.passed for row in result.rows] == [True, True]
+    graph = ir.load(result.bundle.plain_path("stack")).graph
+    masks = [v.const_value for v in graph.initializers.values() if v.dtype == ir.DataType.BOOL]
+    assert masks
+    assert not any(isinstance(mask, ir.ExternalTensor) for mask in masks)
+
+
 def plain_weights(path: Path) -> list[ir.ExternalTensor]:
     values = ir.load(path).graph.initializers.values()
     return [v.const_value for v in values if isinstance(v.const_value, ir.ExternalTensor)]
