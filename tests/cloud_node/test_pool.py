@@ -43,11 +43,17 @@ Feeds = dict[str, np.ndarray]
 def nothing_left() -> Iterator[None]:
     """After each test: no worker, zombies included, no descriptor, no mapping."""
     gc.collect()
+    _others.clear()
+    _others.update(_children())
     before = _holdings()
     yield
     gc.collect()
     assert _children() == []
     assert _holdings() == before
+
+
+_others: set[int] = set()
+"""Processes of earlier tests' fixtures."""
 
 
 def _children() -> list[int]:
@@ -58,7 +64,7 @@ def _children() -> list[int]:
             command = (path.parent / "cmdline").read_bytes()
             if int(rest[1]) == os.getpid() and (rest[0] == "Z" or b"cloud_node" in command):
                 found.append(pid)
-    return found
+    return [pid for pid in found if pid not in _others]
 
 
 def _holdings() -> tuple[int, int]:
