@@ -51,7 +51,7 @@ class Door:
 
     Attributes:
         endpoint: where it is bound, with the port chosen.
-        unsent: most bytes that should wait for one edge to read them.
+        unsent, total: most bytes that should wait for one edge, and for all, to read them.
         broken: a future that fails if the door can't go on.
     """
 
@@ -77,6 +77,7 @@ class Door:
             files=raise_file_limit(),
         )
         self.unsent = self._bounds.unsent
+        self.total = self._bounds.total
         self._ctx: zmq.asyncio.Context | None = None
         self._socket: Any = None
         self._authenticator: Authenticator | None = None

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -186,8 +187,14 @@ class Queue:
             return 0.0
         return max(0.0, self._since + self.max_wait_s - now)
 
-    def take(self, now: float) -> list[Job]:
-        """The next batch; now these requests are running, until `finish`.
+    def take(
+        self, now: float, may_run: Callable[[str, int], bool] = lambda client, windows: True
+    ) -> list[Job]:
+        """The next batch, empty if nobody's may run; now these are running, until `finish`.
+
+        Args:
+            may_run: whether a client may have so many windows running. Its requests wait until it
+                may; others are not held up by it.
 
         In fair order. What does not fit into the rest of the batch is passed over and first in the
         next one, so that a large request neither starves nor makes batches small. Who gets past it
@@ -198,8 +205,14 @@ class Queue:
         batch: list[Job] = []
         room = self.max_batch
         passed: list[_Client] = []
+        waiting: list[_Client] = []
         while room > 0 and (client := self._first()):
             job = client.oldest
+            running = sum(other.windows for other in client.running.values())
+            if not may_run(client.name, running + job.windows):
+                heapq.heappop(self._order)
+                waiting.append(client)
+                continue
             if not passed:
                 self._present = max(self._present, client.time)
             elif client.time > passed[0].time + self.max_batch:
@@ -221,7 +234,9 @@ class Queue:
                 self._list(client)
             if apart:
                 break
-        for client in passed:
+        for client in waiting:
+            client.time = max(client.time, self._present)  # its own doing: no credit for it
+        for client in (*passed, *waiting):
             self._list(client)
         self._since = -math.inf  # what is left has waited
         return batch

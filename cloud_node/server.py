@@ -114,6 +114,8 @@ class Server:
         )
         self._suspects = Suspects()
         self._again: collections.deque[list[Job]] = collections.deque()  # batches to be run again
+        windows = prepared.bundle.geometry.windows
+        self._window_bytes = -(-prepared.limits.result.total_bytes // windows)  # of a result
         self._unread: collections.Counter[str] = collections.Counter()  # bytes sent and not left
         self._runs: set[asyncio.Task[None]] = set()
         self._told: dict[tuple[str, str], tuple[float, int]] = {}
@@ -290,12 +292,24 @@ class Server:
                 return self._again.popleft()
             wait = self._queue.wait(now)
             if wait is not None and wait <= 0:
-                return self._queue.take(now)
+                if not (jobs := self._queue.take(now, self._may_run)):
+                    self._work.clear()  # until somebody has read
+                return jobs
             self._work.clear()
             if wait is None:
                 return []
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._work.wait(), wait)
+
+    def _may_run(self, client: str, windows: int) -> bool:
+        """Whether there is room for the results of so many windows of a client, beside those it has
+        not read yet. What would be computed beyond it could not be sent."""
+        result = windows * self._window_bytes
+        everybody = sum(self._unread.values())
+        # Some of each bound is for what the kernel holds, and for the other lanes' results.
+        return self._unread[client] + result <= self._door.unsent * 3 // 4 and (
+            not everybody or everybody + result <= self._door.total // 2
+        )
 
     async def _run(self, slot: Slot, jobs: Sequence[Job]) -> None:
         """See a batch to its end: every one of its requests has its outcome, or is run again."""
@@ -508,6 +522,7 @@ class Server:
         if not self._unread[name]:
             del self._unread[name]
         lease.drop()
+        self._work.set()  # there may be room for more
 
     def _log_refusal(self, client: str, code: str, text: str) -> None:
         self._log_seldom(client, code, f"refused {client} ({code}): {text}")
