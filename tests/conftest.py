@@ -7,11 +7,27 @@ model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from toy import Toy, write_toy_bundle
+
+
+@pytest.fixture(autouse=True)
+def logging_stays_as_it_was() -> Iterator[None]:
+    """Commands that run in this process set up the log of a whole process."""
+    loggers = (logging.getLogger(), logging.getLogger("asyncio"))
+    levels, handlers = [logger.level for logger in loggers], loggers[0].handlers[:]
+    disabled = logging.root.manager.disable
+    yield
+    logging.disable(disabled)
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+    for handler in loggers[0].handlers[:]:
+        if handler not in handlers and not type(handler).__module__.startswith("_pytest"):
+            loggers[0].removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

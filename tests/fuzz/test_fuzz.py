@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import gc
 import json
 import random
 import subprocess
@@ -58,15 +59,23 @@ def test_nothing_is_kept(name: str) -> None:
     target = TARGETS[name]
     for data in inputs:
         target(data)
+    growth, rise = [], []
     tracemalloc.start()
-    before, _ = tracemalloc.get_traced_memory()
-    tracemalloc.reset_peak()
-    for data in inputs:
-        target(data)
-    after, peak = tracemalloc.get_traced_memory()
+    for _ in range(
+        3
+    ):  # what is kept is kept every time; other tests' threads allocate now and then
+        gc.collect()
+        before, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        for data in inputs:
+            target(data)
+        gc.collect()
+        after, peak = tracemalloc.get_traced_memory()
+        growth.append(after - before)
+        rise.append(peak - before)
     tracemalloc.stop()
-    assert after - before < 100_000
-    assert peak - before < 1 << 20
+    assert min(growth) < 50_000
+    assert min(rise) < 1 << 20
 
 
 def test_the_command_says_what_it_did(tmp_path: Path) -> None:
