@@ -75,7 +75,7 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
     """What was given as ``extra``."""
     found = {}
     for key, value in vars(record).items():
-        if key not in _STANDARD:
+        if key not in _STANDARD and not key.startswith("_"):  # libraries mark records of theirs so
             value = _harmless(value)
             plain = value is None or isinstance(value, (str, int, float))
             found[key] = value if plain else str(value)[:_MOST]
