@@ -92,6 +92,12 @@ class Slot(ABC):
     inputs: dict[str, np.ndarray]
     compute_us: int = 0
 
+    def __init__(self, inputs: dict[str, np.ndarray]) -> None:
+        self.inputs = dict(inputs)
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+        self._running = self._released = False
+
     @abstractmethod
     async def run(self, n: int) -> dict[str, np.ndarray]:
         """Run the stage on the first ``n`` rows of `inputs`.
@@ -109,11 +115,27 @@ class Slot(ABC):
         """
 
     @abstractmethod
+    def _recycle(self) -> None:
+        """Take the memory back: the slot was released and nothing runs in it."""
+
     def release(self) -> None:
         """Give the slot back, at any time and from any thread; twice is allowed.
 
         `inputs` and outputs must not be used from then on.
         """
+        if threading.get_ident() == self._thread:
+            self._release()
+        else:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: so is the pool
+                self._loop.call_soon_threadsafe(self._release)
+
+    def _release(self) -> None:
+        if self._released:
+            return
+        self._released = True
+        self.inputs = {}
+        if not self._running:
+            self._recycle()
 
 
 class Pool(ABC):
@@ -688,16 +710,12 @@ class _LocalSlot(Slot):
         result: int,
         inputs: dict[str, np.ndarray],
     ) -> None:
-        self.inputs = dict(inputs)
-        self.compute_us = 0
+        super().__init__(inputs)
         self.process = process
         self.batch, self.result = batch, result
         self.lent = False
         self._lane = lane
-        self._loop = asyncio.get_running_loop()
-        self._thread = threading.get_ident()
         self._rows = len(next(iter(inputs.values())))
-        self._running = self._released = False
 
     async def run(self, n: int) -> dict[str, np.ndarray]:
         if self._released or self.batch < 0:
@@ -716,19 +734,7 @@ class _LocalSlot(Slot):
         self._running = False
         self.compute_us = compute_us
         if self._released:
-            self._lane.recycle(self)
+            self._recycle()
 
-    def release(self) -> None:
-        if threading.get_ident() == self._thread:
-            self._release()
-        else:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: so is the pool
-                self._loop.call_soon_threadsafe(self._release)
-
-    def _release(self) -> None:
-        if self._released:
-            return
-        self._released = True
-        self.inputs = {}
-        if not self._running:
-            self._lane.recycle(self)
+    def _recycle(self) -> None:
+        self._lane.recycle(self)

@@ -583,14 +583,11 @@ class _RaySlot(Slot):
     """Memory of this process for one batch; `room` is empty once it is given back."""
 
     def __init__(self, pool: RayPool, room: dict[str, np.ndarray]) -> None:
-        self.inputs = dict(room)
+        super().__init__(room)
         self.room = room
-        self.compute_us = 0
         self.lent = False
         self._pool = pool
-        self._loop = asyncio.get_running_loop()
-        self._thread = threading.get_ident()
-        self._running = self._through = self._released = False
+        self._through = False
 
     async def run(self, n: int) -> dict[str, np.ndarray]:
         if self._running or self._through or self._released:
@@ -605,22 +602,10 @@ class _RaySlot(Slot):
         """Nobody reads the batch any more."""
         self._running, self._through = False, through
         if self._released:
-            self._pool.recycle(self)
+            self._recycle()
 
-    def release(self) -> None:
-        if threading.get_ident() == self._thread:
-            self._release()
-        else:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: so is the pool
-                self._loop.call_soon_threadsafe(self._release)
-
-    def _release(self) -> None:
-        if self._released:
-            return
-        self._released = True
-        self.inputs = {}
-        if not self._running:
-            self._pool.recycle(self)
+    def _recycle(self) -> None:
+        self._pool.recycle(self)
 
 
 class _Cluster:
@@ -798,10 +783,10 @@ class Replica:
         try:
             _check_store()
             self._bundle = Bundle.load(request.bundle)
-            self._engine, self._kind = wire._open(request, self._bundle)
+            self._engine, self._kind = wire.open_engine(request, self._bundle)
             rounds = 1 if self._kind == "cpu" else 2  # TensorRT captures graphs on the second
             self._slowest_s = max(
-                wire._warm_up(self._engine, self._bundle, rows)
+                wire.warm_up(self._engine, self._bundle, rows)
                 for _ in range(rounds)
                 for rows in sorted({1, request.layout.rows})
             )
@@ -834,7 +819,7 @@ class Replica:
                 known = isinstance(error, EdgeRuntimeError)
                 text = str(error) if known else f"{type(error).__name__} in the engine"
                 try:  # a GPU may be unusable from now on
-                    wire._warm_up(self._engine, self._bundle, 1)
+                    wire.warm_up(self._engine, self._bundle, 1)
                 except Exception:
                     os._exit(1)
                 return text[:2000]

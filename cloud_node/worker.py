@@ -226,10 +226,10 @@ def main(argv: list[str]) -> int:
     try:
         arena = Arena.attach(request.layout, memory)
         bundle = Bundle.load(request.bundle)
-        engine, kind = _open(request, bundle)
+        engine, kind = open_engine(request, bundle)
         rounds = 1 if kind == "cpu" else 2  # TensorRT captures its CUDA graphs on the second
         sizes = sorted({1, request.layout.rows})
-        slowest = max(_warm_up(engine, bundle, rows) for _ in range(rounds) for rows in sizes)
+        slowest = max(warm_up(engine, bundle, rows) for _ in range(rounds) for rows in sizes)
     except EdgeRuntimeError as error:
         channel.send(Failed(type(error).__name__, str(error)))
         return 1
@@ -242,7 +242,8 @@ def main(argv: list[str]) -> int:
         return _serve(channel, arena, engine, bundle)
 
 
-def _open(request: Open, bundle: Bundle) -> tuple[Engine, Kind]:
+def open_engine(request: Open, bundle: Bundle) -> tuple[Engine, Kind]:
+    """The engine that `request` asks for and what it computes on, or an EdgeRuntimeError."""
     stage = bundle.stage(STAGE)
     if stage.sha256 != request.stage:
         raise BundleError(
@@ -255,7 +256,7 @@ def _open(request: Open, bundle: Bundle) -> tuple[Engine, Kind]:
     return engine, engine.device if isinstance(engine, OrtEngine) else "tensorrt"
 
 
-def _warm_up(engine: Engine, bundle: Bundle, rows: int) -> float:
+def warm_up(engine: Engine, bundle: Bundle, rows: int) -> float:
     """Run harmless rows; returns the seconds it took."""
     feeds = {spec.name: _harmless(spec, bundle, rows) for spec in engine.inputs}
     start = time.perf_counter()
@@ -290,7 +291,7 @@ def _serve(channel: _Channel, arena: Arena, engine: Engine, bundle: Bundle) -> i
             text = str(error) if known else f"{type(error).__name__} in the engine"
             channel.send(RunFailed(message.id, text[:_MAX_TEXT]))
             try:  # a GPU may be unusable from now on
-                _warm_up(engine, bundle, 1)
+                warm_up(engine, bundle, 1)
             except Exception as after:
                 log.error("after a failed run the engine works no more: %s", type(after).__name__)
                 return 1
