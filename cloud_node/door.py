@@ -48,6 +48,7 @@ class Door:
             with. What it raises is logged and forgotten.
         on_revoked: is called with names whose keys have been taken away; their connections have
             been dropped.
+        on_left: is called with the name and the routing ids of a connection that has ended.
 
     Attributes:
         endpoint: where it is bound, with the port chosen.
@@ -61,6 +62,7 @@ class Door:
         metrics: Metrics,
         on_message: Callable[[list[zmq.Frame], str], None],
         on_revoked: Callable[[frozenset[str]], None],
+        on_left: Callable[[str, frozenset[bytes]], None] = lambda name, routes: None,
     ) -> None:
         self.endpoint = prepared.config.bind
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -68,6 +70,7 @@ class Door:
         self._metrics = metrics
         self._on_message = on_message
         self._on_revoked = on_revoked
+        self._on_left = on_left
         limits = prepared.limits
         self._bounds = bounds(
             limits.request,
@@ -174,6 +177,14 @@ class Door:
             return "lost" if error.errno == errno.EHOSTUNREACH else "unread"
         raise error
 
+    def waiting(self, name: str | None = None) -> int:
+        """Bytes sent to an edge, or to all, and not read yet; 0 where that is unknown."""
+        return 0 if self._meter is None else self._meter.waiting(name)
+
+    def look_again(self) -> bool:
+        """Bring `waiting` up to date; False if it was a moment ago."""
+        return self._meter is not None and self._meter.look()
+
     def look(self) -> None:
         """Bring the gauges up to date."""
         if self._meter is not None:
@@ -200,6 +211,8 @@ class Door:
         async with contextlib.aclosing(events):
             async for event in events:
                 self._count(event)
+                if event.routes:
+                    self._on_left(event.user, event.routes)
 
     def _count(self, event: PeerEvent) -> None:
         if event.kind == "refused":

@@ -288,6 +288,16 @@ class Queue:
                 job.dropped = job.dropped or "lost"
         return self.clear()
 
+    def left(self, client: str, whose: Callable[[Job], bool]) -> list[Job]:
+        """Forget those requests of a client whose way back is gone; returns those that waited."""
+        found = self._clients.get(client)
+        if not found:
+            return []
+        for job in found.running.values():
+            if whose(job):
+                job.dropped = job.dropped or "lost"
+        return [self._remove(job) for job in list(found.waiting.values()) if whose(job)]
+
     def set_apart(self, client: str, until: float) -> None:
         """Until then, each request of this client has a batch of its own."""
         if found := self._clients.get(client):

@@ -62,6 +62,8 @@ log = logging.getLogger(__name__)
 _FLUSH_S = 0.5
 """How long a stopping node lets its last replies leave."""
 _TICK_S = 0.1
+_ROOM_S = 0.005
+"""How soon to look whether an edge has read something, while none may run."""
 _APART_S = 60.0
 """How long a client whose request failed in the engine shares no batch with others."""
 _RESTART_S = 1.0  # of a worker, as long as nothing is known
@@ -132,7 +134,9 @@ class Server:
         """
         self._loop = asyncio.get_running_loop()
         self._work = asyncio.Event()  # there may be something to dispatch
-        self._door = Door(self._prepared, self.metrics, self._handle, self._revoked)
+        self._door = Door(
+            self._prepared, self.metrics, self._handle, self._revoked, self._left_behind
+        )
         self._door.try_address()
         stopping = asyncio.create_task(stop.wait(), name="stop")
         tasks: set[asyncio.Future[Any]] = set()
@@ -240,8 +244,15 @@ class Server:
             wait = self._queue.estimate(old.client, old.windows, now)
             hint = self._queue.retry_ms(wait)
             self._refuse_job(old, Refusal("overloaded", "shed: the queue is full", hint))
-        self._send(peer, name, encode(Accepted(request.id)))
+        if self._send(peer, name, encode(Accepted(request.id))) == "lost":
+            self._left_behind(name, frozenset((peer,)))
         self._work.set()
+
+    def _left_behind(self, name: str, routes: frozenset[bytes]) -> None:
+        """A connection has ended: nobody can be given what it asked for."""
+        waited = self._queue.left(name, lambda job: job.work.peer in routes)
+        self.metrics.requests["lost"] += len(waited)
+        log.debug("%s has left; %d of its requests waited", name, len(waited))
 
     def _revoked(self, names: Iterable[str]) -> None:
         for name in names:
@@ -294,6 +305,7 @@ class Server:
             if wait is not None and wait <= 0:
                 if not (jobs := self._queue.take(now, self._may_run)):
                     self._work.clear()  # until somebody has read
+                    self._loop.call_later(_ROOM_S, self._work.set)
                 return jobs
             self._work.clear()
             if wait is None:
@@ -304,11 +316,19 @@ class Server:
     def _may_run(self, client: str, windows: int) -> bool:
         """Whether there is room for the results of so many windows of a client, beside those it has
         not read yet. What would be computed beyond it could not be sent."""
-        result = windows * self._window_bytes
-        everybody = sum(self._unread.values())
-        # Some of each bound is for what the kernel holds, and for the other lanes' results.
-        return self._unread[client] + result <= self._door.unsent * 3 // 4 and (
-            not everybody or everybody + result <= self._door.total // 2
+        size = windows * self._window_bytes
+        return self._has_room(client, size) or (
+            self._door.look_again() and self._has_room(client, size)
+        )
+
+    def _has_room(self, client: str, size: int) -> bool:
+        # What the kernel tells includes what libzmq has encrypted or is writing; where the kernel
+        # doesn't tell, what waits in libzmq is known at least.
+        own = max(self._door.waiting(client), self._unread[client])
+        everybody = max(self._door.waiting(), sum(self._unread.values()))
+        # Some of each bound is for the other lanes' results.
+        return own + size <= self._door.unsent * 3 // 4 and (
+            not everybody or everybody + size <= self._door.total // 2
         )
 
     async def _run(self, slot: Slot, jobs: Sequence[Job]) -> None:

@@ -22,6 +22,7 @@ import socket
 import struct
 import sys
 import termios
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
@@ -37,6 +38,8 @@ Reason = Literal["endless", "slow", "total", "crowd", "revoked"]
 doesn't read what it asked for; it held the most when all together held too much; there were too
 many connections, or handshakes under way; its key was revoked."""
 
+SLOWEST_LINK = 1_000_000
+"""Bytes per second of the slowest link that must not be taken for a dead one (8 Mbit/s)."""
 FRAME_BYTES = 33
 """What CURVE adds to a frame, besides ZMTP's 2 or 9 bytes. https://rfc.zeromq.org/spec/26/"""
 _TICK_RATE = 256.0
@@ -46,8 +49,10 @@ _SLACK = 1 << 20
 _HANDSHAKE_SENT = 280
 # A server that has let its client in has sent a greeting, WELCOME and READY, 301 bytes; one that
 # has refused it, 246.
+_PACE_S = 5.0  # over which a reader's pace is taken
 _HANDSHAKE_S = 4.0  # libzmq itself ends those that take longer (HANDSHAKE_IVL)
 _TCP_INFO_BYTES = 208
+_LOOK_S = 0.002  # between looks out of turn
 _EARLY = 64  # credits kept for connections whose opening has not been told yet
 _TCP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 _METERED = sys.platform == "linux" and hasattr(socket, "TCP_INFO")
@@ -76,6 +81,8 @@ class Bounds:
         unsent: bytes handed to one connection and not acknowledged.
         total: both, of all connections.
         stall_s: how long what was handed over may go without any of it being acknowledged.
+        pace: bytes a second that a connection must acknowledge while much waits: while the `unsent`
+            of all is above a quarter of `total`, so that who trickles holds up nobody else.
         handshakes: connections that have not finished theirs.
         connections: all of them.
     """
@@ -84,6 +91,7 @@ class Bounds:
     unsent: int
     total: int
     stall_s: float = 10.0
+    pace: float = SLOWEST_LINK / 2
     handshakes: int = 128
     connections: int = 4096
 
@@ -136,7 +144,7 @@ class Breach:
             f"connection of {who} dropped: "
             + {
                 "endless": f"it sent {held} without ending a message",
-                "slow": f"it does not read its replies, {held} of which wait",
+                "slow": f"it does not read its replies, or too slowly; {held} wait",
                 "total": f"all connections together hold too much, and its share is {held}",
                 "crowd": "there are too many connections",
                 "revoked": "its key is no longer authorised",
@@ -146,7 +154,8 @@ class Breach:
 
 @dataclass
 class Account:
-    """One connection's bytes. `unseen` and `unsent` as of the last sample."""
+    """One connection's bytes. `unseen` and `unsent` as of the last sample; `paced`: since when its
+    pace is taken, and what it had acknowledged then."""
 
     fd: int
     address: str
@@ -156,11 +165,12 @@ class Account:
     received: int = 0
     acked: int = 0
     unseen: float = 0.0
-    unsent: float = 0.0
+    unsent: int = 0
     queued: int = 0
     credit: int = 0
     moved: float = 0.0
     sampled: float = 0.0
+    paced: tuple[float, int] = (0.0, 0)
     dropped: bool = False
     routes: set[bytes] = field(default_factory=set)
 
@@ -211,11 +221,16 @@ class Accounts:
     lives from `open` to `close` or the next `open` of its number. A message that was waiting in
     libzmq when its connection ended may be credited to a successor of the same number; since no
     connection can have been delivered more than it received, such credit ends with the next sample.
+
+    Attributes:
+        unsent, unsent_of: bytes handed over and not acknowledged, of all and by user.
     """
 
     def __init__(self, bounds: Bounds) -> None:
         self.bounds = bounds
         self.accounts: dict[int, Account] = {}
+        self.unsent = 0
+        self.unsent_of: collections.Counter[str] = collections.Counter()
         self.routes: dict[bytes, int] = {}
         # What overtook the news of its connection, since the last look and before.
         self._early: dict[int, _Early] = {}
@@ -232,7 +247,10 @@ class Accounts:
 
     def close(self, fd: int) -> None:
         account = self.accounts.pop(fd, None)
-        for route in account.routes if account else ():
+        if account is None:
+            return
+        self._owe(account, 0)
+        for route in account.routes:
             if self.routes.get(route) == fd:
                 del self.routes[route]
 
@@ -248,7 +266,11 @@ class Accounts:
             return
         account.credit += size
         account.established = True
-        account.user = user or account.user
+        if user and user != account.user:
+            waiting = account.unsent
+            self._owe(account, 0)
+            account.user = user
+            self._owe(account, waiting)
         if route is not None:
             self.routes[route] = fd
             account.routes.add(route)
@@ -258,7 +280,8 @@ class Accounts:
         if account := self.accounts.get(fd):
             if not account.unsent:
                 account.moved = now
-            account.unsent += size
+                account.paced = now, account.acked
+            self._owe(account, account.unsent + size)
         elif early := self._early.get(fd):
             self._early[fd] = early._replace(unsent=early.unsent + size)
 
@@ -273,13 +296,30 @@ class Accounts:
         account.unseen = max(0.0, account.unseen + came - account.credit - forgiven)
         account.credit, account.received, account.queued = 0, received, queued
         if acked != account.acked:
-            account.unsent = max(0.0, account.unsent - (acked - account.acked))
+            self._owe(account, max(0, account.unsent - (acked - account.acked)))
             account.acked, account.moved = acked, now
         if not account.unsent:
             account.moved = now
         if sent >= _HANDSHAKE_SENT:
             account.established = True
         account.sampled = now
+
+    def _owe(self, account: Account, size: int) -> None:
+        """So much now waits for this connection to read it."""
+        self.unsent += size - account.unsent
+        self.unsent_of[account.user] += size - account.unsent
+        if not self.unsent_of[account.user]:
+            del self.unsent_of[account.user]
+        account.unsent = size
+
+    def _trickles(self, account: Account, now: float) -> bool:
+        """Whether its reader has kept less than the least pace, though there was enough to read."""
+        since, acked = account.paced
+        if not account.unsent or now - since < _PACE_S:
+            return False
+        account.paced = now, account.acked
+        pressed = self.unsent > self.bounds.total / 4
+        return pressed and account.acked - acked < self.bounds.pace * (now - since)
 
     def judge(self, now: float) -> list[Breach]:
         """Who has to go; each is told once. The caller drops the connections."""
@@ -297,8 +337,10 @@ class Accounts:
         for account in live:
             if account.inside > self.bounds.unseen:
                 drop(account, "endless", account.inside)
-            elif account.unsent > self.bounds.unsent or (
-                account.unsent and now - account.moved > self.bounds.stall_s
+            elif (
+                account.unsent > self.bounds.unsent
+                or (account.unsent and now - account.moved > self.bounds.stall_s)
+                or self._trickles(account, now)
             ):
                 drop(account, "slow", account.unsent)
         live = [account for account in live if not account.dropped]
@@ -335,10 +377,13 @@ class Accounts:
 
 
 class Ended(NamedTuple):
-    """A connection that is no more: whose, and whether its handshake was done (None: not known)."""
+    """A connection that is no more: whose, whether its handshake was done (None: not known), and
+    the routing ids it had."""
 
     address: str
     established: bool | None
+    user: str = ""
+    routes: frozenset[bytes] = frozenset()
 
 
 class Meter:
@@ -359,6 +404,7 @@ class Meter:
         self._ends: dict[int, socket.socket] = {}
         self._late: set[int] = set()
         self._port = 0
+        self._look_at = 0.0
 
     @property
     def connections(self) -> int:
@@ -443,7 +489,7 @@ class Meter:
         with end, contextlib.suppress(OSError):
             if not established and self.metered and (counts := _counts(end)):
                 established = counts[2] >= _HANDSHAKE_SENT
-        return Ended(account.address, established)
+        return Ended(account.address, established, account.user, frozenset(account.routes))
 
     def close(self) -> None:
         """Forget all connections, because their socket closes or disconnects: then libzmq tells
@@ -474,9 +520,31 @@ class Meter:
         if fd is not None:
             accounts.handed(fd, frames_bytes(frames), now)
 
+    def waiting(self, user: str | None = None) -> int:
+        """Bytes handed over that had not been read when last looked at: a user's, or all."""
+        accounts = self._accounts
+        return accounts.unsent if user is None else accounts.unsent_of[user]
+
+    def look(self) -> bool:
+        """Look at all connections now, unless that was done a moment ago; whether it was done."""
+        begun = time.monotonic()
+        if not self.metered or begun < self._look_at:
+            return False
+        self._sample(begun)
+        # Many connections are a lot to look at; a fifth of the time is enough for it.
+        self._look_at = begun + max(_LOOK_S, 5 * (time.monotonic() - begun))
+        return True
+
     def poll(self, now: float) -> list[Breach]:
         """Look at all connections and drop those that break the bounds."""
         self._follow_late(now)
+        self._sample(now)
+        found = self._accounts.judge(now)
+        for breach in found:
+            self._drop(breach)
+        return found
+
+    def _sample(self, now: float) -> None:
         if self.metered:
             for fd, end in self._ends.items():
                 try:
@@ -491,10 +559,6 @@ class Meter:
                     self._accounts.sample(fd, received, acked, queued, now, sent)
                 except OSError:
                     continue
-        found = self._accounts.judge(now)
-        for breach in found:
-            self._drop(breach)
-        return found
 
     def revoke(self, users: Iterable[str]) -> list[Breach]:
         """Drop the connections of these users, and those that have not said yet whose they are:

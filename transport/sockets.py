@@ -27,13 +27,11 @@ from zmq.utils.monitor import parse_monitor_message
 from engines.errors import ConfigError
 from transport.keys import KeyPair
 from transport.messages import HEADER_BYTES, Limits, StageLimits
-from transport.meter import Meter, message_bytes
+from transport.meter import SLOWEST_LINK, Meter, message_bytes
 
 log = logging.getLogger(__name__)
 
 ZAP_DOMAIN = b"edge-runtime"
-SLOWEST_LINK = 1_000_000
-"""Bytes per second of the slowest link that must not be taken for a dead one (8 Mbit/s)."""
 _ZERO_COPY_RECV = 10  # ZMQ_ZERO_COPY_RECV, which pyzmq has no name for
 _SLACK_BYTES = 4096  # CURVE and framing around a part
 _ENDPOINT = re.compile(r"tcp://(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/\[\]]+):(\d{1,5}|\*)\Z")
@@ -385,12 +383,15 @@ class PeerEvent:
     `kind`: ``opened`` (TCP alone), ``ready`` (handshake done: an authorised edge), ``refused``
     (handshake failed), ``closed``, ``dropped`` (by the meter), ``full`` (dropped at once, for want
     of descriptors). `reason`: of ``refused``, one of `REFUSALS`; of ``dropped``, a `meter.Reason`.
-    `address`: the peer's, as far as known.
+    `address`: the peer's, as far as known. `user`, `routes`: of ``closed``, whose it was and the
+    routing ids that lead nowhere now.
     """
 
     kind: Peering
     reason: str = ""
     address: str = ""
+    user: str = ""
+    routes: frozenset[bytes] = frozenset()
 
 
 REFUSALS = {
@@ -492,7 +493,7 @@ async def peers(
                     elif ended.established is False:  # libzmq is silent about the oldest protocols
                         yield tell(PeerEvent("refused", "protocol", ended.address))
                     failed = None
-                    yield PeerEvent("closed", address=ended.address)
+                    yield PeerEvent("closed", "", ended.address, ended.user, ended.routes)
             if begun >= due or raw:  # in a rush, at once: descriptors run out fast
                 for breach in meter.poll(begun):
                     if seldom((breach.reason, breach.address, breach.user)):

@@ -188,6 +188,22 @@ def test_cancelled_requests_are_not_computed_or_not_answered(
     assert edge.receive()[0] == Accepted(waiting)
 
 
+def test_what_an_edge_asked_before_it_left_is_not_computed(
+    mine: Any, connect: Any, five: Feeds
+) -> None:
+    left, other = connect(mine), connect(mine)
+    with stopped(mine):
+        computing(left, some(five, 9, 0))
+        accepted(left, five)
+        sent = accepted(other, five)
+        left.socket.close(linger=0)
+        until(lambda: "has left; 1 of its requests waited" in mine.logged())
+    message, _ = other.receive()
+    assert isinstance(message, Result)
+    assert message.id == sent
+    assert len(re.findall(r"\d windows for", mine.logged())) == 1
+
+
 def test_one_bad_request_fails_alone_whoever_shares_its_batch(
     start_node: Any, connect: Any, local: Any
 ) -> None:

@@ -139,6 +139,55 @@ def test_a_slow_reader() -> None:
     assert told(accounts) == [(1, "slow")]
 
 
+def test_what_waits_is_known_of_each_user_and_of_all() -> None:
+    accounts = opened(3)
+    accounts.delivered(3, 0, "user1")  # a second connection of the same
+    for fd in (1, 2, 3):
+        accounts.handed(fd, 500, 0.0)
+    assert (accounts.unsent, dict(accounts.unsent_of)) == (1500, {"user1": 1000, "user2": 500})
+    accounts.sample(1, 0, 300, 0, 0.1)
+    accounts.sample(2, 0, 600, 0, 0.1)
+    assert (accounts.unsent, dict(accounts.unsent_of)) == (700, {"user1": 700})
+    accounts.open(1, "10.0.0.9", 0.2)  # the number is another connection's now
+    accounts.close(3)
+    assert (accounts.unsent, dict(accounts.unsent_of)) == (0, {})
+
+
+@pytest.mark.parametrize(("total", "gone"), [(2000, [(1, "slow")]), (5000, [])])
+def test_who_reads_a_trickle_must_go_only_while_much_waits(
+    total: int, gone: list[tuple[int, str]]
+) -> None:
+    accounts = opened(2, total=total, pace=10)
+    found, acked = [], [0, 0]
+    for second in range(30):
+        for fd, reads in ((1, 9), (2, 11)):  # bytes a second
+            account = accounts.accounts.get(fd)
+            if account is None:
+                continue
+            if account.unsent < 400:
+                accounts.handed(fd, 200, second)
+            acked[fd - 1] += reads
+            accounts.sample(fd, 0, acked[fd - 1], 0, second)
+        found += told(accounts, second)
+        for fd, _ in found:
+            accounts.close(fd)
+    assert found == gone
+
+
+def test_the_pace_is_taken_only_while_there_is_something_to_read() -> None:
+    accounts = opened(2, total=1000, pace=100)
+    accounts.handed(2, 900, 0.0)  # much waits, but of the other
+    acked = 0
+    for second in range(0, 60, 6):
+        accounts.handed(1, 20, second)
+        assert not told(accounts, second)
+        acked += 20
+        accounts.sample(1, 0, acked, 0, second + 1)
+        accounts.sample(2, 0, 600 * (second + 6), 0, second + 5)
+        accounts.handed(2, 900, second + 5)
+        assert not told(accounts, second + 5)
+
+
 def test_a_reader_that_stops_altogether() -> None:
     accounts = opened(2)
     for second in range(30):
