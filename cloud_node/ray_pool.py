@@ -813,8 +813,7 @@ class Replica:
                 outputs = self._engine.run(feeds)
                 seconds = time.perf_counter() - start
                 self._slowest_s = max(self._slowest_s, seconds)
-                # An engine may use the memory of its outputs again; Ray packs them later.
-                return {name: np.array(a) for name, a in outputs.items()}, round(seconds * 1e6)
+                return outputs, round(seconds * 1e6)
             except Exception as error:
                 known = isinstance(error, EdgeRuntimeError)
                 text = str(error) if known else f"{type(error).__name__} in the engine"

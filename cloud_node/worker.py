@@ -28,8 +28,8 @@ import numpy as np
 
 from cloud_node.shared import Arena, Layout
 from engines.bundle import Bundle, Sha256, TensorSpec
-from engines.engine import Device, Engine, check_feeds
-from engines.errors import BundleError, EdgeRuntimeError, EngineError
+from engines.engine import Device, Engine, check_feeds, check_out
+from engines.errors import BundleError, EdgeRuntimeError
 from engines.opening import open_stage
 from engines.ort import OrtEngine
 from transport.process import disable_core_dumps
@@ -47,8 +47,8 @@ Kind = Literal["tensorrt", "cuda", "cpu", "noop"]
 class Open(msgspec.Struct, frozen=True, kw_only=True, tag="open"):
     """What to open. `stage` is the digest of the stack the node serves.
 
-    `noop` opens nothing and answers every batch with the same bytes, to measure all that surrounds
-    an engine.
+    `noop` opens nothing and answers every batch with bytes that mean nothing, to measure all that
+    surrounds an engine.
     """
 
     bundle: str
@@ -188,22 +188,23 @@ class _Forward(logging.Handler):
 
 
 class Noop(Engine):
-    """Computes nothing: the outputs are there before the inputs are."""
+    """Computes nothing: outputs are what their memory happens to hold, zeros where it is new."""
 
     def __init__(self, layout: Layout) -> None:
         self.inputs, self.outputs = layout.inputs, layout.outputs
-        # Not zeros, which the system need neither keep in memory nor read from it.
-        self._results = {
-            spec.name: np.ones(_shape(spec, layout.rows), spec.numpy_dtype)
-            for spec in layout.outputs
-        }
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        rows = next(iter(check_feeds(self.inputs, feeds).values()))
-        return {name: array[:rows] for name, array in self._results.items()}
+    def run(
+        self, feeds: Mapping[str, np.ndarray], out: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
+        dims = check_feeds(self.inputs, feeds)
+        if out is not None:
+            check_out(self.outputs, dims, out)
+            return dict(out)
+        rows = next(iter(dims.values()))
+        return {spec.name: np.zeros(_shape(spec, rows), spec.numpy_dtype) for spec in self.outputs}
 
     def close(self) -> None:
-        self._results = {}
+        pass
 
 
 def main(argv: list[str]) -> int:
@@ -282,10 +283,8 @@ def _serve(channel: _Channel, arena: Arena, engine: Engine, bundle: Bundle) -> i
         places = {name: a[: message.rows] for name, a in arena.results[message.result].items()}
         try:
             start = time.perf_counter()
-            outputs = engine.run(feeds)
+            engine.run(feeds, places)
             compute_us = round((time.perf_counter() - start) * 1e6)
-            _put(outputs, places)
-            del outputs
         except Exception as error:
             known = isinstance(error, EdgeRuntimeError)
             text = str(error) if known else f"{type(error).__name__} in the engine"
@@ -298,17 +297,6 @@ def _serve(channel: _Channel, arena: Arena, engine: Engine, bundle: Bundle) -> i
         else:
             channel.send(Done(message.id, compute_us))
     return 0
-
-
-def _put(outputs: Mapping[str, np.ndarray], places: Mapping[str, np.ndarray]) -> None:
-    for name, place in places.items():
-        found = outputs[name]
-        if (found.dtype, found.shape) != (place.dtype, place.shape):
-            raise EngineError(
-                f"the engine returned {name} as {found.dtype} {found.shape}, expected "
-                f"{place.dtype} {place.shape}"
-            )
-        np.copyto(place, found)
 
 
 def _die_with(parent: int) -> None:

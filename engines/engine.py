@@ -37,18 +37,23 @@ class Engine(ABC):
     outputs: tuple[TensorSpec, ...]
 
     @abstractmethod
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(
+        self, feeds: Mapping[str, np.ndarray], out: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
         """Run the stage once.
 
         Args:
             feeds: one array for every input, of exactly its dtype. bfloat16 travels as the uint16
                 of its bits.
+            out: where to put the outputs, without a copy more than needed: for every one a writable
+                C-contiguous array of exactly its dtype and shape, apart from the feeds. After an
+                error, what these hold is undefined. None: new arrays.
 
         Returns:
-            one array for every output, owned by the caller.
+            one array for every output, owned by the caller: those of ``out``, if given.
 
         Raises:
-            EngineError: when the feeds do not fit, or the library fails.
+            EngineError: when the feeds or ``out`` do not fit, or the library fails.
         """
 
     @abstractmethod
@@ -100,3 +105,34 @@ def check_feeds(inputs: tuple[TensorSpec, ...], feeds: Mapping[str, np.ndarray])
                     f"but input {source} makes it {known}"
                 )
     return {dim: size for dim, (size, _) in dims.items()}
+
+
+def check_out(
+    outputs: tuple[TensorSpec, ...], dims: Mapping[str, int], out: Mapping[str, np.ndarray]
+) -> None:
+    """Check that ``out`` holds a place for just every one of ``outputs``.
+
+    Args:
+        dims: sizes of dynamic dimensions, from :func:`check_feeds`; one not known fits any size.
+
+    Raises:
+        EngineError: naming the first output that does not fit.
+    """
+    if out.keys() != (expected := {spec.name for spec in outputs}):
+        raise EngineError(
+            f"the engine returns {', '.join(sorted(expected))}, but there is room for "
+            f"{', '.join(sorted(out)) or 'nothing'}"
+        )
+    for spec in outputs:
+        place = out[spec.name]
+        shape = tuple(dims.get(d, d) if isinstance(d, str) else d for d in spec.shape)
+        fits = place.dtype == spec.numpy_dtype and place.ndim == len(shape)
+        if not fits or any(
+            isinstance(d, int) and d != found for d, found in zip(shape, place.shape, strict=True)
+        ):
+            raise EngineError(
+                f"the engine returns {spec.name} as {spec.numpy_dtype} {shape}, but there is room "
+                f"for {place.dtype} {place.shape}"
+            )
+        if not (place.flags.c_contiguous and place.flags.writeable):
+            raise EngineError(f"the room for {spec.name} is not writable memory of one piece")

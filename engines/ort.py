@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from engines.bundle import TensorSpec
-from engines.engine import Engine, check_feeds
+from engines.engine import Engine, check_feeds, check_out
 from engines.errors import EngineError
 
 OrtDevice = Literal["auto", "cpu", "cuda"]
@@ -115,15 +115,20 @@ class OrtEngine(Engine):
                 ) from error
             raise EngineError(f"{self._path} cannot be opened: {_first_line(text)}") from error
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(
+        self, feeds: Mapping[str, np.ndarray], out: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
         if self._session is None:
             raise EngineError(f"{self._path.name} was closed")
         dims = check_feeds(self.inputs, feeds)
+        if out is not None:
+            check_out(self.outputs, dims, out)
         names = [spec.name for spec in self.outputs]
         contiguous = {name: np.asarray(array, order="C") for name, array in feeds.items()}
         try:
-            if self._bfloat16:
-                return self._run_bound(contiguous, dims)
+            if self._bfloat16 or out is not None:
+                out = out or {spec.name: _empty(spec, dims) for spec in self.outputs}
+                return self._run_bound(contiguous, out)
             return dict(zip(names, self._session.run(names, contiguous), strict=True))
         except EngineError:
             raise
@@ -131,12 +136,12 @@ class OrtEngine(Engine):
             raise EngineError(f"{self._path.name} failed: {_first_line(str(error))}") from error
 
     def _run_bound(
-        self, feeds: Mapping[str, np.ndarray], dims: Mapping[str, int]
+        self, feeds: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
-        """Run with every tensor bound to host memory: the way for types that numpy lacks."""
+        """Run with every tensor bound to host memory: the way for types that numpy lacks, and to
+        have outputs where they are wanted."""
         value = self._ort.OrtValue
         binding = self._session.io_binding()
-        outputs = {spec.name: _empty(spec, dims) for spec in self.outputs}
         for specs, arrays, bind in (
             (self.inputs, feeds, binding.bind_ortvalue_input),
             (self.outputs, outputs, binding.bind_ortvalue_output),
@@ -150,7 +155,7 @@ class OrtEngine(Engine):
                     else value.ortvalue_from_numpy(array),
                 )
         self._session.run_with_iobinding(binding)
-        return outputs
+        return {spec.name: outputs[spec.name] for spec in self.outputs}
 
     def close(self) -> None:
         self._session = None

@@ -27,7 +27,7 @@ import numpy as np
 
 from engines import cuda, libraries
 from engines.bundle import TensorSpec
-from engines.engine import Engine, check_feeds
+from engines.engine import Engine, check_feeds, check_out
 from engines.errors import EngineError, PlanError
 from engines.libraries import Library
 from engines.plan import Plan
@@ -103,14 +103,19 @@ class TrtEngine(Engine):
         engine._open(self._loaded, self._graphs)
         return engine
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(
+        self, feeds: Mapping[str, np.ndarray], out: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
         with self._lock:
             self._check_open()
             dims = check_feeds(self.inputs, feeds)
-            parts = [self._worker.run(*part) for part in self._parts(feeds, dims)]
-        if len(parts) == 1:
-            return parts[0]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            if out is None:
+                out = self._room(dims)
+            else:
+                check_out(self.outputs, dims, out)
+            for rows, part, sizes in self._parts(feeds, dims):
+                self._worker.run(part, sizes, {n: a[rows] for n, a in out.items()})
+        return {spec.name: out[spec.name] for spec in self.outputs}
 
     def device_times(self, feeds: Mapping[str, np.ndarray], warmup: int, runs: int) -> list[float]:
         """Milliseconds that the GPU takes for the plan, by CUDA events, once per run.
@@ -130,11 +135,14 @@ class TrtEngine(Engine):
             dims = check_feeds(self.inputs, feeds)
             self._check_limits(dims)
             for _ in range(warmup):
-                self._worker.run(feeds, dims)
+                self._worker.run(feeds, dims, self._room(dims))
             return self._worker.times(feeds, dims, runs)
 
     def close(self) -> None:
         self._release()
+
+    def _room(self, dims: Mapping[str, int]) -> dict[str, np.ndarray]:
+        return {s.name: np.empty(_shape(s, dims), s.numpy_dtype) for s in self.outputs}
 
     def _check_open(self) -> None:
         if not self._release.alive:
@@ -152,20 +160,22 @@ class TrtEngine(Engine):
 
     def _parts(
         self, feeds: Mapping[str, np.ndarray], dims: dict[str, int]
-    ) -> Iterator[tuple[Mapping[str, np.ndarray], dict[str, int]]]:
-        """Feeds and sizes, cut along the batch into nearly equal parts that the plan takes."""
+    ) -> Iterator[tuple[Any, Mapping[str, np.ndarray], dict[str, int]]]:
+        """Rows, feeds and sizes, cut along the batch into nearly equal parts that the plan takes.
+        The rows index outputs; `...` is all of them."""
         batch = self._batch
         count = math.ceil(dims[batch] / self._loaded.limits[batch][1]) if batch else 1
         if batch is None or count <= 1:
             self._check_limits(dims)
-            yield feeds, dims
+            yield ..., feeds, dims
             return
         cut = {spec.name for spec in self.inputs if spec.shape[:1] == (batch,)}
         edges = [dims[batch] * part // count for part in range(count + 1)]
         for start, stop in pairwise(edges):
             sizes = {**dims, batch: stop - start}
             self._check_limits(sizes)
-            yield {n: a[start:stop] if n in cut else a for n, a in feeds.items()}, sizes
+            part = {n: a[start:stop] if n in cut else a for n, a in feeds.items()}
+            yield slice(start, stop), part, sizes
 
 
 class _Loaded:
@@ -376,15 +386,21 @@ class _Worker:
         return _Ready(self._loaded.new_context(self._buffers, self._memory, self._size))
 
     def run(
-        self, feeds: Mapping[str, np.ndarray], dims: Mapping[str, int]
-    ) -> dict[str, np.ndarray]:
-        """Run the plan once on ``feeds``, whose sizes ``dims`` fit its limits."""
+        self,
+        feeds: Mapping[str, np.ndarray],
+        dims: Mapping[str, int],
+        out: Mapping[str, np.ndarray],
+    ) -> None:
+        """Run the plan once on ``feeds``, whose sizes ``dims`` fit its limits, into ``out``."""
         with self._cuda.active():
-            return self._run(feeds, dims)
+            self._run(feeds, dims, out)
 
     def _run(
-        self, feeds: Mapping[str, np.ndarray], dims: Mapping[str, int]
-    ) -> dict[str, np.ndarray]:
+        self,
+        feeds: Mapping[str, np.ndarray],
+        dims: Mapping[str, int],
+        out: Mapping[str, np.ndarray],
+    ) -> None:
         self._loaded.log.forget()
         key, shapes = tuple(dims.values()), self._shapes(dims)
         ready = self._prepare(key, shapes)
@@ -394,12 +410,11 @@ class _Worker:
             for spec in self._outputs:
                 size = _size(spec, shapes[spec.name])
                 self._buffers[spec.name].download(size, self._stream)
-        # The caller's own: the buffers hold the next run's results soon.
-        results = {spec.name: self._view(spec, shapes[spec.name]).copy() for spec in self._outputs}
+        for spec in self._outputs:  # the buffers hold the next run's results soon
+            np.copyto(out[spec.name], self._view(spec, shapes[spec.name]))
         self._runs[key] = self._runs.get(key, 0) + 1
         if key in self._ready and ready.graph is None:
             self._capture(key, ready)
-        return results
 
     def times(
         self, feeds: Mapping[str, np.ndarray], dims: Mapping[str, int], runs: int

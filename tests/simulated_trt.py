@@ -86,8 +86,10 @@ class SimulatedTrt(Engine):
         self._closed = False
         machine.open += 1
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return self._machine.spoil(self._stage, self._engine.run(feeds))
+    def run(
+        self, feeds: Mapping[str, np.ndarray], out: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
+        return self._machine.spoil(self._stage, self._engine.run(feeds, out))
 
     def close(self) -> None:
         if not self._closed:

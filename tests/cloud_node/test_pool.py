@@ -253,7 +253,6 @@ def test_noop_answers_without_an_engine(bundle_of: Any, batch: Any) -> None:
             assert pool.events[-1].text == "noop"
             outputs = await ask(pool, batch(3))
             assert outputs["tokens"].shape == (3, 4, 8)
-            assert (outputs["tokens"] == 1).all()
 
     run(main())
 

@@ -34,8 +34,8 @@ from cloud_node.worker import (
     Unpacker,
     pack,
 )
-from engines.bundle import Bundle
-from engines.engine import Engine
+from engines.bundle import Bundle, TensorSpec
+from engines.engine import Engine, check_out
 from engines.errors import EngineError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -265,11 +265,15 @@ class Odd(Noop):
         super().__init__(layout)
         self._runs = runs
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(
+        self, feeds: Mapping[str, np.ndarray], out: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
         does = self._runs.pop(0) if self._runs else None
         if isinstance(does, BaseException):
             raise does
-        return does or super().run(feeds)
+        if isinstance(does, TensorSpec):
+            check_out((does,), {"n": 2}, out or {})
+        return super().run(feeds, out)
 
 
 @pytest.fixture
@@ -310,15 +314,20 @@ def test_an_engine_that_works_no_more_ends_the_process(serve: Callable[..., Any]
 
 
 @pytest.mark.parametrize(
-    "tokens",
-    [np.ones((1, 4, 8), np.float32), np.ones((2, 4, 8), np.float64), np.ones((3, 4, 8), "f4")],
+    "returns",
+    [
+        TensorSpec("tokens", "float32", (1, 4, 8)),
+        TensorSpec("tokens", "float16", ("n", 4, 8)),
+        TensorSpec("tokens", "float32", ("n", 5, 8)),
+        TensorSpec("tokens", "float32", ("n", 4)),
+    ],
 )
 def test_outputs_that_do_not_fit_fail_the_run(
-    serve: Callable[..., Any], tokens: np.ndarray
+    serve: Callable[..., Any], returns: TensorSpec
 ) -> None:
-    answers, status = serve([{"tokens": tokens}], 2)
+    answers, status = serve([returns], 2)
     assert [type(answer) for answer in answers] == [RunFailed, Done]
-    assert "the engine returned tokens as" in answers[0].text
+    assert "the engine returns tokens as" in answers[0].text
     assert status == 0
 
 

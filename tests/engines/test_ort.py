@@ -60,6 +60,34 @@ def test_it_computes_with_weights_that_lie_beside_the_graph(engine: OrtEngine, t
     np.testing.assert_allclose(engine.run(feeds)["tokens"], toy.stack(**feeds), rtol=1e-5)
 
 
+def test_outputs_go_where_they_are_wanted(engine: OrtEngine) -> None:
+    whole = np.full((4, 16, 8), np.nan, np.float32)
+    expected = engine.run(toy_feeds())["tokens"]
+    found = engine.run(toy_feeds(), {"tokens": whole[1:3]})
+    assert found["tokens"].base is whole
+    np.testing.assert_array_equal(whole[1:3], expected)
+    assert np.isnan(whole[[0, 3]]).all()
+
+
+@pytest.mark.parametrize(
+    ("out", "reason"),
+    [
+        ({}, "returns tokens, but there is room for nothing"),
+        ({"masks": np.empty((2, 16, 8), "f4")}, "returns tokens, but there is room for masks"),
+        ({"tokens": np.empty((3, 16, 8), "f4")}, r"float32 \(2, 16, 8\), .* float32 \(3, 16, 8\)"),
+        ({"tokens": np.empty((2, 16), "f4")}, r"room for float32 \(2, 16\)"),
+        ({"tokens": np.empty((2, 16, 8), "f8")}, "room for float64"),
+        ({"tokens": np.empty((2, 8, 16), "f4").transpose(0, 2, 1)}, "not writable memory of one"),
+        ({"tokens": np.frombuffer(bytes(1024), "f4").reshape(2, 16, 8)}, "not writable memory"),
+    ],
+)
+def test_room_that_does_not_fit_is_refused(
+    engine: OrtEngine, out: dict[str, np.ndarray], reason: str
+) -> None:
+    with pytest.raises(EngineError, match=reason):
+        engine.run(toy_feeds(), out)
+
+
 def changed(**feeds: np.ndarray | None) -> dict[str, np.ndarray]:
     both: dict[str, np.ndarray | None] = {**toy_feeds(), **feeds}
     return {name: array for name, array in both.items() if array is not None}
@@ -182,6 +210,9 @@ def test_bfloat16_travels_as_its_bits(tmp_path: Path) -> None:
     x, y = np.array([[one, two]], np.uint16), np.array([[1, 2]], np.float32)
     found = engine.run({"x": x, "y": y})["z"]
     np.testing.assert_array_equal(found, np.array([[two, four]], np.uint16))
+    room = np.zeros((1, 2), np.uint16)
+    assert engine.run({"x": x, "y": y}, {"z": room})["z"] is room
+    np.testing.assert_array_equal(found, room)
 
 
 def test_bfloat16_arithmetic_is_refused_on_the_cpu(tmp_path: Path) -> None:

@@ -682,7 +682,8 @@ class Rounded(Engine):
         self._machine, self._stage = machine, stage
         self._engine = OrtEngine(twin.stage_path(stage), threads=1, device="cpu")
 
-    def run(self, feeds: Any) -> dict[str, np.ndarray]:
+    def run(self, feeds: Any, out: Any = None) -> dict[str, np.ndarray]:
+        assert out is None
         plain = {
             spec.name: from_wire(feeds[spec.name], spec.dtype)
             if spec.dtype == "bfloat16"

@@ -137,6 +137,17 @@ def test_a_batch_beyond_the_plan_runs_in_parts(open_stack: Opener, toy: Toy, n: 
         check_stack(engine, toy, n)
 
 
+@pytest.mark.parametrize("n", [2, 13])
+def test_outputs_go_where_they_are_wanted(open_stack: Opener, toy: Toy, n: int) -> None:
+    feeds, room = stack_feeds(n), np.full((n + 2, 16, 8), np.nan, np.float32)
+    with open_stack() as engine:
+        assert engine.run(feeds, {"tokens": room[1:-1]})["tokens"].base is room
+        with pytest.raises(EngineError, match="room for float32"):
+            engine.run(feeds, {"tokens": room})
+    np.testing.assert_allclose(room[1:-1], toy.stack(**feeds), **CLOSE)
+    assert np.isnan(room[[0, -1]]).all()
+
+
 def test_booleans_and_static_shapes(gpu: str, bundle: Path, toy: Toy) -> None:
     plan = simulated.write_plan(Bundle.load(bundle), "tail", {})
     g = toy.geometry
