@@ -9,12 +9,10 @@ the socket is left to `server`.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import ipaddress
 import os
 import socket
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,15 +21,11 @@ from typing import Any, Literal, cast
 from cloud_node.settings import BY_NAME, Invalid, Setting, size_text, split_address
 from engines.bundle import Bundle, Stage, shipped_bundle
 from engines.errors import BundleError, ConfigError
+from engines.toml import read_toml, unknown_key
 from transport.auth import AllowList
 from transport.keys import AUTHORIZED, KeyPair, load_secret
 from transport.messages import StageLimits, stage_limits
 from transport.sockets import check_endpoint
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _BASE_BYTES = 64 << 20
 """What the front process takes in any case, at the least."""
@@ -208,23 +202,11 @@ def examine(prepared: Prepared) -> list[str]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{file} does not exist; write one with `cloud-node init --out {file}`"
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid TOML: {error}") from None
     values = {}
-    for name, value in table.items():
+    for name, value in read_toml(file, f"cloud-node init --out {file}").items():
         setting = BY_NAME.get(name)
         if not setting:
-            near = difflib.get_close_matches(name.replace("-", "_"), BY_NAME, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(BY_NAME)}"
-            raise ConfigError(f"{file}: unknown key {name!r}; {hint}")
+            raise ConfigError(f"{file}: {unknown_key(name, BY_NAME)}")
         try:
             found = setting.read(value)
             # The file says what holds wherever the node is started.

@@ -14,6 +14,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from engines.driver import driver_version
+
 # Release of Jetson Linux (L4T) -> JetPack.
 # https://developer.nvidia.com/embedded/jetpack-archive and the pages it lists; 36.4.7 and 36.5.2
 # are updates by apt, named as the package nvidia-jetpack of that release names itself.
@@ -149,7 +151,7 @@ def read_board(root: Path = Path("/")) -> Board:
         l4t=l4t,
         jetpack=installed or _jetpack(l4t),
         jetpack_installed=installed,
-        driver=_driver(root, l4t),
+        driver=driver_version(root) or (f"L4T {l4t}" if l4t else None),
         cuda=_cuda(root),
         gpu_nodes=nodes,
         locked_nodes=tuple(
@@ -221,18 +223,6 @@ def _jetpack(l4t: str | None) -> str | None:
     return _JETPACK.get(l4t) or _JETPACK.get(
         l4t.removesuffix(".0"), _JETPACK_LINE.get(l4t.split(".")[0])
     )
-
-
-def _driver(root: Path, l4t: str | None) -> str | None:
-    # engines.cuda reads this too, but takes numpy, without which the doctor must run.
-    match = re.search(
-        r"^NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\b",
-        _text(root / "proc/driver/nvidia/version"),
-        re.MULTILINE,
-    )
-    if match:
-        return match[1]
-    return f"L4T {l4t}" if l4t else None
 
 
 def _cuda(root: Path) -> str | None:

@@ -8,10 +8,8 @@ configuration can be looked at without having its secrets.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -21,14 +19,10 @@ import msgspec
 from edge_runtime.placement import DEFAULT_MAX_EXPOSURE
 from engines.engine import Device
 from engines.errors import ConfigError
+from engines.toml import read_toml, unknown_key
 
 if TYPE_CHECKING:
     from transport.keys import KeyPair
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 Fallback = Literal["error", "local"]
 
@@ -126,16 +120,7 @@ def load_config(path: str | os.PathLike[str]) -> EdgeConfig:
         ConfigError: naming the key at fault and what it should be.
     """
     file = Path(path)
-    try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{file} does not exist; write one with `edge-runtime init --out {file} --node ...`"
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid TOML: {error}") from None
+    table = read_toml(file, f"edge-runtime init --out {file} --node ...")
     try:
         _refuse_unknown(table, EdgeConfig, "")
         nodes = table.get("nodes")
@@ -223,9 +208,7 @@ def _refuse_unknown(table: dict[str, Any], struct: type[msgspec.Struct], where: 
     known = struct.__struct_fields__
     for key in table:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-            raise ConfigError(f"unknown key {key!r}{where}; {hint}")
+            raise ConfigError(unknown_key(key, known, where))
 
 
 def _refuse_shared(nodes: tuple[NodeConfig, ...], what: str) -> None:

@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from engines.driver import driver_version
 from engines.errors import EngineError
 
 # cuda.h: CUresult and CUdevice_attribute.
@@ -105,25 +104,6 @@ def facts(ordinal: int = 0) -> Facts:
     )
 
 
-def driver_version(root: Path = Path("/")) -> str | None:
-    """Version of the NVIDIA driver of the system under ``root``, None where it says none.
-
-    The kernel module comes first because a container sees it too; a Jetson's L4T release stands
-    in where the module does not say, as before JetPack 6.
-    """
-    found = re.search(
-        r"^NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\b",
-        _text(root / "proc/driver/nvidia/version"),
-        re.MULTILINE,
-    )
-    if found:
-        return found[1]
-    found = re.search(
-        r"^# R(\d+) \(release\), REVISION: ([\d.]+)", _text(root / "etc/nv_tegra_release")
-    )
-    return f"L4T {found[1]}.{found[2]}" if found else None
-
-
 _NO_GPU = (
     "no NVIDIA GPU is visible to this process: see `nvidia-smi` (on a Jetson `tegrastats`) and "
     "CUDA_VISIBLE_DEVICES, or start a container with --gpus all or --runtime nvidia"
@@ -162,13 +142,6 @@ def _ask(cuda: Any, function: str, *arguments: Any) -> None:
             f"the NVIDIA driver failed in {function}: {reason} (error {code}). "
             "See `nvidia-smi` and `dmesg`"
         )
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8", "replace")
-    except OSError:
-        return ""
 
 
 class Context:

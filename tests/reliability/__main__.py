@@ -1,8 +1,9 @@
 """Measure the rows of the bar: ``python -m reliability``, with `tests` on ``PYTHONPATH``.
 
 Every row runs in a process of its own, so that one that crashes or hangs costs no other, and one
-row's memory is not another's. ``--out`` takes the results, of the rows that were run: others that
-it holds already stay. ``--doc`` writes the page that quotes them instead.
+row's memory is not another's. ``--out`` takes each row's results as soon as it has run: others that
+it holds already stay, and Ctrl-C loses none. ``--doc`` writes the page that quotes them, and its
+figure, instead.
 """
 
 from __future__ import annotations
@@ -13,17 +14,22 @@ import importlib
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reliability.page import page
+from reliability.figure import figure
+from reliability.page import FIGURE, page
 from reliability.rows import ROWS, Bench, Form, Row, Skip
+from reliability.telling import VERDICTS, brief
 
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "docs/results/reliability.json"
@@ -106,6 +112,7 @@ def about(arguments: list[str], machine: str) -> dict[str, Any]:
     return {
         "command": " ".join(["PYTHONPATH=tests python -m reliability", *arguments]),
         "commit": git("rev-parse", "HEAD") + ("+changes" if dirty else ""),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": machine,
         "versions": {
             "python": platform.python_version(),
@@ -128,6 +135,83 @@ def merge(path: Path, told: list[dict[str, Any]], facts: dict[str, Any]) -> dict
     order = {name: number for number, name in enumerate(ROWS)}
     rows.sort(key=lambda one: (order.get(one["row"], len(order)), one["form"] == "long"))
     return {"rows": rows}
+
+
+def write(path: Path, text: str) -> None:
+    """All of it or nothing, whenever this process is ended."""
+    scratch = path.with_name(f"{path.name}.new")
+    scratch.write_text(text)
+    scratch.replace(path)
+
+
+def write_page(results: dict[str, Any], to: Path) -> None:
+    """The page, and its figure where there is anything to draw."""
+    write(to, page(results))
+    drawn, place = figure(results["rows"]), to.parent / FIGURE
+    if drawn is None:
+        place.unlink(missing_ok=True)
+    else:
+        write(place, drawn)
+
+
+def recorded(form: Form, *paths: Path) -> dict[str, float]:
+    """Seconds that rows took when their results were written, by name; later paths win."""
+    found = [json.loads(path.read_text())["rows"] for path in paths if path.exists()]
+    return {one["row"]: one["seconds"] for ones in found for one in ones if one["form"] == form}
+
+
+def left(rows: Sequence[Row], seconds: dict[str, float]) -> str:
+    """How long these rows will take, as far as that is known."""
+    known = [seconds[row.name] for row in rows if row.name in seconds]
+    if not known:
+        return "nobody knows how long is left: none of these rows was measured before"
+    total = sum(known)
+    words = f"{total:.0f} s" if total < 90 else f"{total / 60:.0f} min"
+    least = "" if len(known) == len(rows) else "at least "
+    return f"{least}about {words} left, by the rows' recorded seconds"
+
+
+def shown(told: dict[str, Any], which: str) -> str:
+    """A row's results for the terminal; all the numbers are in the file."""
+    first = f"{which:>6}  {VERDICTS[told['held']]:8}{told['seconds']:7.1f} s  {told['row']}"
+    width, indent = min(shutil.get_terminal_size().columns, 110), " " * 8
+    rest = textwrap.fill(brief(told), width, initial_indent=indent, subsequent_indent=indent)
+    return f"{first}\n{rest}"
+
+
+def run_rows(chosen: Sequence[Row], form: Form, out: Path, facts: dict[str, Any]) -> int:
+    """Measure them one after another, writing down each; returns the exit status."""
+    found: list[dict[str, Any]] = []
+    seconds = recorded(form, OUT, out)
+    status = "\r\033[K" if sys.stdout.isatty() else None  # a line that the next one replaces
+    try:
+        with tempfile.TemporaryDirectory(prefix="reliability-") as scratch:
+            from toy import write_toy_bundle
+
+            toy = write_toy_bundle(Path(scratch) / "toy")
+            for number, row in enumerate(chosen):
+                line = f"{number} of {len(chosen)}, {left(chosen[number:], seconds)}: {row.name}"
+                if status:
+                    columns = shutil.get_terminal_size().columns
+                    print(f"{status}{line[: columns - 1]}", end="", flush=True)
+                elif number == 0:
+                    print(line, flush=True)
+                told = apart(row, form, toy, Path(scratch) / str(number))
+                write(out, json.dumps(merge(out, [told], facts), indent=1) + "\n")
+                found.append(told)
+                which = f"{len(found)}/{len(chosen)}"
+                print(f"{status or ''}{shown(told, which)}", flush=True)
+    except KeyboardInterrupt:
+        kept = f"what was measured is in {out}" if found else "nothing was measured"
+        missing = ", ".join(row.name for row in chosen[len(found) :])
+        print(f"{status or ''}stopped; {kept}; not run: {missing}")
+        return 130
+    failed = [one["row"] for one in found if one["held"] is False]
+    skipped = sum(one["held"] is None for one in found)
+    words = f"{sum(bool(one['held']) for one in found)} of {len(found)} rows held"
+    words += f", {skipped} could not be run" if skipped else ""
+    print(f"{words}{'; not held: ' if failed else ''}{', '.join(failed)}. All numbers: {out}")
+    return int(bool(failed))
 
 
 def main() -> int:
@@ -153,28 +237,12 @@ def main() -> int:
             print(f"{row.name}: {row.bar}")
         return 0
     if options.doc:
-        PAGE.write_text(page(json.loads(options.out.read_text())))
+        write_page(json.loads(options.out.read_text()), PAGE)
         return 0
     chosen = [row for name, row in rows.items() if not options.row or name in options.row]
     if unknown := set(options.row or ()) - rows.keys():
         parser.error(f"no row {', '.join(sorted(unknown))}; --list shows them")
-    facts = about(sys.argv[1:], options.machine)
-    found = []
-    with tempfile.TemporaryDirectory(prefix="reliability-") as scratch:
-        from toy import write_toy_bundle
-
-        toy = write_toy_bundle(Path(scratch) / "toy")
-        for number, row in enumerate(chosen):
-            told = apart(row, options.form, toy, Path(scratch) / str(number))
-            verdict = {True: "held", False: "NOT HELD", None: "skipped"}[told["held"]]
-            detail = told.get("error") or told.get("skipped")
-            detail = detail or json.dumps([told["injected"], told["seen"]])
-            print(f"{verdict:9}{told['seconds']:6.1f} s  {row.name}: {detail}", flush=True)
-            found.append(told)
-            options.out.write_text(json.dumps(merge(options.out, [told], facts), indent=1) + "\n")
-    failed = [one["row"] for one in found if one["held"] is False]
-    print(f"{sum(bool(one['held']) for one in found)} of {len(found)} rows held")
-    return int(bool(failed))
+    return run_rows(chosen, options.form, options.out, about(sys.argv[1:], options.machine))
 
 
 if __name__ == "__main__":
