@@ -110,6 +110,10 @@ _LOAD = {
         "sheds or drops, does not abort",
         ("with it: alive", "with it: served afterwards", "with it: last words"),
     ),
+    "slow readers": Telling(
+        "an honest edge beside them is served",
+        ("honest edge: asked", "answered", "longest s", "memory of the front, most MB more"),
+    ),
     "too little memory to start": Telling("ends with a message", ("status", "said")),
 }
 _TRUST = {

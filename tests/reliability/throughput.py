@@ -33,7 +33,8 @@ import numpy as np
 import zmq
 import zmq.asyncio
 from faults.nodes import NodeProcess
-from faults.processes import sample
+from faults.processes import Sampler, sample
+from faults.proxy import Proxy
 
 from cloud_node.config import load, prepare
 from cloud_node.pool import LocalPool
@@ -41,7 +42,8 @@ from cloud_node.server import Server
 from engines.bundle import Bundle, Manifest, Stage, TensorSpec, hash_file, write_manifest
 from engines.bundle import stage_digest as digest
 from engines.geometry import Geometry
-from reliability.rows import Bench, Seen, row, workers_of
+from reliability.load import Load
+from reliability.rows import Bench, Seen, mb, row, running, workers_of
 from transport.auth import AllowList, Authenticator
 from transport.keys import KeyPair
 from transport.messages import Refused, Request, Result, decode_header, encode, new_id, stage_limits
@@ -54,6 +56,7 @@ IN_FLIGHT = 3
 _RAMP_S = 0.4
 _LOST_S = 8.0
 _SHARE, _KEPT = 80.0, 90.0  # percent
+_SLOW = 12
 
 
 def write_sized_bundle(directory: Path, dim: int) -> Path:
@@ -358,6 +361,67 @@ def vit_b(bench: Bench) -> Seen:
 @row("throughput, ViT-H windows", _BAR, short_s=180, long_s=1800)
 def vit_h(bench: Bench) -> Seen:
     return _compare(bench, 1280)
+
+
+@row(
+    "slow readers",
+    "edges that read 20 kB/s and ask for more than the node may hold: its memory is bounded, none "
+    "of an honest edge's requests is lost and none takes 8 s",
+    short_s=120,
+    long_s=900,
+)
+@running
+async def slow_readers(bench: Bench) -> Seen:
+    path = write_sized_bundle(bench.folder / "bundle", 768)
+    bundle, seconds = Bundle.load(path), bench.pick(30.0, 300.0)
+    windows, each = bundle.geometry.windows, 20_000
+    ctx = zmq.asyncio.Context()
+    with bench.node(bundle=path, popen=_in_this_role("serve")) as node:
+        async with Proxy(node.endpoint) as proxy:
+            proxy.down.set(rate=float(each * _SLOW))
+            slow = [
+                Load(
+                    ctx,
+                    node.node(node.authorise(f"slow{n}"), endpoint=proxy.endpoint),
+                    bundle,
+                    windows,
+                )
+                for n in range(_SLOW)
+            ]
+            honest = Load(ctx, node.node(node.authorise("honest")), bundle, windows)
+            tasks = [asyncio.create_task(load.read()) for load in (*slow, honest)]
+            try:
+                await honest.closed(1, 1)
+                honest.results.clear()
+                honest.sent = 0
+                before = sample(node.pid).rss
+                with Sampler(node.pid, every_s=0.05) as sampler:
+                    tasks += [
+                        asyncio.create_task(load.at(5.0, seconds, 3600.0, wait=False))
+                        for load in slow
+                    ]
+                    await asyncio.sleep(2)
+                    await honest.closed(seconds - 2, 1, deadline_s=60.0)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                ctx.destroy(linger=0)
+        alive = node.running and node.starts == 1
+        dropped = node.log.read_text(errors="replace").count("or too slowly")
+    grown = sampler.peak_rss - before
+    seen = {
+        "honest edge: asked": honest.sent,
+        "answered": len(honest.results),
+        "longest s": round(max(honest.results, default=0.0), 2),
+        "slow edges: sent": sum(load.sent for load in slow),
+        "warned of, at most once a minute each": dropped,
+        "memory of the front, most MB more": mb(grown),
+        "node lived": alive,
+    }
+    held = alive and honest.sent == len(honest.results) > 0
+    held = held and max(honest.results) <= 8 and grown <= 1 << 30
+    return Seen({"slow edges": _SLOW, "bytes/s each": each, "for s": seconds}, seen, held)
 
 
 def main() -> None:
