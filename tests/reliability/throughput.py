@@ -57,6 +57,9 @@ _RAMP_S = 0.4
 _LOST_S = 8.0
 _SHARE, _KEPT = 80.0, 90.0  # percent
 _SLOW = 12
+_MAIN = (
+    "import sys; sys.path.insert(0, sys.argv.pop(1)); import reliability.throughput as t; t.main()"
+)
 
 
 def write_sized_bundle(directory: Path, dim: int) -> Path:
@@ -240,6 +243,10 @@ class _Side:
         self.refused.update(told["refused"])
         self.lost += told["lost"]
 
+    def logged(self) -> str:
+        """What the node has said so far."""
+        return self._node.log.read_text(errors="replace")
+
     def _cpu_s(self) -> dict[str, float]:
         used = {"front": sample(self._node.pid).cpu_s, "edges": sample(self._edge.pid).cpu_s}
         if workers := workers_of(self._node.pid):
@@ -257,20 +264,25 @@ class _Side:
         }
 
 
+def _command(role: str) -> list[str]:
+    # Who started this may have the tests on its path in a way that children do not inherit.
+    return [sys.executable, "-c", _MAIN, str(Path(__file__).parents[1]), role]
+
+
 def _in_this_role(role: str) -> Callable[..., subprocess.Popen[bytes]]:
     def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
-        changed = [sys.executable, "-m", "reliability.throughput", role, *command[4:]]
-        return subprocess.Popen(changed, **options)
+        return subprocess.Popen([*_command(role), *command[4:]], **options)
 
     return start
 
 
 @contextmanager
-def _side(bench: Bench, bundle: Path, role: str, edges: int) -> Iterator[_Side]:
+def sided(bench: Bench, bundle: Path, role: str, edges: int) -> Iterator[_Side]:
+    """A node (``serve`` or ``bare``) of `bundle` and so many edges, in one process, to load it."""
     with bench.node(bundle=bundle, popen=_in_this_role(role)) as node:
         pairs = [node.authorise(f"edge{number}") for number in range(edges)]
         edge = subprocess.Popen(
-            [sys.executable, "-m", "reliability.throughput", "edge"],
+            _command("edge"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -311,7 +323,7 @@ def _compare(bench: Bench, dim: int) -> Seen:
     with ExitStack() as stack:
         for edges in EDGES:
             for role in ("serve", "bare"):
-                sides[role, edges] = stack.enter_context(_side(bench, bundle_path, role, edges))
+                sides[role, edges] = stack.enter_context(sided(bench, bundle_path, role, edges))
         for side in sides.values():
             side.measure(0.3, keep=False)
         for number in range(rounds):

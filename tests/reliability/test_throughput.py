@@ -1,0 +1,20 @@
+"""What the rows of throughput count, whatever their rates: nothing of an honest edge is lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from reliability.rows import Bench
+from reliability.throughput import sided, write_sized_bundle
+
+
+def test_edges_that_ask_for_more_than_the_node_may_hold_lose_nothing(tmp_path: Path) -> None:
+    # 48 results of 12.5 MB are more than twice the 256 MiB that may wait in libzmq.
+    bundle = write_sized_bundle(tmp_path / "bundle", 1280)
+    with sided(Bench(tmp_path, bundle), bundle, "serve", 16) as side:
+        side.measure(1.0)
+        side.measure(1.0)
+        logged = side.logged()
+    assert min(side.rates) > 0
+    assert (side.lost, side.refused) == (0, {})
+    assert "dropped" not in logged
