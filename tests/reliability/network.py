@@ -14,6 +14,7 @@ from faults.processes import Netns, Sample, Sampler, random_plan, run_plan, samp
 from faults.proxy import Proxy, random_cuts
 
 from edge_runtime.client import NodeClient
+from edge_runtime.config import Node
 from engines.bundle import Bundle, shipped_bundle
 from reliability.load import Load
 from reliability.rows import (
@@ -277,7 +278,8 @@ async def cut_up(bench: Bench) -> Seen:
 
 @row(
     "soak",
-    "faults every few seconds: nothing wrong; memory slope < 1 MB/h; descriptors flat",
+    "faults every few seconds: nothing wrong; memory slope < 1 MB/h, of the edge and of a node "
+    "that is left running while edges come and go; descriptors flat",
     short_s=110,
     long_s=8 * 3600,
 )
@@ -285,38 +287,68 @@ async def cut_up(bench: Bench) -> Seen:
 async def soak(bench: Bench) -> Seen:
     seconds = bench.pick(60.0, 3600.0)
     questions = Questions(bench)
-    with bench.node() as a, bench.node() as b, bench.node() as c:
+    with bench.node() as a, bench.node() as b, bench.node() as c, bench.node() as left:
         nodes = {"a": a, "b": b, "c": c}
+        guest = bench.edge(left, name="guest")
         async with (
             Proxy(c.endpoint, seed=3) as proxy,
+            connected(bench.edge(left, name="left"), bench.bundle) as fourth,
             connected(bench.edge(a, name="a"), bench.bundle) as first,
             connected(bench.edge(b, name="b"), bench.bundle) as second,
             connected(bench.edge(c, name="c", endpoint=proxy.endpoint), bench.bundle) as third,
         ):
-            clients = (first, second, third)
+            clients = (first, second, third, fourth)
             plan = random_plan(4, list(nodes), seconds=seconds, every_s=5, down_s=(0.1, 2.0))
             for client in clients:
                 for _ in range(100):
                     await questions.ask(client)
-            before = await _settled()
-            with run_plan(plan, nodes) as done, Sampler(os.getpid(), every_s=0.5) as sampler:
+            await _visit(questions, guest, bench)
+            before, node_before = await _settled(), sample(left.pid)
+            with (
+                run_plan(plan, nodes) as done,
+                Sampler(os.getpid(), every_s=0.5) as sampler,
+                Sampler(left.pid, every_s=0.5) as node_sampler,
+            ):
                 async with questions.going_on(*clients, seconds=2):
                     until = time.monotonic() + seconds
-                    resets = 0
+                    resets = visits = 0
                     while time.monotonic() < until:
                         await asyncio.sleep(4.9)
                         resets += proxy.reset_all()
+                        await _visit(questions, guest, bench)
+                        visits += 1
             for client in clients:
                 await questions.until_right(client, 60)
-            after = await _settled()
+            after, node_after = await _settled(), sample(left.pid)
+        alive = left.running and left.starts == 1
     seen = {
         **questions.told(),
         "descriptors": [before.fds, after.fds],
         "memory of the edge MB": [mb(before.rss), mb(after.rss)],
         "slope MB/h": mb(sampler.slope("rss")),
         "strays": sum(client.strays for client in clients),
+        "node left running": {
+            "lived": alive,
+            "descriptors": [node_before.fds, node_after.fds],
+            "memory MB": [mb(node_before.rss), mb(node_after.rss)],
+            "slope MB/h": mb(node_sampler.slope("rss")),
+        },
     }
     # Of a minute, a slope of 1 MB/h is 17 kB: less than a page cache's whim. Then growth is judged.
-    flat = after.rss - before.rss < 2e6 if bench.form == "short" else sampler.slope("rss") < 1e6
-    held = not questions.wrong and after.fds <= before.fds + 2 and flat
-    return Seen({"kills and freezes": len(done), "resets": resets, "for s": seconds}, seen, held)
+    grown = max(after.rss - before.rss, node_after.rss - node_before.rss)
+    slope = max(one.slope("rss") for one in (sampler, node_sampler))
+    flat = grown < 2e6 if bench.form == "short" else slope < 1e6
+    flat = flat and after.fds <= before.fds + 2 and node_after.fds <= node_before.fds + 2
+    injected = {
+        "kills and freezes": len(done),
+        "resets": resets,
+        "edges that came and went": visits,
+        "for s": seconds,
+    }
+    return Seen(injected, seen, alive and not questions.wrong and flat)
+
+
+async def _visit(questions: Questions, edge: Node, bench: Bench) -> None:
+    """An edge comes, asks, and is gone."""
+    async with connected(edge, bench.bundle) as client:
+        await questions.until_right(client, 30)

@@ -54,7 +54,7 @@ _NETWORK = {
     ),
     "soak": Telling(
         "nothing wrong; memory and descriptors flat",
-        ("wrong", "descriptors", "memory of the edge MB", "slope MB/h"),
+        ("wrong", "memory of the edge MB", "slope MB/h", "node left running: memory MB"),
     ),
     "cancellation": Telling(
         "no task left behind, answers stay right", ("wrong", "tasks left", "pending left")
