@@ -52,6 +52,7 @@ _HANDSHAKE_SENT = 280
 _PACE_S = 5.0  # over which a reader's pace is taken
 _HANDSHAKE_S = 4.0  # libzmq itself ends those that take longer (HANDSHAKE_IVL)
 _TCP_INFO_BYTES = 208
+_ESTABLISHED = 1  # TCP_ESTABLISHED
 _LOOK_S = 0.002  # between looks out of turn
 _EARLY = 64  # credits kept for connections whose opening has not been told yet
 _TCP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
@@ -257,12 +258,8 @@ class Accounts:
     def delivered(self, fd: int, size: int, user: str = "", route: bytes | None = None) -> None:
         """`size` bytes received on this connection have reached the program."""
         account = self.accounts.get(fd)
-        if account is None:  # the message overtook the news of its connection
-            if len(self._early) < _EARLY:
-                before = self._early.get(fd, _Early())
-                self._early[fd] = _Early(before.size + size, user, route, before.unsent)
-                if route is not None:
-                    self.routes[route] = fd
+        if account is None:
+            self.overtook(fd, size, user, route)
             return
         account.credit += size
         account.established = True
@@ -274,6 +271,15 @@ class Accounts:
         if route is not None:
             self.routes[route] = fd
             account.routes.add(route)
+
+    def overtook(self, fd: int, size: int, user: str = "", route: bytes | None = None) -> None:
+        """As `delivered`, of a connection whose opening is told later. The number may still be that
+        of one whose end isn't told yet either."""
+        if len(self._early) < _EARLY:
+            before = self._early.get(fd, _Early())
+            self._early[fd] = _Early(before.size + size, user, route, before.unsent)
+            if route is not None:
+                self.routes[route] = fd
 
     def handed(self, fd: int, size: int, now: float) -> None:
         """`size` bytes are to leave by this connection."""
@@ -378,7 +384,7 @@ class Accounts:
 
 class Ended(NamedTuple):
     """A connection that is no more: whose, whether its handshake was done (None: not known), and
-    the routing ids it had."""
+    the routing ids that lead nowhere now, as far as that is certain."""
 
     address: str
     established: bool | None
@@ -486,10 +492,14 @@ class Meter:
         if end is None or account is None:
             return Ended("", None)
         established: bool | None = account.established or None
+        routes: frozenset[bytes] = frozenset()
         with end, contextlib.suppress(OSError):
             if not established and self.metered and (counts := _counts(end)):
                 established = counts[2] >= _HANDSHAKE_SENT
-        return Ended(account.address, established, account.user, frozenset(account.routes))
+            # Else what we follow may be a successor, whose number this news came with.
+            if self.metered and not _up(end):
+                routes = frozenset(account.routes)
+        return Ended(account.address, established, account.user, routes)
 
     def close(self) -> None:
         """Forget all connections, because their socket closes or disconnects: then libzmq tells
@@ -508,7 +518,18 @@ class Meter:
         with contextlib.suppress(zmq.ZMQError):  # a server has none
             user = str(frames[-1].get("User-Id") or "")
         route = frames[0].bytes if routed else None
-        self._accounts.delivered(fd, frames_bytes(frames[int(routed) :]), user, route)
+        account = self._accounts.accounts.get(fd)
+        known = account is None or route is None or route in account.routes or self._still(fd)
+        book = self._accounts.delivered if known else self._accounts.overtook
+        book(fd, frames_bytes(frames[int(routed) :]), user, route)
+
+    def _still(self, fd: int) -> bool:
+        """Whether this number is the connection's that is followed by it, and not a successor's."""
+        end = self._ends.get(fd)
+        try:
+            return end is not None and os.path.samestat(os.fstat(fd), os.fstat(end.fileno()))
+        except OSError:
+            return False
 
     def handed(self, frames: Sequence[Any], now: float, *, route: bytes | None = None) -> None:
         """A message was given to the socket (frames without a routing id); `route` is the routing
@@ -598,6 +619,11 @@ def _counts(end: socket.socket) -> tuple[int, int, int] | None:
     acked, received = struct.unpack_from("=QQ", info, 120)
     sent = struct.unpack_from("=Q", info, 200)[0] if len(info) >= 208 else acked
     return received, acked, sent
+
+
+def _up(end: socket.socket) -> bool:
+    """Whether neither side has ended this connection."""
+    return end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)[0] == _ESTABLISHED
 
 
 def _readable(end: socket.socket) -> int:

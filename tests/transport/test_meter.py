@@ -360,6 +360,65 @@ def test_a_reused_number_is_another_connection(pairs: Any) -> None:
     assert descriptors() == before + 2
 
 
+class Frame:
+    """Of a message that came by this descriptor, from this user."""
+
+    nbytes = 100
+
+    def __init__(self, fd: int, user: str = "", data: bytes = b"") -> None:
+        self._told = {zmq.SRCFD: fd, "User-Id": user}
+        self.bytes = data
+
+    def __len__(self) -> int:
+        return 100
+
+    def get(self, option: Any) -> Any:
+        return self._told[option]
+
+
+def delivered(meter: Meter, fd: int, route: bytes, user: str) -> None:
+    meter.delivered([Frame(fd, user, route), Frame(fd, user)], routed=True)
+
+
+@linux
+@pytest.mark.parametrize("had", [True, False], ids=["that had spoken", "that was silent"])
+def test_a_successors_routes_do_not_end_with_its_predecessor(pairs: Any, had: bool) -> None:
+    """Its message comes before the news that one ended and the other began."""
+    first, first_client = pairs()
+    number = first.fileno()
+    meter = Meter(BOUNDS)
+    meter.opened(number, 0.0)
+    if had:
+        delivered(meter, number, b"first", "one")
+    first_client.close()
+    second, second_client = pairs()
+    os.dup2(second.fileno(), number)
+    delivered(meter, number, b"second", "another")
+    assert meter.closed(number).routes == ({b"first"} if had else set())
+    meter.opened(number, 1.0)
+    assert meter.users() == {"another"}
+    second_client.close()
+    assert meter.closed(number).routes == {b"second"}
+
+
+@linux
+def test_routes_of_a_successor_known_by_its_predecessors_news(pairs: Any) -> None:
+    """Both its message and its descriptor come with the other's news."""
+    first, first_client = pairs()
+    number = first.fileno()
+    second, _ = pairs()
+    first_client.close()
+    os.dup2(second.fileno(), number)
+    meter = Meter(BOUNDS)
+    delivered(meter, number, b"second", "another")
+    meter.opened(number, 0.0)
+    assert meter.closed(number).routes == set()  # the first's end
+    meter.opened(number, 0.0)
+    delivered(meter, number, b"second", "another")
+    assert meter._accounts.routes == {b"second": number}
+    meter.close()
+
+
 @linux
 @pytest.mark.parametrize("now", ["nothing", "a pipe", "a file"])
 def test_a_number_that_is_no_connection_any_more(pairs: Any, now: str) -> None:
