@@ -201,6 +201,7 @@ def test_what_an_edge_asked_before_it_left_is_not_computed(
     message, _ = other.receive()
     assert isinstance(message, Result)
     assert message.id == sent
+    until(lambda: "windows for" in mine.logged())
     assert len(re.findall(r"\d windows for", mine.logged())) == 1
 
 
