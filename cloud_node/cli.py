@@ -212,7 +212,10 @@ async def _run(prepared: Prepared, pool: Pool, notifier: Notifier) -> None:
     def begin_stop() -> None:
         stop.set()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)  # a second signal ends the process at once
+            loop.remove_signal_handler(number)
+            # A second signal ends the process at once. Python's own answer to Ctrl-C, an exception
+            # wherever it happens to be, would not: Ray for one then waits for ever.
+            signal.signal(number, signal.SIG_DFL)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, begin_stop)
