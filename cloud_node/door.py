@@ -174,6 +174,10 @@ class Door:
             return "lost" if error.errno == errno.EHOSTUNREACH else "unread"
         raise error
 
+    def leaving(self) -> int:
+        """Bytes sent that their edges have not acknowledged yet, as far as the kernel tells."""
+        return self._meter.unsent() if self._meter is not None else 0
+
     def look(self) -> None:
         """Bring the gauges up to date."""
         if self._meter is not None:

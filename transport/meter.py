@@ -377,6 +377,11 @@ class Meter:
         """Bytes held for all connections, as of the last `poll`."""
         return int(sum(account.held for account in self._accounts.accounts.values()))
 
+    def unsent(self) -> int:
+        """Bytes handed over and not acknowledged, as of the last `poll`; 0 where nothing is
+        metered."""
+        return int(sum(account.unsent for account in self._accounts.accounts.values()))
+
     def opened(self, fd: int, now: float) -> bool:
         """The monitor told of a connection (ACCEPTED, CONNECTED); whether it may stay.
 
