@@ -568,9 +568,8 @@ class Server:
         if not prepared.allowed:
             log.warning(
                 "NO EDGE IS AUTHORISED, so none can connect. An edge's owner runs `edge-runtime "
-                "keys edge --node NAME` and sends you NAME.pub; then run `edge-runtime keys "
-                "authorize --dir %s NAME.pub` (no restart needed)",
-                prepared.config.keys,
+                "keys edge --node NAME` and sends you NAME.pub; then run `%s` (no restart needed)",
+                prepared.allowed.command("NAME.pub"),
             )
         log.info("ready %s", json.dumps(ready))
         path = prepared.config.ready_file

@@ -26,7 +26,7 @@ import zmq.asyncio
 from zmq.utils import z85
 
 from engines.errors import KeyFileError
-from transport.keys import load_public
+from transport.keys import AUTHORIZED, load_public
 from transport.sockets import ZAP_DOMAIN, Seldom
 
 log = logging.getLogger(__name__)
@@ -93,6 +93,12 @@ class AllowList:
     def name_of(self, public: str) -> str | None:
         """The name a Z85 public key is enrolled under, None if it is not."""
         return self.reload().get(public)
+
+    def command(self, file: str) -> str:
+        """What puts a .pub file into the folder, for people."""
+        if self.folder.name == AUTHORIZED:
+            return f"edge-runtime keys authorize --dir {self.folder.parent} {file}"
+        return f"cp {file} {self.folder}"
 
     def __len__(self) -> int:
         return len(self._names)
@@ -238,8 +244,8 @@ class Authenticator:
             return
         log.warning(
             "refused %s: its key %s is not authorised; to let it in, put its .pub file in place "
-            "with `edge-runtime keys authorize --dir %s FILE.pub` (no restart needed)",
+            "with `%s` (no restart needed)",
             address,
             public,
-            self._allowed.folder.parent,
+            self._allowed.command("FILE.pub"),
         )

@@ -218,6 +218,13 @@ def test_refusals_are_logged_once_a_minute_and_key(
     assert "edge-runtime keys authorize" in line
 
 
+def test_what_lets_an_edge_in_fits_the_folder(authorized: Path, tmp_path: Path) -> None:
+    told = AllowList(authorized).command("k.pub")
+    assert told == f"edge-runtime keys authorize --dir {tmp_path} k.pub"
+    elsewhere = authorized.rename(tmp_path / "edges")
+    assert AllowList(elsewhere).command("k.pub") == f"cp k.pub {elsewhere}"
+
+
 def test_folder_must_exist_and_be_closed_to_others(tmp_path: Path) -> None:
     with pytest.raises(KeyFileError, match="edge-runtime keys node"):
         AllowList(tmp_path / "nowhere")
