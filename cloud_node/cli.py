@@ -212,7 +212,10 @@ async def _run(prepared: Prepared, pool: Pool, notifier: Notifier) -> None:
     def begin_stop() -> None:
         stop.set()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)  # a second signal ends the process at once
+            loop.remove_signal_handler(number)
+            # A second signal ends the process at once. Python's own answer to Ctrl-C, an exception
+            # wherever it happens to be, would not: Ray for one then waits for ever.
+            signal.signal(number, signal.SIG_DFL)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, begin_stop)
@@ -266,13 +269,13 @@ def _plain(value: Any) -> Any:
 
 
 def _table(loaded: Loaded) -> list[str]:
-    rows = [("SETTING", "VALUE", "FROM")]
+    rows = [("SETTING", "FROM", "VALUE")]  # which may be long
     for setting in SETTINGS:
         value = getattr(loaded.config, setting.name)
         shown = f"({setting.unset})" if value is None else setting.show(value).strip('"')
-        rows.append((setting.name, shown, loaded.sources[setting.name]))
+        rows.append((setting.name, loaded.sources[setting.name], shown))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    return [f"{name:{widths[0]}}  {value:{widths[1]}}  {source}" for name, value, source in rows]
+    return [f"{name:{widths[0]}}  {source:{widths[1]}}  {value}" for name, source, value in rows]
 
 
 def _init(out: Path, options: Mapping[str, Any]) -> int:

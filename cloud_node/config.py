@@ -140,6 +140,10 @@ def prepare(config: NodeConfig) -> Prepared:
     folder = config.ready_file.parent if config.ready_file else Path()
     if not folder.is_dir():
         raise ConfigError(f"cannot write the ready file: the folder {folder} does not exist")
+    if config.ready_file and config.ready_file.is_dir():
+        raise ConfigError(
+            f"ready_file is {config.ready_file}, a folder; expected a file to write in one"
+        )
     keypair = load_secret(config.key_file)
     allowed = AllowList(config.authorized_folder)
     bundle = Bundle.load(config.bundle or shipped_bundle())
@@ -198,6 +202,11 @@ def examine(prepared: Prepared) -> list[str]:
             "on the CPU this node takes all cores; if several nodes share this machine, give each "
             "its part with threads"
         )
+    if config.workers == "ray":
+        notes.append(
+            "the Ray cluster has not been asked; the start does, and refuses one that writes "
+            "objects to disks. Whoever reaches its ports runs code: docs/ray.md"
+        )
     return [note for note in notes if note]
 
 
@@ -205,6 +214,11 @@ def _read(file: Path) -> dict[str, Any]:
     values = {}
     for name, value in read_toml(file, f"cloud-node init --out {file}").items():
         setting = BY_NAME.get(name)
+        if isinstance(value, dict):
+            raise ConfigError(
+                f"{file}: [{name}] begins a table; settings stand by themselves, as NAME = VALUE, "
+                "without any"
+            )
         if not setting:
             raise ConfigError(f"{file}: {unknown_key(name, BY_NAME)}")
         try:
@@ -212,7 +226,8 @@ def _read(file: Path) -> dict[str, Any]:
             # The file says what holds wherever the node is started.
             values[name] = (file.parent / found).absolute() if setting.is_path else found
         except Invalid as error:
-            shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:76]}..."
+            shown = str(value).lower() if isinstance(value, bool) else repr(value)
+            shown = shown if len(shown) < 80 else f"{shown[:76]}..."
             raise ConfigError(f"{file}: {name} is {shown}; {error}") from None
     return values
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import (
@@ -22,7 +23,9 @@ from prometheus_client.core import (
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
-from cloud_node.metrics import Histogram, Metrics
+from cloud_node.metrics import OUTCOMES, Histogram, Metrics
+from transport.meter import Reason
+from transport.sockets import REFUSALS
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 PREFIX = "edge_runtime_node_"
@@ -31,12 +34,14 @@ PREFIX = "edge_runtime_node_"
 @dataclass(frozen=True)
 class Family:
     """One metric. `value`: its numbers by label if there is one `label`, a histogram, or one
-    number. What ends in ``_total`` is a counter, which never falls."""
+    number. What ends in ``_total`` is a counter, which never falls. `known`: labels that are told
+    from the start, as 0: a counter that begins at 1 has not risen, as Prometheus sees it."""
 
     name: str
     help: str
     value: Callable[[Metrics], float | Histogram | Mapping[str, float]]
     label: str = ""
+    known: tuple[str, ...] = ()
 
 
 FAMILIES = (
@@ -46,6 +51,7 @@ FAMILIES = (
         "connection had ended) or unread (the edge does not read its replies)",
         lambda m: m.requests,
         "outcome",
+        OUTCOMES,
     ),
     Family("windows_total", "Windows computed and answered", lambda m: m.windows),
     Family("batch_windows", "Windows of each batch that succeeded", lambda m: m.batch_windows),
@@ -70,12 +76,14 @@ FAMILIES = (
         "Connections not let in, by reason",
         lambda m: m.handshakes_refused,
         "reason",
+        tuple(REFUSALS),
     ),
     Family(
         "connections_dropped_total",
         "Connections ended by the node, by reason",
         lambda m: m.connections_dropped,
         "reason",
+        (*get_args(Reason), "full"),
     ),
     Family("workers", "Workers there should be", lambda m: m.lanes),
     Family("workers_ready", "Workers that can compute", lambda m: m.workers_ready),
@@ -128,6 +136,6 @@ def _family(family: Family, metrics: Metrics) -> Metric:
     if not isinstance(value, Mapping):
         return kind(name, family.help, value)
     found = kind(name, family.help, labels=[family.label])
-    for label, number in sorted(value.items()):
+    for label, number in sorted((dict.fromkeys(family.known, 0) | dict(value)).items()):
         found.add_metric([label], number)
     return found

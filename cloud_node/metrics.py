@@ -16,6 +16,11 @@ State = Literal["starting", "ready", "degraded", "draining"]
 """``degraded``: some worker is down; ``draining``: told to stop, finishing what was admitted."""
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+OUTCOMES = (
+    *("result", "malformed", "wrong_bundle", "invalid", "duplicate", "deadline", "overloaded"),
+    *("worker_died", "engine", "shutdown", "cancelled", "revoked", "lost", "unread"),
+)
+"""How requests end, see `Metrics.requests`."""
 WINDOWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 

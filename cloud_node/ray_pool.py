@@ -231,8 +231,7 @@ class RayPool(Pool):
         from ray import serve
         from ray.serve.schema import LoggingConfig
 
-        for name in ("ray", "ray.serve"):  # set up by the import, chatty
-            logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # set up by the import, chatty
         gpus = self._gpus()
         device = "gpu" if gpus else "cpu"
         depth = 1 if device == "cpu" else 2
@@ -641,6 +640,7 @@ class _Cluster:
                 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         import ray
 
+        _into_our_log()
         if ray.is_initialized():
             raise RuntimeError("this process is part of a Ray cluster already")
         if address == "local":
@@ -747,6 +747,18 @@ class _Cluster:
             for folder in self._folders:
                 shutil.rmtree(folder, ignore_errors=True)
             self._folders = []
+
+
+def _into_our_log() -> None:
+    """Have Ray's warnings in this process be lines of the node's log, which may be JSON: the import
+    has given Ray a handler of its own."""
+    ray = logging.getLogger("ray")
+    ray.handlers.clear()
+    ray.propagate = True
+    ray.setLevel(logging.WARNING)
+    # That SIGTERM is left to the node, and that there is a token: both as they are meant to be.
+    for name in ("worker", "authentication.authentication_token_setup"):
+        logging.getLogger(f"ray._private.{name}").setLevel(logging.ERROR)
 
 
 def _put(feeds: dict[str, np.ndarray]) -> Any:

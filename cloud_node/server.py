@@ -177,7 +177,8 @@ class Server:
             await self._door.close(_FLUSH_S if self._bound else 0)
 
     async def _drain(self) -> None:
-        """Finish what was admitted, or as much of it as the limit allows."""
+        """Finish what was admitted, or as much of it as the limit allows; a reply is finished once
+        its edge has it."""
         self._draining = True
         self._look()
         log.info(
@@ -187,7 +188,9 @@ class Server:
             extra={"event": "stopping"},
         )
         give_up = self._loop.time() + self._prepared.config.drain_s
-        while (len(self._queue) or self._queue.running) and self._loop.time() < give_up:
+        while self._loop.time() < give_up and (
+            len(self._queue) or self._queue.running or self._door.waiting()
+        ):
             await asyncio.sleep(min(0.02, max(0.0, give_up - self._loop.time())))
 
     # What arrives
@@ -585,9 +588,8 @@ class Server:
         if not prepared.allowed:
             log.warning(
                 "NO EDGE IS AUTHORISED, so none can connect. An edge's owner runs `edge-runtime "
-                "keys edge --node NAME` and sends you NAME.pub; then run `edge-runtime keys "
-                "authorize --dir %s NAME.pub` (no restart needed)",
-                prepared.config.keys,
+                "keys edge --node NAME` and sends you NAME.pub; then run `%s` (no restart needed)",
+                prepared.allowed.command("NAME.pub"),
             )
         log.info("ready %s", json.dumps(ready))
         path = prepared.config.ready_file

@@ -17,7 +17,7 @@ from typing import Any
 DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?", re.IGNORECASE)
-_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):(\d{1,5})")
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(\d{1,5})")
 _DEVICE = re.compile(r"([a-z]+)(?::(\d{1,3}(?:,\d{1,3})*))?")
 
 
@@ -78,7 +78,8 @@ class Setting:
             kinds = {int: "a number", float: "a number", list: "an array of texts"}
             text = self.parse not in (_integer, _number)
             wanted = list(dict.fromkeys(["a text"] * text + [kinds[t] for t in self.accepts]))
-            raise Invalid(f"expected {' or '.join(wanted)}")
+            example = self.show(self.example if self.default is None else self.default)
+            raise Invalid(f"expected {' or '.join(wanted)}, such as {example}")
         self.check(value)
         return value
 
@@ -178,12 +179,23 @@ def _check_replicas(value: tuple[int, int]) -> None:
         raise Invalid("expected 1 to 1024, the smaller number first")
 
 
+def _cluster(text: str) -> str:
+    """Of Ray. Its ray:// form is let through, for it is known what to do instead."""
+    if text not in ("auto", "local") and not text.startswith("ray://") and not _fits(text):
+        raise Invalid("expected auto, local or HOST:PORT, such as 10.0.0.1:6379")
+    return text
+
+
+def _fits(address: str) -> bool:
+    found = _ADDRESS.fullmatch(address)
+    return found is not None and int(found[2]) <= 65535
+
+
 def _address(text: str) -> str | None:
     """``HOST:PORT``; None for ``off``."""
     if text == "off":
         return None
-    found = _ADDRESS.fullmatch(text)
-    if not found or int(found[2]) > 65535:
+    if not _fits(text):
         raise Invalid("expected off or HOST:PORT, such as 127.0.0.1:9464")
     return text
 
@@ -311,7 +323,7 @@ SETTINGS = (
     Setting(
         "ray_address",
         "what computes",
-        _text,
+        _cluster,
         "ADDRESS",
         "Ray cluster to run workers on: auto (the one that this machine is a host of), HOST:PORT "
         "(likewise, naming its head), or local (one on this machine alone).",

@@ -26,7 +26,7 @@ import zmq.asyncio
 from zmq.utils import z85
 
 from engines.errors import KeyFileError
-from transport.keys import load_public
+from transport.keys import AUTHORIZED, load_public
 from transport.sockets import ZAP_DOMAIN, Seldom
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class AllowList:
             names: dict[str, str] = {}
             for name, *_ in entries:
                 try:
-                    names.setdefault(load_public(self.folder / name), name.removesuffix(".pub"))
+                    names.setdefault(load_public(self.folder / name), _holder(name))
                 except KeyFileError as error:
                     log.warning("ignored authorised key: %s", error)
             self._names, self._stamp = names, entries
@@ -94,8 +94,23 @@ class AllowList:
         """The name a Z85 public key is enrolled under, None if it is not."""
         return self.reload().get(public)
 
+    def command(self, file: str) -> str:
+        """What puts a .pub file into the folder, for people."""
+        if self.folder.name == AUTHORIZED:
+            return f"edge-runtime keys authorize --dir {self.folder.parent} {file}"
+        return f"cp {file} {self.folder}"
+
     def __len__(self) -> int:
         return len(self._names)
+
+
+def _holder(file: str) -> str:
+    """The name that a key file gives its holder."""
+    try:
+        file.encode()
+    except UnicodeEncodeError:  # of bytes that are no UTF-8, which libzmq can't be told
+        raise KeyFileError(f"the file name {file!r} is not UTF-8: rename it") from None
+    return file.removesuffix(".pub")
 
 
 def _stamp(entry: os.DirEntry[str]) -> tuple[str, int, int, int]:
@@ -190,15 +205,16 @@ class Authenticator:
         while True:
             request = await self._socket.recv_multipart()
             try:
-                status, text, user = self._judge(request)
+                status, text, name = self._judge(request)
+                user = name.encode()
             except Exception as error:  # whatever happens, answer no and stay alive
                 reason = "folder" if isinstance(error, KeyFileError) else "internal"
                 self.refused[reason] += 1
                 if self._seldom(reason):
                     log.error("authenticator failed, client refused: %s", error)
-                status, text, user = b"500", b"internal error", ""
+                status, text, user = b"500", b"internal error", b""
             request_id = request[1] if len(request) > 1 else b""
-            reply = [b"1.0", request_id, status, text, user.encode(), b""]
+            reply = [b"1.0", request_id, status, text, user, b""]
             try:
                 await self._socket.send_multipart(reply)
             except zmq.ZMQError as error:
@@ -228,8 +244,8 @@ class Authenticator:
             return
         log.warning(
             "refused %s: its key %s is not authorised; to let it in, put its .pub file in place "
-            "with `edge-runtime keys authorize --dir %s FILE.pub` (no restart needed)",
+            "with `%s` (no restart needed)",
             address,
             public,
-            self._allowed.folder.parent,
+            self._allowed.command("FILE.pub"),
         )

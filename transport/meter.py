@@ -542,7 +542,8 @@ class Meter:
             accounts.handed(fd, frames_bytes(frames), now)
 
     def waiting(self, user: str | None = None) -> int:
-        """Bytes handed over that had not been read when last looked at: a user's, or all."""
+        """Bytes handed over and not acknowledged when last looked at: a user's, or all; 0 where
+        nothing is metered."""
         accounts = self._accounts
         return accounts.unsent if user is None else accounts.unsent_of[user]
 

@@ -52,7 +52,9 @@ def check_endpoint(endpoint: str, *, bind: bool = False) -> str:
     number = int(port) if port.isdigit() else -1
     if not match or not (0 if bind else 1) <= number <= 65535 or (match[1] == "*" and not bind):
         example = "tcp://0.0.0.0:5555" if bind else "tcp://node.example.org:5555"
-        raise ConfigError(f"malformed endpoint {endpoint!r}: expected tcp://HOST:PORT as {example}")
+        raise ConfigError(
+            f"malformed endpoint {endpoint!r}: expected tcp://HOST:PORT, such as {example}"
+        )
     return endpoint
 
 

@@ -11,8 +11,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cloud_node.exposition import FAMILIES, PREFIX, exposition, registry
 from cloud_node.metrics import Histogram, Metrics, State
+from transport.meter import Reason
+from transport.sockets import REFUSALS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "node.md"
+PROTOCOL = DOCUMENT.with_name("protocol.md").read_text()
 
 
 def samples(metrics: Metrics) -> dict[str, float]:
@@ -104,6 +107,18 @@ def test_every_field_is_shown() -> None:
 
 def test_labels_come_from_the_program_alone() -> None:
     assert {family.label for family in FAMILIES} == {"", "outcome", "reason"}
+
+
+def test_outcomes_and_reasons_are_told_before_they_happen() -> None:
+    """Else the first of a kind is no rise of its counter."""
+    found = samples(Metrics())
+    codes = re.findall(r"^\| `(\w+)` \|", PROTOCOL.split("## Refusals")[1], re.MULTILINE)
+    for outcome in ("result", "cancelled", "revoked", "lost", "unread", *codes):
+        assert found[f"{PREFIX}requests_total{{outcome={outcome}}}"] == 0
+    for reason in REFUSALS:
+        assert found[f"{PREFIX}handshakes_refused_total{{reason={reason}}}"] == 0
+    for reason in (*get_args(Reason), "full"):
+        assert found[f"{PREFIX}connections_dropped_total{{reason={reason}}}"] == 0
 
 
 def test_two_nodes_in_one_process_have_numbers_of_their_own() -> None:

@@ -63,9 +63,9 @@ def test_check_shows_what_holds_and_where_it_comes_from(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = {line.split()[0]: line.split()[1:] for line in done.stdout.split("\n\n")[0].splitlines()}
     assert set(rows) == {"SETTING", *(setting.name for setting in SETTINGS)}
-    assert rows["threads"] == ["1", "node.toml"]
-    assert rows["drain_s"] == ["3", "--drain-s"]
-    assert rows["queue_bytes"] == ["256", "MiB", "default"]
+    assert rows["threads"] == ["node.toml", "1"]
+    assert rows["drain_s"] == ["--drain-s", "3"]
+    assert rows["queue_bytes"] == ["default", "256", "MiB"]
     assert "hashes as they should be" in done.stdout
     assert "Note: no edge is authorised" in done.stdout
     told = json.loads(run("check", "--config", "node.toml", "--json", cwd=folder).stdout)

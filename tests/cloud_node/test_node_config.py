@@ -117,12 +117,14 @@ def test_values(write: Callable[[str], Path], line: str, value: Any) -> None:
         ("thread = 2", ["'thread'", "did you mean threads?"]),
         ("max-batch = 50", ["did you mean max_batch?"]),
         ("colour = 1", ["'colour'", "known are bundle, bind"]),
-        ("[metrics]\naddress = 1", ["metrics is {'address': 1}", "expected a text"]),
+        ("[metrics]\naddress = 1", ["[metrics] begins a table", "NAME = VALUE"]),
+        ("[node]\nthreads = 1", ["[node] begins a table"]),
+        ("metrics = false", ["metrics is false", 'a text, such as "127.0.0.1:9464"']),
         ("threads = 0", ["threads is 0", "1 to 1024"]),
         ("threads = 1.5", ["threads is 1.5", "expected a number"]),
-        ("threads = true", ["threads is True", "expected a number"]),
+        ("threads = true", ["threads is true", "expected a number, such as 4"]),
         ('threads = "many"', ["threads is 'many'", "whole number"]),
-        ("bind = 5555", ["bind is 5555", "expected a text"]),
+        ("bind = 5555", ["bind is 5555", "expected a text, such as", "tcp://0.0.0.0:5555"]),
         ('bind = "0.0.0.0:5555"', ["'0.0.0.0:5555'", "tcp://0.0.0.0:5555"]),
         ("max_wait_ms = nan", ["max_wait_ms is nan", "0 to 1000 ms"]),
         ("max_wait_ms = -1", ["0 to 1000 ms"]),
@@ -145,6 +147,7 @@ def test_values(write: Callable[[str], Path], line: str, value: Any) -> None:
         ('bundle = "a\\u0000b"', ["expected a path"]),
         ('bundle = "~nobody-of-that-name/x"', ["user that there is"]),
         ('ray_address = "head:6379"', ["ray_address is head:6379", 'workers = "ray"']),
+        ('ray_address = "the head"', ["auto, local or HOST:PORT"]),
         ("ray_replicas = 2", ["ray_replicas is 2", 'workers = "ray"']),
         ("ray_replicas = 0", ["1 to 1024"]),
         ('ray_replicas = "4-1"', ["the smaller number first"]),
@@ -212,7 +215,9 @@ def test_what_is_shown_can_be_read_again(setting: Any, write: Callable[[str], Pa
 
 @pytest.mark.parametrize("text", ['a"b', "back\\slash", "tab\there", "new\nline", "é", "\x7f"])
 def test_texts_are_quoted_as_toml_wants(write: Callable[[str], Path], text: str) -> None:
-    assert load(write(f'workers = "ray"\nray_address = {quoted(text)}')).config.ray_address == text
+    bundle = load(write(f"bundle = {quoted(text)}")).config.bundle
+    assert bundle is not None
+    assert bundle.name == text
 
 
 @pytest.mark.parametrize("size", [0, 1, 1023, 1024, 1 << 20, (1 << 20) + 1, 3 << 30])
@@ -256,6 +261,7 @@ def test_key_and_list_may_be_apart(usable: NodeConfig, tmp_path: Path) -> None:
         ({"max_batch": 1}, ConfigError, "max_batch is 1, expected at least"),
         ({"bundle": Path("/nowhere")}, BundleError, "does not exist"),
         ({"ready_file": Path("/nowhere/ready.json")}, ConfigError, "/nowhere does not exist"),
+        ({"ready_file": Path("/")}, ConfigError, "ready_file is /, a folder"),
         ({"keys": Path("/nowhere")}, KeyFileError, "edge-runtime keys"),
         ({"authorized": Path("/nowhere")}, KeyFileError, "authorised keys /nowhere"),
     ],

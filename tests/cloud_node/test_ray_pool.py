@@ -411,7 +411,7 @@ def test_a_node_with_workers_on_ray(
     """The front over real sockets; a cluster that it starts ends with it."""
     before, before_folders = ray_processes(), folders()
     options = ("--workers", "ray", "--ray-address", "local", "--ray-replicas", "2")
-    node = start_node("pixels", *options, "--device", "cpu")
+    node = start_node("pixels", *options, "--device", "cpu", "--log-format", "json")
     try:
         found = connect(node).ask(feeds)
         np.testing.assert_array_equal(found["tokens"], local(node, feeds)["tokens"])
@@ -419,6 +419,8 @@ def test_a_node_with_workers_on_ray(
         status = node.stop()
     assert status == 0, node.logged()
     assert "SIGTERM received" not in node.logged()
+    for line in node.logged().splitlines():
+        json.loads(line)  # Ray has its own way to log
     assert gone(before) == {}
     assert folders() == before_folders
 

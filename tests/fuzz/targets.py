@@ -55,7 +55,7 @@ def decoding(data: bytes) -> str:
 
 def node(data: bytes) -> str:
     """What a node does with a message before it computes."""
-    made = frames(data, ("request", "cancel", "info_request", "versions", "result"))
+    made = frames(data)
     try:
         message = decode_header(made[0])
         if not isinstance(message, Request):
@@ -80,7 +80,7 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 def edge(data: bytes) -> str:
     """What an edge does with a message while it waits for a result."""
-    made: Any = frames(data, ("result", "accepted", "refused", "info", "versions"))
+    made: Any = frames(data)
 
     async def work() -> str:
         client = NodeClient(None, NODE, STAGE, LIMITS)  # type: ignore[arg-type]

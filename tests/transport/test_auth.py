@@ -100,12 +100,12 @@ def test_an_exception_refuses_and_the_next_client_gets_in(
     authorise(pair)
 
     class Shaky(AllowList):
-        broken = False
+        broken = odd = False
 
         def name_of(self, public: str) -> str | None:
             if self.broken:
                 raise RuntimeError("boom")
-            return super().name_of(public)
+            return "\udcfc" if self.odd else super().name_of(public)
 
     async def scene() -> None:
         allowed = Shaky(authorized)
@@ -113,10 +113,39 @@ def test_an_exception_refuses_and_the_next_client_gets_in(
             allowed.broken = True
             for _ in range(3):
                 assert await _admitted(ctx, server, node, pair, limits) is None
-            allowed.broken = False
+            allowed.broken, allowed.odd = False, True  # a name that can't be told
+            assert await _admitted(ctx, server, node, pair, limits) is None
+            allowed.odd = False
             assert await _admitted(ctx, server, node, pair, limits) == "kitchen"
 
     asyncio.run(scene())
+
+
+def test_a_file_name_that_cannot_be_told_shuts_out_its_holder_alone(
+    authorized: Path,
+    authorise: Any,
+    new_pair: NewPair,
+    limits: StageLimits,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    node, kitchen, cellar, umlaut = map(new_pair, ("node", "kitchen", "cellar", "umlaut"))
+    authorise(kitchen)
+    write_public(authorized / "k\u00fcche.pub", umlaut.public, "umlaut")
+    authorise(cellar)
+    try:
+        os.rename(authorized / "cellar.pub", os.fsencode(authorized) + b"/k\xfcche.pub")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+
+    async def scene() -> None:
+        async with _serving(AllowList(authorized), node, limits) as (ctx, server):
+            assert await _admitted(ctx, server, node, cellar, limits) is None
+            assert await _admitted(ctx, server, node, umlaut, limits) == "k\u00fcche"
+            assert await _admitted(ctx, server, node, kitchen, limits) == "kitchen"
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(scene())
+    assert "is not UTF-8: rename it" in caplog.text
 
 
 def test_a_folder_that_becomes_unsafe_or_vanishes_lets_in_nobody(
@@ -187,6 +216,13 @@ def test_refusals_are_logged_once_a_minute_and_key(
         asyncio.run(scene())
     (line,) = [r.getMessage() for r in caplog.records if stranger.public in r.getMessage()]
     assert "edge-runtime keys authorize" in line
+
+
+def test_what_lets_an_edge_in_fits_the_folder(authorized: Path, tmp_path: Path) -> None:
+    told = AllowList(authorized).command("k.pub")
+    assert told == f"edge-runtime keys authorize --dir {tmp_path} k.pub"
+    elsewhere = authorized.rename(tmp_path / "edges")
+    assert AllowList(elsewhere).command("k.pub") == f"cp k.pub {elsewhere}"
 
 
 def test_folder_must_exist_and_be_closed_to_others(tmp_path: Path) -> None:

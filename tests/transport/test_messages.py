@@ -20,6 +20,7 @@ from transport.messages import (
     DTYPES,
     HEADER_BYTES,
     MAX_TENSORS,
+    TEXT_LENGTH,
     Accepted,
     Cancel,
     Info,
@@ -124,6 +125,11 @@ def _golden(name: str) -> list[bytes]:
 def test_golden_bytes(name: str) -> None:
     message, arrays = MESSAGES[name]
     assert [bytes(frame) for frame in encode(message, arrays)] == _golden(name)
+
+
+def test_limits_are_those_of_the_version() -> None:
+    """What is longer on one side is refused by the other: a change is a new version too."""
+    assert (HEADER_BYTES, MAX_TENSORS, TEXT_LENGTH) == (16 * 1024, 16, 600)
 
 
 @pytest.mark.parametrize("name", MESSAGES)
