@@ -213,6 +213,8 @@ async def _run(prepared: Prepared, pool: Pool, notifier: Notifier) -> None:
         stop.set()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)  # a second signal ends the process at once
+        if os.getpid() == 1:  # of a container: the kernel spares it signals that it doesn't handle
+            signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, begin_stop)
