@@ -203,6 +203,10 @@ def _pool(prepared: Prepared) -> Pool:
     )
 
 
+def _end_now(number: int, _: object) -> None:
+    os._exit(128 + number)
+
+
 async def _run(prepared: Prepared, pool: Pool, notifier: Notifier) -> None:
     from cloud_node.server import Server, software
 
@@ -214,8 +218,10 @@ async def _run(prepared: Prepared, pool: Pool, notifier: Notifier) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
             # A second signal ends the process at once. Python's own answer to Ctrl-C, an exception
-            # wherever it happens to be, would not: Ray for one then waits for ever.
-            signal.signal(number, signal.SIG_DFL)
+            # wherever it happens to be, would not: Ray for one then waits for ever. Nor would the
+            # default where this is a container's first process, which the kernel spares.
+            first = os.getpid() == 1
+            signal.signal(number, _end_now if first else signal.SIG_DFL)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, begin_stop)

@@ -185,6 +185,19 @@ def test_the_container_runs_a_command_that_there_is_as_nobody_special() -> None:
     assert f"EXPOSE 5555 {port}" in text
 
 
+def test_the_documented_container_is_confined_and_has_time_to_stop() -> None:
+    text = (DEPLOY / "README.md").read_text().replace("\\\n", " ")
+    (run,) = re.findall(r"^\$ (podman run -d .*)$", text, re.MULTILINE)
+    words = shlex.split(run)
+    assert {"--read-only", "ALL", "no-new-privileges", "./keys:/keys:ro"} <= set(words)
+    stop = int(words[words.index("--stop-timeout") + 1])
+    assert stop > NodeConfig().drain_s + 10
+    # Without it podman leaves the health check out, with a warning.
+    (build,) = re.findall(r"^\$ (podman build .*)$", text, re.MULTILINE)
+    assert "--format docker" in build
+    assert text.index("$ mkdir keys") < text.index("-v ./keys:/keys")
+
+
 def test_deployment_files_name_one_another() -> None:
     text = (DEPLOY / "README.md").read_text()
     for path in DEPLOY.iterdir():

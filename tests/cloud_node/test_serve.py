@@ -369,6 +369,31 @@ def test_a_second_signal_stops_at_once(
     assert "Traceback" not in node.logged()
 
 
+def test_signals_count_for_the_first_process_of_a_container(
+    start_node: Any, connect: Any, feeds: Feeds
+) -> None:
+    """Which the kernel spares whatever it doesn't handle."""
+    unshare = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"]
+    if not shutil.which("unshare") or subprocess.run([*unshare, "true"], check=False).returncode:
+        pytest.skip("needs util-linux's unshare and user namespaces")
+    node = start_node("slow", program=[*unshare, sys.executable, "-m", "cloud_node.cli"])
+    assert node.ready["pid"] == 1
+    outside = node.process.pid
+    (first,) = Path(f"/proc/{outside}/task/{outside}/children").read_text().split()
+    edge = connect(node)
+    edge.request(feeds)
+    edge.receive()
+    (worker,) = Path(f"/proc/{first}/task/{first}/children").read_text().split()
+    os.kill(int(worker), signal.SIGSTOP)  # so that stopping takes drain_s
+    os.kill(int(first), signal.SIGTERM)
+    give_up = time.monotonic() + 60
+    while "stopping" not in node.logged():
+        assert time.monotonic() < give_up
+        time.sleep(0.005)
+    os.kill(int(first), signal.SIGTERM)
+    assert node.process.wait(timeout=60) == 128 + signal.SIGTERM
+
+
 def test_an_edge_that_leaves_does_no_harm(
     start_node: Any, connect: Any, feeds: Feeds, local: Any
 ) -> None:
