@@ -84,9 +84,12 @@ class AllowList:
             names: dict[str, str] = {}
             for name, *_ in entries:
                 try:
+                    name.encode()  # as it is told to libzmq
                     names.setdefault(load_public(self.folder / name), name.removesuffix(".pub"))
                 except KeyFileError as error:
                     log.warning("ignored authorised key: %s", error)
+                except UnicodeEncodeError:
+                    log.warning("ignored authorised key: %r is not a name in UTF-8", name)
             self._names, self._stamp = names, entries
         return self._names
 
@@ -190,15 +193,16 @@ class Authenticator:
         while True:
             request = await self._socket.recv_multipart()
             try:
-                status, text, user = self._judge(request)
+                status, text, name = self._judge(request)
+                user = name.encode()
             except Exception as error:  # whatever happens, answer no and stay alive
                 reason = "folder" if isinstance(error, KeyFileError) else "internal"
                 self.refused[reason] += 1
                 if self._seldom(reason):
                     log.error("authenticator failed, client refused: %s", error)
-                status, text, user = b"500", b"internal error", ""
+                status, text, user = b"500", b"internal error", b""
             request_id = request[1] if len(request) > 1 else b""
-            reply = [b"1.0", request_id, status, text, user.encode(), b""]
+            reply = [b"1.0", request_id, status, text, user, b""]
             try:
                 await self._socket.send_multipart(reply)
             except zmq.ZMQError as error:
