@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import logging
 import os
 import re
+import secrets
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -96,6 +98,17 @@ def _copying(ctx: zmq.Context[Any]) -> zmq.Context[Any]:
     with contextlib.suppress(zmq.ZMQError):  # libzmq before 4.3 does not know it
         ctx.set(_ZERO_COPY_RECV, 0)
     return ctx
+
+
+def _draw_routing_ids() -> None:
+    """Have the next ROUTER number its connections from where nobody can guess.
+
+    libzmq draws the first number from rand(), which it never seeds, so that it is the same in every
+    process. Whoever knows the next one can give it to itself: libzmq then aborts when somebody else
+    is to get it. And whoever knows one that was in use gets replies to an edge that has just left.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # where libc can't be had
+        ctypes.CDLL(None).srand(ctypes.c_uint(secrets.randbits(32)))
 
 
 def _common(socket: Any, endpoint: str, inbound: Limits, limits: StageLimits) -> None:
@@ -193,6 +206,7 @@ def server(
         ConfigError: malformed or unusable endpoint.
     """
     check_endpoint(bind, bind=True)
+    _draw_routing_ids()
     socket = _copying(ctx).socket(zmq.ROUTER)
     try:
         _common(socket, bind, limits.request, limits)

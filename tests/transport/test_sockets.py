@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket as plain
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -397,6 +399,32 @@ def test_a_connection_made_before_anybody_looks_is_followed(
         server.close()
 
     run_scene(scene)
+
+
+_ROUTING_ID = """
+import zmq
+from transport import sockets
+from transport.keys import KeyPair
+from transport.messages import Limits, StageLimits
+
+ctx, some = zmq.Context(), Limits(1, 1024, 1024)
+keys = KeyPair("node", *(key.decode() for key in zmq.curve_keypair()))
+server = sockets.server(ctx, "tcp://127.0.0.1:0", keys, StageLimits(some, some))
+server.bind("inproc://here")  # asks for no key
+client = ctx.socket(zmq.DEALER)
+client.connect("inproc://here")
+client.send(b"")
+print(server.recv_multipart()[0].hex())
+ctx.destroy(linger=0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="by way of libc")
+def test_nobody_can_tell_the_routing_ids_of_a_node_from_those_of_another() -> None:
+    """An id that a peer gave to itself ends the process when it is the next one's turn."""
+    command = [sys.executable, "-c", _ROUTING_ID]
+    found = {subprocess.run(command, check=True, capture_output=True).stdout for _ in range(3)}
+    assert len(found) == 3
 
 
 def test_a_log_line_is_repeated_seldom_and_the_memory_of_it_bounded() -> None:
