@@ -92,7 +92,7 @@ def bounds(
     inbound: Limits,
     outbound: Limits,
     *,
-    hwm: int,
+    backlog: int,
     total: int = 1 << 30,
     files: int | None = None,
     stall_s: float = 10.0,
@@ -101,7 +101,7 @@ def bounds(
 
     Args:
         inbound: limits of what is received. outbound: of what is sent.
-        hwm: RCVHWM of the socket: so many messages wait in libzmq, and one is under way.
+        backlog: so many of the largest messages may wait in libzmq, while one is under way.
         total: for all connections together.
         files: most open descriptors of this process (each connection takes two), None if known to
             suffice.
@@ -109,7 +109,7 @@ def bounds(
     """
     spare = 4096 if files is None else max(16, (files - min(128, files // 4)) // 2)
     return Bounds(
-        unseen=(hwm + 1) * message_bytes(inbound) + _SLACK,
+        unseen=(backlog + 1) * message_bytes(inbound) + _SLACK,
         unsent=max(32 << 20, 4 * message_bytes(outbound)),
         total=total,
         stall_s=stall_s,

@@ -34,6 +34,9 @@ from transport.meter import Meter, message_bytes
 log = logging.getLogger(__name__)
 
 ZAP_DOMAIN = b"edge-runtime"
+BACKLOG = 8
+"""Largest legal messages that may wait in libzmq for the program, per connection. Whoever receives
+does little else, so that an honest peer needs no more; the meter cuts off who exceeds it."""
 SLOWEST_LINK = 1_000_000
 """Bytes per second of the slowest link that must not be taken for a dead one (8 Mbit/s)."""
 _ZERO_COPY_RECV = 10  # ZMQ_ZERO_COPY_RECV, which pyzmq has no name for
@@ -69,16 +72,6 @@ def heartbeat_timeout_ms(limits: StageLimits) -> int:
     """
     part = max(limits.request.part_bytes, limits.result.part_bytes)
     return max(3000, 2 * part * 1000 // SLOWEST_LINK)
-
-
-def receive_mark(inbound: Limits) -> int:
-    """Messages that may wait in libzmq for the program, per connection (RCVHWM).
-
-    High-water marks count whole messages, not bytes: 32 MiB of the largest legal ones, 2 at least,
-    so that one arrives while another is read. More than 8 gains nothing, since whoever receives
-    does little else.
-    """
-    return max(2, min(8, (32 << 20) // message_bytes(inbound)))
 
 
 def send_mark(outbound: Limits) -> int:
@@ -118,8 +111,10 @@ def _common(socket: Any, endpoint: str, inbound: Limits, limits: StageLimits) ->
     # Nothing may outlive its socket: a late request or reply is worthless, and close() must not
     # hang.
     socket.set(zmq.LINGER, 0)
-    # A full inbox stops reading, and TCP pushes back on the sender.
-    socket.set(zmq.RCVHWM, receive_mark(inbound))
+    # No mark: at one, libzmq stops reading, and a connection that is reset just then aborts the
+    # process, at the next heartbeat or at a PING in what was read already ("!_io_error"). The meter
+    # bounds what waits, by bytes, which no mark does.
+    socket.set(zmq.RCVHWM, 0)
     # A frozen peer keeps its TCP connection open; only heartbeats show it.
     socket.set(zmq.HEARTBEAT_IVL, 1000)
     socket.set(zmq.HEARTBEAT_TIMEOUT, heartbeat_timeout_ms(limits))

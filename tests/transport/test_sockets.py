@@ -336,8 +336,7 @@ def test_a_server_tells_why_a_handshake_failed(
 
 
 def meter_of(limits: StageLimits) -> Meter:
-    mark = sockets.receive_mark(limits.request)
-    return Meter(bounds(limits.request, limits.result, hwm=mark))
+    return Meter(bounds(limits.request, limits.result, backlog=sockets.BACKLOG))
 
 
 def test_a_server_follows_its_connections(
@@ -439,8 +438,6 @@ def test_a_log_line_is_repeated_seldom_and_the_memory_of_it_bounded() -> None:
 def test_marks_bound_bytes() -> None:
     for size in (100, 1 << 20, 30 << 20, 1 << 30):
         limits = Limits(1, size, size)
-        assert 2 <= sockets.receive_mark(limits) <= 8
-        assert sockets.receive_mark(limits) * size <= max(32 << 20, 2 * size)
         assert 48 <= sockets.send_mark(limits) <= 256
 
 
