@@ -335,10 +335,13 @@ class Accounts:
 
 
 class Ended(NamedTuple):
-    """A connection that is no more: whose, and whether its handshake was done (None: not known)."""
+    """A connection that is no more: whose, whether its handshake was done (None: not known) and, if
+    it was not, the bytes of it."""
 
     address: str
     established: bool | None
+    received: int = 0
+    sent: int = 0
 
 
 class Meter:
@@ -440,10 +443,12 @@ class Meter:
         if end is None or account is None:
             return Ended("", None)
         established: bool | None = account.established or None
+        received = sent = 0
         with end, contextlib.suppress(OSError):
             if not established and self.metered and (counts := _counts(end)):
-                established = counts[2] >= _HANDSHAKE_SENT
-        return Ended(account.address, established)
+                received, _, sent = counts
+                established = sent >= _HANDSHAKE_SENT
+        return Ended(account.address, established, received, sent)
 
     def close(self) -> None:
         """Forget all connections, because their socket closes or disconnects: then libzmq tells

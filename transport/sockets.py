@@ -29,7 +29,7 @@ from zmq.utils.monitor import parse_monitor_message
 from engines.errors import ConfigError
 from transport.keys import KeyPair
 from transport.messages import HEADER_BYTES, Limits, StageLimits
-from transport.meter import Meter, message_bytes
+from transport.meter import Ended, Meter, message_bytes
 
 log = logging.getLogger(__name__)
 
@@ -269,11 +269,11 @@ UNREACHABLE = (
 )
 CONNECTION_LOST = "connection lost: the node stopped, froze or the network broke"
 
-_FAILED = (
-    zmq.EVENT_HANDSHAKE_FAILED_AUTH
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-)
+# Not EVENT_HANDSHAKE_FAILED_PROTOCOL: libzmq tells it, too, of a message that does not decrypt,
+# after the handshake, and telling it overwrites the very error that would end the connection. That
+# stays half alive, and once it ends, the next heartbeat aborts the process: whoever can flip a bit
+# on the way could end either side.
+_FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 _WATCHED = (
     _FAILED
     | zmq.EVENT_CONNECTED
@@ -313,7 +313,7 @@ async def watch(
     monitor = socket.get_monitor_socket(_WATCHED)
     wait = first_retry_s
     last: LinkEvent | None = None
-    tcp = up = resuming = False
+    tcp = up = failed = resuming = False
     try:
         socket.connect(endpoint)
         while True:
@@ -322,7 +322,7 @@ async def watch(
             state: LinkEvent | None = None
             reconnect = False
             if kind == zmq.EVENT_CONNECTED:
-                tcp = True
+                tcp, failed = True, False
                 if meter is not None:
                     meter.opened(value, time.monotonic())
             elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
@@ -330,14 +330,14 @@ async def watch(
                 state = LinkEvent("up", "connected")
             elif kind & _FAILED:
                 state = LinkEvent("refused", _explain(kind, value))
-                reconnect = True
+                reconnect = failed = True
             elif kind == zmq.EVENT_DISCONNECTED:
                 if meter is not None:
                     meter.closed(value)
                 state = (
                     LinkEvent("down", CONNECTION_LOST) if up else LinkEvent("refused", NOT_A_NODE)
                 )
-                if not up and last and last.state == "refused":
+                if not up and failed:
                     state = None  # follows a failed handshake already told
                 resuming = bool(await monitor.poll(int(_RETRY_GRACE_S * 1000)))
                 reconnect = not resuming
@@ -373,8 +373,6 @@ async def watch(
 def _explain(kind: int, value: int) -> str:
     if kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
         return NOT_AUTHORISED
-    if kind == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-        return NOT_A_NODE
     return NO_ANSWER if value == errno.EAGAIN else WRONG_SERVER_KEY
 
 
@@ -406,8 +404,8 @@ REFUSALS = {
     "not_authorised": "its key is not authorised",
     "wrong_key": "it does not encrypt for this node's key: the server_key in its edge.toml is "
     "another node's, or damaged on the way",
-    "not_curve": "it does not speak CURVE: another program, or an edge without keys",
-    "protocol": "it does not speak this protocol: another program, or a scan",
+    "protocol": "it does not speak this protocol, or not with this node's key: another program, a "
+    "scan, or an edge without keys or with another node's server_key",
     "timeout": "it did not finish its handshake in time: a scan, a frozen edge or a very slow link",
     "left": "it left in the middle of its handshake",
     "authenticator": "the authenticator did not answer: see the errors before this line",
@@ -418,7 +416,7 @@ REFUSALS = {
 _SERVER_WATCHED = (
     _FAILED | zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 )
-_ZAP_ERRORS = range(0x20000000, 0x30000000)
+_GREETING_BYTES, _HELLO_BYTES = 64, 202
 _EVENTS_AT_ONCE = 100  # then others in the loop have their turn, the authenticator above all
 
 
@@ -460,6 +458,8 @@ async def peers(
     monitor = socket.get_monitor_socket(_SERVER_WATCHED)
     seldom = Seldom()
     failed: PeerEvent | None = None  # the end of its connection is told next, with its address
+    ready = 0  # handshakes done
+    since: dict[int, int] = {}  # of each connection, how many were when it came
 
     def tell(event: PeerEvent) -> PeerEvent:
         if event.kind == "refused" and event.reason != "not_authorised":  # which `auth` tells
@@ -488,18 +488,23 @@ async def peers(
                     yield tell(failed)
                     failed = None
                 if kind == zmq.EVENT_ACCEPTED:
+                    since[value] = ready
                     kept = meter.opened(value, begun)
                     yield PeerEvent("opened") if kept else tell(PeerEvent("full"))
                 elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                    ready += 1
                     yield PeerEvent("ready")
                 elif kind & _FAILED:
                     failed = PeerEvent("refused", _refusal(kind, value))
                 else:
                     ended = meter.closed(value)
+                    done = since.pop(value, -1) != ready
+                    if ended.established is not None:  # it was there when somebody looked
+                        done = ended.established
                     if failed:
                         yield tell(PeerEvent("refused", failed.reason, ended.address))
-                    elif ended.established is False:  # libzmq is silent about the oldest protocols
-                        yield tell(PeerEvent("refused", "protocol", ended.address))
+                    elif not done:
+                        yield tell(PeerEvent("refused", _mismatch(ended), ended.address))
                     failed = None
                     yield PeerEvent("closed", address=ended.address)
             if begun >= due or raw:  # in a rush, at once: descriptors run out fast
@@ -529,10 +534,11 @@ def _waiting(monitor: Any) -> list[bytes] | None:
 def _refusal(kind: int, value: int) -> str:
     if kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
         return "not_authorised" if value == 400 else "authenticator"
-    if kind == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-        if value == zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC:
-            return "wrong_key"
-        if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
-            return "not_curve"
-        return "authenticator" if value in _ZAP_ERRORS else "protocol"
     return "timeout" if value in (errno.EAGAIN, errno.ETIMEDOUT) else "left"
+
+
+def _mismatch(ended: Ended) -> str:
+    """Why libzmq ended a connection without a word, as far as its bytes tell."""
+    greeted = ended.sent >= _GREETING_BYTES
+    hello = ended.received >= _GREETING_BYTES + _HELLO_BYTES
+    return "wrong_key" if greeted and hello else "protocol"

@@ -14,13 +14,28 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 from echo_node import ENVIRONMENT, EchoNode, Honest
-from faults.zmtp import Curve, Peer, command
+from faults.zmtp import Curve, Peer, command, frame
 
 from transport.keys import KeyPair
 
 Spoil = Callable[[Peer], Awaitable[None]]
 _HEARTBEAT_S = 1.5  # a server's is due after one second
 _MANY = 64
+
+
+async def _flipped(peer: Peer) -> None:
+    data = bytearray(peer.seal(b"1 10"))
+    data[-1] ^= 1
+    await peer.send(bytes(data))
+
+
+async def _no_message(peer: Peer) -> None:
+    await peer.send(frame(command(b"MESSAGE", b"x")))
+
+
+async def _repeated(peer: Peer) -> None:
+    data = peer.seal(b"1 10")
+    await peer.send(data + data)
 
 
 async def _burst(peer: Peer) -> None:
@@ -31,7 +46,7 @@ async def _burst(peer: Peer) -> None:
     )
 
 
-SPOILS = [_burst]
+SPOILS = [_flipped, _no_message, _repeated, _burst]
 
 
 @pytest.mark.parametrize("spoil", SPOILS)
