@@ -353,8 +353,8 @@ class NodeClient:
                 if breach.reason == "endless":
                     await self._shut_out(
                         f"in quarantine until this edge starts anew: it sent "
-                        f"{breach.bytes / 1e6:.0f} MB without ending a message, which no node does "
-                        "that means well"
+                        f"{breach.bytes / 1e6:.0f} MB without ending a message, or without being "
+                        "asked, which no node does that means well"
                     )
                     return
 

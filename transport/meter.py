@@ -33,9 +33,10 @@ import zmq
 from transport.messages import HEADER_BYTES, Limits
 
 Reason = Literal["endless", "slow", "total", "crowd", "revoked"]
-"""Why a connection was dropped: it sent more than the largest legal messages without ending one; it
-doesn't read what it asked for; it held the most when all together held too much; there were too
-many connections, or handshakes under way; its key was revoked."""
+"""Why a connection was dropped: it sent more than the largest legal messages without ending one, or
+without pausing until they were read; it doesn't read what it asked for; it held the most when all
+together held too much; there were too many connections, or handshakes under way; its key was
+revoked."""
 
 FRAME_BYTES = 33
 """What CURVE adds to a frame, besides ZMTP's 2 or 9 bytes. https://rfc.zeromq.org/spec/26/"""
@@ -135,7 +136,7 @@ class Breach:
         return (
             f"connection of {who} dropped: "
             + {
-                "endless": f"it sent {held} without ending a message",
+                "endless": f"it sent {held} without ending a message, or too fast to be read",
                 "slow": f"it does not read its replies, {held} of which wait",
                 "total": f"all connections together hold too much, and its share is {held}",
                 "crowd": "there are too many connections",
