@@ -26,7 +26,7 @@ from cloud_node.metrics import Metrics
 from transport.auth import Authenticator
 from transport.meter import Meter, bounds
 from transport.process import raise_file_limit
-from transport.sockets import PeerEvent, peers, receive_mark
+from transport.sockets import BACKLOG, PeerEvent, peers
 from transport.sockets import server as server_socket
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,8 @@ class Door:
         self._bounds = bounds(
             limits.request,
             limits.result,
-            hwm=receive_mark(limits.request),
+            # An edge may have sent all that it is allowed before any of it is read.
+            backlog=max(BACKLOG, prepared.config.client_requests),
             total=prepared.config.queue_bytes,
             files=raise_file_limit(),
         )

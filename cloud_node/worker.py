@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 STAGE = "stack"
 _MAX_MESSAGE = 1 << 20
 _MAX_TEXT = 2000
+_DAY_US = 86_400_000_000
+"""No run takes longer. What a broken worker claims decides what is admitted, and when it hangs."""
 
 Kind = Literal["tensorrt", "cuda", "cpu", "noop"]
 """What computes: TensorRT, ONNX Runtime on CUDA or on the CPU, or nothing at all."""
@@ -73,7 +75,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """Open and warm. `slowest_s`: the longest run of the warm-up."""
 
     kind: Kind
-    slowest_s: float
+    slowest_s: Annotated[float, msgspec.Meta(ge=0, le=_DAY_US / 1e6)]
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -87,7 +89,7 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
     """A run succeeded."""
 
     id: int
-    compute_us: int
+    compute_us: Annotated[int, msgspec.Meta(ge=0, le=_DAY_US)]
 
 
 class RunFailed(msgspec.Struct, frozen=True, tag="run_failed"):

@@ -47,7 +47,7 @@ from transport.messages import (
     new_id,
 )
 from transport.meter import Meter, bounds
-from transport.sockets import LinkEvent, client, receive_mark, watch
+from transport.sockets import BACKLOG, LinkEvent, client, watch
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ class NodeClient:
         self._stage = stage
         self._limits = limits
         # What is sent needs no metering: few requests wait, each for a caller with a deadline.
-        self._meter = Meter(bounds(limits.result, limits.request, hwm=receive_mark(limits.result)))
+        self._meter = Meter(bounds(limits.result, limits.request, backlog=BACKLOG))
         self._pending: dict[bytes, _Pending] = {}
         self._link: LinkEvent | None = None
         self._link_since = 0.0
@@ -353,8 +353,8 @@ class NodeClient:
                 if breach.reason == "endless":
                     await self._shut_out(
                         f"in quarantine until this edge starts anew: it sent "
-                        f"{breach.bytes / 1e6:.0f} MB without ending a message, which no node does "
-                        "that means well"
+                        f"{breach.bytes / 1e6:.0f} MB without ending a message, or without being "
+                        "asked, which no node does that means well"
                     )
                     return
 

@@ -18,6 +18,7 @@ import errno
 import logging
 import os
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 _WATCH_S = 0.25
+_COARSE_NS = 2_000_000_000  # no file system's clock is coarser
 # Short of these a folder can't be read, which says nothing about what is in it.
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
@@ -48,6 +50,7 @@ class AllowList:
         """
         self.folder = Path(folder)
         self._stamp: object = None
+        self._settled: object = None  # the folder's own stamp, once no change can hide behind it
         self._names: dict[str, str] = {}
         self.reload()
 
@@ -59,8 +62,10 @@ class AllowList:
         Raises:
             KeyFileError: as when made.
         """
+        self._settled = None
         try:
-            mode = self.folder.stat().st_mode
+            status = self.folder.stat()
+            mode, settled = status.st_mode, _settled(status)
             entries = sorted(
                 _stamp(e)
                 for e in os.scandir(self.folder)
@@ -88,10 +93,22 @@ class AllowList:
                 except KeyFileError as error:
                     log.warning("ignored authorised key: %s", error)
             self._names, self._stamp = names, entries
+        self._settled = settled
         return self._names
 
     def name_of(self, public: str) -> str | None:
-        """The name a Z85 public key is enrolled under, None if it is not."""
+        """The name a Z85 public key is enrolled under, None if it is not.
+
+        Strangers can ask as often as they like. So files are looked at only if one came, went or
+        was replaced; one that was written over counts with the next `reload`.
+
+        Raises:
+            KeyFileError: as when made.
+        """
+        if self._settled is not None:
+            with contextlib.suppress(OSError):
+                if _settled(self.folder.stat()) == self._settled:
+                    return self._names.get(public)
         return self.reload().get(public)
 
     def command(self, file: str) -> str:
@@ -111,6 +128,14 @@ def _holder(file: str) -> str:
     except UnicodeEncodeError:  # of bytes that are no UTF-8, which libzmq can't be told
         raise KeyFileError(f"the file name {file!r} is not UTF-8: rename it") from None
     return file.removesuffix(".pub")
+
+
+def _settled(status: os.stat_result) -> object:
+    """What changes when files come to a folder or go; None as long as another change might leave it
+    the same, for the times of files are coarse."""
+    if time.time_ns() - status.st_mtime_ns < _COARSE_NS:
+        return None
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev, status.st_mode
 
 
 def _stamp(entry: os.DirEntry[str]) -> tuple[str, int, int, int]:

@@ -34,9 +34,10 @@ import zmq
 from transport.messages import HEADER_BYTES, Limits
 
 Reason = Literal["endless", "slow", "total", "crowd", "revoked"]
-"""Why a connection was dropped: it sent more than the largest legal messages without ending one; it
-doesn't read what it asked for; it held the most when all together held too much; there were too
-many connections, or handshakes under way; its key was revoked."""
+"""Why a connection was dropped: it sent more than the largest legal messages without ending one, or
+without pausing until they were read; it doesn't read what it asked for; it held the most when all
+together held too much; there were too many connections, or handshakes under way; its key was
+revoked."""
 
 SLOWEST_LINK = 1_000_000
 """Bytes per second of the slowest link that must not be taken for a dead one (8 Mbit/s)."""
@@ -101,7 +102,7 @@ def bounds(
     inbound: Limits,
     outbound: Limits,
     *,
-    hwm: int,
+    backlog: int,
     total: int = 1 << 30,
     files: int | None = None,
     stall_s: float = 10.0,
@@ -110,7 +111,7 @@ def bounds(
 
     Args:
         inbound: limits of what is received. outbound: of what is sent.
-        hwm: RCVHWM of the socket: so many messages wait in libzmq, and one is under way.
+        backlog: so many of the largest messages may wait in libzmq, while one is under way.
         total: for all connections together.
         files: most open descriptors of this process (each connection takes two), None if known to
             suffice.
@@ -118,7 +119,7 @@ def bounds(
     """
     spare = 4096 if files is None else max(16, (files - min(128, files // 4)) // 2)
     return Bounds(
-        unseen=(hwm + 1) * message_bytes(inbound) + _SLACK,
+        unseen=(backlog + 1) * message_bytes(inbound) + _SLACK,
         unsent=max(32 << 20, 4 * message_bytes(outbound)),
         total=total,
         stall_s=stall_s,
@@ -144,7 +145,7 @@ class Breach:
         return (
             f"connection of {who} dropped: "
             + {
-                "endless": f"it sent {held} without ending a message",
+                "endless": f"it sent {held} without ending a message, or too fast to be read",
                 "slow": f"it does not read its replies, or too slowly; {held} wait",
                 "total": f"all connections together hold too much, and its share is {held}",
                 "crowd": "there are too many connections",
@@ -383,11 +384,14 @@ class Accounts:
 
 
 class Ended(NamedTuple):
-    """A connection that is no more: whose, whether its handshake was done (None: not known), and
-    the routing ids that lead nowhere now, as far as that is certain."""
+    """A connection that is no more: whose, whether its handshake was done (None: not known) and, if
+    it was not, the bytes of it; the routing ids that lead nowhere now, as far as that is certain.
+    """
 
     address: str
     established: bool | None
+    received: int = 0
+    sent: int = 0
     user: str = ""
     routes: frozenset[bytes] = frozenset()
 
@@ -492,14 +496,16 @@ class Meter:
         if end is None or account is None:
             return Ended("", None)
         established: bool | None = account.established or None
+        received = sent = 0
         routes: frozenset[bytes] = frozenset()
         with end, contextlib.suppress(OSError):
             if not established and self.metered and (counts := _counts(end)):
-                established = counts[2] >= _HANDSHAKE_SENT
+                received, _, sent = counts
+                established = sent >= _HANDSHAKE_SENT
             # Else what we follow may be a successor, whose number this news came with.
             if self.metered and not _up(end):
                 routes = frozenset(account.routes)
-        return Ended(account.address, established, account.user, routes)
+        return Ended(account.address, established, received, sent, account.user, routes)
 
     def close(self) -> None:
         """Forget all connections, because their socket closes or disconnects: then libzmq tells

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import logging
 import os
 import re
+import secrets
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -27,11 +29,14 @@ from zmq.utils.monitor import parse_monitor_message
 from engines.errors import ConfigError
 from transport.keys import KeyPair
 from transport.messages import HEADER_BYTES, Limits, StageLimits
-from transport.meter import SLOWEST_LINK, Meter, message_bytes
+from transport.meter import SLOWEST_LINK, Ended, Meter, message_bytes
 
 log = logging.getLogger(__name__)
 
 ZAP_DOMAIN = b"edge-runtime"
+BACKLOG = 8
+"""Largest legal messages that may wait in libzmq for the program, per connection. Whoever receives
+does little else, so that an honest peer needs no more; the meter cuts off who exceeds it."""
 _ZERO_COPY_RECV = 10  # ZMQ_ZERO_COPY_RECV, which pyzmq has no name for
 _SLACK_BYTES = 4096  # CURVE and framing around a part
 _ENDPOINT = re.compile(r"tcp://(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/\[\]]+):(\d{1,5}|\*)\Z")
@@ -69,16 +74,6 @@ def heartbeat_timeout_ms(limits: StageLimits) -> int:
     return max(3000, 2 * part * 1000 // SLOWEST_LINK)
 
 
-def receive_mark(inbound: Limits) -> int:
-    """Messages that may wait in libzmq for the program, per connection (RCVHWM).
-
-    High-water marks count whole messages, not bytes: 32 MiB of the largest legal ones, 2 at least,
-    so that one arrives while another is read. More than 8 gains nothing, since whoever receives
-    does little else.
-    """
-    return max(2, min(8, (32 << 20) // message_bytes(inbound)))
-
-
 def send_mark(outbound: Limits) -> int:
     """Messages that may wait for a peer to read them (SNDHWM): 64 MiB of the largest, and at least
     as many as a node's queue may hold for one edge, `accepted` included. By bytes they are bounded
@@ -98,6 +93,17 @@ def _copying(ctx: zmq.Context[Any]) -> zmq.Context[Any]:
     return ctx
 
 
+def _draw_routing_ids() -> None:
+    """Have the next ROUTER number its connections from where nobody can guess.
+
+    libzmq draws the first number from rand(), which it never seeds, so that it is the same in every
+    process. Whoever knows the next one can give it to itself: libzmq then aborts when somebody else
+    is to get it. And whoever knows one that was in use gets replies to an edge that has just left.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # where libc can't be had
+        ctypes.CDLL(None).srand(ctypes.c_uint(secrets.randbits(32)))
+
+
 def _common(socket: Any, endpoint: str, inbound: Limits, limits: StageLimits) -> None:
     # A peer announces a part's size before sending it and libzmq allocates it whole; without this,
     # four unauthenticated peers cost hundreds of megabytes.
@@ -105,8 +111,10 @@ def _common(socket: Any, endpoint: str, inbound: Limits, limits: StageLimits) ->
     # Nothing may outlive its socket: a late request or reply is worthless, and close() must not
     # hang.
     socket.set(zmq.LINGER, 0)
-    # A full inbox stops reading, and TCP pushes back on the sender.
-    socket.set(zmq.RCVHWM, receive_mark(inbound))
+    # No mark: at one, libzmq stops reading, and a connection that is reset just then aborts the
+    # process, at the next heartbeat or at a PING in what was read already ("!_io_error"). The meter
+    # bounds what waits, by bytes, which no mark does.
+    socket.set(zmq.RCVHWM, 0)
     # A frozen peer keeps its TCP connection open; only heartbeats show it.
     socket.set(zmq.HEARTBEAT_IVL, 1000)
     socket.set(zmq.HEARTBEAT_TIMEOUT, heartbeat_timeout_ms(limits))
@@ -193,6 +201,7 @@ def server(
         ConfigError: malformed or unusable endpoint.
     """
     check_endpoint(bind, bind=True)
+    _draw_routing_ids()
     socket = _copying(ctx).socket(zmq.ROUTER)
     try:
         _common(socket, bind, limits.request, limits)
@@ -260,11 +269,11 @@ UNREACHABLE = (
 )
 CONNECTION_LOST = "connection lost: the node stopped, froze or the network broke"
 
-_FAILED = (
-    zmq.EVENT_HANDSHAKE_FAILED_AUTH
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-)
+# Not EVENT_HANDSHAKE_FAILED_PROTOCOL: libzmq tells it, too, of a message that does not decrypt,
+# after the handshake, and telling it overwrites the very error that would end the connection. That
+# stays half alive, and once it ends, the next heartbeat aborts the process: whoever can flip a bit
+# on the way could end either side.
+_FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 _WATCHED = (
     _FAILED
     | zmq.EVENT_CONNECTED
@@ -304,7 +313,7 @@ async def watch(
     monitor = socket.get_monitor_socket(_WATCHED)
     wait = first_retry_s
     last: LinkEvent | None = None
-    tcp = up = resuming = False
+    tcp = up = failed = resuming = False
     try:
         socket.connect(endpoint)
         while True:
@@ -313,7 +322,7 @@ async def watch(
             state: LinkEvent | None = None
             reconnect = False
             if kind == zmq.EVENT_CONNECTED:
-                tcp = True
+                tcp, failed = True, False
                 if meter is not None:
                     meter.opened(value, time.monotonic())
             elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
@@ -321,14 +330,14 @@ async def watch(
                 state = LinkEvent("up", "connected")
             elif kind & _FAILED:
                 state = LinkEvent("refused", _explain(kind, value))
-                reconnect = True
+                reconnect = failed = True
             elif kind == zmq.EVENT_DISCONNECTED:
                 if meter is not None:
                     meter.closed(value)
                 state = (
                     LinkEvent("down", CONNECTION_LOST) if up else LinkEvent("refused", NOT_A_NODE)
                 )
-                if not up and last and last.state == "refused":
+                if not up and failed:
                     state = None  # follows a failed handshake already told
                 resuming = bool(await monitor.poll(int(_RETRY_GRACE_S * 1000)))
                 reconnect = not resuming
@@ -364,8 +373,6 @@ async def watch(
 def _explain(kind: int, value: int) -> str:
     if kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
         return NOT_AUTHORISED
-    if kind == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-        return NOT_A_NODE
     return NO_ANSWER if value == errno.EAGAIN else WRONG_SERVER_KEY
 
 
@@ -400,8 +407,8 @@ REFUSALS = {
     "not_authorised": "its key is not authorised",
     "wrong_key": "it does not encrypt for this node's key: the server_key in its edge.toml is "
     "another node's, or damaged on the way",
-    "not_curve": "it does not speak CURVE: another program, or an edge without keys",
-    "protocol": "it does not speak this protocol: another program, or a scan",
+    "protocol": "it does not speak this protocol, or not with this node's key: another program, a "
+    "scan, or an edge without keys or with another node's server_key",
     "timeout": "it did not finish its handshake in time: a scan, a frozen edge or a very slow link",
     "left": "it left in the middle of its handshake",
     "authenticator": "the authenticator did not answer: see the errors before this line",
@@ -412,7 +419,7 @@ REFUSALS = {
 _SERVER_WATCHED = (
     _FAILED | zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 )
-_ZAP_ERRORS = range(0x20000000, 0x30000000)
+_GREETING_BYTES, _HELLO_BYTES = 64, 202
 _EVENTS_AT_ONCE = 100  # then others in the loop have their turn, the authenticator above all
 
 
@@ -454,6 +461,8 @@ async def peers(
     monitor = socket.get_monitor_socket(_SERVER_WATCHED)
     seldom = Seldom()
     failed: PeerEvent | None = None  # the end of its connection is told next, with its address
+    ready = 0  # handshakes done
+    since: dict[int, int] = {}  # of each connection, how many were when it came
 
     def tell(event: PeerEvent) -> PeerEvent:
         if event.kind == "refused" and event.reason != "not_authorised":  # which `auth` tells
@@ -482,18 +491,23 @@ async def peers(
                     yield tell(failed)
                     failed = None
                 if kind == zmq.EVENT_ACCEPTED:
+                    since[value] = ready
                     kept = meter.opened(value, begun)
                     yield PeerEvent("opened") if kept else tell(PeerEvent("full"))
                 elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                    ready += 1
                     yield PeerEvent("ready")
                 elif kind & _FAILED:
                     failed = PeerEvent("refused", _refusal(kind, value))
                 else:
                     ended = meter.closed(value)
+                    done = since.pop(value, -1) != ready
+                    if ended.established is not None:  # it was there when somebody looked
+                        done = ended.established
                     if failed:
                         yield tell(PeerEvent("refused", failed.reason, ended.address))
-                    elif ended.established is False:  # libzmq is silent about the oldest protocols
-                        yield tell(PeerEvent("refused", "protocol", ended.address))
+                    elif not done:
+                        yield tell(PeerEvent("refused", _mismatch(ended), ended.address))
                     failed = None
                     yield PeerEvent("closed", "", ended.address, ended.user, ended.routes)
             if begun >= due or raw:  # in a rush, at once: descriptors run out fast
@@ -523,10 +537,11 @@ def _waiting(monitor: Any) -> list[bytes] | None:
 def _refusal(kind: int, value: int) -> str:
     if kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
         return "not_authorised" if value == 400 else "authenticator"
-    if kind == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-        if value == zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC:
-            return "wrong_key"
-        if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
-            return "not_curve"
-        return "authenticator" if value in _ZAP_ERRORS else "protocol"
     return "timeout" if value in (errno.EAGAIN, errno.ETIMEDOUT) else "left"
+
+
+def _mismatch(ended: Ended) -> str:
+    """Why libzmq ended a connection without a word, as far as its bytes tell."""
+    greeted = ended.sent >= _GREETING_BYTES
+    hello = ended.received >= _GREETING_BYTES + _HELLO_BYTES
+    return "wrong_key" if greeted and hello else "protocol"

@@ -212,6 +212,15 @@ def test_nonsense_ends_it(start: Callable[..., Peer], garbage: bytes) -> None:
     assert peer.process.wait(60) != 0
 
 
+@pytest.mark.parametrize(
+    "message",
+    [Done(1, -1), Done(1, 1 << 62), Ready("cpu", -1.0), Ready("cpu", float("inf"))],
+)
+def test_times_that_cannot_be_are_no_message(message: FromWorker) -> None:
+    with pytest.raises(ValueError, match="Expected"):
+        msgspec.msgpack.decode(pack(message)[4:], type=FromWorker)
+
+
 def test_it_is_the_first_to_go_and_leaves_no_core(start: Callable[..., Peer]) -> None:
     peer = start()
     assert isinstance(peer.receive(), Ready)

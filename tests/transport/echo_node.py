@@ -50,7 +50,7 @@ async def serve(options: dict[str, Any]) -> None:
     bounds = metering.bounds(
         limits.request,
         limits.result,
-        hwm=sockets.receive_mark(limits.request),
+        backlog=sockets.BACKLOG,
         files=raise_file_limit(),
     )
     meter = metering.Meter(dataclasses.replace(bounds, **options.get("bounds", {})))

@@ -247,6 +247,48 @@ def test_only_pub_files_count(authorized: Path, authorise: Any, new_pair: NewPai
     assert allowed.name_of(other.public) is None
 
 
+def test_a_name_that_is_no_text_lets_in_nobody_and_stops_nothing(
+    authorized: Path, authorise: Any, new_pair: NewPair, limits: StageLimits
+) -> None:
+    node, odd, kitchen = new_pair("node"), new_pair("odd"), new_pair("kitchen")
+    for pair in (odd, kitchen):
+        authorise(pair)
+    try:
+        (authorized / "odd.pub").rename(authorized / os.fsdecode(b"caf\xe9.pub"))
+    except OSError:
+        pytest.skip("this file system has no such names")
+
+    async def scene() -> None:
+        async with _serving(AllowList(authorized), node, limits) as (ctx, server):
+            assert await _admitted(ctx, server, node, odd, limits) is None
+            assert await _admitted(ctx, server, node, kitchen, limits) == "kitchen"
+
+    asyncio.run(scene())
+
+
+def test_strangers_do_not_make_it_read_every_key_again(
+    authorized: Path, authorise: Any, new_pair: NewPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kitchen, stranger = new_pair("kitchen"), new_pair("stranger")
+    authorise(kitchen)
+    os.utime(authorized, (1, 1))  # long ago
+    allowed = AllowList(authorized)
+    read = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: read.append(path) or scandir(path))
+    for _ in range(10):
+        assert allowed.name_of(kitchen.public) == "kitchen"
+        assert allowed.name_of(stranger.public) is None
+    assert not read
+    authorise(stranger)
+    assert allowed.name_of(stranger.public) == "stranger"
+    (authorized / "kitchen.pub").unlink()
+    assert allowed.name_of(kitchen.public) is None
+    authorized.chmod(0o777)
+    with pytest.raises(KeyFileError):
+        allowed.name_of(stranger.public)
+
+
 def test_a_link_to_nowhere_is_skipped_until_it_leads_somewhere(
     authorized: Path,
     authorise: Any,

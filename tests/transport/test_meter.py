@@ -262,8 +262,8 @@ def test_too_many_connections() -> None:
 @given(st.data())
 def test_an_honest_peer_is_never_at_fault(data: st.DataObject) -> None:
     """Messages up to the largest, as many waiting as the mark allows, read at any pace."""
-    limits, hwm = Limits(2, 5000, 9000), 4
-    accounts = Accounts(bounds(limits, limits, hwm=hwm))
+    limits, backlog = Limits(2, 5000, 9000), 4
+    accounts = Accounts(bounds(limits, limits, backlog=backlog))
     accounts.open(1, "10.0.0.1", 0.0)
     largest, received, now = message_bytes(limits), 0, 0.0
     waiting: list[int] = []
@@ -277,7 +277,7 @@ def test_an_honest_peer_is_never_at_fault(data: st.DataObject) -> None:
         assert not accounts.judge(now)
         received += size
         waiting.append(size)
-        while len(waiting) > hwm or (waiting and data.draw(st.booleans())):
+        while len(waiting) > backlog or (waiting and data.draw(st.booleans())):
             accounts.delivered(1, waiting.pop(0))
         accounts.sample(1, received, 0, 0, now)
         assert not accounts.judge(now)
@@ -285,10 +285,10 @@ def test_an_honest_peer_is_never_at_fault(data: st.DataObject) -> None:
 
 def test_bounds_leave_descriptors_for_others() -> None:
     limits = Limits(2, MIB, 2 * MIB)
-    few = bounds(limits, limits, hwm=8, files=1024)
+    few = bounds(limits, limits, backlog=8, files=1024)
     assert 2 * few.connections < 1024 - 100
     assert few.handshakes < few.connections
-    assert bounds(limits, limits, hwm=8, files=20).connections >= 1
+    assert bounds(limits, limits, backlog=8, files=20).connections >= 1
     assert few.unseen > 9 * 2 * MIB
 
 
@@ -319,7 +319,7 @@ def descriptors() -> int:
 def test_the_kernel_tells_bytes(pairs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metering, "_SLACK", 4000)
     served, client = pairs()
-    meter = Meter(bounds(Limits(1, 1000, 1000), Limits(1, 1000, 1000), hwm=2))
+    meter = Meter(bounds(Limits(1, 1000, 1000), Limits(1, 1000, 1000), backlog=2))
     meter.opened(served.fileno(), 0.0)
     account = meter._accounts.accounts[served.fileno()]
     assert account.address == "127.0.0.1"
@@ -544,7 +544,7 @@ def test_an_endless_message_costs_its_sender_the_connection(
     tally = asyncio.run(attack())
     assert tally.closed == 1, "it was let do as it liked"
     stats = node.wait_for(lambda s: s["events"].get("dropped endless"))
-    allowed = bounds(LIMITS.request, LIMITS.result, hwm=sockets.receive_mark(LIMITS.request)).unseen
+    allowed = bounds(LIMITS.request, LIMITS.result, backlog=sockets.BACKLOG).unseen
     assert allowed < 30 * MIB
     assert tally.sent < allowed + 256 * MIB  # what a busy machine let pass between two looks
     honest.more(20)

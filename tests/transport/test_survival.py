@@ -1,0 +1,136 @@
+"""What ends libzmq, and so the process, with an assertion unless its sockets are set up with care.
+
+Each peer here does one thing that a hostile one, or a flipped bit on the way, can do after a good
+handshake; the process at the other end must serve an honest peer after it, its heartbeats past.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+
+import pytest
+from echo_node import ENVIRONMENT, EchoNode, Honest
+from faults.zmtp import Curve, Peer, command, frame
+
+from transport.keys import KeyPair
+
+Spoil = Callable[[Peer], Awaitable[None]]
+_HEARTBEAT_S = 1.5  # a server's is due after one second
+_MANY = 64
+
+
+async def _flipped(peer: Peer) -> None:
+    data = bytearray(peer.seal(b"1 10"))
+    data[-1] ^= 1
+    await peer.send(bytes(data))
+
+
+async def _no_message(peer: Peer) -> None:
+    await peer.send(frame(command(b"MESSAGE", b"x")))
+
+
+async def _repeated(peer: Peer) -> None:
+    data = peer.seal(b"1 10")
+    await peer.send(data + data)
+
+
+async def _burst(peer: Peer) -> None:
+    """More than is read at once, with pings in it that are to be answered."""
+    ping = command(b"PING", b"\0\0")
+    await peer.send(
+        b"".join(peer.seal(b"1 10") + peer.seal(ping, is_command=True) for _ in range(_MANY))
+    )
+
+
+SPOILS = [_flipped, _no_message, _repeated, _burst]
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
+def test_a_server_outlives_a_spoilt_connection(
+    start: Callable[..., EchoNode], spoil: Spoil
+) -> None:
+    node = start()
+    pair = node.authorise("hostile")
+
+    async def attack() -> None:
+        for number in range(8):
+            async with await node.peer(pair) as peer:
+                # Apart, so that the server has nothing to tell in between, or at once.
+                await asyncio.sleep(0.05 * (number % 2))
+                await spoil(peer)
+                await asyncio.sleep(0.05 * (number % 3))
+                peer.abort()
+        await asyncio.sleep(_HEARTBEAT_S)
+
+    asyncio.run(attack())
+    honest = Honest(node)
+    honest.more(5)
+    honest.close()
+
+
+_EDGE = """
+import asyncio, sys
+import zmq.asyncio
+from transport import sockets
+from transport.keys import KeyPair
+from transport.messages import Limits, StageLimits
+from transport.meter import Meter, bounds
+
+some = Limits(1, 1 << 20, 1 << 20)
+endpoint, server_key, public, secret = sys.argv[1:]
+
+async def main():
+    ctx = zmq.asyncio.Context()
+    pair, limits = KeyPair("edge", public, secret), StageLimits(some, some)
+    socket = sockets.client(ctx, endpoint, server_key, pair, limits, connect=False)
+    meter = Meter(bounds(some, some, backlog=sockets.BACKLOG))
+    async for event in sockets.watch(socket, endpoint, first_retry_s=0.05, meter=meter):
+        print(event.state, flush=True)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
+def test_a_client_outlives_a_spoilt_connection(
+    spoil: Spoil, new_pair: Callable[[str], KeyPair]
+) -> None:
+    """It comes back to the same server again and again, heartbeats in between."""
+    node, pair = new_pair("node"), new_pair("edge")
+
+    async def serve() -> None:
+        came: asyncio.Queue[Peer] = asyncio.Queue()
+
+        async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            peer = Peer(reader, writer)
+            await peer.curve_server(Curve(node.public, node.secret, ""))
+            came.put_nowait(peer)
+
+        server = await asyncio.start_server(greet, "127.0.0.1", 0)
+        host, port = server.sockets[0].getsockname()
+        arguments = [f"tcp://{host}:{port}", node.public, pair.public, pair.secret]
+        edge = subprocess.Popen(
+            [sys.executable, "-c", _EDGE, *arguments],
+            env={**os.environ, **ENVIRONMENT},
+            stdout=subprocess.PIPE,
+        )
+        try:
+            for number in range(6):
+                peer = await asyncio.wait_for(came.get(), 60)
+                await asyncio.sleep(0.05)
+                await spoil(peer)
+                await asyncio.sleep(0.05 * (number % 3))
+                peer.abort()
+                await asyncio.sleep(_HEARTBEAT_S / 3)
+            await asyncio.sleep(_HEARTBEAT_S)
+            assert edge.poll() is None
+        finally:
+            edge.kill()
+            edge.wait()
+            server.close()
+
+    asyncio.run(serve())
