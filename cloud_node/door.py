@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import dataclasses
 import errno
 import logging
 import time
@@ -24,7 +25,7 @@ import zmq.asyncio
 from cloud_node.config import Prepared
 from cloud_node.metrics import Metrics
 from transport.auth import Authenticator
-from transport.meter import Meter, bounds
+from transport.meter import Meter, bounds, message_bytes
 from transport.process import raise_file_limit
 from transport.sockets import PeerEvent, peers, receive_mark
 from transport.sockets import server as server_socket
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 _REOPEN_S = 2.0
 _RETRY_S = 0.02
+_LEAST_MARK = 2  # one is read while another comes; with 1, CURVE gets stuck
 
 Sent = Literal["sent", "lost", "unread"]
 """``lost``: the connection has ended; ``unread``: the edge does not read what it asked for."""
@@ -52,6 +54,7 @@ class Door:
     Attributes:
         endpoint: where it is bound, with the port chosen.
         unsent, total: most bytes that should wait for one edge, and for all, to read them.
+        connections: most that stay open.
         broken: a future that fails if the door can't go on.
     """
 
@@ -78,6 +81,8 @@ class Door:
         )
         self.unsent = self._bounds.unsent
         self.total = self._bounds.total
+        self.connections = self._bounds.connections
+        self._wide, self._mark = self._bounds, receive_mark(limits.request)
         self._ctx: zmq.asyncio.Context | None = None
         self._socket: Any = None
         self._authenticator: Authenticator | None = None
@@ -104,9 +109,16 @@ class Door:
         self._authenticator = Authenticator(self._ctx, prepared.allowed, self._revoke)
         self._authenticator.start()
         self._socket = server_socket(
-            self._ctx, self.endpoint, prepared.keypair, prepared.limits, monitor=True
+            self._ctx,
+            self.endpoint,
+            prepared.keypair,
+            prepared.limits,
+            monitor=True,
+            mark=self._mark,
         )
         self.endpoint = self._socket.last_endpoint.decode()
+        allowed = bounds(prepared.limits.request, prepared.limits.result, hwm=self._mark).unseen
+        self._bounds = dataclasses.replace(self._bounds, unseen=allowed)
         self._meter = Meter(self._bounds)
         loop = asyncio.get_running_loop()
         self._tasks = [
@@ -115,6 +127,24 @@ class Door:
         ]
         for task in self._tasks:
             task.add_done_callback(self._ended)
+
+    def bound(self, total: int, connections: int) -> None:
+        """Let edges hold no more than this: bytes of all together, and connections; never more than
+        at first. Fewer messages of each wait in libzmq then, from the next opening on."""
+        wide, limits = self._wide, self._prepared.limits
+        tight = total < wide.total or connections < wide.connections
+        self._mark = _LEAST_MARK if tight else receive_mark(limits.request)
+        self._bounds = dataclasses.replace(
+            self._bounds,
+            unsent=min(wide.unsent, max(2 * message_bytes(limits.result), total // 2)),
+            total=min(wide.total, total),
+            handshakes=min(wide.handshakes, max(2, connections // 2)),
+            connections=min(wide.connections, connections),
+        )
+        self.unsent, self.total = self._bounds.unsent, self._bounds.total
+        self.connections = self._bounds.connections
+        if self._meter is not None:
+            self._meter.bound(self._bounds)
 
     async def close(self, flush_s: float = 0.0) -> None:
         """Let nobody in any more and, if asked to, what was sent leave; then drop all connections.

@@ -360,6 +360,10 @@ class Meter:
         self._late: set[int] = set()
         self._port = 0
 
+    def bound(self, bounds: Bounds) -> None:
+        """Other bounds from the next look on."""
+        self._accounts.bounds = bounds
+
     @property
     def connections(self) -> int:
         """How many are open."""

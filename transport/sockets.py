@@ -111,12 +111,22 @@ def _common(socket: Any, endpoint: str, inbound: Limits, limits: StageLimits) ->
     socket.set(zmq.HEARTBEAT_IVL, 1000)
     socket.set(zmq.HEARTBEAT_TIMEOUT, heartbeat_timeout_ms(limits))
     # Nor does closing end a connection whose peer acknowledges nothing: the kernel keeps what is
-    # unsent for minutes. (TCP_KEEPALIVE has nothing to add to heartbeats and stays off.)
+    # unsent for minutes.
     socket.set(zmq.TCP_MAXRT, max(10_000, 2 * heartbeat_timeout_ms(limits)))
     # A connection that doesn't finish its handshake holds a file descriptor: give it up.
     socket.set(zmq.HANDSHAKE_IVL, 3000)
     # Off by default: with it on, a name that resolves to ::1 first never tries 127.0.0.1.
     socket.set(zmq.IPV6, int("[" in endpoint))
+
+
+def start_sending() -> None:
+    """Have pyzmq start the threads that sending without a copy takes, which it else does when the
+    first large frame leaves: for who measures what a process takes before that."""
+    with zmq.Context() as ctx, ctx.socket(zmq.PAIR) as one, ctx.socket(zmq.PAIR) as other:
+        one.bind("inproc://start")
+        other.connect("inproc://start")
+        one.send(bytearray(2 * zmq.COPY_THRESHOLD), copy=False)
+        other.recv()
 
 
 def client(
@@ -154,6 +164,9 @@ def client(
         # back, where no deadline would reach it. Sending then blocks (or fails with EAGAIN) while
         # the node is away.
         socket.set(zmq.IMMEDIATE, 1)
+        # The node sends no heartbeats of its own (see `server`): it goes by these, and ends the
+        # connection when they stop.
+        socket.set(zmq.HEARTBEAT_TTL, heartbeat_timeout_ms(limits))
         # Requests waiting here are few: each has a caller with a deadline.
         socket.set(zmq.SNDHWM, 8)
         # Come back fast after a blip, and don't hammer a node that stays away.
@@ -176,6 +189,7 @@ def server(
     limits: StageLimits,
     *,
     monitor: bool = False,
+    mark: int | None = None,
 ) -> Any:
     """A ROUTER bound to `bind`; ``socket.last_endpoint`` tells the port when it was 0.
 
@@ -188,6 +202,7 @@ def server(
         limits: of the stage served.
         monitor: attach the monitor before binding, so that `peers`, which must be iterated soon,
             misses no connection, however early.
+        mark: RCVHWM, if not `receive_mark`.
 
     Raises:
         ConfigError: malformed or unusable endpoint.
@@ -196,6 +211,17 @@ def server(
     socket = _copying(ctx).socket(zmq.ROUTER)
     try:
         _common(socket, bind, limits.request, limits)
+        if mark is not None:
+            socket.set(zmq.RCVHWM, mark)
+        # Where a connection breaks while its inbox is full, libzmq 4.3.5 aborts if a heartbeat is
+        # due before the inbox is read (zeromq/libzmq#4364): no edge may do that to a node. Edges
+        # send heartbeats and say how long they may stay out; an edge that says nothing, and is
+        # gone, is found by the kernel.
+        socket.set(zmq.HEARTBEAT_IVL, 0)
+        socket.set(zmq.TCP_KEEPALIVE, 1)
+        socket.set(zmq.TCP_KEEPALIVE_IDLE, 10)
+        socket.set(zmq.TCP_KEEPALIVE_INTVL, 5)
+        socket.set(zmq.TCP_KEEPALIVE_CNT, 3)
         socket.set(zmq.CURVE_SERVER, 1)
         socket.set(zmq.CURVE_SECRETKEY, keypair.secret.encode())
         # CURVE alone lets any client in. With a domain and its enforcement, no authenticator means
