@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 _REOPEN_S = 2.0
 _RETRY_S = 0.02
-_LEAST_MARK = 2  # one is read while another comes; with 1, CURVE gets stuck
+_LEAST_MARK = 2  # one is read while another comes; with 1, none ever comes
 
 Sent = Literal["sent", "lost", "unread"]
 """``lost``: the connection has ended; ``unread``: the edge does not read what it asked for."""

@@ -468,6 +468,25 @@ def test_without_the_meter_the_same_attack_fills_the_memory(
 
 
 @linux
+def test_a_connection_that_breaks_while_its_inbox_is_full_stops_nothing(
+    start: Callable[..., EchoNode],
+) -> None:
+    """libzmq aborts then, if a heartbeat of its own is due before the inbox is read."""
+    node = start(deaf=True)
+    mark = sockets.receive_mark(LIMITS.request)
+    with zmq.Context() as ctx:
+        pair = node.authorise("hostile")
+        client = sockets.client(ctx, node.endpoint, node.key.public, pair, LIMITS)
+        client.sndtimeo = 30_000
+        for _ in range(mark + 2):
+            client.send_multipart([bytes(MIB)] * 3)
+        node.wait_for(lambda s: s["held"] > (mark - 1) * 3 * MIB)
+        client.close()
+    time.sleep(3.5)  # in which some heartbeats would be due
+    node.stats()
+
+
+@linux
 def test_many_endless_messages_together_are_bounded(start: Callable[..., EchoNode]) -> None:
     node = start(bounds={"total": 64 * MIB})
     honest = Honest(node)
