@@ -100,7 +100,8 @@ class Needs:
 
     def fixed(self, limit: Limit) -> int:
         """What no bound of a `Budget` is about."""
-        return self.batches + _COPIES * max(self.request, self.result) + (self.shared if limit.shared else 0)
+        shared = self.shared if limit.shared else 0
+        return self.batches + shared + _COPIES * max(self.request, self.result)
 
     def each(self, limit: Limit) -> int:
         """Of a connection: a frame that is announced has its memory before its bytes."""
@@ -130,8 +131,8 @@ def divide(limit: Limit, used: int, wanted: Budget, needs: Needs) -> Budget:
         least_limit = used + min(2 * enough, enough + _OVERSHOOT + _SLACK)
         raise TooLittle(
             f"{limit.name} is {size_text(limit.most)}, of which {size_text(_up(used))} are in use "
-            f"before any request; expected at least {size_text(_up(least_limit))}, for two requests "
-            f"with all windows of an image to wait and {least.connections} connections: "
+            f"before any request; expected at least {size_text(_up(least_limit))}, for two "
+            f"requests with all windows of an image to wait and {least.connections} connections: "
             f"{limit.raise_}, or serve a smaller model"
         )
     both = min(

@@ -285,7 +285,9 @@ async def low_memory(bench: Bench) -> Seen:
         name: {what: mb(n) if what.startswith("data") else n for what, n in one.items()}
         for name, one in {"without a limit": free, "with it": found}.items()
     }
-    held = all(one["alive"] and one["served afterwards"] and not one["wrong"] for one in (free, found))
+    held = all(
+        one["alive"] and one["served afterwards"] and not one["wrong"] for one in (free, found)
+    )
     held = held and bool(found["right"]) and bool(found["refused"].get("overloaded"))
     return Seen({"RLIMIT_DATA MB": mb(limit), "edges": _EDGES, "for s": seconds}, told, held)
 
