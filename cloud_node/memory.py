@@ -130,8 +130,8 @@ def divide(limit: Limit, used: int, wanted: Budget, needs: Needs) -> Budget:
     if left < content:
         least_limit = used + min(2 * enough, enough + _OVERSHOOT + _SLACK)
         raise TooLittle(
-            f"{limit.name} is {size_text(limit.most)}, of which {size_text(_up(used))} are in use "
-            f"before any request; expected at least {size_text(_up(least_limit))}, for two "
+            f"{limit.name} is {size_text(_down(limit.most))}, of which {size_text(_up(used))} are "
+            f"in use before any request; expected at least {size_text(_up(least_limit))}, for two "
             f"requests with all windows of an image to wait and {least.connections} connections: "
             f"{limit.raise_}, or serve a smaller model"
         )
@@ -255,7 +255,7 @@ def check_start() -> None:
             least = limit.used + _START_BYTES
             if limit.most < least:
                 raise TooLittle(
-                    f"{limit.name} is {size_text(limit.most)}, expected at least "
+                    f"{limit.name} is {size_text(_down(limit.most))}, expected at least "
                     f"{size_text(_up(least))} to start with, and as much again to serve: "
                     f"{limit.raise_}"
                 )
