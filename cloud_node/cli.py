@@ -157,9 +157,9 @@ def _serve(file: Path | None, options: Mapping[str, Any]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)  # until the server can stop in order
 
-    from cloud_node.memory import check_start
+    from cloud_node.memory import check_room
 
-    check_start()
+    check_room()
     # Neither here nor in workers does NumPy multiply matrices, for which it would take memory in
     # as many threads as there are cores.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

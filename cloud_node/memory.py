@@ -35,8 +35,10 @@ _SLACK = 16 << 20
 _COPIES = 3
 # A frame under encryption: what comes, what goes and one between.
 _CONNECTIONS = 4
-_START_BYTES = 64 << 20
-# What the front takes before it has read its configuration.
+_IMPORTS, _LIBRARIES = 64 << 20, 96 << 20
+# What the front takes before it has read its configuration, and the libraries it maps.
+_THREADS = 8
+# Of libzmq and pyzmq, those counted twice that end before others begin: their stacks are kept.
 _GROUPS = Path("/sys/fs/cgroup")
 
 
@@ -243,24 +245,32 @@ def _own_group() -> str:
     return ""
 
 
-def check_start() -> None:
-    """Say so if there is no room even to start; libraries fail in words of their own.
+def check_room(size: int = _IMPORTS) -> None:
+    """Say so if there is no room for `size` bytes more, which by itself is for what is to be
+    imported; libraries fail in words of their own, or by a signal.
 
     Raises:
-        ConfigError: how much it takes, and how to give it.
+        TooLittle: how much it takes, and how to give it.
     """
-    limits = Limits()
+    limits = Limits(group="")
     try:
         for limit in limits.own():
-            least = limit.used + _START_BYTES
+            # Only what maps files counts those that are to be imported.
+            files = _LIBRARIES if limit.name == "RLIMIT_AS" and size == _IMPORTS else 0
+            least = limit.used + size + files
             if limit.most < least:
                 raise TooLittle(
                     f"{limit.name} is {size_text(_down(limit.most))}, expected at least "
-                    f"{size_text(_up(least))} to start with, and as much again to serve: "
-                    f"{limit.raise_}"
+                    f"{size_text(_up(least))} to start with, and more to serve: {limit.raise_}"
                 )
     finally:
         limits.close()
+
+
+def check_threads() -> None:
+    """As `check_room`, for the threads of a node's sockets."""
+    stack = resource.getrlimit(resource.RLIMIT_STACK)[0]
+    check_room(_THREADS * (stack if stack != resource.RLIM_INFINITY else 8 << 20) + _SLACK)
 
 
 class Memory:

@@ -31,7 +31,7 @@ import zmq
 from cloud_node.admission import Refusal, check_stage, check_windows
 from cloud_node.config import Prepared
 from cloud_node.door import Door
-from cloud_node.memory import Budget, Memory, Needs, TooLittle
+from cloud_node.memory import Budget, Memory, Needs, TooLittle, check_threads
 from cloud_node.metrics import Metrics
 from cloud_node.pool import Pool, PoolClosed, Slot, WorkerDied, WorkerEvent
 from cloud_node.queue import Job, Queue
@@ -136,6 +136,7 @@ class Server:
         self._loop = asyncio.get_running_loop()
         self._work = asyncio.Event()  # there may be something to dispatch
         self._door = Door(self._prepared, self.metrics, self._handle, self._revoked)
+        check_threads()
         self._door.try_address()
         stopping = asyncio.create_task(stop.wait(), name="stop")
         tasks: set[asyncio.Future[Any]] = set()

@@ -17,7 +17,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from reliability.load import data_bytes, limited, under_load, write_echoing_bundle
 
-from cloud_node.memory import Budget, Limit, Limits, Memory, Needs, TooLittle, check_start, divide
+from cloud_node.memory import Budget, Limit, Limits, Memory, Needs, TooLittle, check_room, divide
+from transport.keys import generate, make_directory
 
 MIB = 1 << 20
 WANTED = Budget(queue=256 * MIB, transit=256 * MIB, connections=4096)
@@ -183,14 +184,22 @@ def test_limits_of_the_process_are_read(name: str) -> None:
 
 
 @linux
-def test_no_room_to_start_is_told_before_anything_large_is_loaded(tmp_path: Path) -> None:
-    check_start()
+@pytest.mark.parametrize("most", [48, 80, 112])
+@pytest.mark.parametrize("name", ["RLIMIT_DATA", "RLIMIT_AS"])
+def test_no_room_to_start_is_told_before_libraries_fail(
+    name: str, most: int, tmp_path: Path
+) -> None:
+    check_room()
+    generate(tmp_path, "node")
+    make_directory(tmp_path / "authorized")
     command = [sys.executable, "-m", "cloud_node.cli", "serve", "--keys", str(tmp_path)]
-    with limited(48 * MIB)(command, stderr=subprocess.PIPE, text=True) as started:
+    command += ["--bind", "tcp://127.0.0.1:0"]
+    kind = getattr(resource, name)
+    with limited(most * MIB, kind)(command, stderr=subprocess.PIPE, text=True) as started:
         _, said = started.communicate(timeout=30)
-    assert started.returncode == 1
-    assert "error: RLIMIT_DATA is 48 MiB, expected at least" in said
-    assert "ulimit -d" in said
+    assert started.returncode == 1, said
+    assert f"error: {name} is {most} MiB, expected at least" in said.splitlines()[-1]
+    assert "ulimit" in said
 
 
 # -- a real node, with requests of 4 MB and results of 8 -------------------------------------------

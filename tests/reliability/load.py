@@ -259,11 +259,13 @@ def write_echoing_bundle(directory: Path) -> Path:
     return directory
 
 
-def limited(most: int | None) -> Callable[..., subprocess.Popen[bytes]]:
-    """What starts a process with its data limited to so many bytes."""
+def limited(
+    most: int | None, kind: int = resource.RLIMIT_DATA
+) -> Callable[..., subprocess.Popen[Any]]:
+    """What starts a process with a limit of so many bytes, None for none."""
     if most is None:
         return subprocess.Popen
-    limit = functools.partial(resource.setrlimit, resource.RLIMIT_DATA, (most, most))
+    limit = functools.partial(resource.setrlimit, kind, (most, most))
     return functools.partial(subprocess.Popen, preexec_fn=limit)
 
 
