@@ -49,6 +49,7 @@ from transport.sockets import client
 
 _EDGES = 8
 _AT_ONCE = 16  # as many as a node takes from one edge
+_PATIENCE_S = 8.0
 
 
 class Load:
@@ -279,7 +280,7 @@ def limited(
 @running
 async def low_memory(bench: Bench) -> Seen:
     bundle = write_echoing_bundle(bench.folder / "bundle")
-    seconds = bench.pick(8.0, 60.0)
+    seconds = bench.pick(12.0, 60.0)
     free = await under_load(bundle, bench.fresh(), seconds, None)
     limit = int(0.7 * free["data"])
     found = await under_load(bundle, bench.fresh(), seconds, limit)
@@ -388,7 +389,7 @@ async def under_load(
 
         async def keep_asking(edge: _Edge) -> None:
             while node.running and time.monotonic() < until:
-                await edge.ask(5.0)
+                await edge.ask(_PATIENCE_S)
 
         try:
             tasks = [asyncio.create_task(edge.read()) for edge in loads]
@@ -401,7 +402,7 @@ async def under_load(
             tasks += asking
             before = loads[0].right
             while node.running and loads[0].right == before and time.monotonic() < until + 30:
-                await loads[0].ask(5.0)
+                await loads[0].ask(_PATIENCE_S)
             served = loads[0].right > before
         finally:
             for task in tasks:
