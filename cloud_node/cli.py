@@ -140,6 +140,12 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "check":
             return _check(args.config, options, args.json)
         return _serve(args.config, options)
+    except MemoryError:
+        if args.debug:
+            raise
+        text = "error: there is not enough memory to start: free some, or raise limits on it"
+        print(text, file=sys.stderr)
+        return 1
     except EdgeRuntimeError as error:
         if args.debug:
             raise
@@ -150,6 +156,13 @@ def main(argv: list[str] | None = None) -> int:
 def _serve(file: Path | None, options: Mapping[str, Any]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)  # until the server can stop in order
+
+    from cloud_node.memory import check_room
+
+    check_room()
+    # Neither here nor in workers does NumPy multiply matrices, for which it would take memory in
+    # as many threads as there are cores.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
     import logging
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import dataclasses
 import errno
 import logging
 import time
@@ -24,7 +25,7 @@ import zmq.asyncio
 from cloud_node.config import Prepared
 from cloud_node.metrics import Metrics
 from transport.auth import Authenticator
-from transport.meter import Meter, bounds
+from transport.meter import Meter, bounds, message_bytes
 from transport.process import raise_file_limit
 from transport.sockets import BACKLOG, PeerEvent, peers
 from transport.sockets import server as server_socket
@@ -53,6 +54,7 @@ class Door:
     Attributes:
         endpoint: where it is bound, with the port chosen.
         unsent, total: most bytes that should wait for one edge, and for all, to read them.
+        connections: most that stay open.
         broken: a future that fails if the door can't go on.
     """
 
@@ -82,6 +84,8 @@ class Door:
         )
         self.unsent = self._bounds.unsent
         self.total = self._bounds.total
+        self.connections = self._bounds.connections
+        self._wide = self._bounds
         self._ctx: zmq.asyncio.Context | None = None
         self._socket: Any = None
         self._authenticator: Authenticator | None = None
@@ -119,6 +123,23 @@ class Door:
         ]
         for task in self._tasks:
             task.add_done_callback(self._ended)
+
+    def bound(self, total: int, connections: int) -> None:
+        """Let edges hold no more than this: bytes of all together, and connections; never more than
+        at first."""
+        wide, limits = self._wide, self._prepared.limits
+        self._bounds = dataclasses.replace(
+            self._bounds,
+            unseen=min(wide.unseen, max(3 * message_bytes(limits.request), total // 2)),
+            unsent=min(wide.unsent, max(2 * message_bytes(limits.result), total // 2)),
+            total=min(wide.total, total),
+            handshakes=min(wide.handshakes, max(2, connections // 2)),
+            connections=min(wide.connections, connections),
+        )
+        self.unsent, self.total = self._bounds.unsent, self._bounds.total
+        self.connections = self._bounds.connections
+        if self._meter is not None:
+            self._meter.bound(self._bounds)
 
     async def close(self, flush_s: float = 0.0) -> None:
         """Let nobody in any more and, if asked to, what was sent leave; then drop all connections.

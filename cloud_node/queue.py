@@ -298,6 +298,16 @@ class Queue:
                 job.dropped = job.dropped or "lost"
         return [self._remove(job) for job in list(found.waiting.values()) if whose(job)]
 
+    def bound(self, most_bytes: int) -> list[Job]:
+        """No more than so many bytes wait from now on; removes and returns what is too much, the
+        oldest first of whoever has the most."""
+        self.most_bytes = most_bytes
+        shed = []
+        while self.bytes > most_bytes:
+            heaviest = max(self._clients.values(), key=lambda client: client.size)
+            shed.append(self._remove(heaviest.oldest))
+        return shed
+
     def set_apart(self, client: str, until: float) -> None:
         """Until then, each request of this client has a batch of its own."""
         if found := self._clients.get(client):

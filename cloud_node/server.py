@@ -31,6 +31,7 @@ import zmq
 from cloud_node.admission import Refusal, check_stage, check_windows
 from cloud_node.config import Prepared
 from cloud_node.door import Door
+from cloud_node.memory import Budget, Memory, Needs, TooLittle, check_threads
 from cloud_node.metrics import Metrics
 from cloud_node.pool import Pool, PoolClosed, Slot, WorkerDied, WorkerEvent
 from cloud_node.queue import Job, Queue
@@ -55,7 +56,9 @@ from transport.messages import (
     encode,
     refuse,
 )
-from transport.meter import MemoryWatch, Resident
+from transport.meter import MemoryWatch, Resident, message_bytes
+from transport.process import give_freed_memory_back
+from transport.sockets import start_sending
 
 log = logging.getLogger(__name__)
 
@@ -130,13 +133,14 @@ class Server:
 
         Raises:
             EdgeRuntimeError: the address can't be bound, the ready file not written, no worker
-                started.
+                started, too little memory.
         """
         self._loop = asyncio.get_running_loop()
         self._work = asyncio.Event()  # there may be something to dispatch
         self._door = Door(
             self._prepared, self.metrics, self._handle, self._revoked, self._left_behind
         )
+        check_threads()
         self._door.try_address()
         stopping = asyncio.create_task(stop.wait(), name="stop")
         tasks: set[asyncio.Future[Any]] = set()
@@ -149,6 +153,7 @@ class Server:
                 return
             starting.result()
             self._door.open()
+            self._measure()
             self._watch = MemoryWatch(self._ceiling())
             tasks = {
                 asyncio.create_task(self._dispatch(), name="dispatch"),
@@ -242,14 +247,19 @@ class Server:
             alone=deaths > 0,
         )
         self._expire(now)
-        shed = self._queue.admit(job, now)
-        for old in shed:
-            wait = self._queue.estimate(old.client, old.windows, now)
-            hint = self._queue.retry_ms(wait)
-            self._refuse_job(old, Refusal("overloaded", "shed: the queue is full", hint))
+        if self._memory.scarce():
+            hint = self._queue.retry_ms(self._queue.estimate(name, windows, now))
+            raise Refusal("overloaded", "the node is short of memory", hint)
+        self._shed(self._queue.admit(job, now), now)
         if self._send(peer, name, encode(Accepted(request.id))) == "lost":
             self._left_behind(name, frozenset((peer,)))
         self._work.set()
+
+    def _shed(self, jobs: Iterable[Job], now: float) -> None:
+        for old in jobs:
+            wait = self._queue.estimate(old.client, old.windows, now)
+            hint = self._queue.retry_ms(wait)
+            self._refuse_job(old, Refusal("overloaded", "shed: the queue is full", hint))
 
     def _left_behind(self, name: str, routes: frozenset[bytes]) -> None:
         """A connection has ended: nobody can be given what it asked for."""
@@ -441,8 +451,11 @@ class Server:
             await asyncio.sleep(_TICK_S)
             self._expire(self._loop.time())
             self._look()
+            self._fit()
             if held := self._watch.breached():
-                await self._rebind(held)
+                await self._rebind(held, f"{self._watch.ceiling >> 20}")
+            elif limit := self._memory.breached():
+                await self._rebind(limit.used, f"is good under {limit.name}")
 
     def _expire(self, now: float) -> None:
         late = Refusal("deadline", "the deadline passed while waiting its turn")
@@ -469,21 +482,63 @@ class Server:
         else:
             metrics.state = "ready" if ready == self._pool.lanes else "degraded"
 
+    def _measure(self) -> None:
+        """Note what the node takes without requests, and fit the rest to the limits.
+
+        Raises:
+            TooLittle: next to nothing is left.
+        """
+        config, limits, pool = self._prepared.config, self._prepared.limits, self._pool
+        start_sending()
+        sizes = message_bytes(limits.request), message_bytes(limits.result)
+        shared: int = getattr(pool, "shared_bytes", 0)
+        # As many windows as a batch may hold, one batch computing and one filled. Results are in
+        # shared memory, if there is any.
+        images = -(-pool.max_batch // self._prepared.bundle.geometry.windows)
+        needs = Needs(
+            *sizes,
+            part=limits.request.part_bytes,
+            batches=2 * pool.lanes * images * (sizes[0] if shared else sum(sizes)),
+            shared=shared,
+        )
+        wanted = Budget(config.queue_bytes, self._door.total, self._door.connections)
+        self._memory = Memory(wanted, needs)
+        self._fit()
+
+    def _fit(self) -> None:
+        """Have queue and door hold no more than limits on memory allow.
+
+        Raises:
+            TooLittle: they allow next to nothing, and nobody is served yet.
+        """
+        try:
+            if not self._memory.look():
+                return
+        except TooLittle as error:
+            if not self._bound:
+                raise
+            log.error("a limit has changed, and this process may end of it: %s", error)
+        if self._memory.lowered:
+            give_freed_memory_back()
+        budget = self._memory.budget
+        self._shed(self._queue.bound(budget.queue), self._loop.time())
+        self._door.bound(budget.transit, budget.connections)
+
     def _ceiling(self) -> int:
         config, limits = self._prepared.config, self._prepared.limits
         if config.memory_ceiling is not None:
             return config.memory_ceiling
         batches = 4 * self._pool.lanes * (limits.request.total_bytes + limits.result.total_bytes)
         shared: int = getattr(self._pool, "shared_bytes", 0)
-        # Twice: waiting in the queue, and in libzmq.
-        allowed = 2 * config.queue_bytes + batches + shared
+        # Waiting in the queue, and in libzmq.
+        allowed = self._queue.most_bytes + self._door.total + batches + shared
         return (Resident()() or 0) + allowed * 5 // 4
 
-    async def _rebind(self, held: int) -> None:
+    async def _rebind(self, held: int, most: str) -> None:
         log.error(
-            "this process holds %d MB, more than %d: all connections are dropped; edges connect "
+            "this process holds %d MB, more than %s: all connections are dropped; edges connect "
             "again by themselves",
-            *(held >> 20, self._watch.ceiling >> 20),
+            *(held >> 20, most),
             extra={"event": "rebind"},
         )
         self.metrics.rebinds += 1

@@ -416,6 +416,10 @@ class Meter:
         self._port = 0
         self._look_at = 0.0
 
+    def bound(self, bounds: Bounds) -> None:
+        """Other bounds from the next look on."""
+        self._accounts.bounds = bounds
+
     @property
     def connections(self) -> int:
         """How many are open."""

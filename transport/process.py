@@ -12,6 +12,7 @@ _FILES = 65_536
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _KEPT_BYTES = 64 << 20
 _MAPPED_BYTES = 32 << 20  # the most that glibc takes
+_SMALL_BYTES = 128 << 10  # its defaults for both
 
 
 def disable_core_dumps() -> None:
@@ -52,3 +53,13 @@ def keep_freed_memory() -> None:
         mallopt(_M_ARENA_MAX, 1)
         mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
         mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+def give_freed_memory_back() -> None:
+    """Undo `keep_freed_memory`, at its cost: under a tight limit, what is kept is what is missing,
+    and messages that each have their own pages leave no gaps behind."""
+    with contextlib.suppress(AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, _SMALL_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, _SMALL_BYTES)
+        libc.malloc_trim(0)

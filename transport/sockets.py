@@ -112,8 +112,8 @@ def _common(socket: Any, endpoint: str, inbound: Limits, limits: StageLimits) ->
     # hang.
     socket.set(zmq.LINGER, 0)
     # No mark: at one, libzmq stops reading, and a connection that is reset just then aborts the
-    # process, at the next heartbeat or at a PING in what was read already ("!_io_error"). The meter
-    # bounds what waits, by bytes, which no mark does.
+    # process, at the next heartbeat or at a PING in what was read already ("!_io_error",
+    # zeromq/libzmq#4364). The meter bounds what waits, by bytes, which no mark does.
     socket.set(zmq.RCVHWM, 0)
     # A frozen peer keeps its TCP connection open; only heartbeats show it.
     socket.set(zmq.HEARTBEAT_IVL, 1000)
@@ -125,6 +125,16 @@ def _common(socket: Any, endpoint: str, inbound: Limits, limits: StageLimits) ->
     socket.set(zmq.HANDSHAKE_IVL, 3000)
     # Off by default: with it on, a name that resolves to ::1 first never tries 127.0.0.1.
     socket.set(zmq.IPV6, int("[" in endpoint))
+
+
+def start_sending() -> None:
+    """Have pyzmq start the threads that sending without a copy takes, which it else does when the
+    first large frame leaves: for who measures what a process takes before that."""
+    with zmq.Context() as ctx, ctx.socket(zmq.PAIR) as one, ctx.socket(zmq.PAIR) as other:
+        one.bind("inproc://start")
+        other.connect("inproc://start")
+        one.send(bytearray(2 * zmq.COPY_THRESHOLD), copy=False)
+        other.recv()
 
 
 def client(

@@ -120,6 +120,32 @@ def test_a_revoked_key_loses_its_connection_and_its_name_is_told(
     asyncio.run(work())
 
 
+def test_bounds_are_lowered_and_raised_again(prepared: Prepared, tmp_path: Path) -> None:
+    pair = keys.load_secret(tmp_path / "edge" / "edge.key")
+
+    async def work() -> None:
+        metrics, doors = Metrics(), []
+        door = Door(prepared, metrics, echo(doors), lambda names: None)
+        doors.append(door)
+        wide = door.unsent, door.total, door.connections
+        door.open()
+        door.bound(1 << 20, 2)
+        assert (door.total, door.connections) == (1 << 20, 2)
+        await door.reopen()
+        one, other = (Edge(prepared, door.endpoint, pair) for _ in range(2))
+        async with one, other:
+            for edge in (one, other):
+                assert await edge.say(b"x", b"y") == [b"edge", b"x", b"y"]
+            door.bound(1 << 20, 1)
+            while not metrics.connections_dropped["crowd"]:
+                await asyncio.sleep(0.02)
+            door.bound(1 << 40, 1 << 20)
+            assert (door.unsent, door.total, door.connections) == wide
+        await door.close()
+
+    asyncio.run(work())
+
+
 def test_opening_and_closing_at_once_does_not_hang(prepared: Prepared) -> None:
     async def work() -> None:
         door = Door(prepared, Metrics(), lambda *_: None, lambda _: None)

@@ -265,6 +265,18 @@ def test_the_oldest_of_the_heaviest_goes_for_a_lighter_newcomer() -> None:
     assert queue.bytes == 10 * ROW
 
 
+def test_a_lower_bound_sheds_the_oldest_of_whoever_has_the_most() -> None:
+    queue = make(most_bytes=10 * (1000 + OVERHEAD_BYTES))
+    heavy, light = [job("a", size=1000) for _ in range(5)], [job("b", size=1000) for _ in range(2)]
+    admitted(queue, *heavy, *light)
+    assert queue.bound(5 * (1000 + OVERHEAD_BYTES)) == heavy[:2]
+    assert queue.bound(10 * (1000 + OVERHEAD_BYTES)) == []
+    assert (len(queue), queue.bytes) == (5, 5 * (1000 + OVERHEAD_BYTES))
+    queue.bound(0)
+    assert (len(queue), queue.bytes) == (0, 0)
+    assert refusal(queue, job("c"), 0.0).code == "overloaded"
+
+
 def test_nobody_is_shed_for_a_newcomer_that_gets_no_place_all_the_same() -> None:
     queue = make(most_bytes=10 * ROW)
     admitted(queue, *(job("a") for _ in range(5)), *(job("b") for _ in range(5)))

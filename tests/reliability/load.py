@@ -9,16 +9,30 @@ import re
 import resource
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import zmq
 import zmq.asyncio
+from faults.nodes import NodeProcess
 from faults.processes import Sampler, sample
+from onnx import TensorProto, helper, numpy_helper
 
 from edge_runtime.config import Node
-from engines.bundle import Bundle, shipped_bundle
+from engines.bundle import (
+    Bundle,
+    Manifest,
+    Stage,
+    TensorSpec,
+    hash_file,
+    shipped_bundle,
+    stage_digest,
+    write_manifest,
+)
+from engines.geometry import Geometry
 from reliability.rows import Bench, Seen, mb, quantile, row, running
 from transport.messages import (
     Accepted,
@@ -26,11 +40,16 @@ from transport.messages import (
     Request,
     Result,
     decode_header,
+    decode_tensors,
     encode,
     new_id,
     stage_limits,
 )
 from transport.sockets import client
+
+_EDGES = 8
+_AT_ONCE = 16  # as many as a node takes from one edge
+_PATIENCE_S = 8.0
 
 
 class Load:
@@ -185,30 +204,95 @@ async def overload(bench: Bench) -> Seen:
     return Seen(injected, seen, held)
 
 
-def _data_bytes(pid: int) -> int:
+def data_bytes(pid: int) -> int:
     text = Path(f"/proc/{pid}/status").read_text()
     found = re.search(r"VmData:\s+(\d+)", text)
     return int(found[1]) * 1024 if found else 0
 
 
+def write_echoing_bundle(directory: Path) -> Path:
+    """A bundle with the sizes of SAM ViT-B whose stack gives the pixels back as tokens: answers
+    that can be told right from wrong, and cost next to nothing."""
+    geometry = Geometry(
+        image_size=1024, patch_size=16, window_size=14, embed_dim=768, out_chans=256
+    )
+    side, shape = geometry.window_pixels, (geometry.tokens_per_window, geometry.embed_dim)
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [
+            helper.make_node("Reshape", ["pixels", "shape"], ["flat"]),
+            helper.make_node("Cast", ["flat"], ["tokens"], to=TensorProto.FLOAT16),
+        ],
+        "stack",
+        [
+            value("pixels", TensorProto.UINT8, ["n", side, side, 3]),
+            value("extent", TensorProto.INT64, ["n", 2]),
+            value("window", TensorProto.INT64, ["n"]),
+        ],
+        [value("tokens", TensorProto.FLOAT16, ["n", *shape])],
+        [numpy_helper.from_array(np.array([-1, *shape]), "shape")],
+    )
+    directory.mkdir()
+    opset = [helper.make_opsetid("", 18)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=9), directory / "stack.onnx")
+    files = {"stack.onnx": hash_file(directory / "stack.onnx")}
+    stage = Stage(
+        "stack.onnx",
+        files,
+        stage_digest(files),
+        (
+            TensorSpec("pixels", "uint8", ("n", side, side, 3)),
+            TensorSpec("extent", "int64", ("n", 2)),
+            TensorSpec("window", "int64", ("n",)),
+        ),
+        (TensorSpec("tokens", "float16", ("n", *shape)),),
+    )
+    manifest = Manifest(
+        model="echo",
+        geometry=geometry,
+        order="reordered",
+        adapted=False,
+        precision="fp16",
+        weights_sha256="0" * 64,
+        stages={"stack": stage},
+    )
+    write_manifest(directory, manifest)
+    return directory
+
+
+def limited(
+    most: int | None, kind: int = resource.RLIMIT_DATA
+) -> Callable[..., subprocess.Popen[Any]]:
+    """What starts a process with a limit of so many bytes, None for none."""
+    if most is None:
+        return subprocess.Popen
+    limit = functools.partial(resource.setrlimit, kind, (most, most))
+    return functools.partial(subprocess.Popen, preexec_fn=limit)
+
+
 @row(
     "low memory",
-    "once it serves, data limited to 70 % of what the front grew by under the same load: it sheds "
-    "or drops, does not abort, and serves afterwards",
-    short_s=90,
+    "requests of ViT-B's size from 8 edges; started anew with data limited to 70 % of what the "
+    "front took under them: it starts, sheds, gives right answers only, does not abort, and serves "
+    "afterwards",
+    short_s=120,
 )
 @running
 async def low_memory(bench: Bench) -> Seen:
-    seconds = bench.pick(4.0, 60.0)
-    free = await _under_load(bench, seconds, None)
-    limit = free["data at start"] + int(0.7 * (free["data"] - free["data at start"]))
-    found = await _under_load(bench, seconds, limit)
+    bundle = write_echoing_bundle(bench.folder / "bundle")
+    seconds = bench.pick(12.0, 60.0)
+    free = await under_load(bundle, bench.fresh(), seconds, None)
+    limit = int(0.7 * free["data"])
+    found = await under_load(bundle, bench.fresh(), seconds, limit)
     told = {
         name: {what: mb(n) if what.startswith("data") else n for what, n in one.items()}
         for name, one in {"without a limit": free, "with it": found}.items()
     }
-    held = bool(found["alive"] and found["served afterwards"])
-    return Seen({"RLIMIT_DATA MB": mb(limit)}, told, held)
+    held = all(
+        one["alive"] and one["served afterwards"] and not one["wrong"] for one in (free, found)
+    )
+    held = held and bool(found["right"]) and bool(found["refused"].get("overloaded"))
+    return Seen({"RLIMIT_DATA MB": mb(limit), "edges": _EDGES, "for s": seconds}, told, held)
 
 
 @row(
@@ -217,66 +301,125 @@ async def low_memory(bench: Bench) -> Seen:
 )
 def no_memory(bench: Bench) -> Seen:
     with bench.node() as node:
-        limit = int(0.7 * _data_bytes(node.pid))
+        limit = int(0.7 * data_bytes(node.pid))
         command = list(node.command)
-    set_limit = functools.partial(resource.setrlimit, resource.RLIMIT_DATA, (limit, limit))
     command[-1] = "tcp://127.0.0.1:0"
-    done = subprocess.run(
-        command, preexec_fn=set_limit, capture_output=True, text=True, timeout=40, check=False
-    )
-    last = (done.stderr.strip().splitlines() or [""])[-1]
-    clear = done.returncode > 0 and bool(last)
-    return Seen({"RLIMIT_DATA MB": mb(limit)}, {"status": done.returncode, "said": last}, clear)
-
-
-async def _under_load(bench: Bench, seconds: float, limit: int | None) -> dict[str, Any]:
-    """Many requests at once of four edges, and what the front used and did."""
-    ctx = zmq.asyncio.Context()
-    bundle_path = shipped_bundle()
-    bundle = Bundle.load(bundle_path)
-    readers = []
-    with bench.node(bundle=bundle_path) as node:
-
-        def edge(name: str, windows: int) -> Load:
-            load = Load(ctx, node.node(node.authorise(name)), bundle, windows)
-            readers.append(asyncio.create_task(load.read()))
-            return load
-
-        loads = [edge(f"heavy{number}", bundle.geometry.windows) for number in range(4)]
-        # What the first answer brings with it (pyzmq starts threads then) belongs to the start.
-        await loads[0].closed(0.5, 1)
-        warm = len(loads[0].results)
-        most = first = _data_bytes(node.pid)
-        if limit:
-            resource.prlimit(node.pid, resource.RLIMIT_DATA, (limit, limit))
+    with limited(limit)(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as started:
         try:
-            sending = {
-                asyncio.create_task(load.at(100.0, seconds, 60.0, wait=False)) for load in loads
-            }
-            while node.running and not all(task.done() for task in sending):
-                most = max(most, _data_bytes(node.pid) if node.running else 0)
-                await asyncio.wait(sending, timeout=0.05)
-            answered = sum(len(load.results) for load in loads) - warm
-            refused = sum((load.refused for load in loads), collections.Counter[str]())
-            again = edge("after", 1)
-            readers += sending  # ended below, in case they wait for a node that is no more
-            readers.append(asyncio.create_task(again.send(30.0)))
-            until = time.monotonic() + 30
-            while node.running and not again.results and time.monotonic() < until:
-                await asyncio.sleep(0.05)
-            said = node.log.read_text(errors="replace").strip().splitlines()[-1]
+            _, text = started.communicate(timeout=40)
         finally:
-            for task in readers:
+            started.kill()
+    last = (text.strip().splitlines() or [""])[-1]
+    clear = started.returncode > 0 and last.startswith("error: ")
+    return Seen({"RLIMIT_DATA MB": mb(limit)}, {"status": started.returncode, "said": last}, clear)
+
+
+class _Edge:
+    """Asks for all windows of an image and compares what comes back."""
+
+    def __init__(self, ctx: Any, node: NodeProcess, name: str, seed: int) -> None:
+        stage, geometry = node.bundle.stage("stack"), node.bundle.geometry
+        self._limits = stage_limits(stage.inputs, stage.outputs, geometry.windows)
+        self._stage = stage.sha256
+        known = node.node(node.authorise(name))
+        self._socket = client(ctx, known.endpoint, known.server_key, known.keypair, self._limits)
+        rng, side = np.random.default_rng(seed), geometry.window_pixels
+        pixels = rng.integers(0, 256, (geometry.windows, side, side, 3), np.uint8)
+        self._feeds = {
+            "pixels": pixels,
+            "extent": np.full((geometry.windows, 2), side),
+            "window": np.arange(geometry.windows),
+        }
+        self._truth = pixels.reshape(geometry.windows, -1, geometry.embed_dim).astype(np.float16)
+        self.right = self.wrong = self.sent = 0
+        self.refused: collections.Counter[str] = collections.Counter()
+        self._open: dict[bytes, asyncio.Future[None]] = {}
+
+    async def ask(self, seconds: float) -> None:
+        """One request; its outcome is counted, and so is that there was none (``lost``)."""
+        id = new_id()
+        self._open[id] = done = asyncio.get_running_loop().create_future()
+        self.sent += 1
+        try:
+            request = Request(id, self._stage, int(seconds * 1000))
+            frames = encode(request, self._feeds)
+            await asyncio.wait_for(self._socket.send_multipart(frames, copy=False), seconds)
+            await asyncio.wait_for(done, seconds)
+        except asyncio.TimeoutError:
+            self.refused["lost"] += 1
+        finally:
+            del self._open[id]
+
+    async def read(self) -> None:
+        while True:
+            frames = await self._socket.recv_multipart(copy=False)
+            message = decode_header(frames[0])
+            done = self._open.get(getattr(message, "id", b""))
+            if isinstance(message, Accepted) or done is None or done.done():
+                continue
+            if isinstance(message, Result):
+                tokens = decode_tensors(message, frames[1:], self._limits.result)["tokens"]
+                same = np.array_equal(tokens, self._truth)
+                self.right += same
+                self.wrong += not same
+            elif isinstance(message, Refused):
+                self.refused[message.code] += 1
+            done.set_result(None)
+
+
+async def under_load(
+    bundle: Path, folder: Path, seconds: float, limit: int | None, *, edges: int = _EDGES
+) -> dict[str, Any]:
+    """A node of its own and many requests at once; what its front used and did.
+
+    Args:
+        bundle: of `write_echoing_bundle`. folder: for the node.
+        seconds: how long to load it.
+        limit: on its data; None for none.
+        edges: how many, each with as many requests at once as a node takes.
+    """
+    ctx = zmq.asyncio.Context()
+    tasks = []
+    with NodeProcess(bundle, folder, popen=limited(limit)) as node:
+        loads = [_Edge(ctx, node, f"edge{number}", number) for number in range(edges)]
+        most = first = data_bytes(node.pid)
+        until = time.monotonic() + seconds
+
+        async def keep_asking(edge: _Edge) -> None:
+            while node.running and time.monotonic() < until:
+                await edge.ask(_PATIENCE_S)
+
+        try:
+            tasks = [asyncio.create_task(edge.read()) for edge in loads]
+            asking = [
+                asyncio.create_task(keep_asking(edge)) for edge in loads for _ in range(_AT_ONCE)
+            ]
+            while node.running and not all(task.done() for task in asking):
+                most = max(most, data_bytes(node.pid) if node.running else 0)
+                await asyncio.wait(asking, timeout=0.02)
+            tasks += asking
+            before = loads[0].right
+            while node.running and loads[0].right == before and time.monotonic() < until + 30:
+                await loads[0].ask(_PATIENCE_S)
+            served = loads[0].right > before
+        finally:
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*readers, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             ctx.destroy(linger=0)
+        said = node.log.read_text(errors="replace")
         return {
             "data at start": first,
             "data": most,
-            "sent": sum(load.sent for load in loads),
-            "answered": answered,
-            "refused": dict(refused),
+            "sent": sum(edge.sent for edge in loads),
+            "right": sum(edge.right for edge in loads),
+            "wrong": sum(edge.wrong for edge in loads),
+            "refused": dict(sum((edge.refused for edge in loads), collections.Counter[str]())),
+            "connections dropped": len(re.findall(r"connection of \S+ .*dropped", said)),
+            "bound anew": said.count("bound anew"),
             "alive": node.running and node.starts == 1,
-            "served afterwards": bool(again.results),
-            "last words": "" if node.running else said[:200],
+            "served afterwards": served,
+            "last words": "" if node.running else said.strip().splitlines()[-1][:200],
         }

@@ -52,10 +52,11 @@ they belong to the edge's scheduler and its tests.
 
 What these numbers don't say:
 
-- **A hard limit on allocations ends the process.** Where `malloc` fails (`RLIMIT_DATA`,
-  `RLIMIT_AS`), libzmq aborts; no bound that a node keeps by itself can forestall that for a limit
-  it is not told of. Limit it with systemd's `MemoryMax=` well above its `memory_ceiling`, and let
-  it be restarted ([node.md](node.md)).
+- **A hard limit on allocations that comes too late ends the process.** Where `malloc` fails, libzmq
+  aborts. A node keeps within the limits it finds (`RLIMIT_DATA`, `RLIMIT_AS`, `memory.max`), also
+  when they change, but not within one that is lowered below what it holds, nor when other processes
+  of its control group take the rest. Give it more than it asks for, and let it be restarted
+  ([node.md](node.md#memory)).
 - A short soak is one minute, of which a slope per hour is noise: then growth is judged, not slope.
 - Shared memory keeps the last windows until others overwrite them. It has no name in any file
   system and goes with its processes.

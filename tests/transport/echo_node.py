@@ -102,7 +102,8 @@ async def serve(options: dict[str, Any]) -> None:
                 events["suppressed"] += 1
             await asyncio.sleep(0)
 
-    tasks = [asyncio.create_task(work) for work in (follow(), echo())]
+    work = (follow(),) if options.get("deaf") else (follow(), echo())
+    tasks = [asyncio.create_task(each) for each in work]
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)

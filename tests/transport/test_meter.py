@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -573,6 +575,60 @@ def test_without_the_meter_the_same_attack_fills_the_memory(
             node.wait_for(lambda s: s["rss"] > before + 200 * MIB)
 
     asyncio.run(attack())
+
+
+@linux
+def test_a_connection_that_breaks_while_its_inbox_is_full_stops_nothing(
+    start: Callable[..., EchoNode],
+) -> None:
+    """libzmq would abort, had it a mark at which to stop reading, at the next heartbeat."""
+    node = start(deaf=True)
+    mark = 4
+    with zmq.Context() as ctx:
+        pair = node.authorise("hostile")
+        client = sockets.client(ctx, node.endpoint, node.key.public, pair, LIMITS)
+        client.sndtimeo = 30_000
+        for _ in range(mark + 2):
+            client.send_multipart([bytes(MIB)] * 3)
+        node.wait_for(lambda s: s["held"] > (mark - 1) * 3 * MIB)
+        client.close()
+    time.sleep(3.5)  # in which some heartbeats would be due
+    node.stats()
+
+
+FROZEN = """
+import json, sys, time, zmq
+from echo_node import LIMITS
+from transport import sockets
+from transport.keys import KeyPair
+endpoint, key, public, secret = json.loads(sys.argv[1])
+client = sockets.client(zmq.Context(), endpoint, key, KeyPair("edge", public, secret), LIMITS)
+client.send_multipart([b"1 10", b""])
+client.recv_multipart()
+print(flush=True)
+time.sleep(60)
+"""
+
+
+@linux
+def test_an_edge_that_freezes_loses_its_connection(start: Callable[..., EchoNode]) -> None:
+    node = start()
+    pair = node.authorise("edge")
+    told = json.dumps([node.endpoint, node.key.public, pair.public, pair.secret])
+    folder = os.path.dirname(__file__)
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{ENVIRONMENT['PYTHONPATH']}{os.pathsep}{folder}"}
+    with subprocess.Popen(
+        [sys.executable, "-c", FROZEN, told], stdout=subprocess.PIPE, env=environment
+    ) as edge:
+        try:
+            assert edge.stdout
+            assert edge.stdout.readline() == b"\n"
+            time.sleep(1.5)  # a heartbeat
+            assert node.stats()["connections"] == 1
+            edge.send_signal(signal.SIGSTOP)
+            node.wait_for(lambda s: s["connections"] == 0)
+        finally:
+            edge.kill()
 
 
 @linux
