@@ -282,6 +282,17 @@ class Accounts:
             if route is not None:
                 self.routes[route] = fd
 
+    def early(self, fd: int) -> _Early | None:
+        """What overtook the news of this connection, lately."""
+        return self._early.get(fd) or self._earlier.get(fd)
+
+    def forget_early(self, fd: int) -> None:
+        """The connection of what was early has ended."""
+        for entries in (self._early, self._earlier):
+            early = entries.pop(fd, None)
+            if early and early.route is not None and self.routes.get(early.route) == fd:
+                del self.routes[early.route]
+
     def handed(self, fd: int, size: int, now: float) -> None:
         """`size` bytes are to leave by this connection."""
         if account := self.accounts.get(fd):
@@ -444,7 +455,9 @@ class Meter:
         the news of that is on its way: told before the descriptor was closed, it ends this account
         before long.
         """
-        self.closed(fd)
+        if fd in self._ends:
+            self.closed(fd)
+        self._late.discard(fd)
         try:
             # A duplicate stays the connection's, whatever becomes of the number.
             copy = os.dup(fd)
@@ -498,7 +511,7 @@ class Meter:
         self._late.discard(fd)
         end = self._ends.pop(fd, None)
         if end is None or account is None:
-            return Ended("", None)
+            return self._ended_early(fd)
         established: bool | None = account.established or None
         received = sent = 0
         routes: frozenset[bytes] = frozenset()
@@ -510,6 +523,22 @@ class Meter:
             if self.metered and not _up(end):
                 routes = frozenset(account.routes)
         return Ended(account.address, established, received, sent, account.user, routes)
+
+    def _ended_early(self, fd: int) -> Ended:
+        """Of one that had ended before the news of its beginning was read."""
+        early = self._accounts.early(fd)
+        if early is None or early.route is None or not self.metered:
+            return Ended("", None)
+        ours = any(end.fileno() == fd for end in self._ends.values())  # a duplicate of another one
+        with contextlib.suppress(OSError):
+            borrowed = socket.socket(fileno=fd)
+            try:
+                if _up(borrowed) and not ours:  # a successor's, and maybe what was early too
+                    return Ended("", None)
+            finally:
+                borrowed.detach()
+        self._accounts.forget_early(fd)
+        return Ended("", True, user=early.user, routes=frozenset((early.route,)))
 
     def close(self) -> None:
         """Forget all connections, because their socket closes or disconnects: then libzmq tells

@@ -404,6 +404,20 @@ def test_a_successors_routes_do_not_end_with_its_predecessor(pairs: Any, had: bo
 
 
 @linux
+def test_a_connection_that_had_ended_before_its_beginning_was_told(pairs: Any) -> None:
+    first, _ = pairs()
+    number = first.fileno()
+    meter = Meter(BOUNDS)
+    delivered(meter, number, b"first", "one")
+    first.close()
+    assert meter.opened(number, 0.0)
+    ended = meter.closed(number)
+    assert (ended.user, ended.routes) == ("one", {b"first"})
+    assert not meter._accounts.routes
+    assert meter.closed(number).routes == set()
+
+
+@linux
 def test_routes_of_a_successor_known_by_its_predecessors_news(pairs: Any) -> None:
     """Both its message and its descriptor come with the other's news."""
     first, first_client = pairs()
