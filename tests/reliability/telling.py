@@ -63,6 +63,10 @@ _NETWORK = {
         "answers right, deadlines unaffected",
         ("wrong", "deadline of 1 s missed by ms, worst", "ended before it"),
     ),
+    "watchdog": Telling(
+        "no sign of life from a loop that is stuck",
+        ("signs of life", "of these while stuck", "longest pause otherwise ms"),
+    ),
     "schema skew": Telling("works, or is refused clearly", ("golden stable",)),
 }
 _HOSTILE = {

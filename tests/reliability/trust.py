@@ -8,6 +8,7 @@ import base64
 import contextlib
 import functools
 import importlib.util
+import itertools
 import logging
 import mmap
 import os
@@ -505,6 +506,68 @@ async def _jumps(bench: Bench, offset: mmap.mmap) -> Seen:
     held = questions.right == questions.asked > 0 and all(abs(moved) > 3000 for moved in wall)
     held = held and slow.over_s <= 0.1 and not seen["ended before it"]
     return Seen({"jumps": len(jumps)}, seen, held)
+
+
+_STUCK = (
+    "import signal, time; signal.signal(signal.SIGUSR1, lambda *_: time.sleep({seconds})); "
+    "from cloud_node.cli import main; raise SystemExit(main())"
+)
+
+
+@row(
+    "watchdog",
+    "a node whose event loop is stuck sends the service manager no sign of life meanwhile; before "
+    "and after it does in time, and serves",
+)
+@running
+async def watchdog(bench: Bench) -> Seen:
+    period, stuck_s, times = 0.4, 1.5, bench.pick(2, 40)
+    questions, pings = Questions(bench), list[float]()
+    silent: list[int] = []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        address = str(bench.folder / "notify")
+        manager.bind(address)
+        manager.setblocking(False)
+
+        def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+            told = {"NOTIFY_SOCKET": address, "WATCHDOG_USEC": str(round(period * 1e6))}
+            changed = [sys.executable, "-c", _STUCK.format(seconds=stuck_s), *command[3:]]
+            return subprocess.Popen(changed, **{**options, "env": {**options["env"], **told}})
+
+        def read() -> None:
+            if b"WATCHDOG=1" in manager.recv(1000):
+                pings.append(time.monotonic())
+
+        loop = asyncio.get_running_loop()
+        loop.add_reader(manager, read)
+        try:
+            with bench.node(popen=start) as node:
+                async with connected(bench.edge(node), bench.bundle) as client:
+                    for _ in range(times):
+                        await questions.until_right(client, 30)
+                        await asyncio.sleep(4 * period)
+                        os.kill(node.pid, signal.SIGUSR1)
+                        await asyncio.sleep(0.05)
+                        begun = time.monotonic()
+                        await asyncio.sleep(stuck_s - 0.2)
+                        silent.append(sum(ping > begun for ping in pings))
+                        await asyncio.sleep(0.2)
+                    await questions.until_right(client, 30)
+                    await asyncio.sleep(2 * period)
+                alive = node.running and node.starts == 1
+        finally:
+            loop.remove_reader(manager)
+    pauses = [later - sooner for sooner, later in itertools.pairwise(pings)]
+    sound = [pause for pause in pauses if pause < stuck_s - 0.2]
+    seen = {
+        **questions.told(),
+        "signs of life": len(pings),
+        "of these while stuck": sum(silent),
+        "longest pause otherwise ms": round(1000 * max(sound, default=0.0), 1),
+    }
+    held = alive and not questions.wrong and not sum(silent) and len(pauses) - len(sound) == times
+    held = held and max(sound) <= period
+    return Seen({"watchdog ms": 1000 * period, "stuck for s": stuck_s, "times": times}, seen, held)
 
 
 @row(
