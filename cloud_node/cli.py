@@ -221,7 +221,7 @@ def _end_now(number: int, _: object) -> None:
 
 
 async def _run(prepared: Prepared, pool: Pool, notifier: Notifier) -> None:
-    from cloud_node.server import Server, software
+    from cloud_node.server import Server, version
 
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -243,7 +243,7 @@ async def _run(prepared: Prepared, pool: Pool, notifier: Notifier) -> None:
         if prepared.config.metrics:
             from cloud_node.health import Endpoint
 
-            endpoint = Endpoint(server.metrics, software())
+            endpoint = Endpoint(server.metrics, version())
             await endpoint.open(prepared.config.metrics)
             stack.push_async_callback(endpoint.close)
         await stack.enter_async_context(notifier.following(server.metrics))

@@ -646,7 +646,7 @@ class Server:
                 "keys edge --node NAME` and sends you NAME.pub; then run `%s` (no restart needed)",
                 prepared.allowed.command("NAME.pub"),
             )
-        log.info("ready %s", json.dumps(ready))
+        log.info("ready %s", json.dumps(ready), extra={"event": "ready", **ready})
         path = prepared.config.ready_file
         if path:
             _write_atomically(path, json.dumps(ready) + "\n")
@@ -658,12 +658,17 @@ class Server:
 
 
 @functools.cache
+def version() -> str:
+    """Of what runs here; empty where it is not installed."""
+    try:
+        return importlib.metadata.version("edge-runtime")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 def software() -> str:
     """Name and version of this node, as told to edges."""
-    try:
-        return f"cloud-node {importlib.metadata.version('edge-runtime')}"
-    except importlib.metadata.PackageNotFoundError:
-        return "cloud-node"
+    return f"cloud-node {version()}".rstrip()
 
 
 def _fill(inputs: Mapping[str, np.ndarray], jobs: Iterable[Job]) -> int:

@@ -20,7 +20,7 @@ PROTOCOL = DOCUMENT.with_name("protocol.md").read_text()
 
 def samples(metrics: Metrics) -> dict[str, float]:
     """By name and label: ``name{label}``."""
-    text = exposition(registry(metrics, "cloud-node 1.2.3")).decode()
+    text = exposition(registry(metrics, "1.2.3")).decode()
     found = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -86,7 +86,7 @@ def test_every_number_gets_out() -> None:
     for name, value in expected.items():
         assert found[PREFIX + name] == value, name
     (build,) = [name for name in found if name.startswith(f"{PREFIX}build_info{{")]
-    assert "version=cloud-node 1.2.3" in build
+    assert "version=1.2.3" in build
     assert found["process_resident_memory_bytes"] > 0
 
 

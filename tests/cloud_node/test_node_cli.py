@@ -174,6 +174,8 @@ def test_a_node_serves_from_its_file_and_tells_how_it_does(
             records = []
             while not records or not records[-1]["message"].startswith("ready "):
                 records.append(json.loads(process.stderr.readline()))
+            assert records[-1]["event"] == "ready"
+            assert records[-1]["endpoint"].startswith("tcp://")
             address = next(r["message"] for r in records if "metrics at" in r["message"])
             base = address.removeprefix("metrics at ").removesuffix("/metrics")
             with urllib.request.urlopen(f"{base}/readyz", timeout=60) as answer:
