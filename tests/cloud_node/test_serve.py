@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import signal
 import socket
@@ -406,6 +407,6 @@ def test_an_edge_that_leaves_does_no_harm(
         leaver.receive()
         leaver.socket.close()
         assert stayer.ask(feeds)["tokens"].tobytes() == expected
-        if "Result to an edge dropped: it left" in node.logged():
-            return
+        if re.search(r"has left; 0 (.|\n)*batch of 8", node.logged()):
+            return  # it had been taken into a batch already, which was computed for the other
     pytest.fail(node.logged())
