@@ -1,7 +1,7 @@
 """Who may talk to a node: the ZAP authenticator and its allow-list, a folder of public keys.
 
 libzmq asks this authenticator about every client before any message of it is read. Promises that
-only a CURVE client whose key lies in the folder gets in, that no failure in here (a malformed key
+only a CURVE client whose key lies in the folder gets in, at a bounded pace, that no failure in here (a malformed key
 file, an exception, an unknown question) lets anyone in or stops the authenticator, that a key added
 to or taken from the folder counts for the next handshake, without a restart, and that a key taken
 from it, or a folder that may not be trusted any more, is told within a quarter of a second or so.
@@ -19,7 +19,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import zmq
@@ -34,6 +34,10 @@ log = logging.getLogger(__name__)
 
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 _WATCH_S = 0.25
+_BURST, _PER_S = 100, 10.0
+"""Handshakes of one key: so many at once, so many a second in the long run. libzmq waits a tenth of
+a second at least before it connects again, so that no edge comes oftener by itself; the burst is
+for many processes of one key that start together."""
 _COARSE_NS = 2_000_000_000  # no file system's clock is coarser
 # Short of these a folder can't be read, which says nothing about what is in it.
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -146,6 +150,31 @@ def _stamp(entry: os.DirEntry[str]) -> tuple[str, int, int, int]:
     return entry.name, 0, 0, 0
 
 
+class Pace:
+    """How often a key may come: a token bucket each, of `burst` tokens, refilled by `per_s`.
+
+    Times are passed in, in seconds of a clock that doesn't jump.
+    """
+
+    def __init__(self, burst: int = _BURST, per_s: float = _PER_S) -> None:
+        self._each = 1 / per_s
+        self._most = (burst - 0.9) / per_s  # a tenth of a token for rounding
+        self._full: dict[str, float] = {}  # when each key's bucket is full again
+
+    def __call__(self, key: str, now: float) -> bool:
+        """Whether it may come now; counts only if it may."""
+        full = max(now, self._full.get(key, now))
+        if full - now > self._most:
+            return False
+        self._full[key] = full + self._each
+        return True
+
+    def keep(self, keys: Iterable[str]) -> None:
+        """Forget all other keys."""
+        kept = set(keys)
+        self._full = {key: at for key, at in self._full.items() if key in kept}
+
+
 class Authenticator:
     """Answers libzmq's ZAP questions on `ctx` from an `AllowList`, from `start` to `stop`.
 
@@ -156,8 +185,9 @@ class Authenticator:
             with the same key; that may be all of them.
 
     Attributes:
-        refused: handshakes refused, by reason: ``not_authorised``, ``not_curve``, ``malformed``,
-            ``folder`` (it can't be read or trusted), ``internal``.
+        refused: handshakes refused, by reason: ``not_authorised``, ``too_often`` (an authorised key
+            beyond its `Pace`), ``not_curve``, ``malformed``, ``folder`` (it can't be read or
+            trusted), ``internal``.
     """
 
     def __init__(
@@ -174,6 +204,7 @@ class Authenticator:
         self._socket: zmq.asyncio.Socket | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._seldom = Seldom()
+        self._pace = Pace()
 
     def start(self) -> None:
         """Begin answering; needs a running event loop. Call before binding any server on `ctx`."""
@@ -218,6 +249,8 @@ class Authenticator:
         gone = frozenset(name for name, key in self._known.items() if now.get(name) != key)
         come = sorted(now.keys() - self._known.keys())
         self._known = now
+        if gone:
+            self._pace.keep(now.values())
         if come:
             log.info("authorised now: %s", ", ".join(come))
         if gone:
@@ -260,6 +293,13 @@ class Authenticator:
             self.refused["not_authorised"] += 1
             self._log_refusal(public, address.decode("ascii", "replace"))
             return b"400", b"key not authorised", ""
+        # Each connection may give itself a routing id, and each takes the next of libzmq's: who comes
+        # without end meets, in the end, one that is due to another edge.
+        if not self._pace(public, time.monotonic()):
+            self.refused["too_often"] += 1
+            if self._seldom(("too_often", name)):
+                log.warning("%s connects too often, some connections are refused", name)
+            return b"300", b"too often, try again", ""
         if self._known.get(name) != public:
             self._look()  # sooner than it would be due, so that `admits` knows of it
         return b"200", b"OK", name
