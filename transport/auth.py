@@ -1,12 +1,12 @@
 """Who may talk to a node: the ZAP authenticator and its allow-list, a folder of public keys.
 
 libzmq asks this authenticator about every client before any message of it is read. Promises that
-only a CURVE client whose key lies in the folder gets in, at a bounded pace, that no failure in here (a malformed key
-file, an exception, an unknown question) lets anyone in or stops the authenticator, that a key added
-to or taken from the folder counts for the next handshake, without a restart, and that a key taken
-from it, or a folder that may not be trusted any more, is told within a quarter of a second or so.
-Dropping the connections that are open (`meter.Meter.revoke`) and the work that waits is left to
-whoever is told.
+only a CURVE client whose key lies in the folder gets in, at a bounded pace, that no failure in here
+(a malformed key file, an exception, an unknown question) lets anyone in or stops the authenticator,
+that a key added to or taken from the folder counts for the next handshake, without a restart, and
+that a key taken from it, or a folder that may not be trusted any more, is told within a quarter of
+a second or so. Dropping the connections that are open (`meter.Meter.revoke`) and the work that
+waits is left to whoever is told.
 """
 
 from __future__ import annotations
@@ -293,8 +293,8 @@ class Authenticator:
             self.refused["not_authorised"] += 1
             self._log_refusal(public, address.decode("ascii", "replace"))
             return b"400", b"key not authorised", ""
-        # Each connection may give itself a routing id, and each takes the next of libzmq's: who comes
-        # without end meets, in the end, one that is due to another edge.
+        # Each connection may give itself a routing id, and each takes the next of libzmq's: who
+        # comes without end meets, in the end, one that is due to another edge.
         if not self._pace(public, time.monotonic()):
             self.refused["too_often"] += 1
             if self._seldom(("too_often", name)):

@@ -474,8 +474,8 @@ def test_a_key_that_comes_too_often_is_paced_and_another_gets_in_meanwhile(
                 with contextlib.suppress(PeerError, OSError, asyncio.IncompleteReadError):
                     (await node.peer(stormy)).abort()
 
-        storms = [asyncio.create_task(storm()) for _ in range(8)]
-        while not node.stats()["refused"].get("too_often", 0) > 50:
+        storms = [asyncio.create_task(storm()) for _ in range(40)]
+        while not node.stats()["refused"].get("too_often", 0) > 40:
             await asyncio.sleep(0.05)
         async with await node.peer(other) as peer:
             assert await _answered(peer)
