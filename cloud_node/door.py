@@ -185,9 +185,12 @@ class Door:
         """Whether this name's key is authorised."""
         return self._authenticator is not None and self._authenticator.admits(name)
 
-    def send(self, peer: bytes, frames: Sequence[Any]) -> Sent:
-        """Send without ever waiting; frames are not copied and must not change until freed."""
+    def send(self, peer: bytes, name: str, frames: Sequence[Any]) -> Sent:
+        """Send to this edge's connection without ever waiting, and to nobody else who may have
+        taken its routing id; frames are not copied and must not change until freed."""
         if self._socket is None:
+            return "lost"
+        if self._meter is not None and not self._meter.leads_to(peer, name):
             return "lost"
         sent = self._socket.send_multipart([peer, *frames], flags=zmq.NOBLOCK, copy=False)
         error = sent.exception()
