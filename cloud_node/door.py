@@ -109,7 +109,7 @@ class Door:
         """
         prepared = self._prepared
         self._ctx = zmq.asyncio.Context()
-        self._authenticator = Authenticator(self._ctx, prepared.allowed, self._revoke)
+        self._authenticator = Authenticator(self._ctx, prepared.allowed, self._revoke, self._broke)
         self._authenticator.start()
         self._socket = server_socket(
             self._ctx, self.endpoint, prepared.keypair, prepared.limits, monitor=True
@@ -254,7 +254,11 @@ class Door:
         self._on_revoked(names)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
+        if task in self._tasks:
+            self._broke(task)
+
+    def _broke(self, task: asyncio.Task[None]) -> None:
         """A task that ends by itself is a defect: let it show."""
-        if task in self._tasks and not self.broken.done():
+        if not self.broken.done():
             error = None if task.cancelled() else task.exception()
             self.broken.set_exception(error or RuntimeError(f"{task.get_name()} has ended"))

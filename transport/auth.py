@@ -183,6 +183,8 @@ class Authenticator:
         allowed: who gets in.
         on_revoked: called in the event loop with the names that were authorised and are not, or not
             with the same key; that may be all of them.
+        on_broken: called in the event loop if it can't go on: nobody is let in, or nobody revoked,
+            any more.
 
     Attributes:
         refused: handshakes refused, by reason: ``not_authorised``, ``too_often`` (an authorised key
@@ -195,11 +197,13 @@ class Authenticator:
         ctx: zmq.asyncio.Context,
         allowed: AllowList,
         on_revoked: Callable[[frozenset[str]], None] | None = None,
+        on_broken: Callable[[asyncio.Task[None]], None] | None = None,
     ) -> None:
         self.refused: collections.Counter[str] = collections.Counter()
         self._ctx = ctx
         self._allowed = allowed
         self._on_revoked = on_revoked
+        self._on_broken = on_broken
         self._known = {name: key for key, name in allowed.reload().items()}
         self._socket: zmq.asyncio.Socket | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -216,15 +220,22 @@ class Authenticator:
             loop.create_task(self._serve(), name="zap"),
             loop.create_task(self._watch(), name="allow-list"),
         ]
+        for task in self._tasks:
+            task.add_done_callback(self._ended)
 
     async def stop(self) -> None:
         """Stop; from now on nobody is let in."""
-        for task in self._tasks:
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._socket:
             self._socket.close()
-        self._tasks, self._socket = [], None
+        self._socket = None
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if task in self._tasks and self._on_broken:
+            self._on_broken(task)
 
     def admits(self, name: str) -> bool:
         """Whether messages under this name are to be taken, as of the last look at the folder."""

@@ -261,3 +261,19 @@ def test_a_reply_goes_to_nobody_who_took_the_routing_id(
         await door.close()
 
     asyncio.run(asyncio.wait_for(work(), 120))
+
+
+@pytest.mark.parametrize("name", ["zap", "allow-list", "peers", "read"])
+def test_the_end_of_any_of_its_tasks_breaks_it(prepared: Prepared, name: str) -> None:
+    async def work() -> None:
+        door = Door(prepared, Metrics(), lambda *_: None, lambda _: None)
+        door.open()
+        await door.reopen()  # which cancels all of them, as it should
+        assert not door.broken.done()
+        (task,) = [task for task in asyncio.all_tasks() if task.get_name() == name]
+        task.cancel()
+        with pytest.raises(RuntimeError, match=f"{name} has ended"):
+            await asyncio.wait_for(door.broken, 30)
+        await door.close()
+
+    asyncio.run(work())
