@@ -24,7 +24,7 @@ import zmq.asyncio
 
 from cloud_node.config import Prepared
 from cloud_node.metrics import Metrics
-from transport.auth import Authenticator
+from transport.auth import KEY, Authenticator
 from transport.meter import Meter, bounds, message_bytes
 from transport.process import raise_file_limit
 from transport.sockets import BACKLOG, PeerEvent, peers
@@ -181,9 +181,9 @@ class Door:
             await self.close()
             await asyncio.sleep(_RETRY_S)
 
-    def admits(self, name: str) -> bool:
-        """Whether this name's key is authorised."""
-        return self._authenticator is not None and self._authenticator.admits(name)
+    def admits(self, name: str, key: str) -> bool:
+        """Whether this key is authorised, under this name."""
+        return self._authenticator is not None and self._authenticator.admits(name, key)
 
     def send(self, peer: bytes, name: str, frames: Sequence[Any]) -> Sent:
         """Send to this edge's connection without ever waiting, and to nobody else who may have
@@ -222,7 +222,7 @@ class Door:
             meter.delivered(frames, routed=True)
             try:
                 name = str(frames[-1].get("User-Id"))
-                if len(frames) > 1 and self.admits(name):
+                if len(frames) > 1 and self.admits(name, str(frames[-1].get(KEY))):
                     self._on_message(frames, name)
             except Exception as error:  # a peer's message must not stop the node
                 # Where, but not the exception's text, which may quote what arrived.

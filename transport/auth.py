@@ -18,6 +18,7 @@ import errno
 import logging
 import os
 import stat
+import struct
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -33,6 +34,9 @@ from transport.sockets import ZAP_DOMAIN, Seldom
 log = logging.getLogger(__name__)
 
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"
+KEY = "X-Key"
+"""Name of the property under which every message tells the key it came with (Z85), besides User-Id,
+which is the name. Only an authenticator can set it: it goes before what a peer says of itself."""
 _WATCH_S = 0.25
 _BURST, _PER_S = 100, 10.0
 """Handshakes of one key: so many at once, so many a second in the long run. libzmq waits a tenth of
@@ -56,6 +60,7 @@ class AllowList:
         self._stamp: object = None
         self._settled: object = None  # the folder's own stamp, once no change can hide behind it
         self._names: dict[str, str] = {}
+        self._files: dict[str, object] = {}  # what each looked like when read
         self.reload()
 
     def reload(self) -> dict[str, str]:
@@ -97,6 +102,7 @@ class AllowList:
                 except KeyFileError as error:
                     log.warning("ignored authorised key: %s", error)
             self._names, self._stamp = names, entries
+            self._files = {entry[0]: entry for entry in entries}
         self._settled = settled
         return self._names
 
@@ -114,6 +120,12 @@ class AllowList:
                 if _settled(self.folder.stat()) == self._settled:
                     return self._names.get(public)
         return self.reload().get(public)
+
+    def changed(self, name: str) -> bool:
+        """Whether the file that gives its holder this name has changed since it was read, or gone:
+        one look at one file."""
+        file = self.folder / f"{name}.pub"
+        return _stamp(file) != self._files.get(file.name)
 
     def command(self, file: str) -> str:
         """What puts a .pub file into the folder, for people."""
@@ -142,7 +154,7 @@ def _settled(status: os.stat_result) -> object:
     return status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev, status.st_mode
 
 
-def _stamp(entry: os.DirEntry[str]) -> tuple[str, int, int, int]:
+def _stamp(entry: os.DirEntry[str] | Path) -> tuple[str, int, int, int]:
     """What changes when a key file does. A link to nowhere is a file to tell of, not an error."""
     with contextlib.suppress(OSError):
         status = entry.stat()
@@ -173,6 +185,12 @@ class Pace:
         """Forget all other keys."""
         kept = set(keys)
         self._full = {key: at for key, at in self._full.items() if key in kept}
+
+
+def _told(credential: bytes) -> bytes:
+    """The properties of a connection that got in with this key, as ZMTP writes them."""
+    value = z85.encode(credential)
+    return bytes([len(KEY)]) + KEY.encode() + struct.pack(">I", len(value)) + value
 
 
 class Authenticator:
@@ -237,9 +255,13 @@ class Authenticator:
         if task in self._tasks and self._on_broken:
             self._on_broken(task)
 
-    def admits(self, name: str) -> bool:
-        """Whether messages under this name are to be taken, as of the last look at the folder."""
-        return name in self._known
+    def admits(self, name: str, key: str) -> bool:
+        """Whether messages under this name, of connections let in with this key (`KEY`), are to be
+        taken. What was replaced or taken away counts at once, unlike what makes the folder as a
+        whole unsafe."""
+        if self._known.get(name) == key and self._allowed.changed(name):
+            self._look()
+        return self._known.get(name) == key
 
     async def _watch(self) -> None:
         """Look at the folder again and again: no notification works on every file system."""
@@ -283,7 +305,7 @@ class Authenticator:
                     log.error("authenticator failed, client refused: %s", error)
                 status, text, user = b"500", b"internal error", b""
             request_id = request[1] if len(request) > 1 else b""
-            reply = [b"1.0", request_id, status, text, user, b""]
+            reply = [b"1.0", request_id, status, text, user, _told(request[6]) if user else b""]
             try:
                 await self._socket.send_multipart(reply)
             except zmq.ZMQError as error:

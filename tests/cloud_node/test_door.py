@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import zmq
 import zmq.asyncio
-from faults import sodium
+from faults import sodium, zmtp
 from faults.edges import HostileEdge
 
 from cloud_node.config import NodeConfig, Prepared, prepare
 from cloud_node.door import Door
 from cloud_node.metrics import Metrics
 from engines.errors import ConfigError
-from transport import keys, sockets
+from transport import auth, keys, sockets
 
 needs_sodium = pytest.mark.skipif(sodium.MISSING is not None, reason=str(sodium.MISSING))
 
@@ -114,10 +114,10 @@ def test_a_revoked_key_loses_its_connection_and_its_name_is_told(
         door.open()
         async with Edge(prepared, door.endpoint, pair) as edge:
             await edge.say(b"x")
-            assert door.admits("edge")
+            assert door.admits("edge", pair.public)
             (tmp_path / "keys" / "authorized" / "edge.pub").unlink()
             await asyncio.wait_for(told.wait(), 30)
-            assert not door.admits("edge")
+            assert not door.admits("edge", pair.public)
             assert metrics.connections_dropped["revoked"] == 1
         await door.close()
 
@@ -277,3 +277,51 @@ def test_the_end_of_any_of_its_tasks_breaks_it(prepared: Prepared, name: str) ->
         await door.close()
 
     asyncio.run(work())
+
+
+@needs_sodium
+def test_a_key_replaced_under_its_name_is_admitted_no_more_not_even_for_a_moment(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auth, "_WATCH_S", 60.0)
+    new = keys.generate(tmp_path / "new", "changing")
+    authorized = tmp_path / "keys" / "authorized"
+
+    async def work() -> None:
+        seen: asyncio.Queue[list[bytes]] = asyncio.Queue()
+        revoked: list[frozenset[str]] = []
+
+        def take(frames: list[zmq.Frame], name: str) -> None:
+            seen.put_nowait([name.encode(), *(f.bytes for f in frames[1:])])
+
+        door = Door(prepared, Metrics(), take, revoked.append)
+        door.open()
+        edge = hostile(prepared, door, tmp_path, "changing")
+        with monkeypatch.context() as patch:  # what a peer says of itself does not count
+            lies = {"User-Id": b"another", "X-Key": new.public.encode()}
+            honest = zmtp.metadata
+            patch.setattr(zmtp, "metadata", lambda *args, **more: honest(*args, **more, **lies))
+            peer = await edge.connect()
+        await peer.send_message([b"old"])
+        assert await asyncio.wait_for(seen.get(), 30) == [b"changing", b"old"]
+        # Its connection is not cut, as if that had not taken effect yet.
+        assert door._meter
+        monkeypatch.setattr(door._meter, "revoke", lambda names: [])
+        keys.write_public(authorized / "next", new.public, "changing")
+        (authorized / "next").rename(authorized / "changing.pub")
+        await peer.send_message([b"old again"])
+        while not revoked:
+            await asyncio.sleep(0.01)
+        other = HostileEdge(door.endpoint, prepared.keypair.public, new, prepared.stage.sha256)
+        newcomer = await other.connect()
+        await peer.send_message([b"and again"])
+        await asyncio.sleep(0.2)
+        await newcomer.send_message([b"new"])
+        assert await asyncio.wait_for(seen.get(), 30) == [b"changing", b"new"]
+        assert seen.empty()
+        assert revoked == [frozenset({"changing"})]
+        await newcomer.close()
+        await peer.close()
+        await door.close()
+
+    asyncio.run(asyncio.wait_for(work(), 60))

@@ -392,8 +392,9 @@ def test_a_folder_not_to_be_trusted_any_more_cuts_off_everybody(
 def test_a_failing_callback_does_not_end_the_watch(
     authorized: Path, authorise: Any, new_pair: NewPair
 ) -> None:
-    for name in ("first", "second"):
-        authorise(new_pair(name))
+    pairs = [new_pair(name) for name in ("first", "second")]
+    for pair in pairs:
+        authorise(pair)
     told: list[str] = []
 
     def callback(names: frozenset[str]) -> None:
@@ -405,12 +406,12 @@ def test_a_failing_callback_does_not_end_the_watch(
         authenticator = Authenticator(ctx, AllowList(authorized), callback)
         authenticator.start()
         try:
-            for name in ("first", "second"):
-                assert authenticator.admits(name)
-                (authorized / f"{name}.pub").unlink()
-                while name not in told:
+            for pair in pairs:
+                assert authenticator.admits(pair.name, pair.public)
+                (authorized / f"{pair.name}.pub").unlink()
+                while pair.name not in told:
                     await asyncio.sleep(0.01)
-                assert not authenticator.admits(name)
+                assert not authenticator.admits(pair.name, pair.public)
         finally:
             await authenticator.stop()
             ctx.destroy(linger=0)
