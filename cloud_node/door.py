@@ -24,7 +24,7 @@ import zmq.asyncio
 
 from cloud_node.config import Prepared
 from cloud_node.metrics import Metrics
-from transport.auth import Authenticator
+from transport.auth import KEY, Authenticator
 from transport.meter import Meter, bounds, message_bytes
 from transport.process import raise_file_limit
 from transport.sockets import BACKLOG, PeerEvent, peers
@@ -109,7 +109,7 @@ class Door:
         """
         prepared = self._prepared
         self._ctx = zmq.asyncio.Context()
-        self._authenticator = Authenticator(self._ctx, prepared.allowed, self._revoke)
+        self._authenticator = Authenticator(self._ctx, prepared.allowed, self._revoke, self._broke)
         self._authenticator.start()
         self._socket = server_socket(
             self._ctx, self.endpoint, prepared.keypair, prepared.limits, monitor=True
@@ -181,13 +181,16 @@ class Door:
             await self.close()
             await asyncio.sleep(_RETRY_S)
 
-    def admits(self, name: str) -> bool:
-        """Whether this name's key is authorised."""
-        return self._authenticator is not None and self._authenticator.admits(name)
+    def admits(self, name: str, key: str) -> bool:
+        """Whether this key is authorised, under this name."""
+        return self._authenticator is not None and self._authenticator.admits(name, key)
 
-    def send(self, peer: bytes, frames: Sequence[Any]) -> Sent:
-        """Send without ever waiting; frames are not copied and must not change until freed."""
+    def send(self, peer: bytes, name: str, frames: Sequence[Any]) -> Sent:
+        """Send to this edge's connection without ever waiting, and to nobody else who may have
+        taken its routing id; frames are not copied and must not change until freed."""
         if self._socket is None:
+            return "lost"
+        if self._meter is not None and not self._meter.leads_to(peer, name):
             return "lost"
         sent = self._socket.send_multipart([peer, *frames], flags=zmq.NOBLOCK, copy=False)
         error = sent.exception()
@@ -219,7 +222,7 @@ class Door:
             meter.delivered(frames, routed=True)
             try:
                 name = str(frames[-1].get("User-Id"))
-                if len(frames) > 1 and self.admits(name):
+                if len(frames) > 1 and self.admits(name, str(frames[-1].get(KEY))):
                     self._on_message(frames, name)
             except Exception as error:  # a peer's message must not stop the node
                 # Where, but not the exception's text, which may quote what arrived.
@@ -251,7 +254,11 @@ class Door:
         self._on_revoked(names)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
+        if task in self._tasks:
+            self._broke(task)
+
+    def _broke(self, task: asyncio.Task[None]) -> None:
         """A task that ends by itself is a defect: let it show."""
-        if task in self._tasks and not self.broken.done():
+        if not self.broken.done():
             error = None if task.cancelled() else task.exception()
             self.broken.set_exception(error or RuntimeError(f"{task.get_name()} has ended"))

@@ -583,7 +583,7 @@ class Server:
                 # Freed by libzmq once it has left, in whichever thread.
                 left = functools.partial(self._left_soon, name, part.nbytes, lease)
                 weakref.finalize(part.obj, left).atexit = False
-            outcome = self._door.send(peer, frames)
+            outcome = self._door.send(peer, name, frames)
         if outcome == "sent":
             return ""
         what = "Result" if parts else "reply"

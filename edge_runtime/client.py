@@ -31,6 +31,7 @@ from engines.errors import OffloadError, ProtocolError
 from transport.messages import (
     MAX_TENSORS,
     NO_ID,
+    VERSIONS,
     Accepted,
     Cancel,
     Info,
@@ -40,6 +41,7 @@ from transport.messages import (
     Request,
     Result,
     StageLimits,
+    UnknownVersionError,
     VersionsSpoken,
     decode_header,
     decode_tensors,
@@ -131,6 +133,7 @@ class NodeClient:
         self._link: LinkEvent | None = None
         self._link_since = 0.0
         self._link_changed = asyncio.Event()
+        self._versions_told = False
         self._socket: Any = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -149,6 +152,7 @@ class NodeClient:
         if self.quarantine:
             return
         self._link = None
+        self._versions_told = False
         self._link_since = asyncio.get_running_loop().time()
         self._socket = client(
             self._ctx,
@@ -297,12 +301,16 @@ class NodeClient:
         """Tell the node that nobody waits any more for what it has been sent."""
         if not sending.done() or sending.cancelled() or sending.exception():
             return
-        # At once or not at all: a node that takes nothing more needs no telling.
-        told = self._socket.send_multipart(encode(Cancel(id)), flags=zmq.NOBLOCK)
+        self.cancelled += self._send_now(encode(Cancel(id)))
+
+    def _send_now(self, frames: list[Any]) -> bool:
+        """At once or not at all: a node that takes nothing more needs no telling. Whether it was
+        sent."""
+        told = self._socket.send_multipart(frames, flags=zmq.NOBLOCK)
         if not told.done():  # pyzmq lets it wait behind other messages
             told.cancel()
-        elif not told.cancelled() and told.exception() is None:
-            self.cancelled += 1
+            return False
+        return not told.cancelled() and told.exception() is None
 
     def _error(self, reason: str) -> OffloadError:
         return OffloadError(f"node {self.name} ({self.node.endpoint}): {reason}")
@@ -337,6 +345,7 @@ class NodeClient:
             async for event in events:
                 self._turn(event)
                 if event.state != "up":  # the node forgets us with the connection
+                    self._versions_told = False
                     self._fail_all(event.reason)
 
     def _turn(self, event: LinkEvent) -> None:
@@ -374,6 +383,9 @@ class NodeClient:
             self._meter.delivered(frames)
             try:
                 self._handle(frames, loop.time())
+            except UnknownVersionError as error:
+                self._fail_all(f"wrong answer: {error}")
+                self._tell_versions()
             except ProtocolError as error:
                 # Whatever it was meant to answer, this node does not speak our protocol.
                 self._fail_all(f"wrong answer: {error}")
@@ -381,6 +393,11 @@ class NodeClient:
                 self._fail_all(f"its answer could not be read ({type(error).__name__})")
             # Receiving what is there already doesn't yield; deadlines want their turn.
             await asyncio.sleep(0)
+
+    def _tell_versions(self) -> None:
+        """Tell a node whose version we don't know which we speak: once, for it may go on."""
+        if not self._versions_told:
+            self._versions_told = self._send_now(encode(VersionsSpoken(VERSIONS)))
 
     def _handle(self, frames: list[zmq.Frame], now: float) -> None:
         if len(frames) > 1 + MAX_TENSORS:

@@ -1,12 +1,12 @@
 """Who may talk to a node: the ZAP authenticator and its allow-list, a folder of public keys.
 
 libzmq asks this authenticator about every client before any message of it is read. Promises that
-only a CURVE client whose key lies in the folder gets in, that no failure in here (a malformed key
-file, an exception, an unknown question) lets anyone in or stops the authenticator, that a key added
-to or taken from the folder counts for the next handshake, without a restart, and that a key taken
-from it, or a folder that may not be trusted any more, is told within a quarter of a second or so.
-Dropping the connections that are open (`meter.Meter.revoke`) and the work that waits is left to
-whoever is told.
+only a CURVE client whose key lies in the folder gets in, at a bounded pace, that no failure in here
+(a malformed key file, an exception, an unknown question) lets anyone in or stops the authenticator,
+that a key added to or taken from the folder counts for the next handshake, without a restart, and
+that a key taken from it, or a folder that may not be trusted any more, is told within a quarter of
+a second or so. Dropping the connections that are open (`meter.Meter.revoke`) and the work that
+waits is left to whoever is told.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import errno
 import logging
 import os
 import stat
+import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import zmq
@@ -33,7 +34,14 @@ from transport.sockets import ZAP_DOMAIN, Seldom
 log = logging.getLogger(__name__)
 
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"
+KEY = "X-Key"
+"""Name of the property under which every message tells the key it came with (Z85), besides User-Id,
+which is the name. Only an authenticator can set it: it goes before what a peer says of itself."""
 _WATCH_S = 0.25
+_BURST, _PER_S = 100, 10.0
+"""Handshakes of one key: so many at once, so many a second in the long run. libzmq waits a tenth of
+a second at least before it connects again, so that no edge comes oftener by itself; the burst is
+for many processes of one key that start together."""
 _COARSE_NS = 2_000_000_000  # no file system's clock is coarser
 # Short of these a folder can't be read, which says nothing about what is in it.
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -52,6 +60,7 @@ class AllowList:
         self._stamp: object = None
         self._settled: object = None  # the folder's own stamp, once no change can hide behind it
         self._names: dict[str, str] = {}
+        self._files: dict[str, object] = {}  # what each looked like when read
         self.reload()
 
     def reload(self) -> dict[str, str]:
@@ -93,6 +102,7 @@ class AllowList:
                 except KeyFileError as error:
                     log.warning("ignored authorised key: %s", error)
             self._names, self._stamp = names, entries
+            self._files = {entry[0]: entry for entry in entries}
         self._settled = settled
         return self._names
 
@@ -110,6 +120,12 @@ class AllowList:
                 if _settled(self.folder.stat()) == self._settled:
                     return self._names.get(public)
         return self.reload().get(public)
+
+    def changed(self, name: str) -> bool:
+        """Whether the file that gives its holder this name has changed since it was read, or gone:
+        one look at one file."""
+        file = self.folder / f"{name}.pub"
+        return _stamp(file) != self._files.get(file.name)
 
     def command(self, file: str) -> str:
         """What puts a .pub file into the folder, for people."""
@@ -138,12 +154,43 @@ def _settled(status: os.stat_result) -> object:
     return status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev, status.st_mode
 
 
-def _stamp(entry: os.DirEntry[str]) -> tuple[str, int, int, int]:
+def _stamp(entry: os.DirEntry[str] | Path) -> tuple[str, int, int, int]:
     """What changes when a key file does. A link to nowhere is a file to tell of, not an error."""
     with contextlib.suppress(OSError):
         status = entry.stat()
         return entry.name, status.st_mtime_ns, status.st_size, status.st_ino
     return entry.name, 0, 0, 0
+
+
+class Pace:
+    """How often a key may come: a token bucket each, of `burst` tokens, refilled by `per_s`.
+
+    Times are passed in, in seconds of a clock that doesn't jump.
+    """
+
+    def __init__(self, burst: int = _BURST, per_s: float = _PER_S) -> None:
+        self._each = 1 / per_s
+        self._most = (burst - 0.9) / per_s  # a tenth of a token for rounding
+        self._full: dict[str, float] = {}  # when each key's bucket is full again
+
+    def __call__(self, key: str, now: float) -> bool:
+        """Whether it may come now; counts only if it may."""
+        full = max(now, self._full.get(key, now))
+        if full - now > self._most:
+            return False
+        self._full[key] = full + self._each
+        return True
+
+    def keep(self, keys: Iterable[str]) -> None:
+        """Forget all other keys."""
+        kept = set(keys)
+        self._full = {key: at for key, at in self._full.items() if key in kept}
+
+
+def _told(credential: bytes) -> bytes:
+    """The properties of a connection that got in with this key, as ZMTP writes them."""
+    value = z85.encode(credential)
+    return bytes([len(KEY)]) + KEY.encode() + struct.pack(">I", len(value)) + value
 
 
 class Authenticator:
@@ -154,10 +201,13 @@ class Authenticator:
         allowed: who gets in.
         on_revoked: called in the event loop with the names that were authorised and are not, or not
             with the same key; that may be all of them.
+        on_broken: called in the event loop if it can't go on: nobody is let in, or nobody revoked,
+            any more.
 
     Attributes:
-        refused: handshakes refused, by reason: ``not_authorised``, ``not_curve``, ``malformed``,
-            ``folder`` (it can't be read or trusted), ``internal``.
+        refused: handshakes refused, by reason: ``not_authorised``, ``too_often`` (an authorised key
+            beyond its `Pace`), ``not_curve``, ``malformed``, ``folder`` (it can't be read or
+            trusted), ``internal``.
     """
 
     def __init__(
@@ -165,15 +215,18 @@ class Authenticator:
         ctx: zmq.asyncio.Context,
         allowed: AllowList,
         on_revoked: Callable[[frozenset[str]], None] | None = None,
+        on_broken: Callable[[asyncio.Task[None]], None] | None = None,
     ) -> None:
         self.refused: collections.Counter[str] = collections.Counter()
         self._ctx = ctx
         self._allowed = allowed
         self._on_revoked = on_revoked
+        self._on_broken = on_broken
         self._known = {name: key for key, name in allowed.reload().items()}
         self._socket: zmq.asyncio.Socket | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._seldom = Seldom()
+        self._pace = Pace()
 
     def start(self) -> None:
         """Begin answering; needs a running event loop. Call before binding any server on `ctx`."""
@@ -185,19 +238,30 @@ class Authenticator:
             loop.create_task(self._serve(), name="zap"),
             loop.create_task(self._watch(), name="allow-list"),
         ]
+        for task in self._tasks:
+            task.add_done_callback(self._ended)
 
     async def stop(self) -> None:
         """Stop; from now on nobody is let in."""
-        for task in self._tasks:
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._socket:
             self._socket.close()
-        self._tasks, self._socket = [], None
+        self._socket = None
 
-    def admits(self, name: str) -> bool:
-        """Whether messages under this name are to be taken, as of the last look at the folder."""
-        return name in self._known
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if task in self._tasks and self._on_broken:
+            self._on_broken(task)
+
+    def admits(self, name: str, key: str) -> bool:
+        """Whether messages under this name, of connections let in with this key (`KEY`), are to be
+        taken. What was replaced or taken away counts at once, unlike what makes the folder as a
+        whole unsafe."""
+        if self._known.get(name) == key and self._allowed.changed(name):
+            self._look()
+        return self._known.get(name) == key
 
     async def _watch(self) -> None:
         """Look at the folder again and again: no notification works on every file system."""
@@ -218,6 +282,8 @@ class Authenticator:
         gone = frozenset(name for name, key in self._known.items() if now.get(name) != key)
         come = sorted(now.keys() - self._known.keys())
         self._known = now
+        if gone:
+            self._pace.keep(now.values())
         if come:
             log.info("authorised now: %s", ", ".join(come))
         if gone:
@@ -239,7 +305,7 @@ class Authenticator:
                     log.error("authenticator failed, client refused: %s", error)
                 status, text, user = b"500", b"internal error", b""
             request_id = request[1] if len(request) > 1 else b""
-            reply = [b"1.0", request_id, status, text, user, b""]
+            reply = [b"1.0", request_id, status, text, user, _told(request[6]) if user else b""]
             try:
                 await self._socket.send_multipart(reply)
             except zmq.ZMQError as error:
@@ -260,6 +326,13 @@ class Authenticator:
             self.refused["not_authorised"] += 1
             self._log_refusal(public, address.decode("ascii", "replace"))
             return b"400", b"key not authorised", ""
+        # Each connection may give itself a routing id, and each takes the next of libzmq's: who
+        # comes without end meets, in the end, one that is due to another edge.
+        if not self._pace(public, time.monotonic()):
+            self.refused["too_often"] += 1
+            if self._seldom(("too_often", name)):
+                log.warning("%s connects too often, some connections are refused", name)
+            return b"300", b"too often, try again", ""
         if self._known.get(name) != public:
             self._look()  # sooner than it would be due, so that `admits` knows of it
         return b"200", b"OK", name

@@ -16,6 +16,7 @@ import collections
 import contextlib
 import errno
 import fcntl
+import functools
 import ipaddress
 import os
 import socket
@@ -36,8 +37,8 @@ from transport.messages import HEADER_BYTES, Limits
 Reason = Literal["endless", "slow", "total", "crowd", "revoked"]
 """Why a connection was dropped: it sent more than the largest legal messages without ending one, or
 without pausing until they were read; it doesn't read what it asked for; it held the most when all
-together held too much; there were too many connections, or handshakes under way; its key was
-revoked."""
+together held too much; there were too many connections, in all or of one party, or handshakes
+under way; its key was revoked."""
 
 SLOWEST_LINK = 1_000_000
 """Bytes per second of the slowest link that must not be taken for a dead one (8 Mbit/s)."""
@@ -87,6 +88,10 @@ class Bounds:
             of all is above a quarter of `total`, so that who trickles holds up nobody else.
         handshakes: connections that have not finished theirs.
         connections: all of them.
+        each: connections of one user, and of one address those that have not said anything: an edge
+            has one, or a few where it has several processes, and behind one address there may be
+            many edges. Who has more only keeps others from theirs, and each connection may have
+            given itself a routing id.
     """
 
     unseen: int
@@ -96,6 +101,7 @@ class Bounds:
     pace: float = SLOWEST_LINK / 2
     handshakes: int = 128
     connections: int = 4096
+    each: int = 64
 
 
 def bounds(
@@ -148,7 +154,7 @@ class Breach:
                 "endless": f"it sent {held} without ending a message, or too fast to be read",
                 "slow": f"it does not read its replies, or too slowly; {held} wait",
                 "total": f"all connections together hold too much, and its share is {held}",
-                "crowd": "there are too many connections",
+                "crowd": "there are too many connections, of all or of this one's",
                 "revoked": "its key is no longer authorised",
             }[self.reason]
         )
@@ -195,6 +201,7 @@ class Account:
         return not self.established and now - self.opened < _HANDSHAKE_S
 
 
+@functools.lru_cache(4096)
 def network(address: str) -> str:
     """The address that one party may be taken to hold: an IPv4 address, an IPv6 /64."""
     try:
@@ -373,6 +380,13 @@ class Accounts:
             live.remove(largest)
         pending = [account for account in live if account.pending(now)]
         self._thin(pending, self.bounds.handshakes, drop)
+        live = [account for account in live if not account.dropped]
+        groups: dict[str, list[Account]] = collections.defaultdict(list)
+        for account in live:
+            if account.established:
+                groups[account.whose].append(account)
+        for group in groups.values():
+            self._thin(group, self.bounds.each, drop)
         live = [account for account in live if not account.dropped]
         # Who says nothing goes first.
         excess = len(live) - self.bounds.connections
@@ -579,6 +593,26 @@ class Meter:
         fd = next(reversed(accounts.accounts), -1) if route is None else accounts.routes.get(route)
         if fd is not None:
             accounts.handed(fd, frames_bytes(frames), now)
+
+    def leads_to(self, route: bytes, user: str) -> bool:
+        """Whether a message to this routing id reaches this user's connection, as far as is known.
+
+        A routing id is free again once its connection has ended, and whoever connects may give it
+        to itself. It is libzmq's descriptor that must be open still: ours outlives it, and news of
+        the end may be on its way.
+        """
+        fd = self._accounts.routes.get(route)
+        if fd is None or not self.metered:
+            return True
+        early = self._accounts.early(fd)
+        if early and early.route == route:
+            return early.user == user
+        account = self._accounts.accounts.get(fd)
+        if account is None or route not in account.routes:
+            return True
+        with contextlib.suppress(OSError):
+            return account.user == user and self._still(fd) and _up(self._ends[fd])
+        return False
 
     def waiting(self, user: str | None = None) -> int:
         """Bytes handed over and not acknowledged when last looked at: a user's, or all; 0 where

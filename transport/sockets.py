@@ -415,6 +415,7 @@ class PeerEvent:
 
 REFUSALS = {
     "not_authorised": "its key is not authorised",
+    "too_often": "its key is authorised, but connects too often",
     "wrong_key": "it does not encrypt for this node's key: the server_key in its edge.toml is "
     "another node's, or damaged on the way",
     "protocol": "it does not speak this protocol, or not with this node's key: another program, a "
@@ -475,7 +476,10 @@ async def peers(
     since: dict[int, int] = {}  # of each connection, how many were when it came
 
     def tell(event: PeerEvent) -> PeerEvent:
-        if event.kind == "refused" and event.reason != "not_authorised":  # which `auth` tells
+        if event.kind == "refused" and event.reason not in (
+            "not_authorised",
+            "too_often",
+        ):  # `auth` does
             if seldom(("refused", event.reason, event.address)):
                 whom = event.address or "a connection"
                 log.warning("handshake of %s failed: %s", whom, REFUSALS[event.reason])
@@ -546,7 +550,7 @@ def _waiting(monitor: Any) -> list[bytes] | None:
 
 def _refusal(kind: int, value: int) -> str:
     if kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-        return "not_authorised" if value == 400 else "authenticator"
+        return {300: "too_often", 400: "not_authorised"}.get(value, "authenticator")
     return "timeout" if value in (errno.EAGAIN, errno.ETIMEDOUT) else "left"
 
 

@@ -11,12 +11,16 @@ from typing import Any
 import pytest
 import zmq
 import zmq.asyncio
+from faults import sodium, zmtp
+from faults.edges import HostileEdge
 
 from cloud_node.config import NodeConfig, Prepared, prepare
 from cloud_node.door import Door
 from cloud_node.metrics import Metrics
 from engines.errors import ConfigError
-from transport import keys, sockets
+from transport import auth, keys, sockets
+
+needs_sodium = pytest.mark.skipif(sodium.MISSING is not None, reason=str(sodium.MISSING))
 
 
 @pytest.fixture
@@ -58,7 +62,7 @@ def echo(door: list[Door]) -> Callable[[list[zmq.Frame], str], None]:
     def answer(frames: list[zmq.Frame], name: str) -> None:
         if frames[1].bytes == b"fail":
             raise ValueError("contents of a message")
-        sent = door[0].send(frames[0].bytes, [name.encode(), *(f.bytes for f in frames[1:])])
+        sent = door[0].send(frames[0].bytes, name, [name.encode(), *(f.bytes for f in frames[1:])])
         assert sent == "sent"
 
     return answer
@@ -79,7 +83,7 @@ def test_edges_come_back_after_it_was_opened_anew_on_the_same_port(
             for turn in range(3):
                 assert await edge.say(b"x", b"%d" % turn) == [b"edge", b"x", b"%d" % turn]
                 await edge.socket.send_multipart([b"fail"])  # stops nothing
-                assert door.send(b"nobody", [b"x"]) == "lost"
+                assert door.send(b"nobody", "edge", [b"x"]) == "lost"
                 await door.reopen()
                 assert door.endpoint == endpoint
             for _ in range(500):  # the first message may be read before the news of its connection
@@ -91,7 +95,7 @@ def test_edges_come_back_after_it_was_opened_anew_on_the_same_port(
             assert (metrics.clients, metrics.connections) == (1, 1)
         await door.close()
         await door.close()
-        assert door.send(b"nobody", [b"x"]) == "lost"
+        assert door.send(b"nobody", "edge", [b"x"]) == "lost"
         assert not door.broken.done()
 
     asyncio.run(work())
@@ -110,10 +114,10 @@ def test_a_revoked_key_loses_its_connection_and_its_name_is_told(
         door.open()
         async with Edge(prepared, door.endpoint, pair) as edge:
             await edge.say(b"x")
-            assert door.admits("edge")
+            assert door.admits("edge", pair.public)
             (tmp_path / "keys" / "authorized" / "edge.pub").unlink()
             await asyncio.wait_for(told.wait(), 30)
-            assert not door.admits("edge")
+            assert not door.admits("edge", pair.public)
             assert metrics.connections_dropped["revoked"] == 1
         await door.close()
 
@@ -176,3 +180,148 @@ def test_a_port_that_is_taken(prepared: Prepared) -> None:
         await second.close()
 
     asyncio.run(work())
+
+
+class Reply:
+    """Catches the first message of an edge in a real door, to be answered later."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.caught: asyncio.Future[tuple[bytes, str]] = asyncio.get_running_loop().create_future()
+        self.left: list[frozenset[bytes]] = []
+        self.door = Door(
+            prepared,
+            Metrics(),
+            self._catch,
+            lambda names: None,
+            lambda name, routes: self.left.append(routes),
+        )
+
+    def _catch(self, frames: list[zmq.Frame], name: str) -> None:
+        if not self.caught.done():
+            self.caught.set_result((frames[0].bytes, name))
+
+
+def hostile(prepared: Prepared, door: Door, tmp_path: Path, name: str) -> HostileEdge:
+    pair = keys.generate(tmp_path / name, name)
+    authorized = tmp_path / "keys" / "authorized"
+    keys.write_public(authorized / f"{name}.pub", pair.public, name)
+    return HostileEdge(door.endpoint, prepared.keypair.public, pair, prepared.stage.sha256)
+
+
+@needs_sodium
+@pytest.mark.parametrize(("talks", "told"), [(False, False), (True, False), (True, True)])
+def test_a_reply_goes_to_nobody_who_took_the_routing_id(
+    prepared: Prepared, tmp_path: Path, talks: bool, told: bool
+) -> None:
+    """Whether the thief has said something before or not, and whether the meter was told that the
+    first connection has ended or not. A silent one once it was told is a matter of `on_left`."""
+
+    async def work() -> None:
+        reply = Reply(prepared)
+        door = reply.door
+        door.open()
+        victim = hostile(prepared, door, tmp_path, "victim")
+        thief = hostile(prepared, door, tmp_path, "thief")
+        peer = await victim.connect()
+        await peer.send_message([b"x"])
+        route, name = await reply.caught
+        assert (name, len(route)) == ("victim", 5)
+        assert door.send(route, "victim", [b"yours"]) == "sent"
+        assert await peer.read_message() == [b"yours"]
+        assert door._meter
+        while not door._meter.users():
+            await asyncio.sleep(0.01)
+        assert door.send(route, "thief", [b"not yours"]) == "lost"
+        if not told:
+            door._tasks[0].remove_done_callback(door._ended)
+            door._tasks[0].cancel()  # who reads the monitor and closes accounts
+            door._meter.close = lambda: None  # type: ignore[method-assign]
+        peer.abort()
+        await peer.close()
+        if told:
+            while not reply.left:
+                await asyncio.sleep(0.01)
+        else:
+            while door.send(route, "victim", [b"victim's"]) == "sent":
+                await asyncio.sleep(0.01)
+        stolen = await thief.connect(identity=route)
+        if talks:
+            seen = asyncio.get_running_loop().create_future()
+            door._on_message = lambda frames, name: seen.set_result(frames[0].bytes)
+            await stolen.send_message([b"x"])
+            assert await asyncio.wait_for(seen, 30) == route
+            assert door.send(route, "thief", [b"thief's"]) == "sent"
+            assert await stolen.read_message() == [b"thief's"]
+        sent = door.send(route, "victim", [b"victim's"])
+        assert sent == "lost"
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(stolen.read_message(), 0.5)
+        stolen.abort()
+        await stolen.close()
+        await door.close()
+
+    asyncio.run(asyncio.wait_for(work(), 120))
+
+
+@pytest.mark.parametrize("name", ["zap", "allow-list", "peers", "read"])
+def test_the_end_of_any_of_its_tasks_breaks_it(prepared: Prepared, name: str) -> None:
+    async def work() -> None:
+        door = Door(prepared, Metrics(), lambda *_: None, lambda _: None)
+        door.open()
+        await door.reopen()  # which cancels all of them, as it should
+        assert not door.broken.done()
+        (task,) = [task for task in asyncio.all_tasks() if task.get_name() == name]
+        task.cancel()
+        with pytest.raises(RuntimeError, match=f"{name} has ended"):
+            await asyncio.wait_for(door.broken, 30)
+        await door.close()
+
+    asyncio.run(work())
+
+
+@needs_sodium
+def test_a_key_replaced_under_its_name_is_admitted_no_more_not_even_for_a_moment(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auth, "_WATCH_S", 60.0)
+    new = keys.generate(tmp_path / "new", "changing")
+    authorized = tmp_path / "keys" / "authorized"
+
+    async def work() -> None:
+        seen: asyncio.Queue[list[bytes]] = asyncio.Queue()
+        revoked: list[frozenset[str]] = []
+
+        def take(frames: list[zmq.Frame], name: str) -> None:
+            seen.put_nowait([name.encode(), *(f.bytes for f in frames[1:])])
+
+        door = Door(prepared, Metrics(), take, revoked.append)
+        door.open()
+        edge = hostile(prepared, door, tmp_path, "changing")
+        with monkeypatch.context() as patch:  # what a peer says of itself does not count
+            lies = {"User-Id": b"another", "X-Key": new.public.encode()}
+            honest = zmtp.metadata
+            patch.setattr(zmtp, "metadata", lambda *args, **more: honest(*args, **more, **lies))
+            peer = await edge.connect()
+        await peer.send_message([b"old"])
+        assert await asyncio.wait_for(seen.get(), 30) == [b"changing", b"old"]
+        # Its connection is not cut, as if that had not taken effect yet.
+        assert door._meter
+        monkeypatch.setattr(door._meter, "revoke", lambda names: [])
+        keys.write_public(authorized / "next", new.public, "changing")
+        (authorized / "next").rename(authorized / "changing.pub")
+        await peer.send_message([b"old again"])
+        while not revoked:
+            await asyncio.sleep(0.01)
+        other = HostileEdge(door.endpoint, prepared.keypair.public, new, prepared.stage.sha256)
+        newcomer = await other.connect()
+        await peer.send_message([b"and again"])
+        await asyncio.sleep(0.2)
+        await newcomer.send_message([b"new"])
+        assert await asyncio.wait_for(seen.get(), 30) == [b"changing", b"new"]
+        assert seen.empty()
+        assert revoked == [frozenset({"changing"})]
+        await newcomer.close()
+        await peer.close()
+        await door.close()
+
+    asyncio.run(asyncio.wait_for(work(), 60))

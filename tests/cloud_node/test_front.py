@@ -20,11 +20,20 @@ from typing import Any
 import numpy as np
 import pytest
 from faults import sodium
-from faults.edges import HostileEdge
+from faults.edges import HostileEdge, info_request
 from faults.zmtp import Budget
 
 from transport import messages
-from transport.messages import Accepted, Cancel, Info, InfoRequest, Refused, Result, encode
+from transport.messages import (
+    Accepted,
+    Cancel,
+    Info,
+    InfoRequest,
+    Refused,
+    Result,
+    decode_header,
+    encode,
+)
 
 Feeds = dict[str, np.ndarray]
 needs_sodium = pytest.mark.skipif(sodium.MISSING is not None, reason=str(sodium.MISSING))
@@ -343,6 +352,53 @@ def test_an_edge_that_never_reads_disturbs_nobody(
         return asked + (await attacking).messages
 
     assert asyncio.run(work()) > 100
+
+
+@needs_sodium
+@pytest.mark.parametrize("talks", [False, True])
+def test_whoever_takes_the_routing_id_of_another_edge_gets_none_of_its_results(
+    mine: Any, connect: Any, feeds: Feeds, talks: bool
+) -> None:
+    victim, thief = hostile(mine, "victim"), hostile(mine, "thief")
+    other, route = connect(mine), b"\0edge"
+
+    async def info(peer: Any) -> None:
+        """What comes next is the answer to this, and nothing else."""
+        await peer.send_message(info_request())
+        frames = await asyncio.wait_for(peer.read_message(), 60)
+        assert isinstance(decode_header(frames[0]), Info)
+
+    async def thieve() -> Any:
+        """A connection that has the routing id: libzmq doesn't answer it as long as another has."""
+        while True:
+            peer = await thief.connect(identity=route)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await peer.send_message(info_request())
+                frames = await asyncio.wait_for(peer.read_message(), 1)
+                assert isinstance(decode_header(frames[0]), Info)
+                return peer
+            peer.abort()
+
+    async def work() -> None:
+        await asyncio.sleep(0.5)  # the new keys are known
+        peer = await victim.connect(identity=route)
+        with stopped(mine):
+            await peer.send_message(victim.request(some(feeds, 9, 0)))
+            assert isinstance(decode_header((await peer.read_message())[0]), Accepted)
+            for _ in range(3):
+                ask_info(other)  # the worker has it
+            await peer.send_message(victim.request(some(feeds, 9, 1)))  # and this waits
+            assert isinstance(decode_header((await peer.read_message())[0]), Accepted)
+            peer.abort()
+            if not talks:  # else it comes as soon as may be
+                await asyncio.to_thread(until, lambda: "victim has left" in mine.logged())
+            stolen = await (thieve() if talks else thief.connect(identity=route))
+        await asyncio.to_thread(other.ask, feeds)
+        await info(stolen)
+        await stolen.close()
+        await peer.close()
+
+    asyncio.run(asyncio.wait_for(work(), 120))
 
 
 def test_refused_requests_do_not_fill_the_log(mine: Any, connect: Any, five: Feeds) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import zmq
 import zmq.asyncio
+from faults import asking
 from faults.nodes import Act, FaultyNode
 
 from edge_runtime.client import NodeClient, NodeRefusedError, Reply
@@ -522,6 +523,29 @@ def test_a_node_that_sends_without_end_is_cut_off_for_good(
         FaultyNode(bundle, tmp_path / "good", name="good", wire="raw") as other,
     ):
         asyncio.run(scene(node, other))
+
+
+@pytest.mark.parametrize("wire", ["router", "raw"])
+def test_a_node_of_another_version_is_told_ours_once_a_connection(
+    toy_bundle: Path, tmp_path: Path, wire: Any
+) -> None:
+    bundle = Bundle.load(toy_bundle)
+
+    async def scene(node: FaultyNode) -> None:
+        async with asking.connected(node.node(node.authorise()), bundle) as client:
+            for connection in (1, 2):
+                for _ in range(3):
+                    with pytest.raises(OffloadError, match=r"version 254.*update the older side"):
+                        await asking.ask(client, feeds(bundle), 60)
+                    # What it had been told before, it has read when it answers this.
+                    await client.info(asyncio.get_running_loop().time() + 60)
+                    assert node.told == connection
+                await client.close()
+                client.start()
+
+    with FaultyNode(bundle, tmp_path, Act("version"), wire=wire) as node:
+        asyncio.run(asyncio.wait_for(scene(node), 120))
+        assert not node.did["garbage"]
 
 
 def test_a_closed_client_can_be_started_again(run: Callable[..., Any]) -> None:

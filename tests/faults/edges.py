@@ -58,15 +58,15 @@ class HostileEdge:
         self.stage = stage
         self.seed = seed
 
-    async def connect(self, *, receive_buffer: int | None = None) -> Peer:
-        """A connection ready for messages.
+    async def connect(self, *, receive_buffer: int | None = None, identity: bytes = b"") -> Peer:
+        """A connection ready for messages, with a routing id of its own choice if one is given.
 
         Raises:
             PeerError: the node did not let it in.
         """
         peer = await Peer.connect(self.address, receive_buffer=receive_buffer)
         try:
-            await peer.curve_client(self.keys)
+            await peer.curve_client(self.keys, identity=identity)
         except BaseException:
             await peer.close()
             raise

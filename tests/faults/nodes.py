@@ -50,6 +50,7 @@ from transport.messages import (
     Result,
     StageInfo,
     TensorInfo,
+    VersionsSpoken,
     decode_header,
     decode_tensors,
     encode,
@@ -222,6 +223,7 @@ class FaultyNode(Service):
 
     Attributes:
         cancels: how often an edge gave a request up.
+        told: how often an edge told which versions it speaks.
         did: acts done, by kind; also ``garbage`` (unreadable messages) and ``fallback`` (honest
             because there was nothing to replay).
         log: the last (request id, kind), oldest first.
@@ -254,7 +256,9 @@ class FaultyNode(Service):
         self.endpoint = bind
         self.did: collections.Counter[str] = collections.Counter()
         self.log: collections.deque[tuple[bytes, str]] = collections.deque(maxlen=100_000)
-        self.requests = self.cancels = self.forged = self.undelivered = self.connections = 0
+        self.requests = self.cancels = self.told = self.forged = self.undelivered = (
+            self.connections
+        ) = 0
         self._service_s, self._seed = service_s, seed
         self._pool = pool or Pool()
         self._info_stage = info_stage or self.stage.sha256
@@ -345,6 +349,9 @@ class FaultyNode(Service):
                 return
             if isinstance(message, Cancel):  # a node may answer nonetheless, and this one does
                 self.cancels += 1
+                return
+            if isinstance(message, VersionsSpoken):
+                self.told += 1
                 return
             if not isinstance(message, Request):
                 raise ProtocolError("not for a node")

@@ -297,21 +297,27 @@ class Peer:
         return other
 
     async def curve_client(
-        self, keys: Curve, *, socket_type: str = "DEALER", timeout_s: float = 10.0
+        self,
+        keys: Curve,
+        *,
+        socket_type: str = "DEALER",
+        identity: bytes = b"",
+        timeout_s: float = 10.0,
     ) -> None:
-        """Greeting and CURVE handshake as a client; messages can be sent after it.
+        """Greeting and CURVE handshake as a client; messages can be sent after it. `identity`: the
+        routing id it gives itself; none if empty.
 
         Raises:
             PeerError: the server is another one, refuses the key, or closed the connection.
         """
         try:
-            await asyncio.wait_for(self._curve_client(keys, socket_type), timeout_s)
+            await asyncio.wait_for(self._curve_client(keys, socket_type, identity), timeout_s)
         except (asyncio.IncompleteReadError, ConnectionError, ValueError) as error:
             raise PeerError(f"handshake refused: {error!r}") from None
 
-    async def _curve_client(self, keys: Curve, socket_type: str) -> None:
+    async def _curve_client(self, keys: Curve, socket_type: str, identity: bytes) -> None:
         await self.greet()
-        hand = ClientHandshake(keys)
+        hand = ClientHandshake(keys, identity)
         await self.send(frame(hand.hello(), command=True))
         await self.send(
             frame(hand.initiate(await self._command(b"WELCOME"), socket_type), command=True)
@@ -403,10 +409,11 @@ class Peer:
 
 
 class ClientHandshake:
-    """The commands of a CURVE client, one by one, to be sent as they are or spoilt."""
+    """The commands of a CURVE client, one by one, to be sent as they are or spoilt. `identity`: the
+    routing id it gives itself; none if empty."""
 
-    def __init__(self, keys: Curve) -> None:
-        self.keys = keys
+    def __init__(self, keys: Curve, identity: bytes = b"") -> None:
+        self.keys, self.identity = keys, identity
         self._public, self._secret = sodium.keypair()
         self._server = z85.decode(keys.server)
         self._server_transient = b""
@@ -426,7 +433,7 @@ class ClientHandshake:
         vouch_key = sodium.shared(self._server_transient, z85.decode(self.keys.secret))
         vouch = nonce + sodium.box(self._public + self._server, b"VOUCH---" + nonce, vouch_key)
         counter = struct.pack(">Q", 2)
-        inner = z85.decode(self.keys.public) + vouch + metadata(socket_type)
+        inner = z85.decode(self.keys.public) + vouch + metadata(socket_type, Identity=self.identity)
         key = sodium.shared(self._server_transient, self._secret)
         sealed = sodium.box(inner, b"CurveZMQINITIATE" + counter, key)
         return command(b"INITIATE", cookie + counter + sealed)

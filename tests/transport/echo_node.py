@@ -31,7 +31,7 @@ from faults.zmtp import Curve, Peer
 
 from transport import meter as metering
 from transport import sockets
-from transport.auth import AllowList, Authenticator
+from transport.auth import KEY, AllowList, Authenticator
 from transport.keys import KeyPair, generate, load_secret, make_directory, write_public
 from transport.messages import Limits, StageLimits
 from transport.process import raise_file_limit
@@ -85,7 +85,7 @@ async def serve(options: dict[str, Any]) -> None:
             meter.delivered(frames, routed=True)
             peer, *parts = frames
             events["messages"] += 1
-            if authenticator.admits(str(parts[0].get("User-Id"))):
+            if authenticator.admits(*(str(parts[0].get(name)) for name in ("User-Id", KEY))):
                 # What is asked for, as often as is asked: "3 1000" is three messages of 1000 bytes.
                 times, size = (int(n) for n in parts[0].bytes.split()[:2])
                 for _ in range(times):

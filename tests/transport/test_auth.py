@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
@@ -14,12 +15,12 @@ from typing import Any
 import pytest
 import zmq
 import zmq.asyncio
-from echo_node import EchoNode, Honest
+from echo_node import LIMITS, EchoNode, Honest
 from faults.zmtp import Peer, PeerError
 
 from engines.errors import KeyFileError
 from transport import sockets
-from transport.auth import AllowList, Authenticator
+from transport.auth import AllowList, Authenticator, Pace
 from transport.keys import KeyPair, write_public
 from transport.messages import StageLimits
 
@@ -391,8 +392,9 @@ def test_a_folder_not_to_be_trusted_any_more_cuts_off_everybody(
 def test_a_failing_callback_does_not_end_the_watch(
     authorized: Path, authorise: Any, new_pair: NewPair
 ) -> None:
-    for name in ("first", "second"):
-        authorise(new_pair(name))
+    pairs = [new_pair(name) for name in ("first", "second")]
+    for pair in pairs:
+        authorise(pair)
     told: list[str] = []
 
     def callback(names: frozenset[str]) -> None:
@@ -404,12 +406,12 @@ def test_a_failing_callback_does_not_end_the_watch(
         authenticator = Authenticator(ctx, AllowList(authorized), callback)
         authenticator.start()
         try:
-            for name in ("first", "second"):
-                assert authenticator.admits(name)
-                (authorized / f"{name}.pub").unlink()
-                while name not in told:
+            for pair in pairs:
+                assert authenticator.admits(pair.name, pair.public)
+                (authorized / f"{pair.name}.pub").unlink()
+                while pair.name not in told:
                     await asyncio.sleep(0.01)
-                assert not authenticator.admits(name)
+                assert not authenticator.admits(pair.name, pair.public)
         finally:
             await authenticator.stop()
             ctx.destroy(linger=0)
@@ -441,3 +443,70 @@ def test_a_shortage_shuts_out_nobody(
         with pytest.raises(KeyFileError):
             AllowList(authorized)  # without anything read before, there is nothing to go by
     assert allowed.name_of(other.public) == "other"
+
+
+def test_a_key_has_a_burst_and_then_a_pace_and_others_their_own() -> None:
+    pace = Pace(burst=3, per_s=10.0)
+    assert [pace("a", 5.0) for _ in range(5)] == [True] * 3 + [False] * 2
+    assert pace("b", 5.0)
+    assert not pace("a", 5.05)
+    assert pace("a", 5.1001)  # what was refused in between cost nothing
+    assert not pace("a", 5.1002)
+    assert all(pace("a", 6.0 + turn / 9.9) for turn in range(1000))  # as slow as it may be
+    assert [pace("a", 500.0) for _ in range(4)] == [True] * 3 + [False]  # and saved up no more
+    pace.keep(["b"])
+    assert pace("a", 500.0)
+
+
+def test_at_the_pace_of_libzmq_no_edge_comes_too_often() -> None:
+    pace = Pace()
+    assert all(pace("a", turn * 0.1) for turn in range(10_000))
+
+
+def test_a_key_that_comes_too_often_is_paced_and_another_gets_in_meanwhile(
+    start: Callable[..., EchoNode],
+) -> None:
+    node = start()
+    stormy, other = node.authorise("stormy"), node.authorise("other")
+
+    async def scene() -> None:
+        async def storm() -> None:
+            while True:
+                with contextlib.suppress(PeerError, OSError, asyncio.IncompleteReadError):
+                    (await node.peer(stormy)).abort()
+
+        storms = [asyncio.create_task(storm()) for _ in range(40)]
+        while not node.stats()["refused"].get("too_often", 0) > 40:
+            await asyncio.sleep(0.05)
+        async with await node.peer(other) as peer:
+            assert await _answered(peer)
+        for task in storms:
+            task.cancel()
+        await asyncio.gather(*storms, return_exceptions=True)
+
+    asyncio.run(asyncio.wait_for(scene(), 120))
+    stats = node.wait_for(lambda s: s["events"].get("refused too_often"))
+    assert set(stats["refused"]) == {"too_often"}
+    assert not stats["events"].get("refused authenticator")
+    assert node.log.count("stormy connects too often") == 1
+    # Once it has calmed down, it gets in.
+    with zmq.Context() as ctx:
+        client = sockets.client(ctx, node.endpoint, node.key.public, stormy, LIMITS)
+        client.rcvtimeo = client.sndtimeo = 60_000
+        client.send(b"1 10")
+        assert client.recv_multipart()
+        client.close()
+
+
+def test_an_edge_that_loses_its_connection_again_and_again_is_never_refused(
+    start: Callable[..., EchoNode],
+) -> None:
+    node = start(bounds={"unsent": 50_000})
+    pair = node.authorise("edge")
+    with zmq.Context() as ctx:
+        client = sockets.client(ctx, node.endpoint, node.key.public, pair, LIMITS)
+        client.sndtimeo = 60_000
+        while node.stats()["dropped"].get("slow", 0) < 30:
+            client.send(b"1 1000000")  # more than it may be owed: cut off, it comes back
+        client.close()
+    assert not node.stats()["refused"]

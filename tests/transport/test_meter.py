@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import resource
@@ -258,6 +259,49 @@ def test_too_many_connections() -> None:
         accounts.open(fd, "10.0.0.1", fd / 10)
         accounts.delivered(fd, 0, "" if fd == 5 else "many" if fd > 2 else f"one{fd}")
     assert told(accounts) == [(5, "crowd"), (3, "crowd")]
+
+
+def test_too_many_connections_of_one_party_cost_its_oldest() -> None:
+    accounts = Accounts(dataclasses.replace(BOUNDS, handshakes=10, connections=100, each=3))
+    for fd in range(1, 8):
+        accounts.open(fd, f"10.0.0.{fd}", fd / 10)
+        accounts.delivered(fd, 0, "many" if fd != 4 else "other")
+    for fd in range(11, 17):  # through, and silent
+        accounts.open(fd, "10.6.6.6" if fd != 13 else "10.0.0.1", fd / 10)
+        accounts.sample(fd, 0, 300, 0, 2.0, 300)
+    for fd in range(21, 27):  # not through
+        accounts.open(fd, "10.6.6.6", fd / 10)
+    assert told(accounts, 3.0) == [(fd, "crowd") for fd in (1, 2, 3, 11, 12)]
+    assert not told(accounts, 3.0)
+    accounts.close(7)  # whose place may be taken
+    accounts.open(7, "10.0.0.9", 3.0)
+    accounts.delivered(7, 0, "many")
+    assert not told(accounts, 3.0)
+
+
+@linux
+def test_one_key_has_only_so_many_connections(start: Callable[..., EchoNode]) -> None:
+    node = start()
+    honest = Honest(node)
+    pair = node.authorise("many")
+
+    async def scene() -> None:
+        peers = [await node.peer(pair) for _ in range(70)]  # of which none says anything
+        node.wait_for(lambda s: s["connections"] == 1 + 64)
+        for peer in peers[-64:]:
+            await peer.send_message([b"1 10"])
+            assert await asyncio.wait_for(peer.read_message(), 60)
+        for _ in range(6):
+            peers.append(await node.peer(pair))
+            await peers[-1].send_message([b"1 10"])
+        node.wait_for(lambda s: s["connections"] == 1 + 64)
+        for peer in peers:
+            await peer.close()
+
+    asyncio.run(asyncio.wait_for(scene(), 120))
+    assert node.stats()["dropped"] == {"crowd": 12}
+    honest.more(10)
+    honest.close()
 
 
 @settings(max_examples=60, deadline=None)
