@@ -50,6 +50,7 @@ class Door:
         on_revoked: is called with names whose keys have been taken away; their connections have
             been dropped.
         on_left: is called with the name and the routing ids of a connection that has ended.
+        lanes: batches that compute at the same time; an edge may have all of them.
 
     Attributes:
         endpoint: where it is bound, with the port chosen.
@@ -65,6 +66,8 @@ class Door:
         on_message: Callable[[list[zmq.Frame], str], None],
         on_revoked: Callable[[frozenset[str]], None],
         on_left: Callable[[str, frozenset[bytes]], None] = lambda name, routes: None,
+        *,
+        lanes: int = 1,
     ) -> None:
         self.endpoint = prepared.config.bind
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -81,6 +84,8 @@ class Door:
             backlog=max(BACKLOG, prepared.config.client_requests),
             total=prepared.config.queue_bytes,
             files=raise_file_limit(),
+            # A batch computes in each lane and another waits there, while two results leave.
+            results=2 * lanes + 2,
         )
         self.unsent = self._bounds.unsent
         self.total = self._bounds.total
@@ -205,6 +210,11 @@ class Door:
     def waiting(self, name: str | None = None) -> int:
         """Bytes sent to an edge, or to all, and not read yet; 0 where that is unknown."""
         return 0 if self._meter is None else self._meter.waiting(name)
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second that all edges together have been reading of late."""
+        return 0.0 if self._meter is None else self._meter.rate
 
     def look_again(self) -> bool:
         """Bring `waiting` up to date; False if it was a moment ago."""

@@ -93,6 +93,7 @@ class Queue:
     Attributes:
         lanes: workers that compute; the estimates go by it.
         bytes, windows: that wait.
+        running_windows: that were taken and are not finished.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class Queue:
         self._future = 0.0  # the latest virtual time there is
         self._since = 0.0  # when the first of those that wait came
         self._running = 0
-        self._running_windows = 0
+        self.running_windows = 0
         self._sweep_at = _SWEEP
         self._seconds = self._counted = 0.0
         self._held_until = -math.inf
@@ -188,13 +189,15 @@ class Queue:
         return max(0.0, self._since + self.max_wait_s - now)
 
     def take(
-        self, now: float, may_run: Callable[[str, int], bool] = lambda client, windows: True
+        self,
+        now: float,
+        may_run: Callable[[str, int, int], bool] = lambda client, running, windows: True,
     ) -> list[Job]:
         """The next batch, empty if nobody's may run; now these are running, until `finish`.
 
         Args:
-            may_run: whether a client may have so many windows running. Its requests wait until it
-                may; others are not held up by it.
+            may_run: whether a client, which has so many windows running, may have so many more. Its
+                requests wait until it may; others are not held up by it.
 
         In fair order. What does not fit into the rest of the batch is passed over and first in the
         next one, so that a large request neither starves nor makes batches small. Who gets past it
@@ -209,7 +212,7 @@ class Queue:
         while room > 0 and (client := self._first()):
             job = client.oldest
             running = sum(other.windows for other in client.running.values())
-            if not may_run(client.name, running + job.windows):
+            if not may_run(client.name, running, job.windows):
                 heapq.heappop(self._order)
                 waiting.append(client)
                 continue
@@ -227,7 +230,7 @@ class Queue:
             client.time += job.windows
             self._future = max(self._future, client.time)
             self._running += 1
-            self._running_windows += job.windows
+            self.running_windows += job.windows
             batch.append(job)
             room -= job.windows
             if client.waiting:
@@ -238,7 +241,8 @@ class Queue:
             client.time = max(client.time, self._present)  # its own doing: no credit for it
         for client in (*passed, *waiting):
             self._list(client)
-        self._since = -math.inf  # what is left has waited
+        # What is left of a batch has waited; what may not run waits for something else.
+        self._since = -math.inf if batch else now
         return batch
 
     def finish(self, job: Job) -> None:
@@ -246,7 +250,7 @@ class Queue:
         client = self._clients[job.client]
         del client.running[job.id]
         self._running -= 1
-        self._running_windows -= job.windows
+        self.running_windows -= job.windows
 
     def cancel(self, client: str, id: bytes) -> Job | None:
         """Forget a request: one that waits is removed, one that runs marked as dropped."""
@@ -343,7 +347,7 @@ class Queue:
             for other in self._clients.values()
             if other.waiting and other is not client
         )
-        total = own + ahead + self._running_windows
+        total = own + ahead + self.running_windows
         return held + total * self._seconds / self._counted / max(1, self.lanes)
 
     def _make_room(self, client: _Client, size: int, wait: float) -> list[Job]:

@@ -35,6 +35,7 @@ from cloud_node.memory import Budget, Memory, Needs, TooLittle, check_threads
 from cloud_node.metrics import Metrics
 from cloud_node.pool import Pool, PoolClosed, Slot, WorkerDied, WorkerEvent
 from cloud_node.queue import Job, Queue
+from cloud_node.room import has_room
 from cloud_node.suspects import Suspects
 from engines.bundle import TensorSpec
 from engines.errors import ConfigError, EngineError, ProtocolError
@@ -138,7 +139,12 @@ class Server:
         self._loop = asyncio.get_running_loop()
         self._work = asyncio.Event()  # there may be something to dispatch
         self._door = Door(
-            self._prepared, self.metrics, self._handle, self._revoked, self._left_behind
+            self._prepared,
+            self.metrics,
+            self._handle,
+            self._revoked,
+            self._left_behind,
+            lanes=self._pool.lanes,
         )
         check_threads()
         self._door.try_address()
@@ -153,8 +159,8 @@ class Server:
                 return
             starting.result()
             self._door.open()
+            self._watch = MemoryWatch(Resident()() or 0)
             self._measure()
-            self._watch = MemoryWatch(self._ceiling())
             tasks = {
                 asyncio.create_task(self._dispatch(), name="dispatch"),
                 asyncio.create_task(self._tick(), name="tick"),
@@ -194,7 +200,7 @@ class Server:
         )
         give_up = self._loop.time() + self._prepared.config.drain_s
         while self._loop.time() < give_up and (
-            len(self._queue) or self._queue.running or self._door.waiting()
+            len(self._queue) or self._queue.running or self._door.waiting() or self._unread
         ):
             await asyncio.sleep(min(0.02, max(0.0, give_up - self._loop.time())))
 
@@ -326,22 +332,26 @@ class Server:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._work.wait(), wait)
 
-    def _may_run(self, client: str, windows: int) -> bool:
-        """Whether there is room for the results of so many windows of a client, beside those it has
-        not read yet. What would be computed beyond it could not be sent."""
-        size = windows * self._window_bytes
-        return self._has_room(client, size) or (
-            self._door.look_again() and self._has_room(client, size)
+    def _may_run(self, client: str, running: int, windows: int) -> bool:
+        """Whether there is room for the results of so many windows of a client, which has so many
+        running, beside those it has not read yet."""
+        return self._has_room(client, running, windows) or (
+            self._door.look_again() and self._has_room(client, running, windows)
         )
 
-    def _has_room(self, client: str, size: int) -> bool:
+    def _has_room(self, client: str, running: int, windows: int) -> bool:
         # What the kernel tells includes what libzmq has encrypted or is writing; where the kernel
         # doesn't tell, what waits in libzmq is known at least.
         own = max(self._door.waiting(client), self._unread[client])
         everybody = max(self._door.waiting(), sum(self._unread.values()))
-        # Some of each bound is for the other lanes' results.
-        return own + size <= self._door.unsent * 3 // 4 and (
-            not everybody or everybody + size <= self._door.total // 2
+        return has_room(
+            windows * self._window_bytes,
+            own=own + running * self._window_bytes,
+            everybody=everybody + self._queue.running_windows * self._window_bytes,
+            unsent=self._door.unsent,
+            total=self._door.total,
+            largest=self._prepared.limits.result.total_bytes,
+            rate=self._door.rate,
         )
 
     async def _run(self, slot: Slot, jobs: Sequence[Job]) -> None:
@@ -453,7 +463,7 @@ class Server:
             self._look()
             self._fit()
             if held := self._watch.breached():
-                await self._rebind(held, f"{self._watch.ceiling >> 20}")
+                await self._rebind(held, f"{self._watch.ceiling >> 20} MiB")
             elif limit := self._memory.breached():
                 await self._rebind(limit.used, f"is good under {limit.name}")
 
@@ -501,8 +511,10 @@ class Server:
             batches=2 * pool.lanes * images * (sizes[0] if shared else sum(sizes)),
             shared=shared,
         )
+        self._idle = Resident()() or 0
         wanted = Budget(config.queue_bytes, self._door.total, self._door.connections)
         self._memory = Memory(wanted, needs)
+        self._watch.ceiling = self._ceiling()
         self._fit()
 
     def _fit(self) -> None:
@@ -523,6 +535,7 @@ class Server:
         budget = self._memory.budget
         self._shed(self._queue.bound(budget.queue), self._loop.time())
         self._door.bound(budget.transit, budget.connections)
+        self._watch.ceiling = self._ceiling()
 
     def _ceiling(self) -> int:
         config, limits = self._prepared.config, self._prepared.limits
@@ -532,12 +545,12 @@ class Server:
         shared: int = getattr(self._pool, "shared_bytes", 0)
         # Waiting in the queue, and in libzmq.
         allowed = self._queue.most_bytes + self._door.total + batches + shared
-        return (Resident()() or 0) + allowed * 5 // 4
+        return self._idle + allowed * 5 // 4
 
     async def _rebind(self, held: int, most: str) -> None:
         log.error(
-            "this process holds %d MB, more than %s: all connections are dropped; edges connect "
-            "again by themselves",
+            "%d MiB are held, more than %s: all connections are dropped; edges connect again by "
+            "themselves",
             *(held >> 20, most),
             extra={"event": "rebind"},
         )

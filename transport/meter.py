@@ -18,6 +18,7 @@ import errno
 import fcntl
 import functools
 import ipaddress
+import math
 import os
 import socket
 import struct
@@ -55,6 +56,8 @@ _PACE_S = 5.0  # over which a reader's pace is taken
 _HANDSHAKE_S = 4.0  # libzmq itself ends those that take longer (HANDSHAKE_IVL)
 _TCP_INFO_BYTES = 208
 _ESTABLISHED = 1  # TCP_ESTABLISHED
+_RATE_S = 1.0  # over which the rate of all is taken
+_EARLY_S = 0.5  # twice this long, what overtook the news of its connection is kept
 _LOOK_S = 0.002  # between looks out of turn
 _EARLY = 64  # credits kept for connections whose opening has not been told yet
 _TCP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
@@ -98,7 +101,7 @@ class Bounds:
     unsent: int
     total: int
     stall_s: float = 10.0
-    pace: float = SLOWEST_LINK / 2
+    pace: float = SLOWEST_LINK / 4
     handshakes: int = 128
     connections: int = 4096
     each: int = 64
@@ -112,21 +115,26 @@ def bounds(
     total: int = 1 << 30,
     files: int | None = None,
     stall_s: float = 10.0,
+    results: int = 4,
 ) -> Bounds:
     """Bounds that no honest peer reaches.
 
     Args:
         inbound: limits of what is received. outbound: of what is sent.
         backlog: so many of the largest messages may wait in libzmq, while one is under way.
-        total: for all connections together.
+        total: for all connections together; more, if a few of the largest messages take more.
         files: most open descriptors of this process (each connection takes two), None if known to
             suffice.
         stall_s: see `Bounds`; longer than a heartbeat's timeout, which ends a dead link by itself.
+        results: so many of the largest messages may be on the way to one peer, if that is not too
+            much of `total`.
     """
+    one_in, one_out = message_bytes(inbound), message_bytes(outbound)
+    total = max(total, 3 * one_in + 4 * one_out + _SLACK)
     spare = 4096 if files is None else max(16, (files - min(128, files // 4)) // 2)
     return Bounds(
-        unseen=(backlog + 1) * message_bytes(inbound) + _SLACK,
-        unsent=max(32 << 20, 4 * message_bytes(outbound)),
+        unseen=(backlog + 1) * one_in + _SLACK,
+        unsent=max(32 << 20, 4 * one_out, min(results * one_out, total // 2)),
         total=total,
         stall_s=stall_s,
         handshakes=min(128, spare // 2),
@@ -163,7 +171,7 @@ class Breach:
 @dataclass
 class Account:
     """One connection's bytes. `unseen` and `unsent` as of the last sample; `paced`: since when its
-    pace is taken, and what it had acknowledged then."""
+    pace is taken, what it had acknowledged then, and what waited for it."""
 
     fd: int
     address: str
@@ -178,7 +186,7 @@ class Account:
     credit: int = 0
     moved: float = 0.0
     sampled: float = 0.0
-    paced: tuple[float, int] = (0.0, 0)
+    paced: tuple[float, int, int] = (0.0, 0, 0)
     dropped: bool = False
     routes: set[bytes] = field(default_factory=set)
 
@@ -233,6 +241,7 @@ class Accounts:
 
     Attributes:
         unsent, unsent_of: bytes handed over and not acknowledged, of all and by user.
+        rate: bytes a second that all together have acknowledged of late, while there were any.
     """
 
     def __init__(self, bounds: Bounds) -> None:
@@ -241,9 +250,12 @@ class Accounts:
         self.unsent = 0
         self.unsent_of: collections.Counter[str] = collections.Counter()
         self.routes: dict[bytes, int] = {}
-        # What overtook the news of its connection, since the last look and before.
+        self.rate = 0.0
+        self._rated, self._read, self._idle = -math.inf, 0, False
+        # What overtook the news of its connection, lately and a little before.
         self._early: dict[int, _Early] = {}
         self._earlier: dict[int, _Early] = {}
+        self._aged = -math.inf
 
     def open(self, fd: int, address: str, now: float) -> None:
         self.close(fd)
@@ -305,7 +317,7 @@ class Accounts:
         if account := self.accounts.get(fd):
             if not account.unsent:
                 account.moved = now
-                account.paced = now, account.acked
+                account.paced = now, account.acked, size
             self._owe(account, account.unsent + size)
         elif early := self._early.get(fd):
             self._early[fd] = early._replace(unsent=early.unsent + size)
@@ -321,6 +333,7 @@ class Accounts:
         account.unseen = max(0.0, account.unseen + came - account.credit - forgiven)
         account.credit, account.received, account.queued = 0, received, queued
         if acked != account.acked:
+            self._read += acked - account.acked
             self._owe(account, max(0, account.unsent - (acked - account.acked)))
             account.acked, account.moved = acked, now
         if not account.unsent:
@@ -337,21 +350,35 @@ class Accounts:
             del self.unsent_of[account.user]
         account.unsent = size
 
+    def _take_rate(self, now: float) -> None:
+        self._idle = self._idle or not self.unsent
+        seconds = now - self._rated
+        if seconds >= _RATE_S:
+            rate = self._read / seconds
+            # Where all was read in between, more might have been.
+            self.rate = max(self.rate, rate) if self._idle else rate
+            self._rated, self._read, self._idle = now, 0, False
+
     def _trickles(self, account: Account, now: float) -> bool:
-        """Whether its reader has kept less than the least pace, though there was enough to read."""
-        since, acked = account.paced
+        """Whether its reader has kept less than the least pace, though there was enough to read,
+        while much waits."""
+        since, acked, waited = account.paced
         if not account.unsent or now - since < _PACE_S:
             return False
-        account.paced = now, account.acked
-        pressed = self.unsent > self.bounds.total / 4
-        return pressed and account.acked - acked < self.bounds.pace * (now - since)
+        slow = account.acked - acked < min(waited, self.bounds.pace * (now - since))
+        if slow and self.unsent > self.bounds.total / 4:
+            return True
+        account.paced = now, account.acked, account.unsent
+        return False
 
     def judge(self, now: float) -> list[Breach]:
         """Who has to go; each is told once. The caller drops the connections."""
-        for fd, early in self._earlier.items():  # no news came: it had ended before
-            if early.route is not None and self.routes.get(early.route) == fd:
-                del self.routes[early.route]
-        self._earlier, self._early = self._early, {}
+        if now - self._aged >= _EARLY_S:
+            for fd, early in self._earlier.items():  # no news came: it had ended before
+                if early.route is not None and self.routes.get(early.route) == fd:
+                    del self.routes[early.route]
+            self._earlier, self._early, self._aged = self._early, {}, now
+        self._take_rate(now)
         found: list[Breach] = []
 
         def drop(account: Account, reason: Reason, size: float = 0) -> None:
@@ -362,13 +389,17 @@ class Accounts:
         for account in live:
             if account.inside > self.bounds.unseen:
                 drop(account, "endless", account.inside)
-            elif (
-                account.unsent > self.bounds.unsent
-                or (account.unsent and now - account.moved > self.bounds.stall_s)
-                or self._trickles(account, now)
+            elif account.unsent > self.bounds.unsent or (
+                account.unsent and now - account.moved > self.bounds.stall_s
             ):
                 drop(account, "slow", account.unsent)
         live = [account for account in live if not account.dropped]
+        # One at a time: there may be less to wait for without it.
+        trickling = [account for account in live if self._trickles(account, now)]
+        if trickling:
+            slowest = max(trickling, key=lambda a: a.unsent)
+            drop(slowest, "slow", slowest.unsent)
+            live.remove(slowest)
         while sum(account.held for account in live) > self.bounds.total:
             # From whoever holds the most in all connections, the largest of these.
             shares: collections.Counter[str] = collections.Counter()
@@ -523,6 +554,7 @@ class Meter:
         account = self._accounts.accounts.get(fd)
         self._accounts.close(fd)
         self._late.discard(fd)
+        gone = not self._still(fd)  # libzmq has closed it: as when heartbeats stay out
         end = self._ends.pop(fd, None)
         if end is None or account is None:
             return self._ended_early(fd)
@@ -534,7 +566,7 @@ class Meter:
                 received, _, sent = counts
                 established = sent >= _HANDSHAKE_SENT
             # Else what we follow may be a successor, whose number this news came with.
-            if self.metered and not _up(end):
+            if self.metered and (gone or not _up(end)):
                 routes = frozenset(account.routes)
         return Ended(account.address, established, received, sent, account.user, routes)
 
@@ -584,15 +616,11 @@ class Meter:
         except OSError:
             return False
 
-    def handed(self, frames: Sequence[Any], now: float, *, route: bytes | None = None) -> None:
-        """A message was given to the socket (frames without a routing id); `route` is the routing
-        id it goes to, None if there is one connection only."""
-        if not self.metered:
-            return
-        accounts = self._accounts
-        fd = next(reversed(accounts.accounts), -1) if route is None else accounts.routes.get(route)
-        if fd is not None:
-            accounts.handed(fd, frames_bytes(frames), now)
+    def handed(self, frames: Sequence[Any], now: float, *, route: bytes) -> None:
+        """A message (frames without a routing id) was given to the socket, for this routing id."""
+        fd = self._accounts.routes.get(route)
+        if self.metered and fd is not None:
+            self._accounts.handed(fd, frames_bytes(frames), now)
 
     def leads_to(self, route: bytes, user: str) -> bool:
         """Whether a message to this routing id reaches this user's connection, as far as is known.
@@ -619,6 +647,11 @@ class Meter:
         nothing is metered."""
         accounts = self._accounts
         return accounts.unsent if user is None else accounts.unsent_of[user]
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second that all peers together have been reading of late."""
+        return self._accounts.rate
 
     def look(self) -> bool:
         """Look at all connections now, unless that was done a moment ago; whether it was done."""

@@ -159,22 +159,22 @@ def test_who_may_not_run_holds_up_nobody_and_saves_up_no_credit() -> None:
     queue = make(max_batch=2)
     slow = [job("slow", windows=2) for _ in range(5)]
     admitted(queue, *slow, *(job("other", windows=2) for _ in range(10)))
-    asked: list[tuple[str, int]] = []
+    asked: list[tuple[str, int, int]] = []
 
-    def may_run(client: str, windows: int) -> bool:
-        asked.append((client, windows))
+    def may_run(client: str, running: int, windows: int) -> bool:
+        asked.append((client, running, windows))
         return client != "slow"
 
     for _ in range(6):
         assert [j.client for j in finished(queue, queue.take(0.0, may_run))] == ["other"]
-    assert set(asked) == {("slow", 2), ("other", 2)}
+    assert set(asked) == {("slow", 0, 2), ("other", 0, 2)}
     running = queue.take(0.0)
     assert running == slow[:1]
-    assert queue.take(0.0, lambda client, windows: windows <= 2)[0].client == "other"
+    assert queue.take(0.0, lambda client, running, windows: not running)[0].client == "other"
     finished(queue, running)
     order = [finished(queue, queue.take(0.0))[0].client for _ in range(4)]
     assert order.count("slow") == 2, "in turn again, and no more than that"
-    assert queue.take(0.0, lambda client, windows: False) == []
+    assert queue.take(0.0, lambda client, running, windows: False) == []
 
 
 def test_ids_are_refused_while_in_use_and_only_for_the_same_client() -> None:

@@ -115,8 +115,8 @@ def test_an_answer_may_overtake_it_too() -> None:
     accounts.open(8, "10.0.0.1", 0.0)
     assert accounts.accounts[8].unsent == 700
     accounts.delivered(9, 900, "edge", b"another")  # no news of this one ever comes
-    for _ in range(2):
-        accounts.judge(0.0)
+    for second in range(2):
+        accounts.judge(second)
     assert accounts.routes == {b"route": 8}
 
 
@@ -126,8 +126,8 @@ def test_deliveries_that_no_news_follow_are_forgotten() -> None:
         accounts.delivered(fd, 1, "edge")
     assert len(accounts._early) < 100
     accounts.judge(0.0)
-    accounts.judge(0.0)
-    accounts.open(0, "10.0.0.1", 0.0)
+    accounts.judge(1.0)
+    accounts.open(0, "10.0.0.1", 1.0)
     assert accounts.accounts[0].user == ""
 
 
@@ -175,6 +175,52 @@ def test_who_reads_a_trickle_must_go_only_while_much_waits(
         for fd, _ in found:
             accounts.close(fd)
     assert found == gone
+
+
+def test_who_trickles_goes_one_by_one() -> None:
+    accounts = opened(3, total=1500, pace=100)
+    for fd in (1, 2, 3):
+        accounts.handed(fd, 400 + fd, 0.0)
+    assert not told(accounts, 4.9)
+    assert told(accounts, 5.0) == [(3, "slow")]
+    accounts.close(3)
+    assert told(accounts, 5.1) == [(2, "slow")]
+    accounts.close(2)
+    accounts.handed(1, 500, 5.2)
+    accounts.sample(1, 0, 400, 0, 5.3)  # all but a little of what waited
+    accounts.sample(1, 0, 402, 0, 5.4)
+    assert not told(accounts, 5.4)
+
+
+def test_who_takes_all_there_is_does_not_trickle_however_little_it_is() -> None:
+    accounts = opened(2, total=1000, pace=100)
+    accounts.handed(2, 900, 0.0)  # much waits, but of the other
+    accounts.handed(1, 2, 0.0)
+    for tenth in range(1, 100):
+        accounts.handed(1, 2, tenth / 10)  # before the one before it is acknowledged
+        accounts.sample(1, 0, 2 * tenth, 0, tenth / 10)
+        assert (1, "slow") not in told(accounts, tenth / 10)
+
+
+def test_the_rate_at_which_all_read() -> None:
+    accounts = opened(2)
+    accounts.judge(0.0)
+    assert accounts.rate == 0
+    accounts.handed(1, 900, 0.0)
+    accounts.handed(2, 900, 0.0)
+    for tenth in range(1, 11):
+        accounts.sample(1, 0, 30 * tenth, 0, tenth / 10)
+        accounts.sample(2, 0, 20 * tenth, 0, tenth / 10)
+        accounts.judge(tenth / 10)
+    assert accounts.rate == pytest.approx(500)
+    accounts.sample(1, 0, 400, 0, 2.0)
+    accounts.judge(2.0)
+    assert accounts.rate == pytest.approx(100), "it has become slower"
+    accounts.sample(1, 0, 900, 0, 2.1)
+    accounts.sample(2, 0, 900, 0, 2.1)
+    accounts.judge(2.1)
+    accounts.judge(100.0)
+    assert accounts.rate == pytest.approx(100), "having nothing to read, they are no slower"
 
 
 def test_the_pace_is_taken_only_while_there_is_something_to_read() -> None:
@@ -462,6 +508,18 @@ def test_a_connection_that_had_ended_before_its_beginning_was_told(pairs: Any) -
 
 
 @linux
+def test_a_connection_that_libzmq_has_given_up(pairs: Any) -> None:
+    """Because heartbeats stay out: nobody has ended it, and our duplicate keeps it open."""
+    first, _ = pairs()
+    number = first.fileno()
+    meter = Meter(BOUNDS)
+    meter.opened(number, 0.0)
+    delivered(meter, number, b"first", "one")
+    first.close()
+    assert meter.closed(number).routes == {b"first"}
+
+
+@linux
 def test_routes_of_a_successor_known_by_its_predecessors_news(pairs: Any) -> None:
     """Both its message and its descriptor come with the other's news."""
     first, first_client = pairs()
@@ -543,7 +601,7 @@ def test_where_the_kernel_tells_nothing_connections_are_still_counted(pairs: Any
     ends = [pairs() for _ in range(5)]
     for served, _ in ends:
         meter.opened(served.fileno(), 0.0)
-    meter.handed([bytes(10_000)], 0.0)
+    meter.handed([bytes(10_000)], 0.0, route=b"route")
     assert [breach.reason for breach in meter.poll(100.0)] == []
     meter.close()
     for served, _ in ends:
