@@ -430,7 +430,7 @@ REFUSALS = {
 _SERVER_WATCHED = (
     _FAILED | zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 )
-_GREETING_BYTES, _HELLO_BYTES = 64, 202
+_GREETING_BYTES, _HELLO_BYTES, _WELCOME_BYTES = 64, 202, 170
 _EVENTS_AT_ONCE = 100  # then others in the loop have their turn, the authenticator above all
 
 
@@ -473,6 +473,7 @@ async def peers(
     seldom = Seldom()
     failed: PeerEvent | None = None  # the end of its connection is told next, with its address
     ready = 0  # handshakes done
+    paced = 0  # refused as too often: these libzmq doesn't end, but leaves without an answer
     since: dict[int, int] = {}  # of each connection, how many were when it came
 
     def tell(event: PeerEvent) -> PeerEvent:
@@ -513,12 +514,18 @@ async def peers(
                     yield PeerEvent("ready")
                 elif kind & _FAILED:
                     failed = PeerEvent("refused", _refusal(kind, value))
+                    if failed.reason == "too_often":
+                        paced += 1
+                        yield tell(failed)
+                        failed = None
                 else:
                     ended = meter.closed(value)
                     done = since.pop(value, -1) != ready
                     if ended.established is not None:  # it was there when somebody looked
                         done = ended.established
-                    if failed:
+                    if paced and not done and (ended.established is None or _welcomed(ended)):
+                        paced -= 1  # told already
+                    elif failed:
                         yield tell(PeerEvent("refused", failed.reason, ended.address))
                     elif not done:
                         yield tell(PeerEvent("refused", _mismatch(ended), ended.address))
@@ -552,6 +559,11 @@ def _refusal(kind: int, value: int) -> str:
     if kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
         return {300: "too_often", 400: "not_authorised"}.get(value, "authenticator")
     return "timeout" if value in (errno.EAGAIN, errno.ETIMEDOUT) else "left"
+
+
+def _welcomed(ended: Ended) -> bool:
+    """Whether it got as far as to tell its key."""
+    return ended.sent >= _GREETING_BYTES + _WELCOME_BYTES
 
 
 def _mismatch(ended: Ended) -> str:

@@ -485,7 +485,11 @@ def test_a_key_that_comes_too_often_is_paced_and_another_gets_in_meanwhile(
         await asyncio.gather(*storms, return_exceptions=True)
 
     asyncio.run(asyncio.wait_for(scene(), 120))
-    stats = node.wait_for(lambda s: s["events"].get("refused too_often"))
+    stats = node.wait_for(lambda s: not s["connections"])
+    # Whoever gives up in the middle of its handshake may look like many things, but that is rare.
+    told = {what: n for what, n in stats["events"].items() if what.startswith("refused")}
+    assert told.pop("refused too_often") == stats["refused"]["too_often"]
+    assert sum(told.values()) <= 40
     assert set(stats["refused"]) == {"too_often"}
     assert not stats["events"].get("refused authenticator")
     assert node.log.count("stormy connects too often") == 1
