@@ -418,13 +418,13 @@ class Accounts:
                 groups[account.whose].append(account)
         for group in groups.values():
             self._thin(group, self.bounds.each, drop)
-        live = [account for account in live if not account.dropped]
-        # Who says nothing goes first.
-        excess = len(live) - self.bounds.connections
-        if excess > 0:
-            silent = [account for account in live if not account.user]
-            self._thin(silent, max(0, len(silent) - excess), drop)
-            self._thin([a for a in live if not a.dropped], self.bounds.connections, drop)
+        # Who shows no key goes first, then who says nothing.
+        goes: Callable[[Account], bool]
+        for goes in (lambda a: not a.established, lambda a: not a.user, lambda a: True):
+            live = [account for account in live if not account.dropped]
+            excess = len(live) - self.bounds.connections
+            group = [account for account in live if goes(account)] if excess > 0 else []
+            self._thin(group, max(0, len(group) - excess), drop)
         return found
 
     @staticmethod

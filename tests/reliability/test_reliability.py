@@ -7,6 +7,7 @@ the modules they are about.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import signal
@@ -132,6 +133,8 @@ def test_interrupted_it_keeps_what_was_measured(tmp_path: Path) -> None:
     with subprocess.Popen(
         **command(out, ["replay, duplicate, late, wrong id", "endless multipart: edge"]),
         stdout=subprocess.PIPE,
+        # Whoever started us in the background may have had SIGINT ignored, which is inherited.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout
         lines = iter(process.stdout.readline, "")
