@@ -6,8 +6,8 @@ descriptor, and the kernel counts what went through it: bytes received and not y
 lie in libzmq, bytes handed to it and not yet acknowledged wait for a slow reader. `Accounts` is
 that arithmetic and knows no sockets; `Meter` feeds it and shuts down the very connection that
 breaks the `Bounds`, whereupon libzmq frees what it held for it at once, others untouched. Where the
-kernel doesn't tell (not Linux) nothing is metered, connections are still counted, and
-`MemoryWatch` is what is left: it says when the process as a whole holds too much.
+kernel doesn't tell (not Linux) nothing is metered, only connections are counted. `MemoryWatch` is
+the last resort: it says when the process as a whole holds too much, where the system tells that.
 """
 
 from __future__ import annotations

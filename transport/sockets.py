@@ -2,8 +2,8 @@
 reason.
 
 An edge opens one DEALER per node (`client`), a node one ROUTER (`server`). Both are CURVE or
-nothing. The options bound single frames and counts of messages; bytes are bounded by the `meter`,
-which both monitors feed: `watch` turns a client's events into `LinkEvent`s that say, as far as an
+nothing. The options bound single frames and how many messages wait to be sent; bytes are bounded by
+the `meter`, which both monitors feed: `watch` turns a client's events into `LinkEvent`s that say, as far as an
 end can know, why a link is down, and `peers` a server's into `PeerEvent`s. Who is let in is decided
 in `auth`.
 """
@@ -35,8 +35,9 @@ log = logging.getLogger(__name__)
 
 ZAP_DOMAIN = b"edge-runtime"
 BACKLOG = 8
-"""Largest legal messages that may wait in libzmq for the program, per connection. Whoever receives
-does little else, so that an honest peer needs no more; the meter cuts off who exceeds it."""
+"""Largest legal messages that may wait in libzmq for the program, per connection; a node allows
+more if an edge may have more requests open. Whoever receives does little else, so that an honest
+peer needs no more; the meter cuts off who exceeds it."""
 _ZERO_COPY_RECV = 10  # ZMQ_ZERO_COPY_RECV, which pyzmq has no name for
 _SLACK_BYTES = 4096  # CURVE and framing around a part
 _ENDPOINT = re.compile(r"tcp://(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/\[\]]+):(\d{1,5}|\*)\Z")
