@@ -3,9 +3,9 @@ reason.
 
 An edge opens one DEALER per node (`client`), a node one ROUTER (`server`). Both are CURVE or
 nothing. The options bound single frames and how many messages wait to be sent; bytes are bounded by
-the `meter`, which both monitors feed: `watch` turns a client's events into `LinkEvent`s that say, as far as an
-end can know, why a link is down, and `peers` a server's into `PeerEvent`s. Who is let in is decided
-in `auth`.
+the `meter`, which both monitors feed: `watch` turns a client's events into `LinkEvent`s that say,
+as far as an end can know, why a link is down, and `peers` a server's into `PeerEvent`s. Who is let
+in is decided in `auth`.
 """
 
 from __future__ import annotations
