@@ -75,10 +75,11 @@ async def killed(bench: Bench) -> Seen:
 @row(
     "worker killed in the middle of a request",
     "every answer identical or a typed refusal; the node lives and serves again by itself",
+    long_s=1800,
 )
 @running
 async def worker_killed(bench: Bench) -> Seen:
-    questions, rng, kills = Questions(bench), random.Random(2), bench.pick(5, 100)
+    questions, rng, kills = Questions(bench), random.Random(2), bench.pick(5, 20)
     back = []
     with bench.node() as node:
         front = node.pid
