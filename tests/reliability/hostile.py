@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import importlib.util
 import json
@@ -145,10 +146,14 @@ class _Mutator:
                         damaged = rng.choices(damaged, k=rng.randint(1, 4))
                     if damaged[1:] == result[1:] and rng.random() < 0.2:
                         damaged[1] = damaged[1][: rng.randrange(len(damaged[1]))]
-                    await socket.send_multipart([peer, *damaged])
+                    try:
+                        await socket.send_multipart([peer, *damaged])
+                    except zmq.ZMQError:  # it has left
+                        break
                     self.sent += 1
                     self.left -= 1
-                await socket.send_multipart([peer, *result])
+                with contextlib.suppress(zmq.ZMQError):
+                    await socket.send_multipart([peer, *result])
 
 
 @row(
@@ -169,18 +174,21 @@ async def fuzz_edge(bench: Bench) -> Seen:
     serving = asyncio.create_task(mutator.serve(socket, keys.limits))
     try:
         edge = keys.node(keys.authorise(), endpoint=socket.last_endpoint.decode())
+        strays = quarantines = 0
         async with (
             honest,
-            connected(edge, bench.bundle) as client,
             connected(honest.node(honest.authorise()), bench.bundle) as other,
             others.going_on(other),
         ):
             until = time.monotonic() + 80
             while mutator.left and time.monotonic() < until and not serving.done():
-                await spoilt.ask(client, 2.0)
-                while client.link is None or client.link.state != "up":
-                    await asyncio.sleep(0.01)
-            strays = client.strays
+                # An edge that has had enough of the node asks it no more: the next one then.
+                async with connected(edge, bench.bundle) as client:
+                    while mutator.left and not client.quarantine and time.monotonic() < until:
+                        await spoilt.ask(client, 2.0)
+                        await asyncio.sleep(0)
+                    strays += client.strays
+                    quarantines += bool(client.quarantine)
     finally:
         serving.cancel()
         await asyncio.gather(serving, return_exceptions=True)
@@ -191,6 +199,7 @@ async def fuzz_edge(bench: Bench) -> Seen:
         "of the mutating node": spoilt.told(),
         "of another": others.told(),
         "strays": strays,
+        "edges that put the node in quarantine": quarantines,
     }
     held = not mutator.left and not spoilt.wrong and others.right == others.asked > 0
     return Seen({"messages": mutator.sent}, seen, held)

@@ -307,8 +307,9 @@ async def soak(bench: Bench) -> Seen:
             before, node_before = await _settled(), sample(left.pid)
             with (
                 run_plan(plan, nodes) as done,
-                Sampler(os.getpid(), every_s=0.5) as sampler,
-                Sampler(left.pid, every_s=0.5) as node_sampler,
+                # Few samples: they are kept by the very process that is measured.
+                Sampler(os.getpid(), every_s=0.5, most=200) as sampler,
+                Sampler(left.pid, every_s=0.5, most=200) as node_sampler,
             ):
                 async with questions.going_on(*clients, seconds=2):
                     until = time.monotonic() + seconds
