@@ -58,6 +58,7 @@ What these numbers don't say:
   of its control group take the rest. Give it more than it asks for, and let it be restarted
   ([node.md](node.md#memory)).
 - A short soak is one minute, of which a slope per hour is noise: then growth is judged, not slope.
+  The long soak so far run counts the samples it kept itself, 4.3 MB in its hour, with the edge.
 - Shared memory keeps the last windows until others overwrite them. It has no name in any file
   system and goes with its processes.
 - Lies within the shape and range of an honest answer pass here: finding them is the edge's part.
@@ -93,8 +94,9 @@ def _verdict(rows: Mapping[str, Mapping[str, Result]]) -> list[str]:
     whole = {one["row"] for one in every if one["held"]} - broken
     long = sum(forms.get("long", {}).get("held") is not None for forms in rows.values())
     verdict = f"{len(whole)} of {len(rows)} rows hold"
+    lacking = "does not" if len(broken) == 1 else "do not"
     parts = [
-        f"**{verdict}{f'; {len(broken)} do not' if broken else ''}.**\n",
+        f"**{verdict}{f'; {len(broken)} {lacking}' if broken else ''}.**\n",
         "A row is a fault or an attack on real processes, and what must hold all the while. It "
         "holds if that was so in every form that was run: the short form, in seconds, and the long "
         f"one, with many more faults, so far run of {long} rows. This says what was seen where it "
