@@ -374,7 +374,8 @@ SETTINGS = (
         _size,
         "SIZE",
         "Most bytes that may wait for a worker, of all edges together; one edge gets half of it "
-        "while others wait. Beyond it edges are told to try again, with a hint when.",
+        "while others wait. Beyond it edges are told to try again, with a hint when. As much again "
+        "may be on the way to and from edges, and at least a few of the largest messages.",
         default=256 << 20,
         accepts=(int,),
         check=_sized(64 << 10, _TIB),
