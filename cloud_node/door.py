@@ -54,8 +54,6 @@ class Door:
 
     Attributes:
         endpoint: where it is bound, with the port chosen.
-        unsent, total: most bytes that should wait for one edge, and for all, to read them.
-        connections: most that stay open.
         broken: a future that fails if the door can't go on.
     """
 
@@ -87,9 +85,6 @@ class Door:
             # A batch computes in each lane and another waits there, while two results leave.
             results=2 * lanes + 2,
         )
-        self.unsent = self._bounds.unsent
-        self.total = self._bounds.total
-        self.connections = self._bounds.connections
         self._wide = self._bounds
         self._ctx: zmq.asyncio.Context | None = None
         self._socket: Any = None
@@ -129,6 +124,21 @@ class Door:
         for task in self._tasks:
             task.add_done_callback(self._ended)
 
+    @property
+    def unsent(self) -> int:
+        """Most bytes that should wait for one edge to read them."""
+        return self._bounds.unsent
+
+    @property
+    def total(self) -> int:
+        """Most bytes that should wait for all edges together."""
+        return self._bounds.total
+
+    @property
+    def connections(self) -> int:
+        """Most that stay open."""
+        return self._bounds.connections
+
     def bound(self, total: int, connections: int) -> None:
         """Let edges hold no more than this: bytes of all together, and connections; never more than
         at first."""
@@ -141,8 +151,6 @@ class Door:
             handshakes=min(wide.handshakes, max(2, connections // 2)),
             connections=min(wide.connections, connections),
         )
-        self.unsent, self.total = self._bounds.unsent, self._bounds.total
-        self.connections = self._bounds.connections
         if self._meter is not None:
             self._meter.bound(self._bounds)
 
