@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import zmq
 import zmq.asyncio
 from faults.nodes import NodeProcess
@@ -210,13 +209,42 @@ def data_bytes(pid: int) -> int:
     return int(found[1]) * 1024 if found else 0
 
 
+def write_sized_bundle(
+    directory: Path, dim: int, graph: bytes = b"not a graph", *, model: str = "sized"
+) -> Path:
+    """A bundle of one stack with the shapes of SAM, tokens of `dim` numbers. Unless `graph` is one,
+    its engine must never be opened."""
+    geometry = Geometry(
+        image_size=1024, patch_size=16, window_size=14, embed_dim=dim, out_chans=256
+    )
+    side, tokens = geometry.window_pixels, geometry.tokens_per_window
+    directory.mkdir()
+    (directory / "stack.onnx").write_bytes(graph)
+    files = {"stack.onnx": hash_file(directory / "stack.onnx")}
+    inputs = (
+        TensorSpec("pixels", "uint8", ("n", side, side, 3)),
+        TensorSpec("extent", "int64", ("n", 2)),
+        TensorSpec("window", "int64", ("n",)),
+    )
+    outputs = (TensorSpec("tokens", "float16", ("n", tokens, dim)),)
+    stage = Stage("stack.onnx", files, stage_digest(files), inputs, outputs)
+    manifest = Manifest(
+        model=f"{model}-{dim}",
+        geometry=geometry,
+        order="reordered",
+        adapted=False,
+        precision="fp16",
+        weights_sha256="0" * 64,
+        stages={"stack": stage},
+    )
+    write_manifest(directory, manifest)
+    return directory
+
+
 def write_echoing_bundle(directory: Path) -> Path:
     """A bundle with the sizes of SAM ViT-B whose stack gives the pixels back as tokens: answers
     that can be told right from wrong, and cost next to nothing."""
-    geometry = Geometry(
-        image_size=1024, patch_size=16, window_size=14, embed_dim=768, out_chans=256
-    )
-    side, shape = geometry.window_pixels, (geometry.tokens_per_window, geometry.embed_dim)
+    side, shape = 224, (196, 768)
     value = helper.make_tensor_value_info
     graph = helper.make_graph(
         [
@@ -232,32 +260,9 @@ def write_echoing_bundle(directory: Path) -> Path:
         [value("tokens", TensorProto.FLOAT16, ["n", *shape])],
         [numpy_helper.from_array(np.array([-1, *shape]), "shape")],
     )
-    directory.mkdir()
     opset = [helper.make_opsetid("", 18)]
-    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=9), directory / "stack.onnx")
-    files = {"stack.onnx": hash_file(directory / "stack.onnx")}
-    stage = Stage(
-        "stack.onnx",
-        files,
-        stage_digest(files),
-        (
-            TensorSpec("pixels", "uint8", ("n", side, side, 3)),
-            TensorSpec("extent", "int64", ("n", 2)),
-            TensorSpec("window", "int64", ("n",)),
-        ),
-        (TensorSpec("tokens", "float16", ("n", *shape)),),
-    )
-    manifest = Manifest(
-        model="echo",
-        geometry=geometry,
-        order="reordered",
-        adapted=False,
-        precision="fp16",
-        weights_sha256="0" * 64,
-        stages={"stack": stage},
-    )
-    write_manifest(directory, manifest)
-    return directory
+    made = helper.make_model(graph, opset_imports=opset, ir_version=9)
+    return write_sized_bundle(directory, shape[-1], made.SerializeToString(), model="echo")
 
 
 def limited(

@@ -39,10 +39,9 @@ from faults.proxy import Proxy
 from cloud_node.config import load, prepare
 from cloud_node.pool import LocalPool
 from cloud_node.server import Server
-from engines.bundle import Bundle, Manifest, Stage, TensorSpec, hash_file, write_manifest
-from engines.bundle import stage_digest as digest
+from engines.bundle import Bundle, TensorSpec
 from engines.geometry import Geometry
-from reliability.load import Load
+from reliability.load import Load, write_sized_bundle
 from reliability.rows import Bench, Seen, mb, row, running, workers_of
 from transport.auth import AllowList, Authenticator
 from transport.keys import KeyPair
@@ -60,35 +59,6 @@ _SLOW = 12
 _MAIN = (
     "import sys; sys.path.insert(0, sys.argv.pop(1)); import reliability.throughput as t; t.main()"
 )
-
-
-def write_sized_bundle(directory: Path, dim: int) -> Path:
-    """A bundle with the shapes of SAM and no graph in it: its engine is never opened."""
-    geometry = Geometry(
-        image_size=1024, patch_size=16, window_size=14, embed_dim=dim, out_chans=256
-    )
-    side, tokens = geometry.window_pixels, geometry.tokens_per_window
-    directory.mkdir()
-    (directory / "stack.onnx").write_bytes(b"not a graph")
-    files = {"stack.onnx": hash_file(directory / "stack.onnx")}
-    inputs = (
-        TensorSpec("pixels", "uint8", ("n", side, side, 3)),
-        TensorSpec("extent", "int64", ("n", 2)),
-        TensorSpec("window", "int64", ("n",)),
-    )
-    outputs = (TensorSpec("tokens", "float16", ("n", tokens, dim)),)
-    stage = Stage("stack.onnx", files, digest(files), inputs, outputs)
-    manifest = Manifest(
-        model=f"sized-{dim}",
-        geometry=geometry,
-        order="reordered",
-        adapted=False,
-        precision="fp16",
-        weights_sha256="0" * 64,
-        stages={"stack": stage},
-    )
-    write_manifest(directory, manifest)
-    return directory
 
 
 def _whole(specs: Sequence[TensorSpec], geometry: Geometry) -> dict[str, np.ndarray]:
