@@ -29,7 +29,6 @@ from edge_runtime.placement import Permit
 from engines.bundle import Stage
 from engines.errors import OffloadError, ProtocolError
 from transport.messages import (
-    MAX_TENSORS,
     NO_ID,
     VERSIONS,
     Accepted,
@@ -47,9 +46,10 @@ from transport.messages import (
     decode_tensors,
     encode,
     new_id,
+    new_seal,
 )
 from transport.meter import Meter, bounds
-from transport.sockets import BACKLOG, LinkEvent, client, watch
+from transport.sockets import BACKLOG, LinkEvent, client, received, watch
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class _Pending:
         loop = asyncio.get_running_loop()
         self.accepted: float | None = None  # loop time
         self.answered: float | None = None
-        self.answer: asyncio.Future[tuple[Message, list[zmq.Frame]]] = loop.create_future()
+        self.answer: asyncio.Future[tuple[Message, zmq.Frame]] = loop.create_future()
 
     def fail(self, reason: str) -> None:
         if not self.answer.done():
@@ -202,27 +202,31 @@ class NodeClient:
         begun = loop.time()
         await self._connected(until)
         started = loop.time()
-        request = Request(new_id(), self._stage.sha256, max(0, int((until - started) * 1000)))
-        frames = encode(request, dict(feeds))
+        left_ms = max(0, int((until - started) * 1000))
+        request = Request(new_id(), self._stage.sha256, left_ms, new_seal())
         pending = _Pending()
-        message, parts = await self._ask(request.id, frames, pending, until, begun, permit)
+        message, frame = await self._ask(
+            request.id, encode(request, feeds), pending, until, begun, permit
+        )
         if not isinstance(message, Result):
             raise self._error(f"answered with {type(message).__name__} where a result was due")
         finished = pending.answered or loop.time()
         try:
-            outputs = decode_tensors(message, parts, self._limits.result)
+            outputs = decode_tensors(message, frame, self._limits.result, request.seal)
             check_reply(outputs, self._stage.outputs, len(feeds["window"]))
         except ProtocolError as error:
             raise self._error(f"wrong answer: {error}") from None
         accepted = finished if pending.accepted is None else pending.accepted
-        node_ms = (message.queue_us + message.compute_us) / 1000
+        # A node may claim any times; no more can have passed than by our own clock.
+        compute_ms = min(message.compute_us / 1000, (finished - started) * 1000)
+        queue_ms = min(message.queue_us / 1000, (finished - started) * 1000 - compute_ms)
         return Reply(
             outputs=outputs,
-            bytes_down=sum(len(part) for part in parts),
+            bytes_down=len(frame),
             upload_ms=(accepted - started) * 1000,
-            queue_ms=message.queue_us / 1000,
-            compute_ms=message.compute_us / 1000,
-            download_ms=max(0.0, (finished - accepted) * 1000 - node_ms),
+            queue_ms=queue_ms,
+            compute_ms=compute_ms,
+            download_ms=max(0.0, (finished - accepted) * 1000 - queue_ms - compute_ms),
         )
 
     async def info(self, until: float) -> tuple[Info, float]:
@@ -245,16 +249,16 @@ class NodeClient:
     async def _ask(
         self,
         id: bytes,
-        frames: list[Any],
+        frame: memoryview,
         pending: _Pending,
         until: float,
         begun: float,
         permit: Permit | None = None,
-    ) -> tuple[Message, list[zmq.Frame]]:
+    ) -> tuple[Message, zmq.Frame]:
         """Send and wait for the answer of that id, or for what makes it impossible."""
         loop = asyncio.get_running_loop()
         self._pending[id] = pending
-        sending = asyncio.ensure_future(self._socket.send_multipart(frames, copy=False))
+        sending = asyncio.ensure_future(self._socket.send(frame, copy=False))
         try:
             done, _ = await asyncio.wait(
                 {pending.answer, sending},
@@ -267,7 +271,7 @@ class NodeClient:
                     {pending.answer}, timeout=max(0.0, until - loop.time())
                 )
             if pending.answer in done:
-                message, parts = pending.answer.result()
+                message, answer = pending.answer.result()
             else:
                 after = f"within {loop.time() - begun:.1f} s"
                 if pending.accepted is not None:
@@ -288,14 +292,14 @@ class NodeClient:
                 if not future.cancel() and not future.cancelled():
                     future.exception()  # told already, or too late to matter
             if permit and not sending.cancelled() and not sending.exception():
-                permit.bytes_sent = sum(memoryview(frame).nbytes for frame in frames)
+                permit.bytes_sent = frame.nbytes
         if isinstance(message, Refused):
             raise NodeRefusedError(
                 str(self._error(f"refused ({message.code}): {message.message}")),
                 message.code,
                 message.retry_ms,
             )
-        return message, parts
+        return message, answer
 
     def _cancel(self, id: bytes, sending: asyncio.Future[Any]) -> None:
         """Tell the node that nobody waits any more for what it has been sent."""
@@ -303,10 +307,10 @@ class NodeClient:
             return
         self.cancelled += self._send_now(encode(Cancel(id)))
 
-    def _send_now(self, frames: list[Any]) -> bool:
+    def _send_now(self, frame: memoryview) -> bool:
         """At once or not at all: a node that takes nothing more needs no telling. Whether it was
         sent."""
-        told = self._socket.send_multipart(frames, flags=zmq.NOBLOCK)
+        told = self._socket.send(frame, flags=zmq.NOBLOCK)
         if not told.done():  # pyzmq lets it wait behind other messages
             told.cancel()
             return False
@@ -378,11 +382,16 @@ class NodeClient:
     async def _read(self) -> None:
         """Receive for as long as the client lives."""
         loop = asyncio.get_running_loop()
-        while True:
-            frames = await self._socket.recv_multipart(copy=False)
-            self._meter.delivered(frames)
+        async for message in received(self._socket):
+            self._meter.delivered(message.frame)
+            if message.surplus:
+                await self._shut_out(
+                    "in quarantine until this edge starts anew: it sent a message of "
+                    f"{1 + message.surplus} frames, and no node of ours sends more than one"
+                )
+                return
             try:
-                self._handle(frames, loop.time())
+                self._handle(message.frame, loop.time())
             except UnknownVersionError as error:
                 self._fail_all(f"wrong answer: {error}")
                 self._tell_versions()
@@ -399,10 +408,8 @@ class NodeClient:
         if not self._versions_told:
             self._versions_told = self._send_now(encode(VersionsSpoken(VERSIONS)))
 
-    def _handle(self, frames: list[zmq.Frame], now: float) -> None:
-        if len(frames) > 1 + MAX_TENSORS:
-            raise ProtocolError(f"message of {len(frames)} frames")
-        message = decode_header(frames[0])
+    def _handle(self, frame: zmq.Frame, now: float) -> None:
+        message = decode_header(frame)
         if isinstance(message, VersionsSpoken):
             spoken = ", ".join(map(str, message.versions))
             self._fail_all(f"speaks only protocol versions {spoken}: update the older side")
@@ -417,7 +424,7 @@ class NodeClient:
             pending.accepted = now
         else:
             pending.answered = now
-            pending.answer.set_result((message, frames[1:]))
+            pending.answer.set_result((message, frame))
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """A task that ends by itself is a defect; do not let anybody wait for it."""

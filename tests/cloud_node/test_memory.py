@@ -22,7 +22,7 @@ from transport.keys import generate, make_directory
 
 MIB = 1 << 20
 WANTED = Budget(queue=256 * MIB, transit=256 * MIB, connections=4096)
-NEEDS = Needs(request=4 * MIB, result=8 * MIB, part=4 * MIB, batches=8 * MIB, shared=80 * MIB)
+NEEDS = Needs(request=4 * MIB, result=8 * MIB, batches=8 * MIB, shared=80 * MIB)
 LIMIT = Limit("RLIMIT_DATA", "raise it", 512 * MIB, 0, promised=True)
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is used")

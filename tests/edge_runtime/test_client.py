@@ -102,13 +102,19 @@ async def connected(folder: Path, bundle_path: Path, behaviour: Behaviour) -> As
 
     async def serve() -> None:
         while True:
-            peer, header, *_ = await router.recv_multipart()
+            peer, frame = await router.recv_multipart()
+            request = decode_header(frame)
 
-            async def say(message: Any, arrays: Any = None, raw: list[bytes] | None = None) -> None:
-                frames = raw if raw is not None else encode(message, arrays)
-                await router.send_multipart([peer, *frames])  # noqa: B023
+            async def say(
+                message: Any,
+                arrays: Any = None,
+                raw: list[bytes] | None = None,
+                seal: bytes = getattr(request, "seal", b""),
+                peer: bytes = peer,
+            ) -> None:
+                frames = raw if raw is not None else [encode(message, arrays, seal)]
+                await router.send_multipart([peer, *frames])
 
-            request = decode_header(header)
             if isinstance(request, Cancel):
                 case.cancelled.append(request.id)
                 continue
@@ -130,6 +136,7 @@ async def connected(folder: Path, bundle_path: Path, behaviour: Behaviour) -> As
 
 async def honest(request: Request, say: Say) -> None:
     await say(Accepted(request.id))
+    await asyncio.sleep(0.003)  # as long as it says that it took
     await say(Result(request.id, 1000, 2000), tokens())
 
 
@@ -161,7 +168,47 @@ def test_an_answer_comes_with_its_times_and_sizes(run: Callable[..., Any]) -> No
     assert (reply.queue_ms, reply.compute_ms) == (1.0, 2.0)
     assert reply.upload_ms > 0
     assert reply.download_ms >= 0
-    assert reply.bytes_down == tokens()["tokens"].nbytes
+    size = tokens()["tokens"].nbytes
+    assert size < reply.bytes_down < size + 500
+
+
+def test_a_node_cannot_claim_more_time_than_has_passed(run: Callable[..., Any]) -> None:
+    async def boaster(request: Request, say: Say) -> None:
+        await say(Result(request.id, 86_400_000_000, 86_400_000_000), tokens())
+
+    async def work(case: Case) -> None:
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        reply = await case.infer()
+        assert reply.queue_ms >= 0
+        assert reply.download_ms >= 0
+        assert reply.queue_ms + reply.compute_ms <= (loop.time() - begun) * 1000
+
+    run(boaster, work)
+
+
+def test_a_node_that_sends_a_message_of_several_frames_is_shut_out(run: Callable[..., Any]) -> None:
+    async def many(request: Request, say: Say) -> None:
+        await say(None, raw=[b""] * 1000)
+
+    async def work(case: Case) -> None:
+        with pytest.raises(OffloadError, match="message of 1000 frames"):
+            await case.infer(seconds=60)
+        with pytest.raises(OffloadError, match="in quarantine"):
+            await case.infer(seconds=60)
+
+    run(many, work)
+
+
+def test_a_result_sealed_with_another_key_is_a_wrong_answer(run: Callable[..., Any]) -> None:
+    async def wrong(request: Request, say: Say) -> None:
+        await say(result(request), tokens(), seal=bytes(32))
+
+    async def work(case: Case) -> None:
+        with pytest.raises(OffloadError, match="not sealed with its request's key"):
+            await case.infer(seconds=60)
+
+    run(wrong, work)
 
 
 def test_two_requests_at_once_get_their_own_answers(run: Callable[..., Any]) -> None:
@@ -213,12 +260,11 @@ def answering(message: Callable[[Request], Any], arrays: Any = None) -> Behaviou
 
 
 async def garbage(request: Request, say: Say) -> None:
-    await say(None, raw=[b"\x80\x04garbage", b"\x00" * 100])
+    await say(None, raw=[b"\x80\x04garbage" + b"\x00" * 100])
 
 
 async def short_frame(request: Request, say: Say) -> None:
-    frames = encode(Result(request.id, 0, 0), tokens())
-    await say(None, raw=[frames[0], bytes(frames[1])[:-4]])
+    await say(None, raw=[bytes(encode(Result(request.id, 0, 0), tokens(), request.seal))[:-4]])
 
 
 def result(request: Request) -> Result:
@@ -233,7 +279,7 @@ def result(request: Request) -> Result:
         (answering(result, {"other": np.ones(2, np.float32)}), "returned tensors other"),
         (answering(result), "returned tensors none"),
         (garbage, "not an edge-runtime message"),
-        (short_frame, "bytes arrived"),
+        (short_frame, "its header describes"),
         (answering(lambda r: refuse(r.id, "engine", "it broke")), r"refused \(engine\): it broke"),
         (answering(lambda r: refuse(NO_ID, "malformed", "what?")), r"refused \(malformed\)"),
         (answering(lambda r: VersionsSpoken((9,))), "versions 9: update the older side"),
@@ -318,28 +364,30 @@ def test_a_defect_in_reading_fails_the_request_and_not_the_reader(
 
 
 def test_a_flood_of_messages_leaves_the_loop_its_turn(toy_bundle: Path, tmp_path: Path) -> None:
-    class Flood:
-        received = 0
-
-        async def recv_multipart(self, copy: bool) -> list[zmq.Frame]:
-            self.received += 1
-            if self.received > 1000:
-                raise asyncio.CancelledError
-            return [zmq.Frame(encode(Accepted(new_id()))[0])]
-
     async def work() -> int:
         stage = Bundle.load(toy_bundle).stage("stack")
         limits = stage_limits(stage.inputs, stage.outputs, 9)
         keypair = generate(tmp_path, "edge")
         node = Node("alpha", "tcp://127.0.0.1:1", keypair.public, keypair)
-        client = NodeClient(zmq.asyncio.Context(), node, stage, limits)
-        client._socket = flood = Flood()
+        ctx = zmq.asyncio.Context()
+        client = NodeClient(ctx, node, stage, limits)
+        plain = zmq.Context.shadow(ctx.underlying).socket(zmq.PAIR)
+        plain.bind("inproc://flood")
+        client._socket = ctx.socket(zmq.PAIR)
+        client._socket.connect("inproc://flood")
+        for _ in range(1000):
+            plain.send(encode(Accepted(new_id())))
         reading = asyncio.create_task(client._read())
-        while not flood.received:
+        while not client.strays:
             await asyncio.sleep(0)
-        received = flood.received
+        first = client.strays
+        while client.strays < 1000:
+            await asyncio.sleep(0)
+        reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
-        return received
+        plain.close()
+        ctx.destroy(linger=0)
+        return first
 
     assert asyncio.run(work()) < 10
 

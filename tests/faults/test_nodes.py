@@ -238,7 +238,7 @@ def test_values_of_bfloat16_are_falsified_too(kind: Any) -> None:
 
 
 def asked(number: int) -> Ask:
-    return Ask(number, Request(new_id(), "0" * 64, 1000), (0,))
+    return Ask(number, Request(new_id(), "0" * 64, 1000, bytes(32)), (0,))
 
 
 def test_policies_are_reproducible_and_come_from_json() -> None:
