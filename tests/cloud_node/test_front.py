@@ -411,7 +411,7 @@ def test_a_message_of_many_frames_costs_its_sender_the_connection(
         await peer.close()
 
     asyncio.run(work())
-    assert "several frames" in mine.logged()
+    until(lambda: "several frames" in mine.logged())
     assert same(mine, local, five, edge.ask(five))
 
 

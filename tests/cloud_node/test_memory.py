@@ -47,7 +47,7 @@ def cost(budget: Budget, needs: Needs, limit: Limit) -> int:
 def test_what_is_given_fits_and_is_no_more_than_was_wanted(
     most: int, used: int, queue: int, request: int, result: int, promised: bool, shared: bool
 ) -> None:
-    needs = Needs(request, result, request // 2, 2 * request, 10 * result)
+    needs = Needs(request, result, 2 * request, 10 * result)
     assume(queue >= needs.least.queue)
     wanted = Budget(queue, queue, 4096)
     limit = Limit("a limit", "raise it", most, used, promised=promised, shared=shared)

@@ -162,7 +162,6 @@ class HostileEdge:
             "version": lambda: [b"ERT\xfe"],
             "magic": lambda: [b"GET / HTTP/1.1"],
             "empty": lambda: [b""],
-            "frames": lambda: [*self.request(feeds), *[b"x"] * 40],
             "long header": lambda: [
                 b"ERT\x02" + HEADER_BYTES.to_bytes(4, "little") + bytes(HEADER_BYTES)
             ],
