@@ -142,6 +142,46 @@ def test_stages_are_opened_when_needed_and_closed_with_the_pipeline(
         engine.run({})
 
 
+def poisoned(bundle: Path, copy: Path, stage: str) -> Bundle:
+    """A copy whose weights of one stage are NaN, with a manifest that vouches for them."""
+    shutil.copytree(bundle, copy)
+    weights = copy / f"{stage}.onnx.data"
+    weights.write_bytes(np.full(weights.stat().st_size // 4, np.nan, np.float32).tobytes())
+    manifest = json.loads((copy / "manifest.json").read_text())
+    entry = manifest["stages"][stage]
+    entry["files"][weights.name] = hash_file(weights)
+    entry["sha256"] = stage_digest(entry["files"])
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    return Bundle.load(copy)
+
+
+@pytest.mark.parametrize("stage", ["tail", "encoder"])
+def test_an_embedding_that_is_not_finite_is_refused(
+    make_toy_bundle: Callable[..., Path], tmp_path: Path, windows: Windows, stage: str
+) -> None:
+    whole = make_toy_bundle(tmp_path / "whole", stock=stage == "encoder")
+    with (
+        Pipeline(poisoned(whole, tmp_path / "broken", stage), threads=1) as pipeline,
+        pytest.raises(EngineError, match=rf"{stage} of .*broken returned .*embedding.*not finite"),
+    ):
+        pipeline.embed(windows)
+
+
+def test_tokens_that_the_tail_cannot_bear_are_refused(pipeline: Pipeline, windows: Windows) -> None:
+    tokens = np.full((len(windows), 16, 8), 3e38, np.float32)  # finite, so a node may return them
+    with pytest.raises(EngineError, match=r"not finite.*edge-runtime verify .*bundle.*node"):
+        pipeline.tail({"tokens": tokens}, windows)
+
+
+@pytest.mark.parametrize("output", ["low_res_logits", "iou"])
+def test_a_decoder_s_answer_that_is_not_finite_is_refused(pipeline: Pipeline, output: str) -> None:
+    coords, labels = np.zeros((1, 2, 2), np.float32), np.zeros((1, 2), np.float32)
+    (coords[0] if output == "low_res_logits" else labels)[:] = 3e38  # the toy adds them up
+    prompts = coords, labels, np.zeros((1, 1, 40, 40), np.float32), np.zeros(1, np.float32)
+    with pytest.raises(EngineError, match=rf"the decoder of .* returned {output}.*not finite"):
+        pipeline.decode(np.zeros((1, 4, 10, 10), np.float32), *prompts)
+
+
 def test_a_graph_that_contradicts_its_manifest_is_refused(toy_bundle: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(toy_bundle, tmp_path / "b")
     manifest = json.loads((copy / "manifest.json").read_text())
