@@ -39,6 +39,9 @@ from transport.sockets import NOT_AUTHORISED
 _NODES_SHARE = 0.5
 """With a local fallback, the share of the deadline the nodes get; the edge needs the rest."""
 
+_UNWIND_S = 1.0
+"""How long an interrupted call may take to end what it has under way."""
+
 _MEMORY_SHARE = 0.9
 """Of the memory this process may use, the share from which on connections are dropped."""
 _MEMORY_S = 0.25
@@ -125,6 +128,10 @@ class Offloader:
         config: nodes, deadline, budget and fallback.
         pipeline: of the full bundle; its stack runs what stays at home.
 
+    Attributes:
+        report: how the last call of :meth:`stack` went, also when it failed or was interrupted;
+            None when it ended before any window could be sent.
+
     Raises:
         BundleError: the bundle's windows cannot leave home (stock order).
         ConfigError, KeyFileError: see :func:`.config.load_nodes`.
@@ -139,6 +146,7 @@ class Offloader:
             )
         self.config = config
         self.pipeline = pipeline
+        self.report: OffloadReport | None = None
         self._stage = bundle.stage("stack")
         self._geometry = bundle.geometry
         self._secret = load_secret_bytes(config.secret)
@@ -188,7 +196,10 @@ class Offloader:
             OffloadError: a node failed, or time ran out; at the deadline at the latest.
             PlacementError: the nodes cannot satisfy the exposure budget.
         """
-        return self._call(self._offload(windows))
+        self.report = None
+        outputs = self._call(self._offload(windows))
+        assert self.report is not None
+        return outputs, self.report
 
     def status(self, timeout_s: float = 5.0) -> list[NodeStatus]:
         """Ask every node, at once, what it serves."""
@@ -222,11 +233,21 @@ class Offloader:
         if self._loop.is_closed():
             work.close()
             raise OffloadError("the offloader was closed")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        ended = threading.Event()
+
+        async def whole() -> _T:
+            try:
+                return await work
+            finally:
+                ended.set()
+
+        future = asyncio.run_coroutine_threadsafe(whole(), self._loop)
         try:
             return future.result()
         except BaseException:
-            future.cancel()  # the caller was interrupted: so is the work
+            # The caller was interrupted. Its work ends too, and then reports what was sent.
+            future.cancel()
+            ended.wait(_UNWIND_S)
             raise
 
     def _stop(self) -> None:
@@ -238,7 +259,7 @@ class Offloader:
 
     # -- in the event loop ----------------------------------------------------------------------
 
-    async def _offload(self, windows: Windows) -> tuple[dict[str, np.ndarray], OffloadReport]:
+    async def _offload(self, windows: Windows) -> dict[str, np.ndarray]:
         loop = asyncio.get_running_loop()
         started = loop.time()
         until = started + self.config.deadline_s
@@ -342,8 +363,12 @@ class Offloader:
             for future in waiting:
                 future.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
-        report = self._report(placement, ledger, sends.values(), returned, failures, at_home)
-        return outputs, msgspec.structs.replace(report, total_ms=(loop.time() - started) * 1000)
+            for future in waiting & sends.keys():
+                failures.setdefault(sends[future].client.name, "given up before it answered")
+            report = self._report(placement, ledger, sends.values(), returned, failures, at_home)
+            total_ms = (loop.time() - started) * 1000
+            self.report = msgspec.structs.replace(report, total_ms=total_ms)
+        return outputs
 
     def _shares(self, placement: Placement, windows: Windows) -> list[_Share]:
         most = self.config.windows_per_request or len(windows)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy import Toy
+from toy import Toy, poisoned
 
 from engines.bundle import Bundle, hash_file, node_bundle, stage_digest
 from engines.errors import BundleError, EngineError
@@ -140,19 +140,6 @@ def test_stages_are_opened_when_needed_and_closed_with_the_pipeline(
         pipeline.embed(windows)
     with pytest.raises(EngineError, match="was closed"):
         engine.run({})
-
-
-def poisoned(bundle: Path, copy: Path, stage: str) -> Bundle:
-    """A copy whose weights of one stage are NaN, with a manifest that vouches for them."""
-    shutil.copytree(bundle, copy)
-    weights = copy / f"{stage}.onnx.data"
-    weights.write_bytes(np.full(weights.stat().st_size // 4, np.nan, np.float32).tobytes())
-    manifest = json.loads((copy / "manifest.json").read_text())
-    entry = manifest["stages"][stage]
-    entry["files"][weights.name] = hash_file(weights)
-    entry["sha256"] = stage_digest(entry["files"])
-    (copy / "manifest.json").write_text(json.dumps(manifest))
-    return Bundle.load(copy)
 
 
 @pytest.mark.parametrize("stage", ["tail", "encoder"])
