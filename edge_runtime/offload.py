@@ -266,25 +266,14 @@ class Offloader:
         local = self.config.fallback == "local"
         nodes_until = started + self.config.deadline_s * (_NODES_SHARE if local else 1)
 
-        placement = place(
-            areas=windows.area().tolist(),
-            windows=windows.window.tolist(),
-            side=self._geometry.windows_per_side,
-            nodes=[client.name for client in self._clients],
-            max_exposure=self.config.max_exposure,
-            secret=self._secret,
-            image_hash=_image_hash(windows),
-            keep_home=local,
-            ids={client.name: client.node.server_key for client in self._clients},
-        )
-        ledger = ExposureLedger(placement)
-        leaving = loop.run_in_executor(self._engine_thread, self.pipeline.leave_home, windows)
-        leaving.add_done_callback(_retrieve)
-        await asyncio.wait({leaving}, timeout=max(0.0, until - loop.time()))
-        if not leaving.done():
-            leaving.cancel()
+        preparing = loop.run_in_executor(self._engine_thread, self._prepare, windows)
+        preparing.add_done_callback(_retrieve)
+        await asyncio.wait({preparing}, timeout=max(0.0, until - loop.time()))
+        if not preparing.done():
+            preparing.cancel()
             raise self._late("preparing what the nodes are sent")
-        feeds = leaving.result()
+        placement, feeds = preparing.result()
+        ledger = ExposureLedger(placement)
         outputs = {
             spec.name: np.empty((len(windows), *(int(d) for d in spec.shape[1:])), spec.numpy_dtype)
             for spec in self._stage.outputs
@@ -369,6 +358,21 @@ class Offloader:
             total_ms = (loop.time() - started) * 1000
             self.report = msgspec.structs.replace(report, total_ms=total_ms)
         return outputs
+
+    def _prepare(self, windows: Windows) -> tuple[Placement, dict[str, np.ndarray]]:
+        """Who is to see which window, and what the stack is fed. Takes too long for the loop."""
+        placement = place(
+            areas=windows.area().tolist(),
+            windows=windows.window.tolist(),
+            side=self._geometry.windows_per_side,
+            nodes=[client.name for client in self._clients],
+            max_exposure=self.config.max_exposure,
+            secret=self._secret,
+            image_hash=_image_hash(windows),
+            keep_home=self.config.fallback == "local",
+            ids={client.name: client.node.server_key for client in self._clients},
+        )
+        return placement, self.pipeline.leave_home(windows)
 
     def _shares(self, placement: Placement, windows: Windows) -> list[_Share]:
         most = self.config.windows_per_request or len(windows)
@@ -509,6 +513,6 @@ def _retrieve(future: asyncio.Future[Any]) -> None:
 
 def _image_hash(windows: Windows) -> bytes:
     """Digest of what the nodes could see of the image: its pixels and its size."""
-    digest = hashlib.blake2b(repr(windows.size).encode(), digest_size=32)
+    digest = hashlib.sha256(repr(windows.size).encode())  # the fastest where CPUs have it built in
     digest.update(np.ascontiguousarray(windows.pixels).data)
     return digest.digest()

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from edge_runtime import offload as offload_module
 from edge_runtime.client import NodeClient, NodeRefusedError, Reply
 from edge_runtime.config import EdgeConfig
 from edge_runtime.images import resize_longest
@@ -285,6 +286,22 @@ def test_windows_beyond_the_budget_are_computed_at_home_with_fallback(
     assert report.home
     assert 0 < report.max_exposure <= 0.25
     assert not set(report.home) & {w for node in report.nodes for w in node.windows}
+
+
+@pytest.mark.parametrize("work", ["place", "_image_hash"])
+def test_placing_and_hashing_leave_the_network_loop_free(
+    shared_fleet: Any, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch, work: str
+) -> None:
+    real, threads = getattr(offload_module, work), []
+
+    def noting(*arguments: Any, **options: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(offload_module, work, noting)
+    offload(shared_fleet.config(), photo)
+    assert len(threads) == 1
+    assert threads[0] != "edge-network"
 
 
 def test_no_time_is_an_error_even_with_fallback(shared_fleet: Any, photo: np.ndarray) -> None:
