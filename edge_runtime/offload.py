@@ -25,7 +25,7 @@ import msgspec
 import numpy as np
 import zmq.asyncio
 
-from edge_runtime.client import NodeClient, NodeRefusedError, Reply
+from edge_runtime.client import NodeClient, NodeRefusedError, Reply, listed, mismatch
 from edge_runtime.config import EdgeConfig, load_nodes
 from edge_runtime.placement import Decision, ExposureLedger, Permit, Placement, place
 from engines.errors import BundleError, OffloadError
@@ -45,6 +45,8 @@ _UNWIND_S = 1.0
 _MEMORY_SHARE = 0.9
 """Of the memory this process may use, the share from which on connections are dropped."""
 _MEMORY_S = 0.25
+_MEMORY_REST_S = 5.0
+"""Pause after a defect in watching memory."""
 
 _T = TypeVar("_T")
 
@@ -469,40 +471,39 @@ class Offloader:
                 round_trip_ms=None,
                 detail=reason,
             )
-        ours = self._stage.sha256
-        served = ", ".join(f"{stage.label} (stack {stage.sha256[:12]})" for stage in info.stages)
-        same = any(stage.sha256 == ours for stage in info.stages)
+        wrong = mismatch(info, self._stage)
         return NodeStatus(
             name=client.name,
             endpoint=client.node.endpoint,
             reachable=True,
             authorised=True,
-            same_bundle=same,
+            same_bundle=wrong is None,
             round_trip_ms=round_trip,
-            detail=f"{info.software}, {served}"
-            if same
-            else f"it serves {served}, this edge has stack {ours[:12]}: use the bundle that the "
-            "node's was cut from",
+            detail=wrong or f"{info.software}, {listed(info)}",
         )
 
 
 async def _watch_memory(clients: list[NodeClient]) -> None:
-    """Before the kernel ends this process for want of memory, let go of what nodes have sent."""
+    """Drop all connections before this process runs out of memory by what nodes have sent."""
     limit = memory_limit()
     if limit is None:
         return
     watch = MemoryWatch(int(limit * _MEMORY_SHARE))
     while True:
         await asyncio.sleep(_MEMORY_S)
-        if held := watch.breached():
-            reason = (
-                f"the edge holds {held / 1e9:.1f} of the {limit / 1e9:.1f} GB of memory it may "
-                "have, and has dropped its connections lest it be ended"
-            )
-            log.error("%s", reason)
-            for client in clients:
-                await client.close(reason)
-                client.start()
+        try:
+            if held := watch.breached():
+                reason = (
+                    f"the edge holds {held / 1e9:.1f} of the {limit / 1e9:.1f} GB of memory it may "
+                    "have, and has dropped its connections so that the kernel does not end it"
+                )
+                log.error("%s", reason)
+                for client in clients:
+                    await client.close(reason)
+                    client.start()
+        except Exception:  # it must go on watching
+            log.exception("watching this process's memory failed")
+            await asyncio.sleep(_MEMORY_REST_S)
 
 
 def _retrieve(future: asyncio.Future[Any]) -> None:

@@ -253,7 +253,7 @@ def test_a_node_with_another_key_than_it_should_have(
         offload(config, photo)
 
 
-def test_nodes_of_another_bundle_refuse_by_name(
+def test_nodes_of_another_bundle_are_named_and_sent_nothing(
     shared_fleet: Any,
     photo: np.ndarray,
     tmp_path: Path,
@@ -261,13 +261,15 @@ def test_nodes_of_another_bundle_refuse_by_name(
 ) -> None:
     other = make_toy_bundle(tmp_path / "other", head=True)
     digests = [Bundle.load(b).stage("stack").sha256[:12] for b in (shared_fleet.bundle, other)]
-    with pytest.raises(OffloadError, match=r"wrong_bundle.*toy fp32") as caught:
+    logs = {name: len(node.log) for name, node in shared_fleet.nodes.items()}
+    with pytest.raises(OffloadError, match=r"it serves toy fp32.*this edge has") as caught:
         offload(shared_fleet.config(), photo, other)
     assert all(digest in str(caught.value) for digest in digests)
     report = offload(shared_fleet.config(fallback="local"), photo, other)[1]
-    assert (report.windows_sent, len(report.home)) == (6, 6)  # refused, but shown
-    assert report.bytes_up > 6 * 16 * 8 * 4
-    assert all(node.failure and node.bytes_up and node.exposure for node in report.nodes)
+    assert (report.windows_sent, len(report.home), report.bytes_up) == (0, 6, 0)
+    assert all("it serves toy fp32" in str(node.failure) for node in report.nodes)
+    for name, node in shared_fleet.nodes.items():  # a node logs each request that it refuses
+        assert "refused" not in node.log[logs[name] :]
 
 
 # -- budget, deadline, set-up -------------------------------------------------------------------
