@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -404,6 +405,37 @@ def test_failures_at_once_leave_no_complaint_of_asyncio(
         offload(shared_fleet.config(), photo)
     gc.collect()
     assert "never retrieved" not in caplog.text
+
+
+def test_memory_is_watched_on_after_a_defect_in_that(
+    shared_fleet: Any,
+    photo: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Watch:
+        looks = 0
+
+        def __init__(self, limit: int) -> None:
+            assert limit == 900_000
+
+        def breached(self) -> int | None:
+            Watch.looks += 1
+            if Watch.looks == 1:
+                raise OSError("odd")
+            return 950_000 if Watch.looks == 2 else None
+
+    monkeypatch.setattr(offload_module, "memory_limit", lambda: 1_000_000)
+    monkeypatch.setattr(offload_module, "MemoryWatch", Watch)
+    monkeypatch.setattr(offload_module, "_MEMORY_S", 0.01)
+    monkeypatch.setattr(offload_module, "_MEMORY_REST_S", 0.01)
+    bundle = Bundle.load(shared_fleet.bundle)
+    with Pipeline(bundle) as pipeline, Offloader(shared_fleet.config(), pipeline) as offloader:
+        while Watch.looks < 3:
+            time.sleep(0.01)
+        offloader.stack(windows_of(photo, bundle))
+    assert "watching this process's memory failed" in caplog.text
+    assert "has dropped its connections" in caplog.text
 
 
 def test_an_error_leaves_the_offloader_working(shared_fleet: Any, photo: np.ndarray) -> None:
