@@ -240,7 +240,7 @@ def write_toy_bundle(directory: Path, *, head: bool = False, stock: bool = False
         head_blocks=0 if head else None,
         weights_sha256="0" * 64,
         stages=stages,
-        golden=("golden/0.npz",),
+        golden={"golden/0.npz": hash_file(directory / "golden" / "0.npz")},
         made={"command": "tests"},
     )
     write_manifest(directory, manifest)
