@@ -1,12 +1,9 @@
-"""One connection to one node: requests out, checked replies in, and why if not.
+"""One connection to one node: requests out, checked replies in, and the reason if not.
 
-A :class:`NodeClient` holds a DEALER socket, one task that reads it for as long as it lives (a
-receive is never cancelled half-way), one that follows the link's state, and one that meters it. It
-promises that :meth:`NodeClient.infer` ends at its deadline at the latest, with the stage's outputs
-or an :class:`~engines.errors.OffloadError` that names the node and the likely cause; that it sends
-nothing without a permit of the exposure ledger; that it tells the node of requests it gives up; and
-that a node which sends without end is cut off and not talked to again. Which windows to send is
-decided in :mod:`edge_runtime.placement`, what to do about failures in :mod:`edge_runtime.offload`.
+:meth:`NodeClient.infer` ends at its deadline at the latest, with the stage's outputs or with an
+:class:`~engines.errors.OffloadError` that names the node and the likely cause. Which windows to
+send is decided in :mod:`edge_runtime.placement`, what to do about failures in
+:mod:`edge_runtime.offload`.
 """
 
 from __future__ import annotations
@@ -54,7 +51,12 @@ from transport.sockets import BACKLOG, LinkEvent, client, received, watch
 log = logging.getLogger(__name__)
 
 _GRACE_S = 1.0
-"""How long an unreachable or lost node may take to come back before a request to it fails."""
+"""How long requests wait for an unreachable or lost node to come back, counted once per outage."""
+_REST_S = 0.1
+"""Pause before a connection is rebuilt after a defect; it doubles with each defect in a row."""
+_LONGEST_REST_S = 10.0
+_ASKING_S = 3600.0
+"""Longest wait for what a node serves; requests wait for it until their own deadlines."""
 _METER_S = 0.05
 """How often to look what the node makes this process hold: at 1 Gbit/s, 6 MB in between."""
 
@@ -102,8 +104,29 @@ class _Pending:
             self.answer.set_exception(OffloadError(reason))
 
 
+def listed(info: Info) -> str:
+    """What a node says it serves, for people."""
+    served = [f"{stage.label} (stack {stage.sha256[:12]})" for stage in info.stages]
+    return ", ".join(served) or "nothing"
+
+
+def mismatch(info: Info, stage: Stage) -> str | None:
+    """Why a node cannot run ``stage``, by what it says it serves; None if it can."""
+    if any(served.sha256 == stage.sha256 for served in info.stages):
+        return None
+    return (
+        f"it serves {listed(info)}, this edge has stack {stage.sha256[:12]}: use the bundle that "
+        "the node's was cut from"
+    )
+
+
 class NodeClient:
     """Connected to ``node`` from :meth:`start` to :meth:`close`, within one event loop.
+
+    It sends nothing without a permit of the exposure ledger, and no window before the node has
+    said, once per connection, that it serves the stage. It tells the node of requests it gives up.
+    A node that sends without end is cut off and not talked to again. The connection's tasks are
+    supervised: one that ends by itself is logged, and the connection is rebuilt.
 
     Args:
         ctx: asyncio context of that loop.
@@ -131,11 +154,14 @@ class NodeClient:
         self._meter = Meter(bounds(limits.result, limits.request, backlog=BACKLOG))
         self._pending: dict[bytes, _Pending] = {}
         self._link: LinkEvent | None = None
-        self._link_since = 0.0
+        self._away_since = 0.0  # when connecting began, or when the link was last lost
         self._link_changed = asyncio.Event()
         self._versions_told = False
+        self._greeting: asyncio.Task[Info] | None = None  # of this connection
         self._socket: Any = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._rebuilding: asyncio.Task[None] | None = None
+        self._defects = 0  # in a row
 
     @property
     def name(self) -> str:
@@ -153,7 +179,7 @@ class NodeClient:
             return
         self._link = None
         self._versions_told = False
-        self._link_since = asyncio.get_running_loop().time()
+        self._away_since = asyncio.get_running_loop().time()
         self._socket = client(
             self._ctx,
             self.node.endpoint,
@@ -173,10 +199,16 @@ class NodeClient:
     async def close(self, reason: str = "the connection was closed") -> None:
         """Drop the connection and all that libzmq holds for it; requests under way fail. It may be
         started again."""
-        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
+        here = asyncio.current_task()
+        ours = [*self._tasks, self._rebuilding, self._greeting]
+        tasks = [task for task in ours if task is not None and task is not here]
+        self._tasks, self._greeting = [], None
+        if self._rebuilding is not here:
+            self._rebuilding = None
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._turn(LinkEvent("down", reason))
         self._fail_all(reason)
         if self._socket is not None:
             self._socket.close(linger=0)
@@ -200,7 +232,7 @@ class NodeClient:
         permit.spend(self.name, feeds["window"].tolist())
         loop = asyncio.get_running_loop()
         begun = loop.time()
-        await self._connected(until)
+        await self._ready(until)
         started = loop.time()
         left_ms = max(0, int((until - started) * 1000))
         request = Request(new_id(), self._stage.sha256, left_ms, new_seal())
@@ -319,6 +351,55 @@ class NodeClient:
     def _error(self, reason: str) -> OffloadError:
         return OffloadError(f"node {self.name} ({self.node.endpoint}): {reason}")
 
+    async def _ready(self, until: float) -> None:
+        """Wait until the node has said that it serves the stage; raise if it does not.
+
+        It is asked once per connection, and asked again only if that failed.
+        """
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        while True:
+            await self._connected(until)
+            greeting = self._greeting or self._greet()
+            await asyncio.wait({greeting}, timeout=max(0.0, until - loop.time()))
+            if greeting is not self._greeting:
+                continue  # that connection is gone, or the question was given up
+            if not greeting.done():
+                self._forget_greeting()
+                raise self._error(
+                    f"it has not said within {loop.time() - begun:.1f} s what it serves, so no "
+                    "window was sent: the node is frozen or the link is slow"
+                )
+            if greeting.cancelled():
+                self._forget_greeting()
+                raise self._error("asking what it serves was interrupted")
+            if greeting.exception():
+                self._forget_greeting()
+            if wrong := mismatch(greeting.result(), self._stage):
+                raise self._error(wrong)
+            self._defects = 0
+            return
+
+    def _greet(self) -> asyncio.Task[Info]:
+        """Begin to ask what the node serves."""
+
+        async def ask() -> Info:
+            info, _ = await self.info(asyncio.get_running_loop().time() + _ASKING_S)
+            return info
+
+        self._greeting = asyncio.create_task(ask(), name=f"greet-{self.name}")
+        self._greeting.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return self._greeting
+
+    def _forget_greeting(self) -> None:
+        greeting, self._greeting = self._greeting, None
+        if greeting is not None:
+            greeting.cancel()
+
+    def _patience(self, until: float) -> float:
+        """When to stop waiting for the link: an outage has one grace, for all requests."""
+        return until if self._link is None else min(until, self._away_since + _GRACE_S)
+
     async def _connected(self, until: float) -> None:
         """Wait for the link; raise as soon as it is known that waiting is in vain."""
         loop = asyncio.get_running_loop()
@@ -326,11 +407,9 @@ class NodeClient:
         if self.quarantine:
             raise self._error(self.quarantine)
         while self._link is None or self._link.state != "up":
-            limit = until
-            if self._link is not None:
-                if self._link.state == "refused":
-                    raise self._error(self._link.reason)
-                limit = min(until, self._link_since + _GRACE_S)
+            if self._link is not None and self._link.state == "refused":
+                raise self._error(self._link.reason)
+            limit = self._patience(until)
             changed = self._link_changed
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(changed.wait(), max(0.0, limit - loop.time()))
@@ -348,13 +427,17 @@ class NodeClient:
         async with contextlib.aclosing(events):
             async for event in events:
                 self._turn(event)
-                if event.state != "up":  # the node forgets us with the connection
+                if event.state == "up":
+                    self._greet()
+                else:  # the node forgets us with the connection
                     self._versions_told = False
+                    self._forget_greeting()
                     self._fail_all(event.reason)
 
     def _turn(self, event: LinkEvent) -> None:
+        if self._link is not None and self._link.state == "up":
+            self._away_since = asyncio.get_running_loop().time()
         self._link = event
-        self._link_since = asyncio.get_running_loop().time()
         changed, self._link_changed = self._link_changed, asyncio.Event()
         changed.set()
 
@@ -427,9 +510,35 @@ class NodeClient:
             pending.answer.set_result((message, frame))
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """A task that ends by itself is a defect; do not let anybody wait for it."""
-        if not task.cancelled() and (error := task.exception()):
-            self._fail_all(f"the connection failed: {error!r}")
+        """Rebuild the connection if one of its tasks has ended by itself, which is a defect."""
+        error = None if task.cancelled() else task.exception()
+        ours = task in self._tasks and self.quarantine is None
+        if error is None and not ours:
+            return
+        why = repr(error) if error else "it was cancelled"
+        log.error(
+            "the connection to node %s broke down: its task %s ended (%s)",
+            *(self.name, task.get_name(), why),
+            exc_info=error,
+        )
+        if ours:
+            reason = (
+                f"the edge's connection broke down and is being rebuilt ({why}): this is a defect "
+                "of edge-runtime, not the node's; please report it with the log"
+            )
+            self._rebuilding = self._rebuilding or asyncio.create_task(self._rebuild(reason))
+
+    async def _rebuild(self, reason: str) -> None:
+        await self.close(reason)
+        while not self._tasks and self.quarantine is None:
+            await asyncio.sleep(min(_LONGEST_REST_S, _REST_S * 2 ** min(self._defects, 10)))
+            self._defects += 1
+            try:
+                self.start()
+            except Exception:  # such as no file descriptor being left
+                log.exception("the connection to node %s could not be rebuilt yet", self.name)
+        self._rebuilding = None
+        self._turn(LinkEvent("down", reason))  # until it is known better
 
     def _fail_all(self, reason: str) -> None:
         for pending in self._pending.values():

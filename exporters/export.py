@@ -30,7 +30,7 @@ import msgspec
 from segment_anything.modeling import Sam
 from torch import nn
 
-from engines.bundle import Bundle, Manifest, Stage, write_manifest
+from engines.bundle import Bundle, Manifest, Stage, hash_file, write_manifest
 from engines.errors import ExportError
 
 from . import models, stages, verify
@@ -118,7 +118,7 @@ def export(
         images = sample_images(stages.geometry_of(sam))
         samples = [make_sample(sam, image, head_blocks) for image in images]
         manifest = _manifest(sam, order, precision, head_blocks, checkpoint, out, node_only)
-        twin = msgspec.structs.replace(manifest, precision="fp32", stages={}, golden=())
+        twin = msgspec.structs.replace(manifest, precision="fp32", stages={}, golden={})
         tolerance, rows = verify.TOLERANCES[precision], []
 
         def judge(row: verify.Row) -> None:
@@ -144,6 +144,7 @@ def export(
             gc.collect()
         watcher.step("running the bundle end to end" if not node_only else "finishing")
         write_sample(work / GOLDEN, samples[0], manifest.stages)
+        manifest = msgspec.structs.replace(manifest, golden={GOLDEN: hash_file(work / GOLDEN)})
         write_manifest(work, manifest)
         bundle = Bundle.load(work)
         if not node_only:
@@ -224,7 +225,6 @@ def _manifest(
         head_blocks=head_blocks,
         weights_sha256=models.weights_hash(sam),
         stages={},
-        golden=(GOLDEN,),
         made={
             "command": " ".join(command),
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -16,6 +17,7 @@ import zmq.asyncio
 from faults import asking
 from faults.nodes import Act, FaultyNode
 
+from edge_runtime import client as client_module
 from edge_runtime.client import NodeClient, NodeRefusedError, Reply
 from edge_runtime.config import Node
 from edge_runtime.placement import ExposureLedger, place
@@ -41,7 +43,7 @@ from transport.messages import (
     stage_limits,
 )
 from transport.meter import Resident
-from transport.sockets import server
+from transport.sockets import LinkEvent, server
 
 WINDOWS = [0, 4]
 Say = Callable[..., Awaitable[None]]
@@ -74,6 +76,10 @@ class Case:
         self.bundle = bundle
         self.requests: list[Request] = []
         self.cancelled: list[bytes] = []
+        self.infos = 0
+        self.serves = [bundle.stage("stack").sha256]
+        self.informing = asyncio.Event()  # whether the node says what it serves
+        self.informing.set()
 
     async def infer(self, seconds: float = 20.0) -> Reply:
         until = asyncio.get_running_loop().time() + seconds
@@ -115,6 +121,12 @@ async def connected(folder: Path, bundle_path: Path, behaviour: Behaviour) -> As
                 frames = raw if raw is not None else [encode(message, arrays, seal)]
                 await router.send_multipart([peer, *frames])
 
+            if isinstance(request, InfoRequest):
+                case.infos += 1
+                await case.informing.wait()
+                served = tuple(StageInfo(digest, "toy", (), ()) for digest in case.serves)
+                await say(Info(request.id, VERSIONS, served, "node 1"))
+                continue
             if isinstance(request, Cancel):
                 case.cancelled.append(request.id)
                 continue
@@ -444,17 +456,166 @@ def test_closing_ends_requests_under_way(run: Callable[..., Any]) -> None:
 
 
 def test_info_tells_what_is_served_and_the_round_trip(run: Callable[..., Any]) -> None:
-    async def inform(request: Any, say: Say) -> None:
-        assert isinstance(request, InfoRequest)
-        await say(Info(request.id, VERSIONS, (StageInfo("0" * 64, "toy", (), ()),), "node 1"))
-
     async def work(case: Case) -> None:
         until = asyncio.get_running_loop().time() + 20
         info, round_trip = await case.client.info(until)
         assert info.stages[0].label == "toy"
         assert 0 < round_trip < 20_000
 
-    run(inform, work)
+    run(honest, work)
+
+
+def test_a_node_is_asked_what_it_serves_once_per_connection(run: Callable[..., Any]) -> None:
+    async def work(case: Case) -> None:
+        for connection in (1, 2):
+            await asyncio.gather(case.infer(), case.infer())
+            await case.infer()
+            assert case.infos == connection
+            await case.client.close()
+            case.client.start()
+
+    run(honest, work)
+
+
+@pytest.mark.parametrize("serves", [[], ["0" * 64, "1" * 64]])
+def test_a_node_of_another_bundle_is_sent_no_windows(
+    run: Callable[..., Any], serves: list[str]
+) -> None:
+    async def work(case: Case) -> None:
+        case.serves = serves
+        ours = case.bundle.stage("stack").sha256[:12]
+        theirs = r"toy \(stack 000000000000\)" if serves else "nothing"
+        for _ in range(2):
+            with pytest.raises(OffloadError, match=rf"serves {theirs}.*this edge has stack {ours}"):
+                await case.infer(seconds=60)
+            assert case.permit.bytes_sent == 0
+        assert (case.requests, case.infos) == ([], 1)
+
+    run(honest, work)
+
+
+def test_a_node_that_does_not_say_what_it_serves_is_sent_no_windows(
+    run: Callable[..., Any],
+) -> None:
+    async def work(case: Case) -> None:
+        case.informing.clear()
+        await case.up()
+        with pytest.raises(OffloadError, match=r"not said .* what it serves"):
+            await case.infer(seconds=0.5)
+        assert (case.requests, case.permit.bytes_sent) == ([], 0)
+        case.informing.set()
+        await case.infer()  # asked anew
+
+    run(honest, work)
+
+
+def read_no_more(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def defective(*arguments: Any) -> None:
+        monkeypatch.undo()
+        raise ValueError("odd")
+
+    monkeypatch.setattr(case.client._meter, "delivered", defective)
+
+
+def meter_no_more(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def defective(now: float) -> list[Any]:
+        monkeypatch.undo()
+        raise ValueError("odd")
+
+    monkeypatch.setattr(case.client._meter, "poll", defective)
+
+
+def cancelled(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a library that gave up a future that the task awaits."""
+    case.client._tasks[0].cancel()
+
+
+@pytest.mark.parametrize("defect", [read_no_more, meter_no_more, cancelled])
+def test_a_task_that_ends_fails_what_is_under_way_and_is_replaced(
+    run: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    defect: Callable[[Case, pytest.MonkeyPatch], None],
+) -> None:
+    cases: list[Case] = []
+
+    async def behaviour(request: Request, say: Say) -> None:
+        if len(cases[0].requests) == 1:
+            defect(cases[0], monkeypatch)
+            await say(Accepted(request.id))
+        else:
+            await honest(request, say)
+
+    async def work(case: Case) -> None:
+        cases.append(case)
+        with pytest.raises(OffloadError, match=r"defect of edge-runtime.*not the node's"):
+            await case.infer(seconds=3600)
+        reply = await case.infer()
+        np.testing.assert_array_equal(reply.outputs["tokens"], tokens()["tokens"])
+        assert case.infos == 2  # on a new connection
+
+    run(behaviour, work)
+    (told,) = (record for record in caplog.records if record.levelname == "ERROR")
+    assert "connection to node alpha" in told.message
+    assert defect is cancelled or "ValueError: odd" in caplog.text
+
+
+def test_rebuilding_is_tried_again(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_socket(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        raise zmq.ZMQError(errno.EMFILE)
+
+    async def work(case: Case) -> None:
+        await case.infer()
+        monkeypatch.setattr(client_module, "client", no_socket)
+        cancelled(case, monkeypatch)
+        while case.client.link and case.client.link.state == "up":
+            await asyncio.sleep(0)
+        await case.infer()
+
+    run(honest, work)
+    assert "could not be rebuilt yet" in caplog.text
+
+
+def test_closing_ends_the_rebuilding_too(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work(case: Case) -> None:
+        await case.infer()
+        before = asyncio.all_tasks()
+        cancelled(case, monkeypatch)
+        while case.client.link and case.client.link.state == "up":
+            await asyncio.sleep(0)
+        await case.client.close()
+        assert asyncio.all_tasks() < before
+        with pytest.raises(OffloadError):
+            await case.infer(seconds=0.5)
+        case.client.start()
+        await case.infer()
+
+    run(honest, work)
+
+
+def test_an_outage_has_one_grace_however_its_reason_changes(run: Callable[..., Any]) -> None:
+    async def work(case: Case) -> None:
+        await case.infer()
+        loop = asyncio.get_running_loop()
+        far = loop.time() + 3600
+        case.client._turn(LinkEvent("down", "lost"))
+        limit = case.client._patience(far)
+        assert loop.time() < limit < far
+        await asyncio.sleep(0.01)
+        case.client._turn(LinkEvent("unreachable", "gone"))
+        assert case.client._patience(far) == limit
+        assert case.client._patience(limit - 1) == limit - 1
+        case.client._turn(LinkEvent("up", "back"))
+        await asyncio.sleep(0.01)
+        case.client._turn(LinkEvent("down", "lost again"))
+        assert case.client._patience(far) > limit
+
+    run(honest, work)
 
 
 def cancels(case: Case, count: int) -> Callable[[], Awaitable[None]]:
