@@ -13,7 +13,6 @@ import hashlib
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,6 +21,7 @@ import msgspec
 import numpy as np
 
 from engines.errors import BundleError
+from engines.files import move_folder, scratch_folder, write_whole, writing
 from engines.geometry import Geometry
 
 SCHEMA = 1
@@ -218,13 +218,7 @@ def stage_digest(files: Mapping[str, str]) -> str:
 def write_manifest(directory: str | os.PathLike[str], manifest: Manifest) -> None:
     """Write ``manifest.json`` into ``directory``, whole or not at all."""
     data = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
-    target = Path(directory) / MANIFEST
-    temporary = target.with_name(f".{MANIFEST}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(Path(directory) / MANIFEST, data, error=BundleError, instead="use another folder")
 
 
 def shipped_bundle(precision: str = "fp32") -> Path:
@@ -258,13 +252,11 @@ def node_bundle(bundle: Bundle, out: str | os.PathLike[str]) -> Bundle:
         raise BundleError(f"{target} exists: remove it or name another directory with --out")
     bundle.verify_hashes(["stack"])
     manifest = msgspec.structs.replace(bundle.manifest, stages={"stack": stack})
-    temporary: Path | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
+    instead = "name another folder"
+    with (
+        scratch_folder(target, error=BundleError, instead=instead) as temporary,
+        writing(target, BundleError, instead),
+    ):
         for name in _files_of(stack):
             _make_parent(temporary, name)
             shutil.copyfile(bundle.path / name, temporary / name)
@@ -274,12 +266,7 @@ def node_bundle(bundle: Bundle, out: str | os.PathLike[str]) -> Bundle:
         write_manifest(temporary, manifest)
         cut = Bundle.load(temporary)
         cut.verify_hashes()
-        temporary.rename(target)
-    except OSError as error:
-        raise BundleError(f"{target} cannot be written: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        move_folder(temporary, target)
     return Bundle(target, manifest)
 
 

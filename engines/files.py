@@ -25,7 +25,7 @@ _NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
 def whole_file(
     path: str | os.PathLike[str],
     *,
-    mode: int = 0o666,
+    mode: int | None = None,
     replace: bool = True,
     error: type[EdgeRuntimeError] = OutputError,
     instead: str = "name another file",
@@ -33,7 +33,7 @@ def whole_file(
     """An empty scratch file to write to, which becomes ``path`` at the end of the block.
 
     Args:
-        mode: of the file, less the umask; 0o600 is exact and holds from the first instant.
+        mode: of the file, exactly and from the first instant; None is as the umask says.
         replace: whether an existing file may be replaced. If not, it never is, not even one that
             appears during the block.
         error: what to raise if the disk refuses.
@@ -44,9 +44,10 @@ def whole_file(
         refuse_existing(path, error, instead)
     scratch = _beside(path)
     with undone(lambda: scratch.unlink(missing_ok=True)), writing(path, error, instead):
-        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        first = 0o666 if mode is None else mode
+        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, first)
         try:
-            if mode == 0o600:
+            if mode is not None:
                 os.fchmod(descriptor, mode)  # a strict umask must not make it unreadable to us
             yield scratch
             os.fsync(descriptor)
@@ -66,7 +67,7 @@ def write_whole(
     path: str | os.PathLike[str],
     data: bytes | str,
     *,
-    mode: int = 0o666,
+    mode: int | None = None,
     replace: bool = True,
     error: type[EdgeRuntimeError] = OutputError,
     instead: str = "name another file",
@@ -104,6 +105,9 @@ def scratch_folder(
             with contextlib.suppress(OSError):
                 parent.rmdir()  # does nothing if something is in it
 
+    for parent in folder.parents:
+        if os.path.lexists(parent) and not parent.is_dir():
+            raise error(f"{parent} is a file, not a folder: {instead}")
     with undone(clean):
         with writing(folder, error, instead):
             folder.parent.mkdir(parents=True, exist_ok=True)

@@ -198,11 +198,20 @@ def test_a_limit_on_files_is_told_like_a_full_disk(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("folder", ["/proc/x", "/proc/x/y", "/dev/null/x"])
+@pytest.mark.parametrize("folder", ["/proc/x", "/proc/x/y"])
 def test_a_place_that_cannot_be_written_is_told_before_the_work(folder: str) -> None:
     with (
         pytest.raises(OutputError, match=f"cannot write {folder}: .* another folder with --out"),
         scratch_folder(folder),
+    ):
+        raise AssertionError("not to be reached")
+
+
+def test_a_parent_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(OutputError, match=rf"{tmp_path}/file is a file, not a folder: name another"),
+        scratch_folder(tmp_path / "file" / "x" / "y"),
     ):
         raise AssertionError("not to be reached")
 
