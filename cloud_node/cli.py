@@ -300,13 +300,18 @@ def _table(loaded: Loaded) -> list[str]:
 def _init(out: Path, options: Mapping[str, Any]) -> int:
     from cloud_node.config import load
     from engines.errors import ConfigError
-    from engines.files import refuse_existing, write_whole
 
-    instead = "name another file with --out"
-    refuse_existing(out, ConfigError, instead)
+    if os.path.lexists(out):
+        raise ConfigError(
+            f"{out} exists and is never overwritten: edit it, move it away, or name another file "
+            "with --out"
+        )
     config = load(None, options).config
-    text = _toml(options, out.parent)
-    write_whole(out, text, replace=False, error=ConfigError, instead=instead)
+    try:
+        with open(out, "x", encoding="utf-8") as file:
+            file.write(_toml(options, out.parent))
+    except OSError as error:
+        raise ConfigError(f"cannot write {out}: {error.strerror}") from None
     print(f"Wrote {out}.\n\nNext:")
     if not config.key_file.exists():
         print(f"  edge-runtime keys node --dir {config.keys}")

@@ -31,8 +31,6 @@ examples:
   edge-runtime segment photo.jpg --point 120,80 --config edge.toml
 """
 
-_INSTEAD = "name another file with --out"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from edge_runtime.placement import DEFAULT_MAX_EXPOSURE
@@ -81,12 +79,15 @@ def run(args: argparse.Namespace) -> int:
     from edge_runtime.config import EdgeConfig, NodeConfig, is_key, load_nodes
     from engines.bundle import Bundle
     from engines.errors import ConfigError
-    from engines.files import refuse_existing, write_whole
     from transport.keys import check_new, check_public, generate, generate_secret, load_public
     from transport.sockets import check_endpoint
 
     out: Path = args.out
-    refuse_existing(out, ConfigError, _INSTEAD)
+    if os.path.lexists(out):
+        raise ConfigError(
+            f"{out} exists and is never overwritten: edit it, move it away, or name another file "
+            "with --out"
+        )
     if not out.parent.is_dir():
         raise ConfigError(f"the folder {out.parent} does not exist")
     if args.bundle is not None:
@@ -119,8 +120,11 @@ def run(args: argparse.Namespace) -> int:
     if not os.path.lexists(config.secret):
         generate_secret(config.secret)
     load_nodes(config)  # reads every key and sees that no two nodes share one
-    text = _toml(config, out.parent)
-    write_whole(out, text, replace=False, error=ConfigError, instead=_INSTEAD)
+    try:
+        with open(out, "x", encoding="utf-8") as file:
+            file.write(_toml(config, out.parent))
+    except OSError as error:
+        raise ConfigError(f"cannot write {out}: {error.strerror}") from None
 
     warning = _warning(config)
     if args.json:
