@@ -132,12 +132,16 @@ def _steps(adaptation: Adaptation, state: Path, save_every: int) -> bool:
     """Step until done (True) or interrupted (False, saved). All stop together."""
     import torch
 
+    from engines.stopping import finishing
     from exporters.adapt import smoothed
-    from exporters.runs import Interrupt, progress_bar, say
+    from exporters.runs import STOPPING, progress_bar, say
 
     steps, ranks = adaptation.config.steps, adaptation.ranks
     quiet = ranks.rank != 0
-    with Interrupt() as interrupt, progress_bar("adapting", steps, adaptation.step, quiet) as tell:
+    with (
+        finishing(STOPPING) as interrupt,
+        progress_bar("adapting", steps, adaptation.step, quiet) as tell,
+    ):
         while adaptation.step < steps:
             adaptation.train_step()
             tell(f"relative error {smoothed(adaptation.losses):.4f}")

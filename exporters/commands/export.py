@@ -9,11 +9,8 @@ import argparse
 import contextlib
 import ctypes
 import json
-import signal
-import sys
 import time
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -100,11 +97,7 @@ def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     _give_memory_back()
     terminal = Console(stderr=True)
-    before = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        result = _export(args, terminal)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    result = _export(args, terminal)
     seconds = time.monotonic() - started
     if args.json:
         print(json.dumps(_facts(result, seconds), indent=2))
@@ -184,11 +177,6 @@ def _give_memory_back() -> None:
 
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    """Stop as Ctrl-C does, cleaning up, with the exit code shells report for SIGTERM."""
-    sys.exit(128 + number)
 
 
 def _table(rows: Any) -> Any:

@@ -52,9 +52,10 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from engines.errors import ConfigError
+    from engines.stopping import finishing
     from exporters.evaluate import evaluate, held_out_scenes
     from exporters.models import STOCK, load_checkpoint, save_checkpoint
-    from exporters.runs import Interrupt, choose_device, made_with, progress_bar, say
+    from exporters.runs import STOPPING, choose_device, made_with, progress_bar, say
     from exporters.training import TrainConfig, Trainer
 
     if args.threads:
@@ -116,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
         trainer.save(state)
 
     with (
-        Interrupt() as interrupt,
+        finishing(STOPPING) as interrupt,
         progress_bar("training", config.steps, trainer.step) as advance,
     ):
         while trainer.step < config.steps and not interrupt.requested:

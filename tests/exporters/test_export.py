@@ -363,7 +363,7 @@ def test_existing_output_is_left_alone(random_checkpoint: Path, tmp_path: Path, 
 
 
 def test_a_place_that_cannot_be_written_is_told_first(random_checkpoint: Path) -> None:
-    with pytest.raises(ExportError, match="cannot write /proc/b: .*choose another --out"):
+    with pytest.raises(ExportError, match=r"cannot write /proc/b: .*choose another --out"):
         export(random_checkpoint, Path("/proc/b"), node_only=True)
 
 
@@ -408,7 +408,9 @@ def test_disk_fills_up(
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
-        with pytest.raises(ExportError, match=r"cannot write .*b: .*; (make room on that disk, or )?choose"):
+        with pytest.raises(
+            ExportError, match=r"cannot write .*b: .*; (make room on that disk, or )?choose"
+        ):
             export(random_checkpoint, room / "b", node_only=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
