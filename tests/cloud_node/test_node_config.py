@@ -150,7 +150,7 @@ def test_values(write: Callable[[str], Path], line: str, value: Any) -> None:
         ('ray_address = "head:6379"', ["ray_address is head:6379", 'workers = "ray"']),
         ('ray_address = "the head"', ["auto, local or HOST:PORT"]),
         ("ray_replicas = 2", ["ray_replicas is 2", 'workers = "ray"']),
-        ("ray_replicas = 0", ["1 to 1,024"]),
+        ("ray_replicas = 0", ["1 to 1024"]),
         ('ray_replicas = "4-1"', ["the smaller number first"]),
         ('ray_replicas = "1-"', ["a number, or two such as 1-4"]),
         ('workers = "ray"\ndevice = "cuda:0,1"', ["cuda:0,cuda:1", "ray_replicas"]),
