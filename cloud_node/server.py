@@ -39,6 +39,7 @@ from engines.bundle import TensorSpec
 from engines.errors import ConfigError, EngineError, ProtocolError
 from engines.files import write_whole
 from transport.messages import (
+    HEADER_BYTES,
     NO_ID,
     VERSIONS,
     Accepted,
@@ -76,26 +77,11 @@ _LOG_KEYS = 1024
 
 @dataclass(frozen=True)
 class _Work:
-    """What a queued request holds: views of the frames it came in."""
+    """What a queued request holds: views of the frame it came in, and the key for its result."""
 
     peer: bytes
     feeds: dict[str, np.ndarray]
-
-
-class _Lease:
-    """Keeps a slot until its outputs have left; in the event loop's thread."""
-
-    def __init__(self, slot: Slot) -> None:
-        self._slot = slot
-        self._holders = 1
-
-    def hold(self) -> None:
-        self._holders += 1
-
-    def drop(self) -> None:
-        self._holders -= 1
-        if not self._holders:
-            self._slot.release()
+    seal: bytes
 
 
 class Server:
@@ -205,17 +191,15 @@ class Server:
 
     # What arrives
 
-    def _handle(self, frames: list[zmq.Frame], name: str) -> None:
-        peer, *parts = frames
-        to = peer.bytes
+    def _handle(self, frame: zmq.Frame, to: bytes, name: str) -> None:
         message_id = NO_ID
         try:
-            message = decode_header(parts[0])
+            message = decode_header(frame)
             message_id = getattr(message, "id", NO_ID)
             if isinstance(message, InfoRequest):
                 self._send(to, name, encode(self._info(message)))
             elif isinstance(message, Request):
-                self._admit(to, name, message, parts[1:])
+                self._admit(to, name, message, frame)
             elif isinstance(message, Cancel):
                 job = self._queue.cancel(name, message.id)
                 if job and not job.dropped:
@@ -231,12 +215,12 @@ class Server:
         except Refusal as refusal:
             self._refuse(to, name, message_id, refusal)
 
-    def _admit(self, peer: bytes, name: str, request: Request, parts: list[zmq.Frame]) -> None:
+    def _admit(self, peer: bytes, name: str, request: Request, frame: zmq.Frame) -> None:
         prepared, now = self._prepared, self._loop.time()
         check_stage(request.stage, prepared.stage, prepared.label)
         if self._draining:
             raise Refusal("shutdown", "the node is stopping")
-        feeds = decode_tensors(request, parts, prepared.limits.request)
+        feeds = decode_tensors(request, frame, prepared.limits.request)
         windows = check_windows(feeds, prepared.stage, prepared.bundle.geometry)
         deaths = self._suspects.deaths(name, feeds, now)
         if deaths > 1:
@@ -248,7 +232,7 @@ class Server:
             size=sum(array.nbytes for array in feeds.values()),
             arrived=now,
             due=now + request.deadline_ms / 1000,
-            work=_Work(peer, feeds),
+            work=_Work(peer, feeds, request.seal),
             alone=deaths > 0,
         )
         self._expire(now)
@@ -355,7 +339,6 @@ class Server:
 
     async def _run(self, slot: Slot, jobs: Sequence[Job]) -> None:
         """See a batch to its end: every one of its requests has its outcome, or is run again."""
-        lease = _Lease(slot)
         try:
             outputs = await slot.run(_fill(slot.inputs, jobs))
         except EngineError as error:
@@ -374,17 +357,13 @@ class Server:
             for job in jobs[1:]:
                 self._finish(job, Refusal("engine", "the node failed; its log says more"))
         else:
-            self._answer(jobs, outputs, slot.compute_us, lease)
+            self._answer(jobs, outputs, slot.compute_us)
         finally:
-            lease.drop()
+            slot.release()
             self._work.set()
 
     def _answer(
-        self,
-        jobs: Sequence[Job],
-        outputs: Mapping[str, np.ndarray],
-        compute_us: int,
-        lease: _Lease,
+        self, jobs: Sequence[Job], outputs: Mapping[str, np.ndarray], compute_us: int
     ) -> None:
         now, windows = self._loop.time(), sum(job.windows for job in jobs)
         seconds = compute_us / 1e6
@@ -402,11 +381,10 @@ class Server:
                 self._finish(job)
                 continue
             queue_us = max(0, round((now - job.arrived) * 1e6) - compute_us)
-            frames = encode(
-                Result(job.id, queue_us, compute_us), {k: v[rows] for k, v in outputs.items()}
-            )
-            peer: bytes = job.work.peer
-            self._finish(job, outcome=self._send(peer, job.client, frames, lease) or "result")
+            work: _Work = job.work
+            result = Result(job.id, queue_us, compute_us)
+            frame = encode(result, {k: v[rows] for k, v in outputs.items()}, work.seal)
+            self._finish(job, outcome=self._send(work.peer, job.client, frame) or "result")
             self.metrics.wait_seconds.observe(queue_us / 1e6)
             log.debug(
                 "%d windows for %s: queued %d us, computed %d us in a batch of %d",
@@ -506,7 +484,6 @@ class Server:
         images = -(-pool.max_batch // self._prepared.bundle.geometry.windows)
         needs = Needs(
             *sizes,
-            part=limits.request.part_bytes,
             batches=2 * pool.lanes * images * (sizes[0] if shared else sum(sizes)),
             shared=shared,
         )
@@ -580,38 +557,31 @@ class Server:
         self._log_refusal(name, refusal.code, message.message)
         self._send(peer, name, encode(message))
 
-    def _send(self, peer: bytes, name: str, frames: list[Any], lease: _Lease | None = None) -> str:
-        """Send without waiting; what became of it unless it was sent. `lease` is held until the
-        tensors have left."""
-        parts = frames[1:]
-        size = sum(part.nbytes for part in parts)
-        if size and self._unread[name] + size > self._door.unsent:
+    def _send(self, peer: bytes, name: str, frame: memoryview) -> str:
+        """Send without waiting; what became of it unless it was sent."""
+        size = frame.nbytes
+        if self._unread[name] + size > self._door.unsent:
             outcome: str = "unread"
         else:
-            for part in parts:
-                assert lease
-                lease.hold()
-                self._unread[name] += part.nbytes
-                # Freed by libzmq once it has left, in whichever thread.
-                left = functools.partial(self._left_soon, name, part.nbytes, lease)
-                weakref.finalize(part.obj, left).atexit = False
-            outcome = self._door.send(peer, name, frames)
+            if size > HEADER_BYTES:
+                self._unread[name] += size
+                # libzmq frees it once it has left, in whichever thread.
+                weakref.finalize(frame.obj, self._left_soon, name, size).atexit = False
+            outcome = self._door.send(peer, frame)
         if outcome == "sent":
             return ""
-        what = "Result" if parts else "reply"
         why = "it left" if outcome == "lost" else "it does not read its replies"
-        self._log_seldom(name, outcome, f"{what} to an edge dropped: {why}")
+        self._log_seldom(name, outcome, f"a reply to an edge was dropped: {why}")
         return outcome
 
-    def _left_soon(self, name: str, size: int, lease: _Lease) -> None:
+    def _left_soon(self, name: str, size: int) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: so is the pool
-            self._loop.call_soon_threadsafe(self._left, name, size, lease)
+            self._loop.call_soon_threadsafe(self._left, name, size)
 
-    def _left(self, name: str, size: int, lease: _Lease) -> None:
+    def _left(self, name: str, size: int) -> None:
         self._unread[name] -= size
         if not self._unread[name]:
             del self._unread[name]
-        lease.drop()
         self._work.set()  # there may be room for more
 
     def _log_refusal(self, client: str, code: str, text: str) -> None:

@@ -78,7 +78,8 @@ class OffloadPredictor:
         original_size, input_size: ``(H, W)`` of the image and ``(h, w)`` of its resized copy.
         is_image_set: whether :meth:`predict` may be called.
         windows, stack_outputs: the image's windows and what the stack made of them, or None.
-        report: who saw what of the image; None when nothing left this machine.
+        report: who saw what of the image, also when :meth:`set_image` failed; None when nothing
+            left this machine.
         timing: milliseconds by stage.
 
     Raises:
@@ -153,10 +154,12 @@ class OffloadPredictor:
         timing.windows = _ms_since(start)
 
         start = time.perf_counter()
-        report = None
         outputs = None
         if self.offloader:
-            outputs, report = self.offloader.stack(windows)
+            try:
+                outputs, _ = self.offloader.stack(windows)
+            finally:
+                self.report = self.offloader.report
         elif not self.bundle.has("encoder"):
             outputs = self.pipeline.stack(self.pipeline.leave_home(windows))
         else:
@@ -171,7 +174,7 @@ class OffloadPredictor:
         self.original_size = (pixels.shape[0], pixels.shape[1])
         self.input_size = windows.size
         self.windows, self.stack_outputs = windows, outputs
-        self.report, self.timing = report, timing
+        self.timing = timing
         self.is_image_set = True
 
     def predict(

@@ -7,7 +7,9 @@ all. Drawing is left to :mod:`edge_runtime.render`, the model to :mod:`edge_runt
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import os
 import re
 import shutil
@@ -23,12 +25,15 @@ import msgspec
 import numpy as np
 
 from edge_runtime.prompts import Prompt, check
-from engines.errors import ConfigError
+from engines.errors import ConfigError, EdgeRuntimeError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from edge_runtime.offload import OffloadReport
     from edge_runtime.predictor import OffloadPredictor
+
+log = logging.getLogger(__name__)
 
 RESULT = "result.json"
 _OURS = re.compile(
@@ -136,28 +141,32 @@ def segment(
         },
     }
     if offload:
-        report["exposure"] = {
-            "max_exposure": offload.max_exposure,
-            "separation": offload.separation,
-            "windows_total": offload.windows_total,
-            "windows_sent": offload.windows_sent,
-            "windows_at_home": list(offload.home),
-            "bytes_up": offload.bytes_up,
-            "bytes_down": offload.bytes_down,
-            "nodes": [
-                {
-                    "name": node.name,
-                    "windows": list(node.windows),
-                    "share_of_image": node.exposure,
-                    "bytes_up": node.bytes_up,
-                    "bytes_down": node.bytes_down,
-                    "failure": node.failure,
-                }
-                for node in offload.nodes
-            ],
-            "ledger": msgspec.to_builtins(offload.ledger),
-        }
+        report["exposure"] = _exposure(offload)
     return Segmentation(drawn, labels, report)
+
+
+def _exposure(offload: OffloadReport) -> dict[str, Any]:
+    return {
+        "max_exposure": offload.max_exposure,
+        "separation": offload.separation,
+        "windows_total": offload.windows_total,
+        "windows_sent": offload.windows_sent,
+        "windows_at_home": list(offload.home),
+        "bytes_up": offload.bytes_up,
+        "bytes_down": offload.bytes_down,
+        "nodes": [
+            {
+                "name": node.name,
+                "windows": list(node.windows),
+                "share_of_image": node.exposure,
+                "bytes_up": node.bytes_up,
+                "bytes_down": node.bytes_down,
+                "failure": node.failure,
+            }
+            for node in offload.nodes
+        ],
+        "ledger": msgspec.to_builtins(offload.ledger),
+    }
 
 
 def _node_times(predictor: OffloadPredictor) -> dict[str, dict[str, float]]:
@@ -230,7 +239,8 @@ def write(
 
     The folder holds ``mask-K.png`` for each object (white on black), ``masks.png`` (all of them in
     colours; a pixel's palette index is the object's number), ``overlay.png``, ``result.json`` and,
-    if nodes saw anything, ``what-each-node-saw.png``.
+    if nodes saw anything, ``what-each-node-saw.png``. If it fails after nodes were sent windows, a
+    record of that is written beside the folder, see :func:`sends_on_record`.
 
     Raises:
         ConfigError: the folder exists and ``overwrite`` is off, or something else is in its place.
@@ -242,7 +252,7 @@ def write(
 
     check_folder(folder, overwrite)
     check(prompts, image.shape[:2])
-    with whole_folder(folder) as scratch:
+    with sends_on_record(folder, photo, predictor), whole_folder(folder) as scratch:
 
         def save(number: int, found: Object) -> None:
             for rank, mask in enumerate(found.masks):
@@ -265,9 +275,58 @@ def write(
     return report
 
 
+@contextmanager
+def sends_on_record(folder: Path, photo: str, predictor: OffloadPredictor) -> Iterator[None]:
+    """If what is done within fails, write what nodes were sent for it to ``FOLDER.sends.json``.
+
+    No earlier record is overwritten: the next one is ``FOLDER.sends-2.json``. An EdgeRuntimeError
+    then names the file; for anything else, the log does.
+    """
+    before = predictor.report
+    try:
+        yield
+    except BaseException as error:
+        sent = predictor.report
+        if sent is None or sent is before or not sent.windows_sent:
+            raise
+        try:
+            why = str(error) if isinstance(error, Exception) else "interrupted"
+            path = _record(folder.absolute(), {"photo": photo, "error": why}, sent)
+            said = f"what nodes have seen of {photo} is on record in {path}"
+        except OSError as problem:
+            seen = "; ".join(f"{node.name}: {node.windows}" for node in sent.nodes if node.windows)
+            said = (
+                f"nodes have seen windows of {photo} ({seen}), and no record of it could be "
+                f"written beside {folder}: {problem.strerror or problem}"
+            )
+        if not isinstance(error, EdgeRuntimeError):
+            log.warning("%s", said)
+            raise
+        error.args = (f"{error}. {said[0].upper()}{said[1:]}",)
+        raise
+
+
+def _record(folder: Path, what: dict[str, Any], sent: OffloadReport) -> Path:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        path = folder.with_name(f"{folder.name}.sends{'' if number == 1 else f'-{number}'}.json")
+        with suppress(FileExistsError):
+            path.touch(exist_ok=False)
+            break
+    scratch = path.with_name(f".{path.name}.partial")
+    try:
+        scratch.write_text(dumps({**what, "exposure": _exposure(sent)}), encoding="utf-8")
+        scratch.replace(path)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
+        raise
+    return path
+
+
 def dumps(report: dict[str, Any]) -> str:
     """A report as JSON with lists of numbers on one line each."""
-    text = json.dumps(report, indent=2)
+    text = json.dumps(report, indent=2, allow_nan=False)
     lists = re.compile(r"\[\n\s+([-0-9.e+,\s]+?)\s+\]")
     return lists.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text) + "\n"
 

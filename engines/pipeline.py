@@ -1,10 +1,9 @@
 """The whole model in one process: windows, stack, tail, decoder, and no network.
 
-This is what the answer should be. Local mode, the predictor, the exporters' verification and every
-"offloaded equals local" check go through it, and an offloaded run differs only in who computed the
-stack. It promises that results do not depend on the batch size, and that stages are opened by
-:func:`engines.opening.open_stage`, which decides what may serve. They are opened when first needed
-and kept until :meth:`Pipeline.close`; one caller at a time.
+Local mode, the predictor, the exporters' verification and every "offloaded equals local" check use
+it; an offloaded run differs only in who computed the stack. Stages are opened by
+:func:`engines.opening.open_stage` when first needed and kept until :meth:`Pipeline.close`; one
+caller at a time.
 """
 
 from __future__ import annotations
@@ -18,7 +17,9 @@ from engines.bundle import Bundle
 from engines.engine import Device, Engine
 from engines.errors import EngineError
 from engines.opening import open_stage
+from engines.plan import verify_command
 from engines.windows import Windows
+from engines.wire import all_finite
 
 
 class Pipeline:
@@ -105,7 +106,10 @@ class Pipeline:
             windows: of the image; the tail itself supplies the tokens of windows not among them.
 
         Returns:
-            the image embedding ``[1, d, g, g]``.
+            the image embedding ``[1, d, g, g]``, every number finite.
+
+        Raises:
+            EngineError: ``outputs`` do not fit, or the embedding is not finite.
         """
         engine = self.engine("tail")
         feeds: dict[str, np.ndarray] = {"present": windows.present}
@@ -114,16 +118,17 @@ class Pipeline:
                 if spec.name not in outputs:
                     raise EngineError(f"the stack's output {spec.name} is missing")
                 feeds[spec.name] = _scatter(outputs[spec.name], windows, spec.name)
-        return engine.run(feeds)["embedding"]
+        return self._run("tail", feeds)["embedding"]
 
     def embed(self, windows: Windows, batch: int | None = None) -> np.ndarray:
-        """The image embedding ``[1, d, g, g]`` of a cut image; ``batch`` as in :meth:`stack`."""
+        """The embedding of a cut image, as of :meth:`tail`; ``batch`` as in :meth:`stack`."""
         if self.bundle.has("encoder"):
-            return self.engine("encoder").run(
+            return self._run(
+                "encoder",
                 {
                     "pixels": _scatter(windows.pixels, windows, "pixels"),
                     "extent": _scatter(windows.extent, windows, "extent"),
-                }
+                },
             )["embedding"]
         return self.tail(self.stack(self.leave_home(windows), batch), windows)
 
@@ -146,19 +151,37 @@ class Pipeline:
             has_mask_input: float32 ``[p]``, 1 where ``mask_input`` counts and 0 where not.
 
         Returns:
-            low-resolution logits float32 ``[p, 4, 4g, 4g]`` and predicted IoU float32 ``[p, 4]``;
-            index 0 is SAM's single mask, 1 to 3 its multimask answer.
+            low-resolution logits float32 ``[p, 4, 4g, 4g]`` and predicted IoU float32 ``[p, 4]``,
+            every number finite; index 0 is SAM's single mask, 1 to 3 its multimask answer.
+
+        Raises:
+            EngineError: the arrays do not fit, or an answer is not finite.
         """
-        result = self.engine("decoder").run(
+        result = self._run(
+            "decoder",
             {
                 "embedding": embedding,
                 "point_coords": point_coords,
                 "point_labels": point_labels,
                 "mask_input": mask_input,
                 "has_mask_input": has_mask_input,
-            }
+            },
         )
         return result["low_res_logits"], result["iou"]
+
+    def _run(self, stage: str, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run a stage whose outputs become masks, and refuse outputs that are not finite."""
+        engine = self.engine(stage)
+        outputs = engine.run(feeds)
+        for spec in engine.outputs:
+            if not all_finite(outputs[spec.name], spec.dtype):
+                raise EngineError(
+                    f"the {stage} of {self.bundle.path} returned {spec.name} with numbers that are "
+                    "not finite, so no mask is made. "
+                    f"`{verify_command(self.bundle.path)}` measures the engines of this machine; "
+                    "if they pass, a node returned wrong tokens: --local computes without nodes"
+                )
+        return outputs
 
     def close(self) -> None:
         """Close every engine that was opened."""

@@ -24,7 +24,7 @@ import msgspec
 from segment_anything.modeling import Sam
 from torch import nn
 
-from engines.bundle import Bundle, Manifest, Stage, write_manifest
+from engines.bundle import Bundle, Manifest, Stage, hash_file, write_manifest
 from engines.errors import ExportError
 from engines.files import move_folder, scratch_folder, writing
 
@@ -113,7 +113,7 @@ def export(
         images = sample_images(stages.geometry_of(sam))
         samples = [make_sample(sam, image, head_blocks) for image in images]
         manifest = _manifest(sam, order, precision, head_blocks, checkpoint, out, node_only)
-        twin = msgspec.structs.replace(manifest, precision="fp32", stages={}, golden=())
+        twin = msgspec.structs.replace(manifest, precision="fp32", stages={}, golden={})
         tolerance, rows = verify.TOLERANCES[precision], []
 
         def judge(row: verify.Row) -> None:
@@ -139,6 +139,7 @@ def export(
             gc.collect()
         watcher.step("running the bundle end to end" if not node_only else "finishing")
         write_sample(work / GOLDEN, samples[0], manifest.stages)
+        manifest = msgspec.structs.replace(manifest, golden={GOLDEN: hash_file(work / GOLDEN)})
         write_manifest(work, manifest)
         bundle = Bundle.load(work)
         if not node_only:
@@ -219,7 +220,6 @@ def _manifest(
         head_blocks=head_blocks,
         weights_sha256=models.weights_hash(sam),
         stages={},
-        golden=(GOLDEN,),
         made={
             "command": " ".join(command),
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -4,12 +4,22 @@ repeated in numpy (:class:`Toy`): for everything that does not depend on the mod
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engines.bundle import Manifest, Stage, TensorSpec, hash_file, stage_digest, write_manifest
+from engines.bundle import (
+    Bundle,
+    Manifest,
+    Stage,
+    TensorSpec,
+    hash_file,
+    stage_digest,
+    write_manifest,
+)
 from engines.geometry import Geometry
 
 
@@ -230,11 +240,24 @@ def write_toy_bundle(directory: Path, *, head: bool = False, stock: bool = False
         head_blocks=0 if head else None,
         weights_sha256="0" * 64,
         stages=stages,
-        golden=("golden/0.npz",),
+        golden={"golden/0.npz": hash_file(directory / "golden" / "0.npz")},
         made={"command": "tests"},
     )
     write_manifest(directory, manifest)
     return directory
+
+
+def poisoned(bundle: Path, copy: Path, stage: str) -> Bundle:
+    """A copy whose weights of one stage are NaN, with a manifest that vouches for them."""
+    shutil.copytree(bundle, copy)
+    weights = copy / f"{stage}.onnx.data"
+    weights.write_bytes(np.full(weights.stat().st_size // 4, np.nan, np.float32).tobytes())
+    manifest = json.loads((copy / "manifest.json").read_text())
+    entry = manifest["stages"][stage]
+    entry["files"][weights.name] = hash_file(weights)
+    entry["sha256"] = stage_digest(entry["files"])
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    return Bundle.load(copy)
 
 
 def _spec(value: Any) -> TensorSpec:

@@ -246,7 +246,7 @@ def test_strangers_are_kept_out_and_edges_get_in_after_them(
         for stranger in strangers:
             # A raw socket queues until it is let in, another has no link to send through.
             with contextlib.suppress(zmq.Again):
-                stranger.send_multipart(encode(InfoRequest(messages.new_id())), flags=zmq.NOBLOCK)
+                stranger.send(encode(InfoRequest(messages.new_id())), flags=zmq.NOBLOCK)
         assert not any(stranger.poll(100) for stranger in strangers)
     finally:
         for stranger in strangers:
@@ -340,12 +340,11 @@ def test_stopping_waits_until_slow_links_have_carried_the_last_replies(tmp_path:
                     for spec in stage.inputs
                 }
                 feeds["extent"][:] = bundle.geometry.window_pixels
-                edge.send_multipart(
-                    encode(messages.Request(messages.new_id(), stage.sha256, 60_000), feeds)
-                )
-                assert isinstance(messages.decode_header(edge.recv_multipart()[0]), Accepted)
+                id, seal = messages.new_id(), messages.new_seal()
+                edge.send(encode(messages.Request(id, stage.sha256, 60_000, seal), feeds))
+                assert isinstance(messages.decode_header(edge.recv()), Accepted)
                 node.term()
-                assert isinstance(messages.decode_header(edge.recv_multipart()[0]), Result)
+                assert isinstance(messages.decode_header(edge.recv()), Result)
             finally:
                 edge.close(linger=0)
                 ctx.destroy(linger=0)

@@ -10,20 +10,25 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from faults.nodes import FaultyNode
 from PIL import Image
+from toy import poisoned
 
 from edge_runtime.cli import main
 from edge_runtime.config import EdgeConfig, NodeConfig
 from edge_runtime.offload import Offloader
 from edge_runtime.predictor import OffloadPredictor
+from engines.bundle import Bundle
 from engines.errors import PlanError
+from transport.keys import generate_secret
 
 
 @pytest.fixture
@@ -153,6 +158,81 @@ def test_through_nodes_the_masks_are_the_same_and_exposure_is_told(
     assert "alpha saw" in capsys.readouterr().out
 
 
+@contextmanager
+def one_node(folder: Path, bundle: Path, **options: Any) -> Iterator[tuple[FaultyNode, Path]]:
+    """A node that misbehaves and may see the whole photo, and the edge.toml that names it."""
+    secret = folder / "keys" / "edge.secret"
+    secret.parent.mkdir(mode=0o700)
+    generate_secret(secret)
+    with FaultyNode(Bundle.load(bundle), folder / "keys" / "node", **options) as node:
+        node.authorise("edge", secret.parent)
+        known = NodeConfig(
+            name="alpha",
+            endpoint=node.endpoint,
+            server_key=node.keypair.public,
+            client_key=str(secret.with_name("edge.key")),
+        )
+        config = EdgeConfig(nodes=(known,), bundle=str(bundle), secret=str(secret))
+        path = toml(config, folder / "keys" / "edge.toml")
+        path.write_text("max_exposure = 1.0\n" + path.read_text())
+        yield node, path
+
+
+def test_a_failed_run_leaves_a_record_of_what_nodes_were_shown(
+    photo: Path, tmp_path: Path, shared_fleet: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = toml(shared_fleet.config(), tmp_path / "edge.toml")
+    beta = shared_fleet.nodes["beta"].endpoint
+    config.write_text(config.read_text().replace(beta, closed_port()))
+    out = tmp_path / "deep" / "result"
+    command = ["segment", str(photo), "--point", "5,6", "--config", str(config), "--out", str(out)]
+    for name in ("result.sends.json", "result.sends-2.json"):  # the first is not overwritten
+        assert main(command) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("error: node beta ")
+        assert said.count("\n") == 1
+        assert str(out.with_name(name)) in said
+        record = json.loads(out.with_name(name).read_text())
+        assert record["photo"] == "photo.png"
+        assert "node beta" in record["error"]
+        seen = {node["name"]: node["windows"] for node in record["exposure"]["nodes"]}
+        assert seen["beta"] == []
+        granted = {line["node"]: line["windows"] for line in record["exposure"]["ledger"]}
+        assert seen["alpha"] == granted["alpha"] != []
+        assert seen["gamma"] == granted["gamma"] != []
+    assert sorted(os.listdir(out.parent)) == ["result.sends-2.json", "result.sends.json"]
+
+
+def test_tokens_that_make_no_number_are_an_error_on_record(
+    photo: Path, tmp_path: Path, toy_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def huge(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"tokens": np.full((len(feeds["window"]), 16, 8), 3e38, np.float32)}
+
+    out = tmp_path / "result"
+    with one_node(tmp_path, toy_bundle, model=huge) as (_, config):
+        command = ["segment", str(photo), "--point", "5,6", "--config", str(config)]
+        assert main([*command, "--out", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert "the tail of" in said
+    assert "not finite" in said
+    assert not out.exists()
+    record = json.loads((tmp_path / "result.sends.json").read_text())
+    assert record["exposure"]["windows_sent"] == 6
+
+
+def test_a_broken_bundle_is_an_error_and_no_empty_mask(
+    photo: Path, tmp_path: Path, toy_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = poisoned(toy_bundle, tmp_path / "broken", "tail")
+    command = ["segment", str(photo), "--point", "5,6", "--local", "--bundle", str(broken.path)]
+    assert main([*command, "--out", str(tmp_path / "result")]) == 1
+    said = capsys.readouterr().err
+    assert f"`edge-runtime verify {broken.path}`" in said
+    assert said.count("\n") == 1
+    assert sorted(os.listdir(tmp_path)) == ["broken", "photo.png"]
+
+
 def test_nodes_that_are_not_there_saw_nothing(
     photo: Path, tmp_path: Path, shared_fleet: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,6 +268,25 @@ def test_a_signal_leaves_nothing_behind(
     said = process.communicate(timeout=60)[1]
     assert (process.returncode, said) == (128 + number, "")
     assert os.listdir(folder) == []
+
+
+def test_a_signal_leaves_a_record_of_what_a_node_has_seen(
+    photo: Path, tmp_path: Path, toy_bundle: Path
+) -> None:
+    with one_node(tmp_path, toy_bundle, policy="accepted_only") as (node, config):
+        command = [sys.executable, "-m", "edge_runtime.cli", "segment", str(photo)]
+        command += ["--point", "5,6", "--config", str(config), "--out", str(tmp_path / "result")]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        while not node.requests:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM
+    record = tmp_path / "result.sends.json"
+    assert str(record) in said
+    assert json.loads(record.read_text())["exposure"]["windows_sent"] == 6
+    assert sorted(os.listdir(tmp_path)) == ["keys", "photo.png", "result.sends.json"]
 
 
 def test_edge_toml_of_the_current_folder_is_found(

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from edge_runtime import segmentation
-from engines.errors import ConfigError
+from edge_runtime.offload import NodeReport, OffloadReport
+from engines.errors import ConfigError, OffloadError
 
 
 def test_bounds_are_the_smallest_box() -> None:
@@ -61,6 +62,44 @@ def test_an_error_leaves_no_parent_folders_either(tmp_path: Path) -> None:
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
+        fail()
+    assert os.listdir(tmp_path) == []
+
+
+class Sender:
+    """What `sends_on_record` looks at of a predictor."""
+
+    report: OffloadReport | None = None
+
+    def send(self) -> None:
+        shown = NodeReport(name="alpha", windows=(1, 5), exposure=0.4)
+        self.report = OffloadReport(
+            (shown,), (), 0.4, 4, 9, 2, bytes_up=10, bytes_down=0, total_ms=1.0, ledger=()
+        )
+
+
+def test_a_record_that_cannot_be_written_is_told_instead(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 250)  # with .sends.json, longer than names may be
+
+    def fail(sender: Sender) -> None:
+        with segmentation.sends_on_record(folder, "a.png", sender):  # type: ignore[arg-type]
+            sender.send()
+            raise OffloadError("it broke")
+
+    with pytest.raises(OffloadError, match=r"it broke\. Nodes .*alpha: \(1, 5\).*name too long"):
+        fail(Sender())
+    assert os.listdir(tmp_path) == []
+
+
+def test_only_what_was_sent_meanwhile_is_put_on_record(tmp_path: Path) -> None:
+    sender = Sender()
+    sender.send()  # another photo
+
+    def fail() -> None:
+        with segmentation.sends_on_record(tmp_path / "out", "a.png", sender):  # type: ignore[arg-type]
+            raise OffloadError("it broke")
+
+    with pytest.raises(OffloadError, match=r"^it broke$"):
         fail()
     assert os.listdir(tmp_path) == []
 
