@@ -13,7 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from cloud_node.settings import BY_NAME, GROUPS, SETTINGS, Invalid, Setting
+from cloud_node.settings import BY_NAME, GROUPS, SETTINGS, Setting
+from engines import stopping
+from engines.options import Invalid, Parser
+from engines.text import printable
 
 if TYPE_CHECKING:
     from cloud_node.config import Loaded, Prepared
@@ -61,9 +64,7 @@ taken from DIR/authorized counts within a second. docs/node.md tells the rest.
 
 def build_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "cloud-node", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw
-    )
+    parser = Parser("cloud-node", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw)
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
@@ -109,7 +110,7 @@ def _reader(setting: Setting) -> Any:
         try:
             return setting.parse(text)
         except Invalid as error:
-            raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+            raise Invalid(f"{error}, not {text!r}") from None
 
     return read
 
@@ -120,7 +121,18 @@ def _help(setting: Setting) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line; returns the exit status.
+
+    Args:
+        argv: without the program's name. None means ``sys.argv``, and that this process is for the
+            command alone.
+    """
+    if argv is None:
+        return stopping.as_process(lambda: _main(None))
+    return _main(argv)
+
+
+def _main(argv: list[str] | None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.version:
@@ -149,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     except EdgeRuntimeError as error:
         if args.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return error.exit_code
 
 

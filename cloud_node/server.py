@@ -18,11 +18,9 @@ import json
 import logging
 import math
 import os
-import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +37,7 @@ from cloud_node.room import has_room
 from cloud_node.suspects import Suspects
 from engines.bundle import TensorSpec
 from engines.errors import ConfigError, EngineError, ProtocolError
+from engines.files import write_whole
 from transport.messages import (
     HEADER_BYTES,
     NO_ID,
@@ -632,7 +631,7 @@ class Server:
         log.info("ready %s", json.dumps(ready), extra={"event": "ready", **ready})
         path = prepared.config.ready_file
         if path:
-            _write_atomically(path, json.dumps(ready) + "\n")
+            write_whole(path, json.dumps(ready) + "\n", error=ConfigError)
         try:
             yield
         finally:
@@ -666,17 +665,3 @@ def _fill(inputs: Mapping[str, np.ndarray], jobs: Iterable[Job]) -> int:
 
 def _tensor_info(spec: TensorSpec) -> TensorInfo:
     return TensorInfo(spec.name, spec.dtype, spec.shape)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    try:
-        descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "w") as file:
-                file.write(text)
-            os.replace(scratch, path)
-        except OSError:
-            os.unlink(scratch)
-            raise
-    except OSError as error:
-        raise ConfigError(f"cannot write the ready file {path}: {error.strerror}") from None

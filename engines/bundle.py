@@ -12,7 +12,6 @@ import os
 import re
 import shlex
 import shutil
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -23,6 +22,7 @@ import msgspec
 import numpy as np
 
 from engines.errors import BundleError
+from engines.files import move_folder, scratch_folder, write_whole, writing
 from engines.geometry import Geometry
 
 SCHEMA = 1
@@ -256,13 +256,7 @@ def stage_digest(files: Mapping[str, str]) -> str:
 def write_manifest(directory: str | os.PathLike[str], manifest: Manifest) -> None:
     """Write ``manifest.json`` into ``directory``, whole or not at all."""
     data = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
-    target = Path(directory) / MANIFEST
-    temporary = target.with_name(f".{MANIFEST}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(Path(directory) / MANIFEST, data, error=BundleError, instead="use another folder")
 
 
 def shipped_bundle(precision: str = "fp32") -> Path:
@@ -298,13 +292,11 @@ def node_bundle(bundle: Bundle, out: str | os.PathLike[str]) -> Bundle:
     samples = bundle.verify_golden()
     golden: dict[str, str] = {}
     manifest = msgspec.structs.replace(bundle.manifest, stages={"stack": stack}, golden=golden)
-    temporary: Path | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
+    instead = "name another folder"
+    with (
+        scratch_folder(target, error=BundleError, instead=instead) as temporary,
+        writing(target, BundleError, instead),
+    ):
         for name in _files_of(stack):
             _make_parent(temporary, name)
             shutil.copyfile(bundle.path / name, temporary / name)
@@ -315,12 +307,7 @@ def node_bundle(bundle: Bundle, out: str | os.PathLike[str]) -> Bundle:
         write_manifest(temporary, manifest)
         cut = Bundle.load(temporary)
         cut.verify_hashes()
-        temporary.rename(target)
-    except OSError as error:
-        raise BundleError(f"{target} cannot be written: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        move_folder(temporary, target)
     return Bundle(target, manifest)
 
 

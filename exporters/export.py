@@ -12,14 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import gc
 import importlib.metadata
-import os
-import shutil
-import signal
-import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -32,6 +26,7 @@ from torch import nn
 
 from engines.bundle import Bundle, Manifest, Stage, hash_file, write_manifest
 from engines.errors import ExportError
+from engines.files import move_folder, scratch_folder, writing
 
 from . import models, stages, verify
 from .golden import make_sample, sample_images, write_sample
@@ -255,51 +250,13 @@ def _refuse_existing(out: Path) -> None:
 
 @contextlib.contextmanager
 def _directory(out: Path, needed: int) -> Iterator[tuple[Path, Path]]:
-    """Two temporary directories beside ``out``; the first becomes ``out`` unless an error occurs.
-
-    Disk errors become an ExportError of one line.
-    """
-    made: list[Path] = []
-    try:
-        for kind in ("partial", "scratch"):
-            made.append(Path(tempfile.mkdtemp(prefix=f".{out.name}.{kind}-", dir=out.parent)))
-        free = shutil.disk_usage(out.parent).free
-        if free < needed:
-            raise ExportError(
-                f"no room for {out}: about {needed / 1e6:,.0f} MB are needed, "
-                f"{free / 1e6:,.0f} MB are free; make room or choose another --out"
-            )
-        yield made[0], made[1]
-        umask = os.umask(0)
-        os.umask(umask)
-        made[0].chmod(0o777 & ~umask)
+    """Two scratch folders beside ``out``; the first becomes ``out`` unless an error occurs."""
+    words: dict[str, Any] = {"error": ExportError, "instead": "choose another --out"}
+    with (
+        scratch_folder(out, room=needed, **words) as work,
+        scratch_folder(out, **words) as scratch,
+        writing(out, **words),
+    ):
+        yield work, scratch
         _refuse_existing(out)
-        made[0].rename(out)
-    except OSError as error:
-        # numpy, which writes the large weights, keeps the reason of a short write to itself.
-        if error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ExportError(
-                f"no room for {out}: {error.strerror or error}; make room or choose another --out"
-            ) from error
-        raise ExportError(f"cannot write {out}: {error.strerror}") from error
-    finally:
-        with _uninterrupted():
-            for path in made:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Keep a second Ctrl-C from stopping the clean-up after the first."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before: dict[int, Any] = {s: signal.signal(s, signal.SIG_IGN) for s in _STOP}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-_STOP = (signal.SIGINT, signal.SIGTERM)
+        move_folder(work, out)

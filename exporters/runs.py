@@ -1,15 +1,11 @@
-"""What long runs share: a clean stop on Ctrl-C, a progress line, the device, and facts about how a
-result was made.
-"""
+"""What long runs share: a progress line, the device, and facts about how a result was made."""
 
 from __future__ import annotations
 
 import platform
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import torch
@@ -25,29 +21,7 @@ from rich.progress import (
 
 from engines.errors import ConfigError
 
-
-class Interrupt:
-    """Turns the first SIGINT or SIGTERM into a request to stop after the current step; a second one
-    stops at once.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Interrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def __exit__(self, *unused: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+STOPPING = "stopping: this step is finished and saved first; once more ends at once, without it"
 
 
 @contextmanager

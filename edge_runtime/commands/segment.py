@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engines.options import SECONDS, SHARE, THREADS
+
 if TYPE_CHECKING:
     from edge_runtime.config import EdgeConfig
 
@@ -80,13 +82,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     where.add_argument(
         "--max-exposure",
-        type=float,
+        type=SHARE,
         metavar="SHARE",
         help="largest share of the photo's area any node may see (default: edge.toml's)",
     )
     where.add_argument(
         "--deadline",
-        type=float,
+        type=SECONDS,
         metavar="SECONDS",
         help="time for all windows to come back; with --fallback local nodes get half of it, this "
         "machine the rest (default: edge.toml's)",
@@ -98,7 +100,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "compute those windows here (default: edge.toml's)",
     )
     where.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads on this machine (default: all cores)"
+        "--threads",
+        type=THREADS,
+        metavar="N",
+        help="CPU threads on this machine (default: all cores)",
     )
     where.add_argument(
         "--device",
@@ -127,10 +132,7 @@ def run(args: argparse.Namespace) -> int:
     from edge_runtime import prompts as prompting
     from edge_runtime import segmentation
     from edge_runtime.images import load_image
-    from engines.errors import ConfigError
 
-    if args.threads is not None and args.threads < 1:
-        raise ConfigError(f"--threads is {args.threads}; expected at least 1")
     prompts = prompting.group([_parsed(option, text) for option, text in args.prompts])
     config = _config(args)
     out = args.out or Path("out") / (args.photo.stem or "photo")

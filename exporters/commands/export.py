@@ -9,12 +9,11 @@ import argparse
 import contextlib
 import ctypes
 import json
-import signal
-import sys
 import time
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+from engines.options import Number
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--head-blocks",
-        type=int,
+        type=Number(0, 1024, whole=True),
         metavar="K",
         help="keep the patch embedding and K >= 0 window blocks on the edge (default: send pixels)",
     )
@@ -100,11 +99,7 @@ def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     _give_memory_back()
     terminal = Console(stderr=True)
-    before = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        result = _export(args, terminal)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    result = _export(args, terminal)
     seconds = time.monotonic() - started
     if args.json:
         print(json.dumps(_facts(result, seconds), indent=2))
@@ -184,11 +179,6 @@ def _give_memory_back() -> None:
 
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    """Stop as Ctrl-C does, cleaning up, with the exit code shells report for SIGTERM."""
-    sys.exit(128 + number)
 
 
 def _table(rows: Any) -> Any:

@@ -123,7 +123,7 @@ def test_what_init_comments_out_is_valid_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["--threads", "0"], "--threads 0: expected 1 to 1024"),
+        (["--threads", "0"], "--threads 0: expected a whole number from 1 to 1,024"),
         (["--memory-ceiling", "100MiB"], "expected at least 320 MiB"),
         (["--out", "no/where.toml"], "cannot write no/where.toml"),
     ],

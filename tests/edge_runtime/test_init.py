@@ -79,7 +79,6 @@ def test_existing_keys_are_used_and_an_existing_file_is_kept(
         ([node("alpha"), node("alpha", "theirs/beta-node.pub")], "same name"),
         ([node("alpha"), node("beta", "theirs/alpha-node.pub")], "same server_key"),
         (["--node=al pha=tcp://a:5555,theirs/alpha-node.pub"], "node name"),
-        ([node("alpha"), "--max-exposure=0"], "max_exposure is 0"),
         ([node("alpha"), "--bundle=nowhere"], "nowhere"),
         ([node("alpha"), "--out=nowhere/edge.toml"], "folder nowhere does not exist"),
     ],
@@ -91,6 +90,12 @@ def test_mistakes_leave_nothing_behind(
     assert says in capsys.readouterr().err
     assert not Path("edge.toml").exists()
     assert not Path("keys").exists()
+
+
+def test_a_budget_may_be_in_percent(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["init", node("alpha"), "--max-exposure=0"]) == 2
+    assert cli.main(["init", node("alpha"), "--max-exposure=37%"]) == 0
+    assert load_config("edge.toml").max_exposure == 0.37
 
 
 def test_a_budget_that_so_few_nodes_cannot_keep_is_noted(

@@ -338,7 +338,7 @@ def test_a_budget_that_cannot_be_met_leaves_nothing_behind(
         (["--local", "--point", "1,1", "--max-exposure", "0.3"], "--max-exposure is about nodes"),
         (["--local", "--point", "1,1", "--deadline", "3"], "--deadline is about nodes"),
         (["--config", "no.toml", "--point", "1,1"], "no.toml does not exist"),
-        (["--local", "--point", "1,1", "--threads", "0"], "expected at least 1"),
+        (["--local", "--point", "-5,10"], "the point -5,10 is outside the photo"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(
@@ -357,6 +357,22 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert said.err.count("\n") == 1
     assert message in said.err
     assert os.listdir(tmp_path) == ["photo.png"]
+
+
+def test_shares_may_be_in_percent_and_threads_have_a_limit(
+    photo: Path,
+    tmp_path: Path,
+    shared_fleet: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = toml(shared_fleet.config(), tmp_path / "edge.toml")
+    command = ["segment", str(photo), "--point", "5,6", "--config", str(config)]
+    command += ["--out", str(tmp_path / "out")]
+    assert main([*command, "--threads", "100000"]) == 2  # more than a machine could start
+    assert capsys.readouterr().err.startswith("error: --threads: expected a whole number from 1 to")
+    assert main([*command, "--max-exposure", "10%"]) == 1
+    assert "0.1" in capsys.readouterr().err
+    assert main([*command, "--max-exposure", "45%"]) == 0
 
 
 def test_earlier_results_are_kept_unless_asked(

@@ -362,9 +362,9 @@ def test_existing_output_is_left_alone(random_checkpoint: Path, tmp_path: Path, 
     assert kind != "file" or out.read_text() == "mine"
 
 
-def test_missing_parent_directory(random_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"cannot write .*No such file or directory"):
-        export(random_checkpoint, tmp_path / "none" / "b", node_only=True)
+def test_a_place_that_cannot_be_written_is_told_first(random_checkpoint: Path) -> None:
+    with pytest.raises(ExportError, match=r"cannot write /proc/b: .*choose another --out"):
+        export(random_checkpoint, Path("/proc/b"), node_only=True)
 
 
 def test_stage_that_misses_its_tolerance(
@@ -395,7 +395,7 @@ def test_disk_too_small(
     random_checkpoint: Path, room: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export_module, "_bytes_needed", lambda *_: 1 << 60)
-    with pytest.raises(ExportError, match=r"no room for .*b: about 1,152,921,504,607 MB are"):
+    with pytest.raises(ExportError, match=r"b needs about 1,152,921,504,606\.8 MB and .* are free"):
         export(random_checkpoint, room / "b")
 
 
@@ -408,7 +408,9 @@ def test_disk_fills_up(
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
-        with pytest.raises(ExportError, match=r"no room for .*b: .*; make room or choose"):
+        with pytest.raises(
+            ExportError, match=r"cannot write .*b: .*; (make room on that disk, or )?choose"
+        ):
             export(random_checkpoint, room / "b", node_only=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -425,7 +427,7 @@ def test_interrupted(random_checkpoint: Path, room: Path, stop: int, code: int) 
     for line in process.stderr:
         if "writing and verifying tail" in line:  # the stack has been written
             break
-    assert list(room.glob(".b.partial-*/stack.onnx")), "nothing to clean up: test proves nothing"
+    assert list(room.glob(".b.*/stack.onnx")), "nothing to clean up: test proves nothing"
     process.send_signal(stop)
     time.sleep(0.2)
     process.send_signal(stop)  # impatience must not break the clean-up
