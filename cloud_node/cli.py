@@ -276,7 +276,7 @@ def _check(file: Path | None, options: Mapping[str, Any], as_json: bool) -> int:
     print(
         f"\nBundle: {prepared.label}, stack {prepared.stage.sha256[:12]}, hashes as they should be"
     )
-    print(f"Public key: {prepared.keypair.public}")
+    print(f"Public key: '{prepared.keypair.public}'")
     print(f"Edges authorised: {len(prepared.allowed)}")
     for note in notes:
         print(f"Note: {note}")
@@ -308,7 +308,7 @@ def _init(out: Path, options: Mapping[str, Any]) -> int:
         )
     config = load(None, options).config
     try:
-        with open(out, "x", encoding="utf-8") as file:
+        with open(out, "x", encoding="utf-8", opener=_opener) as file:
             file.write(_toml(options, out.parent))
     except OSError as error:
         raise ConfigError(f"cannot write {out}: {error.strerror}") from None
@@ -317,6 +317,10 @@ def _init(out: Path, options: Mapping[str, Any]) -> int:
         print(f"  edge-runtime keys node --dir {config.keys}")
     print(f"  cloud-node check --config {out}\n  cloud-node serve --config {out}")
     return 0
+
+
+def _opener(name: str, flags: int) -> int:
+    return os.open(name, flags, 0o644)  # under a loose umask, others could write to it
 
 
 def _toml(options: Mapping[str, Any], base: Path) -> str:

@@ -18,6 +18,7 @@ import errno
 import logging
 import operator
 import os
+import shlex
 import struct
 import time
 from collections.abc import Callable, Iterable
@@ -148,8 +149,10 @@ class AllowList:
     def command(self, file: str) -> str:
         """What puts a .pub file into the folder, for people."""
         if self.folder.name == AUTHORIZED:
-            return f"edge-runtime keys authorize --dir {self.folder.parent} {file}"
-        return f"cp {file} {self.folder}"
+            return (
+                f"edge-runtime keys authorize --dir {shlex.quote(str(self.folder.parent))} {file}"
+            )
+        return f"cp {file} {shlex.quote(str(self.folder))}"
 
     def __len__(self) -> int:
         return len(self._names)

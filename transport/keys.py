@@ -18,7 +18,7 @@ import zmq
 from zmq.utils import z85
 
 from engines.errors import KeyFileError
-from transport.trust import danger
+from transport.trust import danger, judge
 
 SECRET_BYTES = 32
 AUTHORIZED = "authorized"
@@ -179,7 +179,7 @@ def check_name(name: str) -> str:
 def make_directory(directory: Path | str) -> Path:
     """Make a folder for keys (0700) unless it is there.
 
-    It may be another user's: root makes keys for a container or a service.
+    It may be another user's: root makes keys for containers and services. Loading judges more.
 
     Raises:
         KeyFileError: it can't be made, or others may write to it.
@@ -188,16 +188,17 @@ def make_directory(directory: Path | str) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
-        owner = folder.stat().st_uid
+        status = folder.stat()
     except OSError as error:
         raise KeyFileError(f"cannot make the folder {folder}: {error.strerror}") from None
-    _refuse_danger(folder, owner=owner)
+    if found := judge(folder, status, status.st_uid):
+        raise KeyFileError(found)
     return folder
 
 
-def _refuse_danger(path: Path, *, owner: int | None = None) -> None:
+def _refuse_danger(path: Path) -> None:
     try:
-        found = danger(path, owner=owner)
+        found = danger(path)
     except OSError as error:
         raise KeyFileError(f"cannot look at {path}: {error.strerror}") from None
     if found:
@@ -238,7 +239,10 @@ def _read(path: Path, *, private: bool) -> str:
         # Non-blocking, so that a pipe in the place of a key cannot hang the start.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        hint = "; make one with `edge-runtime keys`" if isinstance(error, FileNotFoundError) else ""
+        hint = ""
+        if isinstance(error, FileNotFoundError):
+            asked = "ask the owner of that key for it, who alone can make it"
+            hint = "; make one with `edge-runtime keys`" if private else f"; {asked}"
         raise KeyFileError(f"cannot read the key file {path}: {error.strerror}{hint}") from error
     try:
         status = os.fstat(descriptor)

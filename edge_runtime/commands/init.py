@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,8 @@ secret and its key for each node where they don't exist yet. Overwrites nothing.
 
 EPILOG = """\
 KEY is the node's public key: the node.pub file that its operator sent you, or the 40 characters in
-it. Three nodes or more are needed for no node to see over half of a picture.
+it. Put those in single quotes, because they may hold $, & or *. Three nodes or more are needed for
+no node to see over half of a picture.
 
 examples:
   edge-runtime init --node alpha=tcp://alpha.example.org:5555,keys/alpha-node.pub \\
@@ -76,10 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Raises ConfigError or KeyFileError, before anything is written."""
-    from edge_runtime.config import EdgeConfig, NodeConfig, is_key, load_nodes
+    from edge_runtime.config import EdgeConfig, NodeConfig, is_key, load_nodes, refuse_own_keys
     from engines.bundle import Bundle
     from engines.errors import ConfigError
-    from transport.keys import check_new, check_public, generate, generate_secret, load_public
+    from transport.keys import check_new, check_public, generate, generate_secret, load_secret
     from transport.sockets import check_endpoint
 
     out: Path = args.out
@@ -93,10 +95,11 @@ def run(args: argparse.Namespace) -> int:
     if args.bundle is not None:
         Bundle.load(args.bundle)
     nodes = []
+    server_keys = {}
     for text in args.node:
         name, endpoint, key = _split(text)
         check_endpoint(endpoint)
-        check_public(key) if is_key(key) else load_public(key)
+        server_keys[name] = check_public(key) if is_key(key) else _public(text, key)
         nodes.append(
             NodeConfig(
                 name=name,
@@ -113,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
     )
 
     missing = [node.name for node in nodes if not os.path.lexists(node.client_key)]
+    present = [node.client_key for node in nodes if node.name not in missing]
+    refuse_own_keys(server_keys, {load_secret(file).public for file in present})
     for name in missing:
         check_new(args.keys, name)
     for name in missing:
@@ -121,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
         generate_secret(config.secret)
     load_nodes(config)  # reads every key and sees that no two nodes share one
     try:
-        with open(out, "x", encoding="utf-8") as file:
+        with open(out, "x", encoding="utf-8", opener=_opener) as file:
             file.write(_toml(config, out.parent))
     except OSError as error:
         raise ConfigError(f"cannot write {out}: {error.strerror}") from None
@@ -137,9 +142,13 @@ def run(args: argparse.Namespace) -> int:
     if missing:
         print("\nMade this edge's keys. Send each node's operator the one made for that node:")
         print("\n".join(f"  {args.keys / name}.pub  to the operator of {name}" for name in missing))
-    where = "" if out == Path("edge.toml") else f" --config {out}"
+    where = "" if out == Path("edge.toml") else f" --config {shlex.quote(str(out))}"
     print(f"\nNext: edge-runtime nodes{where}")
     return 0
+
+
+def _opener(name: str, flags: int) -> int:
+    return os.open(name, flags, 0o644)  # under a loose umask, others could write to it
 
 
 def _split(text: str) -> tuple[str, str, str]:
@@ -153,6 +162,18 @@ def _split(text: str) -> tuple[str, str, str]:
             "alpha=tcp://alpha.example.org:5555,keys/alpha-node.pub"
         )
     return name, endpoint, key
+
+
+def _public(text: str, file: str) -> str:
+    """The key in a file that ``--node text`` names."""
+    from engines.errors import KeyFileError
+    from transport.keys import load_public
+
+    try:
+        return load_public(file)
+    except KeyFileError as error:
+        quotes = "" if os.path.lexists(file) else "; a key itself goes in single quotes"
+        raise KeyFileError(f"--node {text!r}: {error}{quotes}") from None
 
 
 def _warning(config: EdgeConfig) -> str | None:

@@ -204,6 +204,7 @@ def test_root_makes_keys_in_the_folder_of_another_user(tmp_path: Path) -> None:
     folder = keys.make_directory(tmp_path / "keys")
     os.chown(folder, 12_345, -1)
     keys.generate(folder, "alpha")
+    keys.make_directory(folder / "authorized")
     with pytest.raises(KeyFileError, match="belongs to"):
         keys.load_secret(folder / "alpha.key")
 
