@@ -300,27 +300,23 @@ def _table(loaded: Loaded) -> list[str]:
 def _init(out: Path, options: Mapping[str, Any]) -> int:
     from cloud_node.config import load
     from engines.errors import ConfigError
+    from engines.files import refuse_existing, write_whole
 
-    if os.path.lexists(out):
-        raise ConfigError(
-            f"{out} exists and is never overwritten: edit it, move it away, or name another file "
-            "with --out"
-        )
+    refuse_existing(out, ConfigError, "name another file with --out")
     config = load(None, options).config
-    try:
-        with open(out, "x", encoding="utf-8", opener=_opener) as file:
-            file.write(_toml(options, out.parent))
-    except OSError as error:
-        raise ConfigError(f"cannot write {out}: {error.strerror}") from None
+    write_whole(
+        out,
+        _toml(options, out.parent),
+        mode=0o644,  # under a loose umask, others could write to it
+        replace=False,
+        error=ConfigError,
+        instead="name another file with --out",
+    )
     print(f"Wrote {out}.\n\nNext:")
     if not config.key_file.exists():
         print(f"  edge-runtime keys node --dir {config.keys}")
     print(f"  cloud-node check --config {out}\n  cloud-node serve --config {out}")
     return 0
-
-
-def _opener(name: str, flags: int) -> int:
-    return os.open(name, flags, 0o644)  # under a loose umask, others could write to it
 
 
 def _toml(options: Mapping[str, Any], base: Path) -> str:

@@ -81,15 +81,12 @@ def run(args: argparse.Namespace) -> int:
     from edge_runtime.config import EdgeConfig, NodeConfig, is_key, load_nodes, refuse_own_keys
     from engines.bundle import Bundle
     from engines.errors import ConfigError
+    from engines.files import refuse_existing, write_whole
     from transport.keys import check_new, check_public, generate, generate_secret, load_secret
     from transport.sockets import check_endpoint
 
     out: Path = args.out
-    if os.path.lexists(out):
-        raise ConfigError(
-            f"{out} exists and is never overwritten: edit it, move it away, or name another file "
-            "with --out"
-        )
+    refuse_existing(out, ConfigError, "name another file with --out")
     if not out.parent.is_dir():
         raise ConfigError(f"the folder {out.parent} does not exist")
     if args.bundle is not None:
@@ -125,11 +122,14 @@ def run(args: argparse.Namespace) -> int:
     if not os.path.lexists(config.secret):
         generate_secret(config.secret)
     load_nodes(config)  # reads every key and sees that no two nodes share one
-    try:
-        with open(out, "x", encoding="utf-8", opener=_opener) as file:
-            file.write(_toml(config, out.parent))
-    except OSError as error:
-        raise ConfigError(f"cannot write {out}: {error.strerror}") from None
+    write_whole(
+        out,
+        _toml(config, out.parent),
+        mode=0o644,  # under a loose umask, others could write to it
+        replace=False,
+        error=ConfigError,
+        instead="name another file with --out",
+    )
 
     warning = _warning(config)
     if args.json:
@@ -145,10 +145,6 @@ def run(args: argparse.Namespace) -> int:
     where = "" if out == Path("edge.toml") else f" --config {shlex.quote(str(out))}"
     print(f"\nNext: edge-runtime nodes{where}")
     return 0
-
-
-def _opener(name: str, flags: int) -> int:
-    return os.open(name, flags, 0o644)  # under a loose umask, others could write to it
 
 
 def _split(text: str) -> tuple[str, str, str]:
