@@ -7,7 +7,6 @@ all. Drawing is left to :mod:`edge_runtime.render`, the model to :mod:`edge_runt
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import os
@@ -25,7 +24,9 @@ import msgspec
 import numpy as np
 
 from edge_runtime.prompts import Prompt, check
-from engines.errors import ConfigError, EdgeRuntimeError
+from engines.errors import ConfigError, EdgeRuntimeError, OutputError
+from engines.files import write_whole
+from engines.stopping import held, undone
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -283,44 +284,51 @@ def sends_on_record(folder: Path, photo: str, predictor: OffloadPredictor) -> It
     then names the file; for anything else, the log does.
     """
     before = predictor.report
-    try:
-        yield
-    except BaseException as error:
+    settled = False
+
+    def settle(why: str) -> str | None:
+        """Write the record, if there is one to write; returns what to say of it."""
+        nonlocal settled
         sent = predictor.report
-        if sent is None or sent is before or not sent.windows_sent:
-            raise
+        if settled or sent is None or sent is before or not sent.windows_sent:
+            return None
+        settled = True
         try:
-            why = str(error) if isinstance(error, Exception) else "interrupted"
             path = _record(folder.absolute(), {"photo": photo, "error": why}, sent)
-            said = f"what nodes have seen of {photo} is on record in {path}"
-        except OSError as problem:
+        except (OSError, OutputError) as problem:
             seen = "; ".join(f"{node.name}: {node.windows}" for node in sent.nodes if node.windows)
-            said = (
+            return (
                 f"nodes have seen windows of {photo} ({seen}), and no record of it could be "
-                f"written beside {folder}: {problem.strerror or problem}"
+                f"written: {problem}"
             )
-        if not isinstance(error, EdgeRuntimeError):
+        return f"what nodes have seen of {photo} is on record in {path}"
+
+    def end() -> None:
+        if said := settle("interrupted"):
             log.warning("%s", said)
+
+    with undone(end):  # it also runs if the process has to end while an engine computes
+        try:
+            yield
+        except Exception as error:
+            with held():
+                said = settle(str(error) or type(error).__name__)
+            if said and isinstance(error, EdgeRuntimeError):
+                error.args = (f"{error}. {said[0].upper()}{said[1:]}",)
+            elif said:
+                log.warning("%s", said)
             raise
-        error.args = (f"{error}. {said[0].upper()}{said[1:]}",)
-        raise
+        else:
+            settled = True
 
 
 def _record(folder: Path, what: dict[str, Any], sent: OffloadReport) -> Path:
+    path, number = folder.with_name(f"{folder.name}.sends.json"), 1
+    while os.path.lexists(path):
+        number += 1
+        path = folder.with_name(f"{folder.name}.sends-{number}.json")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for number in itertools.count(1):
-        path = folder.with_name(f"{folder.name}.sends{'' if number == 1 else f'-{number}'}.json")
-        with suppress(FileExistsError):
-            path.touch(exist_ok=False)
-            break
-    scratch = path.with_name(f".{path.name}.partial")
-    try:
-        scratch.write_text(dumps({**what, "exposure": _exposure(sent)}), encoding="utf-8")
-        scratch.replace(path)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        scratch.unlink(missing_ok=True)
-        raise
+    write_whole(path, dumps({**what, "exposure": _exposure(sent)}), replace=False)
     return path
 
 
