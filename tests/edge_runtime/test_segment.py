@@ -74,7 +74,6 @@ def test_the_device_is_chosen_here_or_in_edge_toml(
     assert main([*command, "--device", "cpu", "--out", str(tmp_path / "c")]) == 0
     assert main([*command, "--device", "tpu"]) == 2
     node = NodeConfig(name="a", endpoint="tcp://a:1", server_key="a.pub")
-    monkeypatch.setattr(Offloader, "prepare", lambda self: None)
     config = EdgeConfig(nodes=(node,), bundle=str(toy_bundle), device="tensorrt")
     monkeypatch.setattr(Offloader, "__init__", lambda self, *_: None)
     monkeypatch.setattr(Offloader, "close", lambda self: None)
@@ -107,7 +106,7 @@ def test_local_writes_masks_overlay_and_json(
     assert np.array_equal(mask(out / "mask-1.png"), expected[best])
     first = result["objects"][0]["masks"]
     assert [m["file"] for m in first] == ["mask-1.png"]
-    assert first[0]["score"] == pytest.approx(float(scores[best]))
+    assert first[0]["predicted_iou"] == pytest.approx(float(scores[best]))
     assert first[0]["area"] == np.count_nonzero(expected[best])
     with Image.open(out / "masks.png") as labels:
         numbers = np.array(labels)
@@ -122,11 +121,12 @@ def test_multimask_keeps_all_three_best_first(
     options = ["--local", "--bundle", str(toy_bundle), "--out", str(out), "--multimask", "--json"]
     assert main(["segment", str(photo), "--point", "5,6", *options]) == 0
     printed = json.loads(capsys.readouterr().out)
+    assert printed.pop("folder") == str(out)
     assert printed == json.loads((out / "result.json").read_text())
     masks = printed["objects"][0]["masks"]
     assert [m["file"] for m in masks] == ["mask-1.png", "mask-1-2.png", "mask-1-3.png"]
     assert all((out / m["file"]).is_file() for m in masks)
-    scores = [m["score"] for m in masks]
+    scores = [m["predicted_iou"] for m in masks]
     assert scores == sorted(scores, reverse=True)
 
 
@@ -144,7 +144,7 @@ def test_through_nodes_the_masks_are_the_same_and_exposure_is_told(
     assert (tmp_path / "away" / "what-each-node-saw.png").is_file()
     result = json.loads((tmp_path / "away" / "result.json").read_text())
     exposure = result["exposure"]
-    assert exposure["max_exposure"] <= 0.45
+    assert exposure["largest_share"] <= exposure["max_exposure"] == 0.45
     assert {node["name"] for node in exposure["nodes"]} == {"alpha", "beta", "gamma"}
     shown = sorted(w for node in exposure["nodes"] for w in node["windows"])
     assert len(shown) == exposure["windows_sent"] == len(set(shown))
@@ -244,7 +244,7 @@ def test_nodes_that_are_not_there_saw_nothing(
     assert "alpha saw 0 of 9 windows, 0.0% of the photo; failed: " in capsys.readouterr().out
     exposure = json.loads((tmp_path / "out" / "result.json").read_text())["exposure"]
     assert (exposure["windows_sent"], exposure["bytes_up"]) == (0, 0)
-    assert (exposure["max_exposure"], len(exposure["windows_at_home"])) == (0, 6)
+    assert (exposure["largest_share"], len(exposure["windows_at_home"])) == (0, 6)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -295,7 +295,7 @@ def test_edge_toml_of_the_current_folder_is_found(
     toml(shared_fleet.config(), tmp_path / "edge.toml")
     monkeypatch.chdir(tmp_path)
     assert main(["segment", "photo.png", "--point", "5,6"]) == 0
-    result = json.loads((tmp_path / "out" / "photo" / "result.json").read_text())
+    result = json.loads((tmp_path / "out" / "photo.png" / "result.json").read_text())
     assert result["offloaded"] is True
 
 
@@ -324,7 +324,7 @@ def test_a_budget_that_cannot_be_met_leaves_nothing_behind(
     assert sorted(os.listdir(tmp_path)) == ["edge.toml", "photo.png"]
     assert main([*command, "--fallback", "local"]) == 0
     result = json.loads((tmp_path / "result" / "result.json").read_text())
-    assert result["exposure"]["max_exposure"] <= 0.1
+    assert result["exposure"]["largest_share"] <= result["exposure"]["max_exposure"] == 0.1
     assert result["exposure"]["windows_at_home"]
 
 
@@ -418,6 +418,6 @@ def test_it_works_with_the_model_that_comes_with_the_package(
     monkeypatch.chdir(tmp_path)
     x, y = CLICKS[0]
     assert main(["segment", str(PHOTO), "--point", f"{x},{y}", "--local"]) == 0
-    found = mask(tmp_path / "out" / "coins" / "mask-1.png")
+    found = mask(tmp_path / "out" / "coins.png" / "mask-1.png")
     with Image.open(REFERENCE) as reference:
         assert mask_ious([found], np.array(reference), [(x, y)])[0] > 0.5
