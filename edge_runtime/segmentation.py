@@ -42,8 +42,8 @@ _OURS = re.compile(
 DRAWING_SIDE = 2048
 """Longest side of drawings, in pixels; masks are written at the photo's own size."""
 ANOTHER_FOLDER = "name another folder with --out"
-_ROOM = 1 << 20
-"""Bytes that the results of a small photo take; large ones take more."""
+_ROOM, _ROOM_OF_PICTURES = 32 << 10, 8 << 20
+"""Bytes that a report takes, and pictures."""
 
 
 @dataclass(frozen=True)
@@ -260,8 +260,8 @@ def write(
     if not number:
         check_folder(folder, is_ours, RESULT, overwrite)
     check(prompts, image.shape[:2])
-    # Most masks take far less than a bit per pixel, drawings less than their pixels.
-    room = _ROOM + image[..., 0].size * len(prompts) // 16
+    # Masks take less than a bit per pixel.
+    room = _ROOM + len(prompts) * image[..., 0].size // 16 + pictures * _ROOM_OF_PICTURES
     with (
         sends_on_record(folder, photo, predictor),
         scratch_folder(folder, room=room, instead=ANOTHER_FOLDER) as scratch,

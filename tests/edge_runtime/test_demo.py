@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from PIL import Image
 
 from edge_runtime import demo
 from edge_runtime.cli import main
-from engines.errors import EdgeRuntimeError
+from engines.errors import ConfigError, EdgeRuntimeError, OutputError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -192,6 +193,49 @@ def test_a_node_that_does_not_start_is_named_and_the_others_are_ended(
     assert len(started) == 3
     assert all(process.poll() is not None for process in started)
     assert not (tmp_path / "out").exists()
+
+
+def test_results_of_other_commands_are_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "_nodes", None)  # no node is started
+    out = tmp_path / "out"
+    segmented = ["segment", str(demo.PHOTO), "--point", "335,43", "--local", "--out", str(out)]
+    assert main(segmented) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(ConfigError, match="holds other things than these results, such as mask-1"):
+        demo.run_demo(out, quiet=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_earlier_results_of_the_demo_are_replaced_and_nothing_of_them_is_kept(
+    finished: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (out / "report.json").write_text("{}")
+    assert main(["demo", "--out", str(out), "--json"]) == 0
+    assert json.loads((out / "report.json").read_text())["identical_to_local"] is True
+    assert sorted(os.listdir(out)) == sorted(os.listdir(finished))
+    assert segment_refuses(out)
+
+
+def segment_refuses(out: Path) -> bool:
+    """Whether `segment --overwrite` leaves the demo's results alone."""
+    command = ["segment", str(demo.PHOTO), "--point", "335,43", "--local", "--out", str(out)]
+    return main([*command, "--overwrite"]) == 1
+
+
+@pytest.mark.parametrize("place", ["full", "proc"])
+def test_a_place_that_cannot_be_written_is_told_before_any_node_starts(
+    place: str, full_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "_nodes", None)
+    out = full_disk / "deep" / "out" if place == "full" else Path("/proc/demo")
+    with pytest.raises(OutputError, match=f"{out} .*name another folder with --out|{out}: "):
+        demo.run_demo(out, quiet=True)
+    assert os.listdir(full_disk) == []
 
 
 def test_the_committed_reference_is_what_its_recipe_makes() -> None:

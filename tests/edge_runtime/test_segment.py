@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 from faults.nodes import FaultyNode
 from PIL import Image
-from toy import poisoned
+from toy import poisoned, slow
 
 from edge_runtime.cli import main
 from edge_runtime.config import EdgeConfig, NodeConfig
@@ -388,6 +389,108 @@ def test_earlier_results_are_kept_unless_asked(
     assert main([*command, "--point", "7,7", "--overwrite"]) == 0
     assert not (out / "mask-2.png").exists()
     assert sorted(os.listdir(tmp_path)) == ["photo.png", "result"]
+
+
+def test_a_second_run_keeps_both_results_and_names_do_not_clash(
+    photo: Path, tmp_path: Path, toy_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.open(photo).convert("RGB").save(tmp_path / "photo.jpg")
+    command = ["--point", "5,6", "--local", "--bundle", str(toy_bundle)]
+    for name in ("photo.png", "photo.jpg", "photo.png", "photo.png"):
+        assert main(["segment", name, *command]) == 0
+    names = ["photo.jpg", "photo.png", "photo.png-2", "photo.png-3"]
+    assert sorted(os.listdir("out")) == names
+    (tmp_path / "out" / "photo.png" / "mine").touch()  # a folder that is not ours alone is kept
+    assert main(["segment", "photo.png", *command]) == 0
+    assert main(["segment", "photo.jpg", *command, "--overwrite"]) == 0
+    assert sorted(os.listdir("out")) == [*names, "photo.png-4"]
+    assert main(["segment", "photo.png", *command, "--overwrite"]) == 1
+
+
+def test_several_photos_and_folders_share_prompts_and_one_bad_photo_stops_none(
+    photo: Path, tmp_path: Path, toy_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    shutil.copy(photo, folder / "a.png")
+    Image.new("RGB", (4, 4)).save(folder / "small.png")  # the prompt lies outside
+    (folder / "broken.jpg").write_bytes(b"no photo")
+    (folder / "notes.txt").touch()
+    (folder / "deeper.png").mkdir()
+    out = tmp_path / "out"
+    command = ["segment", str(folder), str(photo), "--point", "5,6", "--local"]
+    command += ["--bundle", str(toy_bundle), "--out", str(out)]
+    assert main([*command, "--json"]) == 1
+    said = capsys.readouterr()
+    lines = [json.loads(line) for line in said.out.splitlines()]
+    assert [line["photo"] for line in lines] == ["a.png", "broken.jpg", "small.png", "photo.png"]
+    assert ["folder" in line for line in lines] == [True, False, False, True]
+    assert "no" not in lines[0].get("error", "")
+    assert "not an image" in lines[1]["error"]
+    assert "outside the photo, which is 4 x 4" in lines[2]["error"]
+    assert said.err == "error: 2 of 4 photos failed\n"
+    assert sorted(os.listdir(out)) == ["a.png", "photo.png"]
+    assert lines[3]["folder"] == str(out / "photo.png")
+    assert main(command) == 1
+    said = capsys.readouterr()
+    assert said.out.count("object 1: ") == 2
+    assert said.err.count("error: ") == 3
+    assert sorted(os.listdir(out)) == ["a.png", "a.png-2", "photo.png", "photo.png-2"]
+
+
+def test_a_folder_without_photos_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["segment", str(tmp_path), "--point", "5,6", "--local"]) == 1
+    assert "holds no photos" in capsys.readouterr().err
+
+
+def test_pictures_may_be_left_out_and_their_time_is_counted(
+    photo: Path, tmp_path: Path, toy_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["segment", str(photo), "--point", "5,6", "--local", "--bundle", str(toy_bundle)]
+    assert main([*command, "--out", str(tmp_path / "bare"), "--no-pictures", "--json"]) == 0
+    assert sorted(os.listdir(tmp_path / "bare")) == ["mask-1.png", "masks.png", "result.json"]
+    spent = json.loads(capsys.readouterr().out)["latency_ms"]
+    parts = sum(value for name, value in spent.items() if name != "total")
+    assert 0 < spent["files"] < parts <= spent["total"]
+
+
+@pytest.mark.parametrize("place", ["full", "proc"])
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_computed(
+    place: str,
+    photo: Path,
+    full_disk: Path,
+    toy_bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = {"full": full_disk / "deep" / "out", "proc": Path("/proc/out")}[place]
+    endless = slow(toy_bundle, tmp_path / "endless", "stack")
+    command = ["segment", str(photo), "--point", "5,6", "--local", "--out", str(out)]
+    assert main([*command, "--bundle", str(endless.path)]) == 1
+    said = capsys.readouterr().err
+    assert str(out) in said
+    assert "name another folder with --out" in said
+    assert said.count("\n") == 1
+    assert os.listdir(full_disk) == []
+
+
+def test_a_disk_that_fills_up_meanwhile_is_named(
+    photo: Path,
+    full_disk: Path,
+    toy_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("edge_runtime.segmentation._ROOM_OF_PICTURES", 0)
+    command = ["segment", str(photo), "--point", "5,6", "--local", "--bundle", str(toy_bundle)]
+    assert main([*command, "--out", str(full_disk / "out")]) == 1
+    said = capsys.readouterr().err
+    wanted = f"cannot write {full_disk}/out: No space left on device; make room on that disk, or "
+    assert wanted + "name another folder with --out\n" in said
+    assert os.listdir(full_disk) == []
 
 
 def test_prompts_are_in_pixels_of_the_upright_photo(
