@@ -288,7 +288,7 @@ def _check(file: Path | None, options: Mapping[str, Any], as_json: bool) -> int:
     print(
         f"\nBundle: {prepared.label}, stack {prepared.stage.sha256[:12]}, hashes as they should be"
     )
-    print(f"Public key: {prepared.keypair.public}")
+    print(f"Public key: '{prepared.keypair.public}'")
     print(f"Edges authorised: {len(prepared.allowed)}")
     for note in notes:
         print(f"Note: {note}")
@@ -312,18 +312,18 @@ def _table(loaded: Loaded) -> list[str]:
 def _init(out: Path, options: Mapping[str, Any]) -> int:
     from cloud_node.config import load
     from engines.errors import ConfigError
+    from engines.files import refuse_existing, write_whole
 
-    if os.path.lexists(out):
-        raise ConfigError(
-            f"{out} exists and is never overwritten: edit it, move it away, or name another file "
-            "with --out"
-        )
+    refuse_existing(out, ConfigError, "name another file with --out")
     config = load(None, options).config
-    try:
-        with open(out, "x", encoding="utf-8") as file:
-            file.write(_toml(options, out.parent))
-    except OSError as error:
-        raise ConfigError(f"cannot write {out}: {error.strerror}") from None
+    write_whole(
+        out,
+        _toml(options, out.parent),
+        mode=0o644,  # under a loose umask, others could write to it
+        replace=False,
+        error=ConfigError,
+        instead="name another file with --out",
+    )
     print(f"Wrote {out}.\n\nNext:")
     if not config.key_file.exists():
         print(f"  edge-runtime keys node --dir {config.keys}")

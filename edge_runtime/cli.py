@@ -25,13 +25,13 @@ from engines.text import printable
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
-_EXPORT = "pip install 'edge-runtime[export]'"
+_EXPORT = "run `pip install '.[export]'` in a checkout of edge-runtime"
 # Top-level package -> what installs it.
 _INSTALL = {
     **dict.fromkeys(
         ("torch", "torchvision", "segment_anything", "onnx", "onnxscript", "scipy"), _EXPORT
     ),
-    "skimage": "pip install scikit-image",
+    "skimage": "run `pip install scikit-image`",
 }
 
 
@@ -114,7 +114,7 @@ Options:
   --version      print the version
   --debug        show the traceback of an error
 
-* needs torch: pip install 'edge-runtime[export]'
+* needs torch: run `pip install '.[export]'` in a checkout of edge-runtime
 """
 
 

@@ -462,7 +462,7 @@ def _python_here() -> tuple[str, Path, Path]:
 
 
 def _tensorrt_rtx(facts: _Facts) -> Check:
-    command = "pip install 'edge-runtime[rtx]'"
+    command = "pip install tensorrt-rtx-cu13"
     answer = facts.answers["tensorrt-rtx"]
     if not answer.missing:
         return _library(facts, "tensorrt-rtx", "TensorRT-RTX", command)
@@ -477,7 +477,7 @@ def _library(facts: _Facts, flavour: Flavour, what: str, install: str | None) ->
     module = flavour.replace("-", "_")
     if answer.facts is None:
         command = install or f"pip uninstall {flavour}"
-        if flavour == "tensorrt-rtx":  # named itself: pip would look for edge-runtime elsewhere
+        if flavour == "tensorrt-rtx":
             command = "pip install --force-reinstall tensorrt-rtx-cu13"
         elif install:
             command = install.replace("install python3", "install --reinstall python3")

@@ -355,7 +355,7 @@ def _read_manifest(root: Path) -> Manifest:
         schema = msgspec.json.decode(data, type=_SchemaOnly).schema
         if schema != SCHEMA:
             mend = (
-                "this installation is too old for it: `pip install --upgrade edge-runtime`"
+                "this installation is too old for it: install a newer checkout of edge-runtime"
                 if schema > SCHEMA
                 else "export it again with `edge-runtime export`"
             )

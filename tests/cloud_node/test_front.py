@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from faults import sodium
-from faults.edges import HostileEdge
+from faults.edges import FORGETFUL, HostileEdge
 from faults.zmtp import Budget
 
 from engines.errors import ProtocolError
@@ -356,21 +356,12 @@ def test_an_edge_that_never_reads_disturbs_nobody(
     assert asyncio.run(work()) > 100
 
 
-_FORGETFUL = """
-import sys
-from cloud_node import server
-server.Server._left_behind = lambda *_: None  # results go to whoever has the routing id
-from cloud_node.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 @needs_sodium
 def test_nobody_can_read_the_results_of_an_edge_whose_routing_id_it_takes(
     start_node: Any, connect: Any, feeds: Feeds, local: Any
 ) -> None:
     """Even if the node notices nothing, and sends them all."""
-    node = start_node(program=[sys.executable, "-c", _FORGETFUL])
+    node = start_node(program=[sys.executable, "-c", FORGETFUL])
     victim, thief = hostile(node, "victim"), hostile(node, "thief")
     other = connect(node)
     expected = local(node, feeds)["tokens"]

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import urllib.error
@@ -107,6 +108,12 @@ def test_init_writes_a_file_that_explains_and_loads(folder: Path) -> None:
     assert config.metrics == "127.0.0.1:0"
     assert run("init", "--out", "etc.toml", cwd=folder).returncode == 1
     assert (folder / "etc.toml").read_text() == text
+
+
+def test_what_init_writes_is_closed_to_others_whatever_the_umask(tmp_path: Path) -> None:
+    command = f"umask 0; exec {sys.executable} -m cloud_node.cli init"
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True, capture_output=True)
+    assert stat.S_IMODE((tmp_path / "node.toml").stat().st_mode) == 0o644
 
 
 def test_what_init_comments_out_is_valid_too(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cloud_node.config import NodeConfig, Prepared, examine, load, prepare
+from cloud_node.config import EDGE_SETTINGS, NodeConfig, Prepared, examine, load, prepare
 from cloud_node.settings import BY_NAME, SETTINGS, quoted, size_text
 from engines.errors import BundleError, ConfigError, KeyFileError
 from engines.options import Invalid
@@ -71,6 +71,24 @@ def test_options_win_over_the_file_and_the_file_over_defaults(
     assert sources["threads"] == "--threads"
     assert sources["drain_s"] == str(file)
     assert sources["max_wait_ms"] == "default"
+
+
+def test_a_file_that_others_may_write_is_refused(write: Callable[[str], Path]) -> None:
+    """They could name a folder of keys of their own."""
+    path = write("threads = 3\n")
+    path.chmod(0o666)
+    with pytest.raises(ConfigError, match=f"chmod go-w {path}"):
+        load(path)
+
+
+def test_the_settings_of_an_edge_are_recognised(write: Callable[[str], Path]) -> None:
+    from edge_runtime.config import EdgeConfig
+
+    for text in ("max_exposure = 0.4\n", '[[nodes]]\nname = "alpha"\n'):
+        with pytest.raises(ConfigError, match=r"settings of an edge.*edge-runtime nodes --config"):
+            load(write(text))
+    assert {*EdgeConfig.__struct_fields__} >= EDGE_SETTINGS
+    assert not BY_NAME.keys() & EDGE_SETTINGS
 
 
 def test_keys_of_a_file_are_beside_it_unless_it_says_otherwise(

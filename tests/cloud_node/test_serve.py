@@ -78,7 +78,7 @@ def test_secret_key_open_to_others(options: dict[str, str], mode: int) -> None:
 def test_folder_of_authorised_keys_open_to_others(options: dict[str, str]) -> None:
     path = Path(options["--keys"], "authorized")
     path.chmod(0o777)
-    assert f"chmod 700 {path}" in _refusal(options)
+    assert f"chmod go-w {path}" in _refusal(options)
 
 
 def test_stock_order_bundle(options: dict[str, str], tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_usage_errors_exit_with_2(
             ModuleNotFoundError("No module named 'torch'", name="torch"),
             1,
             "error: this command needs torch, which is not installed: "
-            "pip install 'edge-runtime[export]'\n",
+            "run `pip install '.[export]'` in a checkout of edge-runtime\n",
         ),
         (
             FileNotFoundError(2, "No such file or directory", "x.jpg"),
@@ -187,7 +187,7 @@ def test_missing_torch_is_no_traceback_in_a_real_process() -> None:
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: this command needs ")
-    assert last.endswith("pip install 'edge-runtime[export]'")
+    assert last.endswith("run `pip install '.[export]'` in a checkout of edge-runtime")
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

@@ -291,7 +291,7 @@ class TestTensorrt:
         assert check.mend == "pip install --force-reinstall tensorrt-rtx-cu13"
 
     def test_is_offered_where_it_would_help(self, look: Look, tmp_path: Path) -> None:
-        assert look(PC, gpu=RTX_4090)["tensorrt-rtx"].mend == "pip install 'edge-runtime[rtx]'"
+        assert look(PC, gpu=RTX_4090)["tensorrt-rtx"].mend == "pip install tensorrt-rtx-cu13"
         assert look(tmp_path)["tensorrt-rtx"].mend is None
         bare = look(BOARDS / "agx-orin-64gb-jetpack-6.1", gpu=ORIN)
         assert "python3-libnvinfer" in (bare["tensorrt"].mend or "")

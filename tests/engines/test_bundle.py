@@ -128,7 +128,9 @@ def test_a_huge_manifest_is_not_read(bundle: Path) -> None:
     refused(bundle, "larger than")
 
 
-@pytest.mark.parametrize(("schema", "mend"), [(2, "pip install --upgrade"), (0, "export it again")])
+@pytest.mark.parametrize(
+    ("schema", "mend"), [(2, "install a newer checkout"), (0, "export it again")]
+)
 def test_another_schema_says_what_mends_it(bundle: Path, schema: int, mend: str) -> None:
     # A future manifest need not look like ours in any other respect.
     (bundle / "manifest.json").write_text(json.dumps({"schema": schema, "stages": []}))

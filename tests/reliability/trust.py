@@ -33,7 +33,7 @@ import zmq
 import zmq.asyncio
 from faults import sodium
 from faults.asking import connected, feeds
-from faults.edges import with_header
+from faults.edges import FORGETFUL, with_header
 from faults.nodes import FaultyNode
 from faults.zmtp import Peer
 
@@ -48,6 +48,7 @@ from transport.messages import (
     Refused,
     VersionsSpoken,
     decode_header,
+    decode_tensors,
     encode,
     new_id,
 )
@@ -261,6 +262,47 @@ async def no_pickle(bench: Bench) -> Seen:
     assert trap.exists()
     seen = {"uses": uses, "files scanned": files, "canary ran": ran}
     return Seen({"canaries sent": sent}, seen, not uses and not ran)
+
+
+@row(
+    "stolen routing ids",
+    "10,000 connections that take the routing id of an edge that has just left, of a node that "
+    "notices nothing, under load: 0 results can be read",
+)
+@running
+async def thefts(bench: Bench) -> Seen:
+    if sodium.MISSING is not None:
+        raise Skip(str(sodium.MISSING))
+    count, each = bench.pick(160, 10_000), 80  # a key may connect a hundred times at once
+    questions = Questions(bench)
+    stolen: list[bytes] = []
+    node = bench.node()
+    node.command[1:3] = ["-c", FORGETFUL]
+    with node:
+        async with connected(bench.edge(node), bench.bundle) as client:
+            pairs = [(bench.hostile(node), bench.hostile(node)) for _ in range(count // each)]
+            await questions.until_right(client, 20)
+            turn = asyncio.Semaphore(16)
+
+            async def theft(number: int) -> None:
+                victim, thief = pairs[number % len(pairs)]
+                async with turn:
+                    stolen.extend(await victim.stolen_by(thief, questions.fed[0], number))
+
+            async with questions.going_on(client):
+                await asyncio.gather(*(theft(number) for number in range(count)))
+    readable = 0
+    plain = [array.tobytes()[:16] for array in bench.truth[0].values()]
+    for frame in stolen:
+        message = decode_header(frame)
+        try:
+            decode_tensors(message, frame, bench.limits.result, bytes(32))
+            readable += 1
+        except ProtocolError:
+            readable += any(start in frame for start in plain)
+    seen = {**questions.told(), "results that reached a thief": len(stolen), "readable": readable}
+    held = bool(stolen) and not readable and not questions.wrong and not questions.failed
+    return Seen({"thefts": count}, seen, held)
 
 
 @row("linkability", "no id, key, nonce, routing id or cookie shared between what two nodes see")
