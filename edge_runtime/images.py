@@ -28,6 +28,14 @@ _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000
 _CHUNK_BYTES = 8 << 20
 
 
+def is_photo(path: Path) -> bool:
+    """Whether a file in a folder is to be taken for a photo, by its name."""
+    from PIL import Image
+
+    formats = _formats()
+    return Image.registered_extensions().get(path.suffix.lower()) in formats and path.is_file()
+
+
 def load_image(path: str | os.PathLike[str], max_megapixels: float = 100) -> np.ndarray:
     """Read a photo as upright RGB.
 

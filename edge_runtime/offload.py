@@ -58,7 +58,7 @@ class NodeReport(msgspec.Struct, frozen=True):
     """What one node was shown and how long it took (milliseconds; see :class:`.client.Reply`).
 
     ``windows`` are those that went out on a connection to it, whether or not it answered, and
-    ``exposure`` is their share of the image's area; what was meant for a node that could not be
+    ``share_of_image`` is their share of its area; what was meant for a node that could not be
     reached is not among them. With several requests to one node, times are those of the slowest
     upload and download and the sums of queue and compute. ``failure`` is None if it returned all it
     was asked for.
@@ -66,7 +66,7 @@ class NodeReport(msgspec.Struct, frozen=True):
 
     name: str
     windows: tuple[int, ...]
-    exposure: float
+    share_of_image: float
     bytes_up: int = 0
     bytes_down: int = 0
     upload_ms: float = 0.0
@@ -79,14 +79,16 @@ class NodeReport(msgspec.Struct, frozen=True):
 class OffloadReport(msgspec.Struct, frozen=True):
     """One image's run. ``msgspec.to_builtins`` makes it plain data for JSON.
 
-    ``home``: windows the edge computed. ``max_exposure``: the largest share of the image's area any
-    node was shown. ``separation``: as in :class:`.placement.Placement`. ``windows_total``: of the
-    padded square, those without an image pixel included.
+    ``home``: windows the edge computed. ``max_exposure``: the limit on the share of the image's
+    area that a node may be shown; ``largest_share``: what any node was. ``separation``: as in
+    :class:`.placement.Placement`. ``windows_total``: of the padded square, those without an image
+    pixel included.
     """
 
     nodes: tuple[NodeReport, ...]
     home: tuple[int, ...]
     max_exposure: float
+    largest_share: float
     separation: int
     windows_total: int
     windows_sent: int
@@ -177,17 +179,6 @@ class Offloader:
         except BaseException:
             self._stop()
             raise
-
-    def prepare(self) -> None:
-        """Open the engines that :meth:`stack` may need, so that its deadline need not bear that.
-
-        Raises:
-            BundleError, EngineError: see :meth:`.pipeline.Pipeline.engine`.
-        """
-        if self.pipeline.bundle.has("head"):
-            self.pipeline.engine("head")
-        if self.config.fallback == "local":
-            self.pipeline.engine("stack")
 
     def stack(self, windows: Windows) -> tuple[dict[str, np.ndarray], OffloadReport]:
         """The stack's outputs for every window, in the order of ``windows``, and how it went.
@@ -430,7 +421,7 @@ class Offloader:
                 NodeReport(
                     name=client.name,
                     windows=tuple(shown),
-                    exposure=sum(placement.areas[window] for window in shown) / total,
+                    share_of_image=sum(placement.areas[window] for window in shown) / total,
                     bytes_up=sum(permit.bytes_sent for permit in permits),
                     bytes_down=sum(reply.bytes_down for reply in replies),
                     upload_ms=max((reply.upload_ms for reply in replies), default=0.0),
@@ -443,7 +434,8 @@ class Offloader:
         return OffloadReport(
             nodes=tuple(nodes),
             home=tuple(sorted(at_home)),
-            max_exposure=max(node.exposure for node in nodes),
+            max_exposure=self.config.max_exposure,
+            largest_share=max(node.share_of_image for node in nodes),
             separation=placement.separation,
             windows_total=self._geometry.windows,
             windows_sent=sum(len(node.windows) for node in nodes),

@@ -58,7 +58,7 @@ class Decision(msgspec.Struct, frozen=True):
     windows: tuple[int, ...]
     granted: bool
     reason: str
-    exposure: float  # the node's share of the image after the decision
+    share_of_image: float  # the node's, after the decision
 
 
 def place(

@@ -21,10 +21,15 @@ from engines.bundle import Bundle, shipped_bundle
 from engines.engine import Device
 from engines.errors import ConfigError, ImageError, PromptError
 from engines.pipeline import Pipeline
+from engines.progress import progress
 from engines.windows import Windows, cut
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+_AT_ONCE = 5
+"""Windows that a CPU computes at once: more take as long each, and more memory."""
 
 
 @dataclass
@@ -121,12 +126,31 @@ class OffloadPredictor:
         self.offloader = Offloader(config, self.pipeline) if config else None
         self.model = _Model(bundle.manifest.mask_threshold, _Encoder(bundle.geometry.image_size))
         self.reset_image()
-        if self.offloader:
-            try:
-                self.offloader.prepare()
-            except BaseException:
-                self.close()
-                raise
+
+    def load(self, *, quiet: bool = True) -> None:
+        """Open this machine's engines. Otherwise the first :meth:`set_image` does, silently.
+
+        Args:
+            quiet: show no progress on stderr.
+
+        Raises:
+            BundleError, EngineError: see :meth:`engines.pipeline.Pipeline.engine`.
+        """
+        stages = [stage for stage in ("head", "stack", "tail", "encoder") if self.bundle.has(stage)]
+        if self.offloader and self.offloader.config.fallback != "local":
+            stages.remove("stack")
+        stages.append("decoder")
+        size = sum(map(self.bundle.size, stages))
+        with progress(f"loading {self.bundle.manifest.model}", size, quiet=quiet) as work:
+            for stage in stages:
+                with work.piece(self.bundle.size(stage), stage):
+                    self.pipeline.engine(stage)
+
+    @property
+    def cost(self) -> float:
+        """About how much this machine computes for an image; see ``Pipeline.cost``."""
+        stages = ("tail",) if self.offloader else ("stack", "tail", "encoder")
+        return sum(self.pipeline.cost(stage) for stage in stages if self.bundle.has(stage))
 
     def set_image(self, image: np.ndarray | Image.Image, image_format: str = "RGB") -> None:
         """Compute the image's embedding, so that :meth:`predict` can be called.
@@ -145,6 +169,7 @@ class OffloadPredictor:
             f"image_format must be in ['RGB', 'BGR'], is {image_format}."
         )
         self.reset_image()
+        self.load()
         timing = Timing()
         start = time.perf_counter()
         pixels = _pixels(image)
@@ -157,11 +182,14 @@ class OffloadPredictor:
         outputs = None
         if self.offloader:
             try:
-                outputs, _ = self.offloader.stack(windows)
+                with self.pipeline.work.piece(0, "waiting for the nodes"):
+                    outputs, _ = self.offloader.stack(windows)
             finally:
                 self.report = self.offloader.report
         elif not self.bundle.has("encoder"):
-            outputs = self.pipeline.stack(self.pipeline.leave_home(windows))
+            on_cpu = getattr(self.pipeline.engine("stack"), "device", None) == "cpu"
+            feeds = self.pipeline.leave_home(windows)
+            outputs = self.pipeline.stack(feeds, _AT_ONCE if on_cpu else None)
         else:
             features = self.pipeline.embed(windows)
         timing.encode = _ms_since(start)

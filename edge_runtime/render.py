@@ -143,7 +143,7 @@ def what_each_node_saw(
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
 
     panels = [("The photo", "no node sees the whole", _photo_panel(photo, size))]
-    by_share = sorted(report.nodes, key=lambda node: -node.exposure)
+    by_share = sorted(report.nodes, key=lambda node: -node.share_of_image)
     shown = [node for node in by_share if node.windows or not many][:_MOST_NODES]
     rest = len(report.nodes) - len(shown)
     form = " as hidden states" if hidden else ""
@@ -151,9 +151,8 @@ def what_each_node_saw(
         if node not in shown:
             continue
         count = len(node.windows)
-        detail = (
-            f"{count} of {report.windows_total} windows{form}, {node.exposure:.0%} of the picture"
-        )
+        share = f"{node.share_of_image:.0%} of the picture"
+        detail = f"{count} of {report.windows_total} windows{form}, {share}"
         seen = _panel(small, windows, geometry, node.windows, size, scale)
         panels.append((f"What {node.name} saw", detail, seen))
     if rest:

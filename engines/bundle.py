@@ -171,6 +171,10 @@ class Bundle:
             )
         return stage
 
+    def size(self, name: str) -> int:
+        """Bytes of all files of stage ``name``, without its plain form."""
+        return sum((self.path / file).stat().st_size for file in self.stage(name).files)
+
     def stage_path(self, name: str) -> Path:
         """The file an engine opens for stage ``name``."""
         return self.path / self.stage(name).file

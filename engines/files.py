@@ -83,6 +83,7 @@ def scratch_folder(
     folder: str | os.PathLike[str],
     *,
     room: int = 0,
+    mode: int = 0o777,
     error: type[EdgeRuntimeError] = OutputError,
     instead: str = "name another folder with --out",
 ) -> Iterator[Path]:
@@ -92,6 +93,7 @@ def scratch_folder(
     nothing is in them.
 
     Args:
+        mode: of the folder, less the umask.
         room: bytes that must be free on the disk, so that a full one is noticed before the work.
         error, instead: see :func:`whole_file`.
     """
@@ -111,7 +113,7 @@ def scratch_folder(
     with undone(clean):
         with writing(folder, error, instead):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            scratch.mkdir()
+            scratch.mkdir(mode)
             free = shutil.disk_usage(scratch).free
         if free < room:
             raise error(

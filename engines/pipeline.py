@@ -18,6 +18,7 @@ from engines.engine import Device, Engine
 from engines.errors import EngineError
 from engines.opening import open_stage
 from engines.plan import verify_command
+from engines.progress import Progress
 from engines.windows import Windows
 from engines.wire import all_finite
 
@@ -29,6 +30,9 @@ class Pipeline:
         bundle: a full, stock or node bundle; a stage it does not hold is a BundleError when used.
         threads: CPU threads of each engine; None means every core this process may use.
         device: which engines run the stages, see :data:`engines.engine.Device`.
+
+    Attributes:
+        work: is told what runs, for whoever watches; see :meth:`cost`.
     """
 
     def __init__(
@@ -40,6 +44,20 @@ class Pipeline:
         self._engines: dict[str, Engine] = {}
         self._lock = threading.Lock()
         self._closed = False
+        self.work = Progress()
+
+    def cost(self, stage: str) -> float:
+        """About how much there is to compute in one run of a stage on a whole image, in a unit of
+        its own; 0 for those that take little."""
+        geometry = self.bundle.geometry
+        # Every weight is used once for each token; attention over the whole image is as much again,
+        # and slower.
+        tokens = {
+            "stack": geometry.windows * geometry.tokens_per_window,
+            "tail": 3 * geometry.grid**2,
+            "encoder": 2 * geometry.grid**2,
+        }
+        return float(self.bundle.size(stage) * tokens.get(stage, 0))
 
     def engine(self, stage: str) -> Engine:
         """The opened engine of a stage. Opening takes seconds, so do it early if that matters.
@@ -90,12 +108,14 @@ class Pipeline:
             raise EngineError("no windows to run the stack on")
         if size < 1:
             raise EngineError(f"batch is {size}, expected at least 1")
-        if size >= total:
-            return engine.run(feeds)
-        parts = [
-            engine.run({name: array[start : start + size] for name, array in feeds.items()})
-            for start in range(0, total, size)
-        ]
+        parts = []
+        for start in range(0, total, size):
+            part = {name: array[start : start + size] for name, array in feeds.items()}
+            share = len(part["window"]) / total
+            with self.work.piece(share * self.cost("stack"), "window layers"):
+                parts.append(engine.run(part))
+        if len(parts) == 1:
+            return parts[0]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def tail(self, outputs: Mapping[str, np.ndarray], windows: Windows) -> np.ndarray:
@@ -118,18 +138,18 @@ class Pipeline:
                 if spec.name not in outputs:
                     raise EngineError(f"the stack's output {spec.name} is missing")
                 feeds[spec.name] = _scatter(outputs[spec.name], windows, spec.name)
-        return self._run("tail", feeds)["embedding"]
+        with self.work.piece(self.cost("tail"), "global layers"):
+            return self._run("tail", feeds)["embedding"]
 
     def embed(self, windows: Windows, batch: int | None = None) -> np.ndarray:
         """The embedding of a cut image, as of :meth:`tail`; ``batch`` as in :meth:`stack`."""
         if self.bundle.has("encoder"):
-            return self._run(
-                "encoder",
-                {
-                    "pixels": _scatter(windows.pixels, windows, "pixels"),
-                    "extent": _scatter(windows.extent, windows, "extent"),
-                },
-            )["embedding"]
+            feeds = {
+                "pixels": _scatter(windows.pixels, windows, "pixels"),
+                "extent": _scatter(windows.extent, windows, "extent"),
+            }
+            with self.work.piece(self.cost("encoder"), "encoder"):
+                return self._run("encoder", feeds)["embedding"]
         return self.tail(self.stack(self.leave_home(windows), batch), windows)
 
     def decode(

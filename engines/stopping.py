@@ -206,6 +206,17 @@ def undone(undo: Callable[[], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def if_ended(action: Callable[[], None]) -> Iterator[None]:
+    """Call ``action`` if the process ends in the middle of the block; see :func:`undone`."""
+    key = object()
+    _undo[key] = action
+    try:
+        yield
+    finally:
+        _undo.pop(key, None)
+
+
+@contextlib.contextmanager
 def child(command: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
     """A process in a group of its own; at the end it and what it has started are killed."""
     import subprocess

@@ -95,7 +95,7 @@ def test_offloaded_is_bit_identical_to_one_batch(
     assert all(decision.granted for decision in report.ledger)
     if per_request:
         assert len(report.ledger) == len(sent)
-    assert report.max_exposure == max(node.exposure for node in report.nodes) <= 0.6
+    assert report.largest_share == max(node.share_of_image for node in report.nodes) <= 0.6
 
 
 def test_report_adds_up_and_is_plain_data(shared_fleet: Any, photo: np.ndarray) -> None:
@@ -108,7 +108,7 @@ def test_report_adds_up_and_is_plain_data(shared_fleet: Any, photo: np.ndarray) 
         assert node.failure is None
         assert node.compute_ms > 0
         assert node.upload_ms > 0
-        assert node.exposure <= 0.5
+        assert node.share_of_image <= 0.5
     assert report.separation == 4
     again = msgspec.json.decode(msgspec.json.encode(report), type=OffloadReport)
     assert again == report
@@ -147,7 +147,7 @@ def test_embedding_of_sam_itself_is_bit_identical(
     fleet = make_fleet("alpha", "beta", "gamma", bundle=random_bundle)
     outputs, report = offload(fleet.config(), photo)
     assert_identical(outputs, alone(photo, random_bundle))
-    assert report.max_exposure <= 0.37
+    assert report.largest_share <= 0.37
     loaded = Bundle.load(random_bundle)
     windows = windows_of(photo, loaded)
     with Pipeline(loaded, threads=1) as pipeline:
@@ -187,7 +187,7 @@ def test_all_nodes_missing(shared_fleet: Any, photo: np.ndarray) -> None:
     outputs, report = offload(config, photo)
     assert_identical(outputs, alone(photo, shared_fleet.bundle))
     assert (len(report.home), report.bytes_up, report.bytes_down) == (6, 0, 0)
-    assert (report.windows_sent, report.max_exposure) == (0, 0)  # nobody was there to see any
+    assert (report.windows_sent, report.largest_share) == (0, 0)  # nobody was there to see any
     with pytest.raises(OffloadError, match="unreachable"):
         offload(msgspec.structs.replace(config, fallback="error"), photo)
 
@@ -288,7 +288,7 @@ def test_windows_beyond_the_budget_are_computed_at_home_with_fallback(
     outputs, report = offload(shared_fleet.config(max_exposure=0.25, fallback="local"), photo)
     assert_identical(outputs, alone(photo, shared_fleet.bundle))
     assert report.home
-    assert 0 < report.max_exposure <= 0.25
+    assert 0 < report.largest_share <= 0.25
     assert not set(report.home) & {w for node in report.nodes for w in node.windows}
 
 
@@ -371,10 +371,10 @@ def test_a_node_that_asks_for_patience_is_asked_once_more_and_shown_nothing_new(
     beta = next(node for node in report.nodes if node.name == "beta")
     assert beta.windows == asked[0]
     assert beta.failure is None
-    assert report.max_exposure <= 0.5
+    assert report.largest_share <= 0.5
     again = [decision for decision in report.ledger if decision.node == "beta"]
     assert [decision.granted for decision in again] == [True, True]
-    assert again[0].exposure == again[1].exposure
+    assert again[0].share_of_image == again[1].share_of_image
     assert again[1].reason == "once more: overloaded"
 
 

@@ -23,7 +23,7 @@ def cut_of(photo: np.ndarray) -> Windows:
 def report(shares: dict[str, tuple[int, ...]], home: tuple[int, ...] = ()) -> OffloadReport:
     nodes = tuple(NodeReport(name, windows, 0.3) for name, windows in shares.items())
     sent = sum(len(w) for w in shares.values())
-    return OffloadReport(nodes, home, 0.3, 4, 9, sent, 0, 0, 0.0, ())
+    return OffloadReport(nodes, home, 0.3, 0.3, 4, 9, sent, 0, 0, 0.0, ())
 
 
 def test_the_mask_is_tinted_and_the_rest_is_left_alone() -> None:
