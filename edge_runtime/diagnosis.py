@@ -362,16 +362,19 @@ def _packages(facts: _Facts) -> Check:
     reinstall = f"pip install --force-reinstall {_PACKAGES}"
     if answer.facts is None:
         return Check("packages", "fail", "packages", f"{answer.error}", reinstall)
-    versions = ", ".join(f"{name} {version}" for name, version in answer.facts["versions"].items())
+    found = {name: f"{name} {version}" for name, version in answer.facts["versions"].items()}
     if not answer.facts["curve"]:
         return Check(
             "packages",
             "fail",
             "packages",
-            f"{versions}: this libzmq has no CURVE, without which nothing may leave the machine",
+            f"{', '.join(found.values())}: this libzmq has no CURVE, without which nothing may "
+            "leave the machine",
             "pip install --force-reinstall --only-binary :all: pyzmq",
         )
-    return Check("packages", "ok", "packages", f"{versions} with CURVE")
+    if "libzmq" in found:
+        found["libzmq"] += " with CURVE"
+    return Check("packages", "ok", "packages", ", ".join(found.values()))
 
 
 def _onnxruntime(facts: _Facts) -> Check:

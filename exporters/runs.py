@@ -1,6 +1,4 @@
-"""What long runs share: a clean stop on Ctrl-C, a progress line, the device, and facts about how a
-result was made.
-"""
+"""What long runs share: a clean stop on Ctrl-C, progress, the device, and facts about a result."""
 
 from __future__ import annotations
 
@@ -13,17 +11,9 @@ from types import FrameType
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from engines.errors import ConfigError
+from engines.progress import progress
 
 
 class Interrupt:
@@ -52,21 +42,15 @@ class Interrupt:
 
 @contextmanager
 def progress_bar(label: str, total: int, done: int = 0, quiet: bool = False) -> Iterator[Any]:
-    """A progress line on stderr; yields ``advance(text="")``, to be called after each step."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task(label, total=total, completed=done, note="")
+    """Progress in steps; yields ``advance(text="")``, to be called after each of them."""
+    with progress(label, total, done=done, quiet=quiet) as work:
+        finished = done
+        work.note = f"{done} of {total}"
 
         def advance(note: str = "") -> None:
-            bar.update(task, advance=1, note=note)
+            nonlocal finished
+            finished += 1
+            work.advance(1, ", ".join(part for part in (f"{finished} of {total}", note) if part))
 
         yield advance
 
