@@ -26,7 +26,16 @@ from engines.engine import Device, Engine
 from engines.errors import BundleError, EngineError, PlanError
 from engines.libraries import Library
 from engines.ort import OrtEngine
-from engines.plan import FOLDER, Machine, Plan, Row, find, may_serve, verify_command
+from engines.places import make_plans_folder, plans_folder
+from engines.plan import (
+    Machine,
+    Plan,
+    Row,
+    cannot_write,
+    find,
+    may_serve,
+    verify_command,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +167,7 @@ def _open_tensorrt(bundle: Bundle, stage: str, ordinal: int) -> Engine:
 
 def _has_plans(bundle: Bundle, stage: str) -> bool:
     """Whether there is anything for TensorRT to look at: cheap, and nothing is imported."""
-    return any((bundle.path / FOLDER).glob(f"tensorrt*/{stage}.json"))
+    return any(plans_folder(bundle.path).glob(f"tensorrt*/{stage}.json"))
 
 
 @lru_cache(maxsize=256)
@@ -255,18 +264,16 @@ def write_failure(bundle: Bundle, stage: str, device: OrtKind, failure: Failure 
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 path.unlink()
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_plans_folder(bundle.path)
+        path.parent.mkdir(exist_ok=True)
         temporary.write_bytes(msgspec.json.format(msgspec.json.encode(failure), indent=2) + b"\n")
         temporary.replace(path)
     except OSError as error:
-        raise EngineError(
-            f"{path} cannot be written ({error.strerror or error}), so this verdict binds nobody: "
-            "copy the bundle to a directory that you may write, and use the copy"
-        ) from error
+        raise EngineError(f"{cannot_write(path, error)}. This verdict binds nobody") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
 def _failure_path(bundle: Bundle, stage: str, device: OrtKind) -> Path:
-    return bundle.path / FOLDER / f"onnxruntime-{device}" / f"{stage}.failed.json"
+    return plans_folder(bundle.path) / f"onnxruntime-{device}" / f"{stage}.failed.json"

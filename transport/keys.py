@@ -18,7 +18,7 @@ import zmq
 from zmq.utils import z85
 
 from engines.errors import KeyFileError
-from transport.trust import danger, judge
+from engines.trust import danger, judge
 
 SECRET_BYTES = 32
 AUTHORIZED = "authorized"
