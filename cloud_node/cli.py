@@ -169,6 +169,7 @@ def _serve(file: Path | None, options: Mapping[str, Any]) -> int:
     from cloud_node.config import load, prepare
     from cloud_node.logs import setup
     from cloud_node.notify import Notifier
+    from engines.errors import EdgeRuntimeError
     from transport.process import disable_core_dumps, keep_freed_memory
 
     disable_core_dumps()
@@ -184,7 +185,13 @@ def _serve(file: Path | None, options: Mapping[str, Any]) -> int:
             "on the CPU this node takes all cores; if several nodes share this machine, give each "
             "its part with --threads"
         )
-    asyncio.run(_run(prepared, pool, notifier))
+    try:
+        asyncio.run(_run(prepared, pool, notifier))
+    except (EdgeRuntimeError, MemoryError):
+        raise
+    except Exception:
+        log.exception("stopped because of a defect")
+        return 1
     log.info("stopped")
     return 0
 

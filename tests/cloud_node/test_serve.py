@@ -297,6 +297,48 @@ def test_signals_stop_the_node_cleanly(start_node: Any, number: signal.Signals) 
     assert node.logged().rstrip().endswith("stopped")
 
 
+_BROKEN = """
+import sys
+import cloud_node.{module} as module
+kind, name, calls = module.{kind}, "{name}", 0
+works = getattr(kind, name)
+def broken(*args):
+    global calls
+    calls += 1
+    return works(*args) if calls < {calls} else 1 // 0
+setattr(kind, name, broken)
+from cloud_node.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "name", "calls"),
+    [
+        ("server", "Server", "_expire", 20),  # in the tick
+        ("server", "Server", "_form", 1),
+        ("door", "Door", "_count", 1),
+        ("pool", "_Lane", "_lose", 1),
+    ],
+)
+def test_a_node_of_which_a_part_has_died_ends_and_says_so(
+    start_node: Any, connect: Any, feeds: Feeds, module: str, kind: str, name: str, calls: int
+) -> None:
+    code = _BROKEN.format(module=module, kind=kind, name=name, calls=calls)
+    node = start_node(program=[sys.executable, "-c", code])
+    edge = connect(node)
+    if kind == "_Lane":
+        children = Path(f"/proc/{node.process.pid}/task/{node.process.pid}/children")
+        os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+    with contextlib.suppress(zmq.Again):
+        edge.socket.set(zmq.SNDTIMEO, 1000)  # it may be gone before
+        edge.request(feeds)
+    assert node.process.wait(timeout=60) == 1
+    assert not node.ready_file.exists()
+    assert "stopped because of a defect" in node.logged()
+    assert "ZeroDivisionError" in node.logged()
+
+
 def test_stopping_finishes_what_was_admitted_and_refuses_what_comes(
     start_node: Any, connect: Any, five: Feeds
 ) -> None:
