@@ -53,9 +53,9 @@ or, to keep it running:
   cloud-node serve --config node.toml
 
 A bundle is a directory made by `edge-runtime export`; `--for node` leaves out what a node needs
-not. Windows are kept in memory only and appear in no log. Ctrl-C or SIGTERM stops the node once
-what it has admitted is answered, or drain_s is over; again, it stops at once. A key added to or
-taken from DIR/authorized counts within a second. docs/node.md tells the rest.
+not. Windows are kept in memory only and appear in no log. Ctrl-C, SIGTERM or SIGHUP stops the node
+once what it has admitted is answered, or drain_s is over; a second Ctrl-C or SIGTERM stops it at
+once. A key added to or taken from DIR/authorized counts within a second. docs/node.md has the rest.
 """
 
 
@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _serve(file: Path | None, options: Mapping[str, Any]) -> int:
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _stop_signals():
         signal.signal(number, _leave)  # until the server can stop in order
 
     from cloud_node.memory import check_room
@@ -196,6 +196,13 @@ def _serve(file: Path | None, options: Mapping[str, Any]) -> int:
     return 0
 
 
+def _stop_signals() -> list[signal.Signals]:
+    """What tells a node to stop. SIGHUP comes when its terminal is closed; nohup has it ignored, and
+    that stays so."""
+    hangup = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *[signal.SIGHUP] * hangup]
+
+
 def _leave(*_: object) -> NoReturn:
     raise SystemExit(0)
 
@@ -235,6 +242,8 @@ async def _run(prepared: Prepared, pool: Pool, notifier: Notifier) -> None:
 
     def begin_stop() -> None:
         stop.set()
+        # A second SIGHUP changes nothing: when a terminal is closed, the shell and the system each
+        # send one.
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
             # A second signal ends the process at once. Python's own answer to Ctrl-C, an exception
@@ -243,7 +252,7 @@ async def _run(prepared: Prepared, pool: Pool, notifier: Notifier) -> None:
             first = os.getpid() == 1
             signal.signal(number, _end_now if first else signal.SIG_DFL)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _stop_signals():
         loop.add_signal_handler(number, begin_stop)
     server = Server(prepared, pool)
     async with contextlib.AsyncExitStack() as stack:
