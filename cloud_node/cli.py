@@ -197,8 +197,8 @@ def _serve(file: Path | None, options: Mapping[str, Any]) -> int:
 
 
 def _stop_signals() -> list[signal.Signals]:
-    """What tells a node to stop. SIGHUP comes when its terminal is closed; nohup has it ignored, and
-    that stays so."""
+    """What tells a node to stop. SIGHUP comes when its terminal is closed. nohup has that ignored,
+    and so it stays."""
     hangup = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
     return [signal.SIGTERM, signal.SIGINT, *[signal.SIGHUP] * hangup]
 
