@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -20,6 +21,8 @@ from pathlib import Path
 import msgspec
 
 from cloud_node.worker import FromWorker, ToWorker, Unpacker, pack
+
+log = logging.getLogger(__name__)
 
 _decoder = msgspec.msgpack.Decoder(FromWorker)
 
@@ -135,6 +138,9 @@ class Process(asyncio.Protocol):
                 self._on_message(_decoder.decode(body))
         except (ValueError, KeyError) as error:  # msgspec's errors are ValueErrors
             self.kill(f"sent what is no message: {type(error).__name__}")
+        except Exception as error:
+            log.exception("a message of a worker could not be handled")
+            self.kill(f"was ended because of a defect of the node: {type(error).__name__}")
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None

@@ -43,7 +43,12 @@ def whole_file(
     if not replace:
         refuse_existing(path, error, instead)
     scratch = _beside(path)
-    with undone(lambda: scratch.unlink(missing_ok=True)), writing(path, error, instead):
+
+    def clean() -> None:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+
+    with undone(clean), writing(path, error, instead):
         first = 0o666 if mode is None else mode
         descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, first)
         try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.options import COUNT, THREADS
+from exporters.early import DEVICE_HELP
 
 BLURS = (4, 8, 16)  # sigma in pixels of an image whose longest side is 1024
 
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=COUNT, metavar="N", help="at most so many annotated images")
     add("--min-area", type=COUNT, default=100, metavar="PX", help="smallest object of a file (100)")
     add("--no-blur", action="store_true", help="leave out the blurred rows")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help=DEVICE_HELP)
     add("--threads", type=THREADS, metavar="N", help="CPU threads (default: PyTorch's choice)")
     add("--json", action="store_true", help="print JSON instead of the table")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.options import COUNT, RATE, SEED, THREADS, Number
+from exporters.early import DEVICE_HELP
 
 _NONE = Number(0, 10_000_000, whole=True)
 _DESCRIPTION = """\
@@ -45,9 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--save-every", type=COUNT, default=150, metavar="N", help="steps between checkpoints (150)"
     )
     add("--held-out", type=_NONE, default=48, metavar="N", help="scenes scored at checkpoints (48)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help=DEVICE_HELP)
     add("--threads", type=THREADS, metavar="N", help="CPU threads (default: PyTorch's choice)")
     add("--no-amp", action="store_true", help="compute in float32 instead of mixed bfloat16")
+    add("--json", action="store_true", help="print the result as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -136,5 +138,14 @@ def run(args: argparse.Namespace) -> int:
     command = f"edge-runtime train --out {os.path.relpath(args.out)} --steps {config.steps}"
     facts = {**made_with(command), "steps": trainer.step, "seed": config.seed}
     save_checkpoint(trainer.result(), weights, facts)
+    following = (
+        f"edge-runtime adapt --checkpoint {weights} --scenes --out {config.model}-adapted.pt"
+    )
+    if args.json:
+        scores = trainer.history[-1] if trainer.history else None
+        report = {"weights": str(weights), "steps": trainer.step, "held_out": scores}
+        print(json.dumps({**report, "next": following}, indent=2))
+        return 0
     print(weights)
+    say(f"next: {following}")
     return 0

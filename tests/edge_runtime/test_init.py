@@ -127,6 +127,22 @@ def test_what_it_writes_is_closed_to_others_whatever_the_umask() -> None:
     load_nodes(load_config("edge.toml"))
 
 
+@pytest.mark.parametrize(("option", "name"), [("--out", "edge.toml"), ("--keys", "keys")])
+def test_a_full_disk_leaves_nothing_that_blocks_the_next_try(
+    option: str, name: str, full_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filler = full_disk / "filler"
+    filler.write_bytes(b"x" * (64 << 10))
+    arguments = ["init", node("alpha"), f"{option}={full_disk / name}"]
+    assert cli.main(arguments) == 1
+    said = capsys.readouterr().err
+    assert f"cannot write {full_disk / name}" in said
+    assert "No space left on device; make room on that disk, or " in said
+    assert [path for path in full_disk.rglob("*") if path.is_file()] == [filler]
+    filler.unlink()
+    assert cli.main(arguments) == 0
+
+
 def test_a_budget_that_so_few_nodes_cannot_keep_is_noted(
     toy_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
