@@ -20,6 +20,7 @@ from rich.progress import (
 )
 
 from engines.errors import ConfigError
+from engines.text import printable
 
 STOPPING = "stopping: this step is finished and saved first; once more ends at once, without it"
 
@@ -66,4 +67,4 @@ def made_with(command: str) -> dict[str, str]:
 
 def say(text: str) -> None:
     """One line on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
