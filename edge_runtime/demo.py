@@ -25,6 +25,7 @@ from engines.errors import EdgeRuntimeError, OffloadError
 from engines.files import move_folder, scratch_folder, writing
 from engines.progress import progress
 from engines.stopping import child
+from engines.text import printable, table
 
 if TYPE_CHECKING:
     from edge_runtime.config import EdgeConfig
@@ -121,29 +122,26 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
 
 def print_report(report: Mapping[str, Any], out: Path) -> None:
     """A short table on the terminal, and where to look."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
     latency = report["latency_ms"]
-    table = Table(title="What each node did", title_justify="left", title_style="bold")
-    table.add_column("node")
-    for column in ("windows", "of photo", "sent", "returned", "upload", "compute", "download"):
-        table.add_column(column, justify="right", no_wrap=True)
+    steps = ("upload", "compute", "download")
+    rows = [("node", "windows", "of photo", "sent", "returned", *steps)]
     for node in report["nodes"]:
         times = latency["nodes"][node["name"]]
-        table.add_row(
-            node["name"],
-            f"{len(node['windows'])}",
-            f"{node['share_of_image']:.1%}",
-            f"{node['bytes_up'] / 1000:.0f} kB",
-            f"{node['bytes_down'] / 1000:.0f} kB",
-            *(f"{times[step]:.0f} ms" for step in ("upload", "compute", "download")),
+        rows.append(
+            (
+                node["name"],
+                f"{len(node['windows'])}",
+                f"{node['share_of_image']:.1%}",
+                f"{node['bytes_up'] / 1000:.0f} kB",
+                f"{node['bytes_down'] / 1000:.0f} kB",
+                *(f"{times[step]:.0f} ms" for step in steps),
+            )
         )
-    console.print(table)
+    print("What each node did")
+    print("\n".join(table(rows)) + "\n")
     same = "yes, every bit of every token and mask" if report["identical_to_local"] else "NO"
     each = ", ".join(f"{value:.2f}" for value in report["mask_iou_per_click"])
-    rows = {
+    facts = {
         "same as one process": same,
         "most one node saw": f"{report['largest_share']:.1%} of the photo; at most "
         f"{MAX_EXPOSURE:.0%} allowed",
@@ -153,11 +151,11 @@ def print_report(report: Mapping[str, Any], out: Path) -> None:
         "time": f"{latency['total']:.0f} ms: windows {latency['windows']:.0f}, nodes "
         f"{latency['stack']:.0f}, tail {latency['tail']:.0f}, decoder {latency['decoder']:.0f}",
     }
-    for name, value in rows.items():
-        console.print(f"{name:<20} {value}")
-    console.print("\nLook at:")
+    for name, value in facts.items():
+        print(f"{name:<20} {value}")
+    print("\nLook at:")
     for name in _RESULTS:
-        console.print(f"  {out / name}", soft_wrap=True)
+        print(printable(f"  {out / name}"))
 
 
 # -- the offloaded run --------------------------------------------------------------------------

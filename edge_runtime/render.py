@@ -325,26 +325,17 @@ def _sheet(panels: Sequence[tuple[str, str, Image.Image]], side: int) -> Image.I
     height = rows * (high + header) + (rows + 1) * gap
     sheet = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    large, normal = ImageFont.load_default(title), ImageFont.load_default(detail)
     for position, (name, text, panel) in enumerate(panels):
         x = gap + (position % columns) * (cell + gap)
         y = gap + (position // columns) * (high + header + gap)
-        draw.text((x, y), _fitted(draw, name, large, cell), font=large, fill=_INK)
-        text = _fitted(draw, text, normal, cell)
-        draw.text((x, y + title + 7), text, font=normal, fill=_FAINT)
+        draw.text((x, y), name, font=_fitting(name, title, cell), fill=_INK)
+        draw.text((x, y + title + 7), text, font=_fitting(text, detail, cell), fill=_FAINT)
         sheet.paste(panel, (x, y + header))
     return sheet
 
 
-def _fitted(
-    draw: ImageDraw.ImageDraw,
-    text: str,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-    width: int,
-) -> str:
-    """The text, cut short if it is wider than ``width`` pixels."""
-    if draw.textlength(text, font=font) <= width:
-        return text
-    while text and draw.textlength(text + "...", font=font) > width:
-        text = text[:-1]
-    return text + "..."
+def _fitting(text: str, size: int, width: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The font at ``size``, or smaller if the text is wider than ``width`` pixels."""
+    font = ImageFont.load_default(size)
+    wide = font.getlength(text)
+    return font if wide <= width else ImageFont.load_default(max(7, int(size * width / wide)))

@@ -24,6 +24,7 @@ import numpy as np
 from engines.errors import BundleError
 from engines.files import move_folder, scratch_folder, write_whole, writing
 from engines.geometry import Geometry
+from engines.text import UNPRINTABLE
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -33,8 +34,8 @@ _CHUNK = 1 << 20
 Dtype = Literal[
     "bool", "uint8", "int8", "uint16", "int16", "int32", "int64", "float16", "float32", "bfloat16"
 ]
-# Text of a manifest ends up on terminals and in logs: no control characters, no escapes.
-_PRINTABLE = r"\A[^\x00-\x1f\x7f-\x9f]*\Z"
+# Text of a manifest ends up on terminals and in logs.
+_PRINTABLE = rf"\A[^{UNPRINTABLE}]*\Z"
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200, pattern=_PRINTABLE)]
 Line = Annotated[str, msgspec.Meta(max_length=4096, pattern=_PRINTABLE)]
 Dim = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)] | Name

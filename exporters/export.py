@@ -21,6 +21,7 @@ from torch import nn
 from engines.bundle import Bundle, Manifest, Stage, hash_file, write_manifest
 from engines.errors import ExportError
 from engines.files import move_folder, refuse_existing, scratch_folder, writing
+from engines.text import printable
 
 from . import models, stages, verify
 from .golden import make_sample, sample_images, write_sample
@@ -258,7 +259,7 @@ def _manifest(
         weights_sha256=models.weights_hash(sam),
         stages={},
         made={
-            "command": " ".join(command),
+            "command": printable(" ".join(command)),
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **{name: _version(name) for name in packages},
         },

@@ -12,6 +12,7 @@ import torch
 
 from engines.errors import ConfigError
 from engines.progress import progress
+from engines.text import printable
 
 STOPPING = "stopping: this step is finished and saved first; once more ends at once, without it"
 
@@ -52,4 +53,4 @@ def made_with(command: str) -> dict[str, str]:
 
 def say(text: str) -> None:
     """One line on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from engines.bundle import Bundle, Stage, TensorSpec, shipped_bundle
+from engines.text import printable
 
 _RUNS_ON = {
     "head": "edge",
@@ -107,7 +108,7 @@ def _print(bundle: Bundle, facts: dict[str, Any]) -> None:
     rows = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     rows.add_column(no_wrap=True, style="bold")
     rows.add_column(overflow="fold")
-    rows.add_row("bundle", str(bundle.path))
+    rows.add_row("bundle", printable(bundle.path))
     rows.add_row("kind", _KINDS[manifest.kind])
     rows.add_row("model", f"{manifest.model}, weights {manifest.weights_sha256[:12]}")
     rows.add_row("order", _order(bundle))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from engines.bundle import Bundle
 from engines.errors import ExportError
 from engines.options import Number
+from engines.text import printable
 
 if TYPE_CHECKING:
     from exporters.tensors import Report
@@ -160,7 +161,9 @@ def _print(
         shape = " x ".join(map(str, group.shape)) or "1"
         where = [stage] if several else []
         facts = (group.op, group.dtype, shape, group.name)
-        table.add_row(f"{group.bytes / 1e6:,.3f}", str(group.count), *where, *facts)
+        table.add_row(
+            f"{group.bytes / 1e6:,.3f}", str(group.count), *map(printable, [*where, *facts])
+        )
     console.print(table)
     measured = sum(found.tensors for found in reports.values())
     console.print(
@@ -171,4 +174,4 @@ def _print(
     if args.limit is not None and not problems:
         console.print(f"none exceeds {args.limit:g} MB", soft_wrap=True)
     for problem in problems:
-        console.print(problem, soft_wrap=True)
+        console.print(printable(problem), soft_wrap=True)

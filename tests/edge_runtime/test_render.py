@@ -95,6 +95,13 @@ def test_a_panel_shows_the_windows_sent_and_black_elsewhere() -> None:
     assert not drawn[5:155, 325:395].any()
 
 
+def test_long_names_are_written_in_full() -> None:
+    for size, width in ((26, 520), (18, 260)):
+        font = render._fitting("What " + "m" * 64 + " saw", size, width)
+        assert font.getlength("What " + "m" * 64 + " saw") <= width or font.size == 7
+        assert render._fitting("What alpha saw", size, width).size == size
+
+
 def test_of_many_nodes_those_that_saw_something_are_shown() -> None:
     windows = cut_of(np.full((32, 40, 3), 200, np.uint8))
     some = {"a": (0, 4), "b": (1, 3), "c": (2, 5)}

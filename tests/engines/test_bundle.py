@@ -154,6 +154,8 @@ def test_fields_added_within_the_schema_are_ignored(bundle: Path) -> None:
         lambda m: m.update(stages={}),
         lambda m: m.update(model=""),
         lambda m: m.update(model="tiny\x1b]0;title\x07"),
+        lambda m: m.update(model="tiny\u202egnp"),
+        lambda m: m["made"].update(command="export \u2066x"),
         lambda m: m.update(made={"command": "two\nlines"}),
         lambda m: m["stages"].update({"\x9b31m": m["stages"]["stack"]}),
         lambda m: m["stages"]["stack"]["outputs"][0].update(shape=["n\n", 16, 8]),
