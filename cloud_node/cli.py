@@ -12,7 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from cloud_node.settings import BY_NAME, GROUPS, SETTINGS, Invalid, Setting
+from cloud_node.settings import BY_NAME, GROUPS, SETTINGS, Setting
+from engines import stopping
+from engines.options import Invalid, Parser
+from engines.text import printable
 
 if TYPE_CHECKING:
     from cloud_node.config import Loaded, Prepared
@@ -60,9 +63,7 @@ once. A key added to or taken from DIR/authorized counts within a second. docs/n
 
 def build_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "cloud-node", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw
-    )
+    parser = Parser("cloud-node", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw)
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
@@ -108,7 +109,7 @@ def _reader(setting: Setting) -> Any:
         try:
             return setting.parse(text)
         except Invalid as error:
-            raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+            raise Invalid(f"{error}, not {text!r}") from None
 
     return read
 
@@ -119,7 +120,18 @@ def _help(setting: Setting) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line; returns the exit status.
+
+    Args:
+        argv: without the program's name. None means ``sys.argv``, and that this process is for the
+            command alone.
+    """
+    if argv is None:
+        return stopping.as_process(lambda: _main(None))
+    return _main(argv)
+
+
+def _main(argv: list[str] | None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.version:
@@ -148,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     except EdgeRuntimeError as error:
         if args.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return error.exit_code
 
 
@@ -296,7 +308,7 @@ def _check(file: Path | None, options: Mapping[str, Any], as_json: bool) -> int:
     print(
         f"\nBundle: {prepared.label}, stack {prepared.stage.sha256[:12]}, hashes as they should be"
     )
-    print(f"Public key: {prepared.keypair.public}")
+    print(f"Public key: '{prepared.keypair.public}'")
     print(f"Edges authorised: {len(prepared.allowed)}")
     for note in notes:
         print(f"Note: {note}")
@@ -320,18 +332,18 @@ def _table(loaded: Loaded) -> list[str]:
 def _init(out: Path, options: Mapping[str, Any]) -> int:
     from cloud_node.config import load
     from engines.errors import ConfigError
+    from engines.files import refuse_existing, write_whole
 
-    if os.path.lexists(out):
-        raise ConfigError(
-            f"{out} exists and is never overwritten: edit it, move it away, or name another file "
-            "with --out"
-        )
+    refuse_existing(out, ConfigError, "name another file with --out")
     config = load(None, options).config
-    try:
-        with open(out, "x", encoding="utf-8") as file:
-            file.write(_toml(options, out.parent))
-    except OSError as error:
-        raise ConfigError(f"cannot write {out}: {error.strerror}") from None
+    write_whole(
+        out,
+        _toml(options, out.parent),
+        mode=0o644,  # under a loose umask, others could write to it
+        replace=False,
+        error=ConfigError,
+        instead="name another file with --out",
+    )
     print(f"Wrote {out}.\n\nNext:")
     if not config.key_file.exists():
         print(f"  edge-runtime keys node --dir {config.keys}")

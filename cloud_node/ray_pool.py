@@ -133,7 +133,7 @@ class RayPool(Pool):
         if importlib.util.find_spec("ray") is None:
             raise ConfigError(
                 "workers on Ray were asked for, but Ray is not installed: "
-                "`pip install 'edge-runtime[ray]'`, or serve with local workers"
+                "`pip install 'ray[serve]'`, or serve with local workers"
             )
         if address.startswith("ray://"):
             raise ConfigError(

@@ -17,11 +17,9 @@ import json
 import logging
 import math
 import os
-import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,7 +36,9 @@ from cloud_node.room import has_room
 from cloud_node.suspects import Suspects
 from engines.bundle import TensorSpec
 from engines.errors import ConfigError, EngineError, ProtocolError
+from engines.files import write_whole
 from transport.messages import (
+    HEADER_BYTES,
     NO_ID,
     VERSIONS,
     Accepted,
@@ -81,26 +81,11 @@ _FAILED = Refusal("engine", "the node failed; its log says more")
 
 @dataclass(frozen=True)
 class _Work:
-    """What a queued request holds: views of the frames it came in."""
+    """What a queued request holds: views of the frame it came in, and the key for its result."""
 
     peer: bytes
     feeds: dict[str, np.ndarray]
-
-
-class _Lease:
-    """Keeps a slot until its outputs have left; in the event loop's thread."""
-
-    def __init__(self, slot: Slot) -> None:
-        self._slot = slot
-        self._holders = 1
-
-    def hold(self) -> None:
-        self._holders += 1
-
-    def drop(self) -> None:
-        self._holders -= 1
-        if not self._holders:
-            self._slot.release()
+    seal: bytes
 
 
 class Server:
@@ -218,17 +203,15 @@ class Server:
 
     # What arrives
 
-    def _handle(self, frames: list[zmq.Frame], name: str) -> None:
-        peer, *parts = frames
-        to = peer.bytes
+    def _handle(self, frame: zmq.Frame, to: bytes, name: str) -> None:
         message_id = NO_ID
         try:
-            message = decode_header(parts[0])
+            message = decode_header(frame)
             message_id = getattr(message, "id", NO_ID)
             if isinstance(message, InfoRequest):
                 self._send(to, name, encode(self._info(message)))
             elif isinstance(message, Request):
-                self._admit(to, name, message, parts[1:])
+                self._admit(to, name, message, frame)
             elif isinstance(message, Cancel):
                 self._finish_all(self._queue.cancel(name, message.id))
             elif not isinstance(message, VersionsSpoken):  # which is never answered
@@ -250,12 +233,12 @@ class Server:
         """Refuse what was not admitted."""
         self.metrics.requests[self._refuse(peer, name, id, refusal)] += 1
 
-    def _admit(self, peer: bytes, name: str, request: Request, parts: list[zmq.Frame]) -> None:
+    def _admit(self, peer: bytes, name: str, request: Request, frame: zmq.Frame) -> None:
         prepared, now = self._prepared, self._loop.time()
         check_stage(request.stage, prepared.stage, prepared.label)
         if self._draining:
             raise Refusal("shutdown", "the node is stopping")
-        feeds = decode_tensors(request, parts, prepared.limits.request)
+        feeds = decode_tensors(request, frame, prepared.limits.request)
         windows = check_windows(feeds, prepared.stage, prepared.bundle.geometry)
         deaths = self._suspects.deaths(name, feeds, now)
         if deaths > 1:
@@ -267,7 +250,7 @@ class Server:
             size=sum(array.nbytes for array in feeds.values()),
             arrived=now,
             due=now + request.deadline_ms / 1000,
-            work=_Work(peer, feeds),
+            work=_Work(peer, feeds, request.seal),
             alone=deaths > 0,
         )
         self._expire(now)
@@ -384,9 +367,8 @@ class Server:
 
     async def _run(self, slot: Slot, jobs: Sequence[Job]) -> None:
         """See a batch to its end: every one of its requests has its outcome, or is run again."""
-        lease = _Lease(slot)
         try:
-            await self._compute(slot, jobs, lease)
+            await self._compute(slot, jobs)
         except Exception as error:  # a defect here; the edges get an answer all the same
             again = {job for waiting in self._again for job in waiting}
             for job in jobs:
@@ -394,10 +376,10 @@ class Server:
                     self._finish(job, _FAILED)
             _log_defect("a batch could not be seen to its end", error)
         finally:
-            lease.drop()
+            slot.release()
             self._work.set()
 
-    async def _compute(self, slot: Slot, jobs: Sequence[Job], lease: _Lease) -> None:
+    async def _compute(self, slot: Slot, jobs: Sequence[Job]) -> None:
         try:
             outputs = await slot.run(_fill(slot.inputs, jobs))
         except EngineError as error:
@@ -411,14 +393,10 @@ class Server:
             for job in jobs:
                 self._finish(job, _STOPPING)
         else:
-            self._answer(jobs, outputs, slot.compute_us, lease)
+            self._answer(jobs, outputs, slot.compute_us)
 
     def _answer(
-        self,
-        jobs: Sequence[Job],
-        outputs: Mapping[str, np.ndarray],
-        compute_us: int,
-        lease: _Lease,
+        self, jobs: Sequence[Job], outputs: Mapping[str, np.ndarray], compute_us: int
     ) -> None:
         now, windows = self._loop.time(), sum(job.windows for job in jobs)
         seconds = compute_us / 1e6
@@ -436,11 +414,10 @@ class Server:
                 self._finish(job)
                 continue
             queue_us = max(0, round((now - job.arrived) * 1e6) - compute_us)
-            frames = encode(
-                Result(job.id, queue_us, compute_us), {k: v[rows] for k, v in outputs.items()}
-            )
-            peer: bytes = job.work.peer
-            job.outcome = self._send(peer, job.client, frames, lease) or "result"
+            work: _Work = job.work
+            result = Result(job.id, queue_us, compute_us)
+            frame = encode(result, {k: v[rows] for k, v in outputs.items()}, work.seal)
+            job.outcome = self._send(work.peer, job.client, frame) or "result"
             self._finish(job)
             self.metrics.wait_seconds.observe(queue_us / 1e6)
             log.debug(
@@ -548,7 +525,6 @@ class Server:
         images = -(-pool.max_batch // self._prepared.bundle.geometry.windows)
         needs = Needs(
             *sizes,
-            part=limits.request.part_bytes,
             batches=2 * pool.lanes * images * (sizes[0] if shared else sum(sizes)),
             shared=shared,
         )
@@ -620,38 +596,31 @@ class Server:
                 _log_defect("a refusal could not be sent", error)
         return _FAILED.code
 
-    def _send(self, peer: bytes, name: str, frames: list[Any], lease: _Lease | None = None) -> str:
-        """Send without waiting; what became of it unless it was sent. `lease` is held until the
-        tensors have left."""
-        parts = frames[1:]
-        size = sum(part.nbytes for part in parts)
-        if size and self._unread.get(name, 0) + size > self._door.unsent:
+    def _send(self, peer: bytes, name: str, frame: memoryview) -> str:
+        """Send without waiting; what became of it unless it was sent."""
+        size = frame.nbytes
+        if self._unread.get(name, 0) + size > self._door.unsent:
             outcome: str = "unread"
         else:
-            for part in parts:
-                assert lease
-                # Freed by libzmq once it has left, in whichever thread.
-                left = functools.partial(self._left_soon, name, part.nbytes, lease)
-                weakref.finalize(part.obj, left).atexit = False
-                lease.hold()
-                self._unread[name] = self._unread.get(name, 0) + part.nbytes
-            outcome = self._door.send(peer, name, frames)
+            if size > HEADER_BYTES:
+                # libzmq frees it once it has left, in whichever thread.
+                weakref.finalize(frame.obj, self._left_soon, name, size).atexit = False
+                self._unread[name] = self._unread.get(name, 0) + size
+            outcome = self._door.send(peer, frame)
         if outcome == "sent":
             return ""
-        what = "Result" if parts else "reply"
         why = "it left" if outcome == "lost" else "it does not read its replies"
-        self._log_seldom(name, outcome, f"{what} to an edge dropped: {why}")
+        self._log_seldom(name, outcome, f"a reply to an edge was dropped: {why}")
         return outcome
 
-    def _left_soon(self, name: str, size: int, lease: _Lease) -> None:
+    def _left_soon(self, name: str, size: int) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: so is the pool
-            self._loop.call_soon_threadsafe(self._left, name, size, lease)
+            self._loop.call_soon_threadsafe(self._left, name, size)
 
-    def _left(self, name: str, size: int, lease: _Lease) -> None:
+    def _left(self, name: str, size: int) -> None:
         left = self._unread.pop(name, 0) - size
         if left > 0:
             self._unread[name] = left
-        lease.drop()
         self._work.set()  # there may be room for more
 
     def _log_refusal(self, client: str, code: str, text: str) -> None:
@@ -703,7 +672,7 @@ class Server:
         log.info("ready %s", json.dumps(ready), extra={"event": "ready", **ready})
         path = prepared.config.ready_file
         if path:
-            _write_atomically(path, json.dumps(ready) + "\n")
+            write_whole(path, json.dumps(ready) + "\n", error=ConfigError)
         try:
             yield
         finally:
@@ -743,17 +712,3 @@ def _fill(inputs: Mapping[str, np.ndarray], jobs: Iterable[Job]) -> int:
 
 def _tensor_info(spec: TensorSpec) -> TensorInfo:
     return TensorInfo(spec.name, spec.dtype, spec.shape)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    try:
-        descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "w") as file:
-                file.write(text)
-            os.replace(scratch, path)
-        except OSError:
-            os.unlink(scratch)
-            raise
-    except OSError as error:
-        raise ConfigError(f"cannot write the ready file {path}: {error.strerror}") from None

@@ -69,7 +69,7 @@ def measure(model: str, precision: str, directory: Path, machine: str) -> dict[s
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "checkpoint_bytes": checkpoint.stat().st_size,
         "bundle_bytes": sum(f.stat().st_size for f in bundle.rglob("*") if f.is_file()),
-        **{k: v for k, v in facts.items() if k != "bundle"},
+        **{k: v for k, v in facts.items() if k not in ("bundle", "next")},
     }
     if installed():
         result["build"] = measure_build(bundle, directory)

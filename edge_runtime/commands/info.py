@@ -79,7 +79,7 @@ def describe(bundle: Bundle, *, verified: bool) -> dict[str, Any]:
         "tokens_per_window": geometry.tokens_per_window,
     }
     for name, stage in manifest.stages.items():
-        facts["stages"][name]["bytes"] = _size(bundle, stage)
+        facts["stages"][name]["bytes"] = bundle.size(name)
         if stage.plain is not None:
             facts["stages"][name]["plain"]["bytes"] = (
                 (bundle.path / stage.plain.file).stat().st_size
@@ -91,10 +91,6 @@ def describe(bundle: Bundle, *, verified: bool) -> dict[str, Any]:
             "down": sum(map(_bytes_per_window, stack.outputs)),
         }
     return facts
-
-
-def _size(bundle: Bundle, stage: Stage) -> int:
-    return sum((bundle.path / name).stat().st_size for name in stage.files)
 
 
 def _bytes_per_window(spec: TensorSpec) -> int:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engines.options import SECONDS
+
 if TYPE_CHECKING:
     from edge_runtime.offload import NodeStatus
 
@@ -38,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=SECONDS,
         default=5.0,
         metavar="SECONDS",
         help="how long to wait for the slowest node (default: %(default)g)",
@@ -51,11 +53,8 @@ def run(args: argparse.Namespace) -> int:
     from edge_runtime.config import load_config
     from edge_runtime.offload import Offloader
     from engines.bundle import Bundle, shipped_bundle
-    from engines.errors import ConfigError
     from engines.pipeline import Pipeline
 
-    if not 0 < args.timeout <= 3600:
-        raise ConfigError(f"--timeout is {args.timeout:g}; expected seconds above 0")
     config = load_config(args.config)
     bundle = Bundle.load(config.bundle or shipped_bundle())
     with Pipeline(bundle) as pipeline, Offloader(config, pipeline) as offloader:

@@ -260,14 +260,22 @@ class Edge:
             ctx, node.endpoint, str(node.ready["public_key"]), pair, node.limits
         )
         self.socket.set(zmq.SNDTIMEO, 60_000)
+        self.seals: dict[bytes, bytes] = {}
 
-    def send(self, frames: list[Any]) -> None:
+    def send(self, *frames: Any) -> None:
+        """One message; a legal one has one frame."""
         self.socket.send_multipart(frames, copy=False)
 
-    def receive(self, timeout_ms: int = 60_000) -> tuple[messages.Message, dict[str, np.ndarray]]:
+    def receive(
+        self, timeout_ms: int = 60_000, *, tensors: bool = True
+    ) -> tuple[messages.Message, dict[str, np.ndarray]]:
         assert self.socket.poll(timeout_ms), "no reply"
-        frames = self.socket.recv_multipart(copy=False)
-        return messages.decode(frames, self.limits.result)
+        (frame,) = self.socket.recv_multipart(copy=False)
+        message = messages.decode_header(frame)
+        if not tensors:
+            return message, {}
+        seal = self.seals.get(getattr(message, "id", b""), b"")
+        return message, messages.decode_tensors(message, frame, self.limits.result, seal)
 
     def request(
         self,
@@ -277,9 +285,11 @@ class Edge:
         stage: str | None = None,
     ) -> bytes:
         """Send a request; returns its id."""
-        message = messages.Request(messages.new_id(), stage or self.stage.sha256, deadline_ms)
+        id, seal = messages.new_id(), messages.new_seal()
+        self.seals[id] = seal
+        message = messages.Request(id, stage or self.stage.sha256, deadline_ms, seal)
         self.send(messages.encode(message, feeds))
-        return message.id
+        return id
 
     def replies(self, ids: Iterable[bytes], *, final: bool) -> dict[bytes, messages.Message]:
         """One reply to each of these requests, in any order: the last, or the first."""
