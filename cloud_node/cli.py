@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import json
 import os
@@ -166,6 +165,9 @@ def _main(argv: list[str] | None) -> int:
 
 
 def _serve(file: Path | None, options: Mapping[str, Any]) -> int:
+    from transport.process import disable_core_dumps
+
+    disable_core_dumps()  # until then, other processes of this user can look into this one
     for number in _stop_signals():
         signal.signal(number, _leave)  # until the server can stop in order
 
@@ -176,15 +178,15 @@ def _serve(file: Path | None, options: Mapping[str, Any]) -> int:
     # as many threads as there are cores.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+    import asyncio
     import logging
 
     from cloud_node.config import load, prepare
     from cloud_node.logs import setup
     from cloud_node.notify import Notifier
     from engines.errors import EdgeRuntimeError
-    from transport.process import disable_core_dumps, keep_freed_memory
+    from transport.process import keep_freed_memory
 
-    disable_core_dumps()
     keep_freed_memory()
     config = load(file, options).config
     setup(config.log_level, config.log_format)
@@ -247,6 +249,8 @@ def _end_now(number: int, _: object) -> None:
 
 
 async def _run(prepared: Prepared, pool: Pool, notifier: Notifier) -> None:
+    import asyncio
+
     from cloud_node.server import Server, version
 
     stop = asyncio.Event()

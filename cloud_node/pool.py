@@ -609,13 +609,12 @@ class _Lane:
         loop = asyncio.get_running_loop()
         self._failure, self._readied, self._began = None, 0.0, loop.time()
         try:
-            process = await Process.start(arena.fd, self._environment, self._heard)
+            process = await Process.start(self._request, arena.fd, self._environment, self._heard)
         except OSError as error:
             return EngineError(f"the process cannot be started: {error.strerror or error}")
         self.process = process
         try:
             self._tell("started")
-            process.send(self._request)
             if self._pool.closed.is_set():
                 process.kill("the pool was closed")
             await self._watch(process)
@@ -676,7 +675,7 @@ class _Lane:
             if not (isinstance(kind, type) and issubclass(kind, EdgeRuntimeError)):
                 kind = EngineError
             self._failure = kind(message.text)
-        elif not self._pool.closed.is_set():
+        elif isinstance(message, wire.Ready) and not self._pool.closed.is_set():
             self._get_ready(message)
 
     def _get_ready(self, message: wire.Ready) -> None:

@@ -807,7 +807,7 @@ def test_workers_die_with_their_parent(bundle_of: Any) -> None:
         assert all(_command(pid) for pid in pids)
         os.kill(min(pids), signal.SIGSTOP)  # one that can't see for itself
         parent.kill()
-    while any(b"cloud_node.worker" in _command(pid) for pid in pids):
+    while any(b"cloud_node.closed" in _command(pid) for pid in pids):
         time.sleep(0.01)
 
 
