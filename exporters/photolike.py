@@ -74,7 +74,7 @@ def _cloth(rng: np.random.Generator) -> np.ndarray:
 
 def _wood(rng: np.random.Generator) -> np.ndarray:
     """Rings and grain."""
-    u, v = _coordinates(rng, rng.uniform(8, 30))
+    u, _ = _coordinates(rng, rng.uniform(8, 30))
     rings = np.sin(u * 6.28 / rng.uniform(7, 40))
     grain = ndimage.gaussian_filter(rng.standard_normal((_TILE, _TILE)), (0.6, rng.uniform(4, 14)))
     return rings + grain / max(float(grain.std()), 1e-6) * rng.uniform(0.2, 0.8)
@@ -148,9 +148,9 @@ def _smooth(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
 
 _NATURAL = np.array(
     [
-        [205, 160, 130], [150, 100, 75], [95, 65, 45], [70, 95, 50], [120, 135, 80], [150, 180, 210],
-        [90, 120, 165], [180, 175, 165], [110, 105, 100], [60, 55, 55], [225, 220, 210], [160, 130, 90],
-        [170, 60, 50], [200, 150, 60], [45, 60, 80],
+        [205, 160, 130], [150, 100, 75], [95, 65, 45], [70, 95, 50], [120, 135, 80],
+        [150, 180, 210], [90, 120, 165], [180, 175, 165], [110, 105, 100], [60, 55, 55],
+        [225, 220, 210], [160, 130, 90], [170, 60, 50], [200, 150, 60], [45, 60, 80],
     ],
     np.float32,
 )  # fmt: skip
@@ -459,7 +459,7 @@ def _horizon(canvas: _Canvas) -> None:
 
 
 def _regions(canvas: _Canvas) -> None:
-    """The whole picture divided into ragged regions, contrasts often low, borders sometimes soft."""
+    """The whole picture divided into ragged regions, contrasts often low."""
     rng, size = canvas.rng, canvas.size
     count = int(rng.integers(2, 12))
     seeds = rng.uniform(0, size, (count, 2)).astype(np.float32)

@@ -1,7 +1,7 @@
 """Prompts of many objects at once, and the corrective clicks of SAM's interactive protocol.
 
-A prompt is a row of points with labels: 1 a click on the object, 0 one beside it, 2 and 3 the corners
-of a box, -1 no point. SAM adds a point of label -1 to every prompt without a box.
+A prompt is a row of points with labels: 1 a click on the object, 0 one beside it, 2 and 3 the
+corners of a box, -1 no point. SAM adds a point of label -1 to every prompt without a box.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import torch
 from scipy import ndimage
 from segment_anything.modeling import PromptEncoder
 from torch import Tensor
+
+from exporters.scenes import click_of
 
 POINT = (1, -1)
 BOX = (2, 3)
@@ -45,19 +47,6 @@ def largest_error(wrong: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, int
     return best
 
 
-def deepest(mask: np.ndarray) -> tuple[int, int]:
-    """(x, y) of the pixel of ``mask`` (bool [h, w]) farthest from its border; the image's edge
-    counts as border.
-    """
-    ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(ys):
-        return 0, 0
-    depth = ndimage.distance_transform_edt(np.pad(mask[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1], 1))
-    inner = depth[1:-1, 1:-1]
-    y, x = np.unravel_index(int(inner.argmax()), inner.shape)
-    return int(xs[0] + x), int(ys[0] + y)
-
-
 def correction(
     wrong: np.ndarray, truth: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -70,7 +59,7 @@ def correction(
     for i, (miss, mask) in enumerate(zip(wrong, truth, strict=True)):
         region, labels[i] = largest_error(miss, mask) or (mask, 1)
         if rng.random() < 0.5:
-            points[i] = deepest(region)
+            points[i] = click_of(region)
         else:
             ys, xs = np.nonzero(region)
             at = int(rng.integers(len(ys))) if len(ys) else 0

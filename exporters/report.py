@@ -64,7 +64,7 @@ def masks_picture(sam: Any, out: Path, scenes: int = 6, clicks: int = 4) -> None
     from segment_anything import SamPredictor
 
     from exporters.coins import coins
-    from exporters.evaluate import held_out_scenes, predict_clicks
+    from exporters.evaluate import held_out_scenes, predict
     from exporters.scenes import click_of
 
     predictor = SamPredictor(sam)
@@ -73,9 +73,9 @@ def masks_picture(sam: Any, out: Path, scenes: int = 6, clicks: int = 4) -> None
         predictor.set_image(image)
         points = np.array([click_of(m) for m in masks])
         panels = []
-        for truth, (x, y), (found, scores) in zip(
-            masks, points, predict_clicks(predictor, points), strict=True
-        ):
+        ones = np.ones((len(points), 1), int)
+        answers = predict(predictor, points[:, None], ones)
+        for truth, (x, y), (found, scores, _) in zip(masks, points, answers, strict=True):
             panel = image.astype(np.float32)
             best = found[int(scores.argmax())]
             panel[best] = panel[best] * 0.45 + np.array(MASK) * 0.55

@@ -394,6 +394,10 @@ def click_of(mask: np.ndarray) -> tuple[int, int]:
     """(x, y) of the pixel of ``mask`` (bool [h, w]) farthest from its border; the image's edge
     counts as border.
     """
-    depth = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
-    y, x = np.unravel_index(int(depth.argmax()), mask.shape)
-    return int(x), int(y)
+    ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(ys):
+        return 0, 0
+    inside = mask[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1]
+    depth = ndimage.distance_transform_edt(np.pad(inside, 1))[1:-1, 1:-1]
+    y, x = np.unravel_index(int(depth.argmax()), depth.shape)
+    return int(xs[0] + x), int(ys[0] + y)

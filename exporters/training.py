@@ -3,8 +3,8 @@ exactly.
 
 Every batch is a pure function of ``(seed, step)``, so a run interrupted and resumed takes the same
 steps as one that was not. Each object is prompted several times, as SAM was trained: first with a
-point or a box, then with corrective clicks on the model's own errors. ``docs/training.md`` gives the
-recipe and its reasons.
+point or a box, then with corrective clicks on the model's own errors. ``docs/training.md`` gives
+the recipe and its reasons.
 """
 
 from __future__ import annotations
@@ -105,14 +105,15 @@ class ScenePool:
 
     def get(self, number: int) -> tuple[Scene, np.ndarray]:
         """The scene and its depth, uint8 [s, s]."""
-        if number not in self._kept:
-            drawn = np.random.default_rng([self.seed, number, 19]).random()
-            kind = PHOTO_LIKE if drawn < self.photo_like else None
-            scene = make_scene(self.seed * 1_000_000 + number, self.size, kind)
-            self._kept[number] = (scene, depth_of(scene.labels))
-            if len(self._kept) > self.capacity:
-                del self._kept[min(self._kept)]
-        return self._kept[number]
+        if number in self._kept:
+            return self._kept[number]
+        drawn = np.random.default_rng([self.seed, number, 19]).random()
+        kind = PHOTO_LIKE if drawn < self.photo_like else None
+        scene = make_scene(self.seed * 1_000_000 + number, self.size, kind)
+        made = self._kept[number] = (scene, depth_of(scene.labels))
+        if len(self._kept) > self.capacity:
+            del self._kept[min(self._kept)]
+        return made
 
 
 _MEAN = np.array([123.675, 116.28, 103.53], np.float32)
