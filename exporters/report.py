@@ -46,8 +46,10 @@ def curves(steps: list[dict[str, Any]], scores: list[dict[str, Any]], out: Path)
     marks = [r["step"] for r in scores]
     axes.plot(marks, [r["scenes"] for r in scores], "o-", ms=3, label="held-out scenes")
     axes.plot(marks, [r["scenes_best"] for r in scores], "--", lw=1, label="best of three")
-    if scores and "coins" in scores[0]:
-        axes.plot(marks, [r["coins"] for r in scores], "s-", ms=3, label="photo `coins`")
+    for name, label in (("photo_like", "photo-like"), ("coins", "photo `coins`")):
+        rows = [r for r in scores if name in r]
+        if rows:
+            axes.plot([r["step"] for r in rows], [r[name] for r in rows], "s-", ms=3, label=label)
     changes = [(b["step"], b["size"]) for a, b in pairwise(scores) if a["size"] != b["size"]]
     for step, size in changes:
         axes.axvline(step, color="0.7", lw=1)
