@@ -35,6 +35,7 @@ from exporters.prompts import BOX, POINT, correction, embed
 from exporters.scenes import PHOTO_LIKE, Scene, depth_of, make_scene
 
 BOX_SHARE = 0.4  # of the first prompts; the others are points
+FIRST_ROUND = 0.4  # weight of the first round's loss; the corrections share the rest
 
 
 @dataclass(frozen=True)
@@ -558,6 +559,7 @@ class Trainer:
         rng = np.random.default_rng([config.seed, self.step, 23])
         valid = batch.valid.repeat_interleave(config.clicks, 0)
         rounds = config.rounds if self._at_full_size() else 1
+        rest = (1 - FIRST_ROUND) / max(1, rounds - 1)
         coords, labels, mask_input = batch.coords, batch.labels, None
         agree = torch.full((len(coords),), self.agreement(), device=self.device)
         figures: dict[str, float] = {}
@@ -566,7 +568,8 @@ class Trainer:
             apart = batch.ambiguous if number == 0 else torch.zeros_like(batch.ambiguous)
             weight = torch.where(apart, agree.clamp(max=0.3), agree)
             loss, found = joint_loss(logits, iou, batch.masks, valid, self.balance(), weight)
-            (loss / rounds).backward()
+            share = 1.0 if rounds == 1 else FIRST_ROUND if not number else rest
+            (share * loss).backward()
             figures = figures or found
             figures["last"] = found["iou"]
             if number + 1 == rounds:
