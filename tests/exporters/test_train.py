@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from engines.errors import CheckpointError
 from exporters.models import MODELS, build_from_spec, build_sam, load_checkpoint
@@ -20,6 +21,7 @@ from exporters.training import (
     ScenePool,
     TrainConfig,
     Trainer,
+    affinity_loss,
     decode_batch,
     iou_of,
     joint_loss,
@@ -281,3 +283,36 @@ def test_the_learning_rate_warms_up_and_decays():
     assert rates[0] < rates[5] < rates[9]
     assert int(np.argmax(rates)) < 20
     assert rates[-1] < 0.05 * max(rates)
+
+
+def test_the_encoders_gradient_is_that_of_the_whole_loss(monkeypatch):
+    """Two rounds: against one backward pass through everything."""
+    config = replace(MINUTE, warmup_steps=0, low_size=0, rounds=2, amp=False, seed=4)
+    trainer, plain = Trainer(config), Trainer(config)
+    asked = []
+
+    def recorded(*args):
+        asked.append(args[2:])
+        return decode_batch(*args)
+
+    monkeypatch.setattr("exporters.training.decode_batch", recorded)
+    trainer.train_step()
+    batch = make_batch(config, plain.spec, plain.pool, 0)
+    places = np.random.default_rng([config.seed, 0, 13]).permutation(plain.spec.grid**2)[:144]
+    embeddings = plain.sam.train().image_encoder(batch.images)
+    loss = 0.3 * affinity_loss(
+        plain.head, embeddings, batch.tokens, torch.from_numpy(places.copy())
+    )
+    valid, agree = batch.valid.repeat_interleave(2, 0), torch.full((4,), plain.agreement())
+    unsure = torch.where(batch.ambiguous, agree.clamp(max=0.3), agree)
+    for share, weight, prompt in zip((0.4, 0.6), (unsure, agree), asked, strict=True):
+        answer = decode_batch(plain.sam, embeddings, *prompt)
+        loss = loss + share * joint_loss(*answer, batch.masks, valid, plain.balance(), weight)[0]
+    loss.backward()
+    nn.utils.clip_grad_norm_(plain._parameters(), 1.0)
+    for (name, got), wanted in zip(
+        trainer.sam.named_parameters(), plain.sam.parameters(), strict=True
+    ):
+        assert (got.grad is None) == (wanted.grad is None), name
+        assert got.grad is None or torch.allclose(got.grad, wanted.grad, atol=1e-5), name
+    assert trainer.sam.image_encoder.pos_embed.grad.abs().max() > 0
