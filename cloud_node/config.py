@@ -18,9 +18,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from cloud_node.settings import BY_NAME, Invalid, Setting, size_text, split_address
+from cloud_node.settings import BY_NAME, Setting, size_text, split_address
 from engines.bundle import Bundle, Stage, shipped_bundle
 from engines.errors import BundleError, ConfigError
+from engines.options import Invalid
 from engines.toml import read_toml, unknown_key
 from engines.trust import danger
 from transport.auth import AllowList

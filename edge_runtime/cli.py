@@ -12,6 +12,7 @@ import argparse
 import difflib
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -155,7 +156,9 @@ def _main(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if (number := stopping.came()) is not None:  # its exception got lost in a library
+        if (number := stopping.came()) is not None:  # a library made another error of it
+            if number == signal.SIGINT:
+                print("interrupted", file=sys.stderr)
             return 128 + number
         if debug:
             raise

@@ -25,7 +25,7 @@ _NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
 def whole_file(
     path: str | os.PathLike[str],
     *,
-    mode: int = 0o666,
+    mode: int | None = None,
     replace: bool = True,
     error: type[EdgeRuntimeError] = OutputError,
     instead: str = "name another file",
@@ -33,7 +33,7 @@ def whole_file(
     """An empty scratch file to write to, which becomes ``path`` at the end of the block.
 
     Args:
-        mode: of the file, less the umask; 0o600 is exact and holds from the first instant.
+        mode: of the file, exactly and from the first instant; None is as the umask says.
         replace: whether an existing file may be replaced. If not, it never is, not even one that
             appears during the block.
         error: what to raise if the disk refuses.
@@ -43,10 +43,16 @@ def whole_file(
     if not replace:
         refuse_existing(path, error, instead)
     scratch = _beside(path)
-    with undone(lambda: scratch.unlink(missing_ok=True)), writing(path, error, instead):
-        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+
+    def clean() -> None:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+
+    with undone(clean), writing(path, error, instead):
+        first = 0o666 if mode is None else mode
+        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, first)
         try:
-            if mode == 0o600:
+            if mode is not None:
                 os.fchmod(descriptor, mode)  # a strict umask must not make it unreadable to us
             yield scratch
             os.fsync(descriptor)
@@ -66,7 +72,7 @@ def write_whole(
     path: str | os.PathLike[str],
     data: bytes | str,
     *,
-    mode: int = 0o666,
+    mode: int | None = None,
     replace: bool = True,
     error: type[EdgeRuntimeError] = OutputError,
     instead: str = "name another file",
@@ -82,6 +88,7 @@ def scratch_folder(
     folder: str | os.PathLike[str],
     *,
     room: int = 0,
+    mode: int = 0o777,
     error: type[EdgeRuntimeError] = OutputError,
     instead: str = "name another folder with --out",
 ) -> Iterator[Path]:
@@ -91,6 +98,7 @@ def scratch_folder(
     nothing is in them.
 
     Args:
+        mode: of the folder, less the umask.
         room: bytes that must be free on the disk, so that a full one is noticed before the work.
         error, instead: see :func:`whole_file`.
     """
@@ -104,10 +112,13 @@ def scratch_folder(
             with contextlib.suppress(OSError):
                 parent.rmdir()  # does nothing if something is in it
 
+    for parent in folder.parents:
+        if os.path.lexists(parent) and not parent.is_dir():
+            raise error(f"{parent} is a file, not a folder: {instead}")
     with undone(clean):
         with writing(folder, error, instead):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            scratch.mkdir()
+            scratch.mkdir(mode)
             free = shutil.disk_usage(scratch).free
         if free < room:
             raise error(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import platform
 import shlex
 from functools import lru_cache
@@ -24,6 +23,7 @@ from engines import cuda, libraries
 from engines.bundle import Bundle, Line, Name, Sha256, TensorSpec
 from engines.engine import Device, Engine
 from engines.errors import BundleError, EngineError, PlanError
+from engines.files import write_whole, writing
 from engines.libraries import Library
 from engines.ort import OrtEngine
 from engines.places import make_plans_folder, plans_folder
@@ -31,7 +31,6 @@ from engines.plan import (
     Machine,
     Plan,
     Row,
-    cannot_write,
     find,
     may_serve,
     verify_command,
@@ -258,21 +257,19 @@ def write_failure(bundle: Bundle, stage: str, device: OrtKind, failure: Failure 
         EngineError: when it cannot be written, with what that means.
     """
     path = _failure_path(bundle, stage, device)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    instead = (
+        "copy the bundle to a directory that you may write, and use the copy; until then this "
+        "verdict binds nobody"
+    )
+    with writing(path, EngineError, instead):
         if failure is None:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 path.unlink()
             return
         make_plans_folder(bundle.path)
         path.parent.mkdir(exist_ok=True)
-        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(failure), indent=2) + b"\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise EngineError(f"{cannot_write(path, error)}. This verdict binds nobody") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    data = msgspec.json.format(msgspec.json.encode(failure), indent=2) + b"\n"
+    write_whole(path, data, error=EngineError, instead=instead)
 
 
 def _failure_path(bundle: Bundle, stage: str, device: OrtKind) -> Path:

@@ -88,8 +88,10 @@ def _plain(number: float) -> str:
 SHARE = Share()
 THREADS = Number(1, 1024, whole=True)
 SECONDS = Number(0, 86_400, "seconds", above=True)
-COUNT = Number(1, 1_000_000, whole=True)
+COUNT = Number(1, 10_000_000, whole=True)
 """Of things that are counted: steps, images, samples."""
+RATE = Number(0, 1, above=True)
+"""Of learning."""
 SEED = Number(0, (1 << 64) - 1, whole=True)
 
 

@@ -23,7 +23,7 @@ _LINE_S = 15.0
 class Progress:
     """Work under way. Make one with :func:`progress`."""
 
-    def __init__(self, label: str, total: float | None, done: float) -> None:
+    def __init__(self, label: str = "", total: float | None = None, done: float = 0) -> None:
         self.label, self.total, self.done = label, total, done
         self.note = ""
         self._begun = self._marked = time.monotonic()

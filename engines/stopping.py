@@ -48,7 +48,7 @@ def as_process(command: Callable[[], int]) -> int:
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     _survive_forks()
     threading.Thread(target=_watch, args=(reader,), name="signals", daemon=True).start()
-    _install()
+    _install(_raise)
     try:
         return command()
     except KeyboardInterrupt:
@@ -78,20 +78,26 @@ def unwound_by_signals() -> Iterator[None]:
     SIGINT raises KeyboardInterrupt as usual, the others SystemExit. Signals that are ignored, as
     SIGHUP is under ``nohup``, stay ignored.
     """
-    before = _install() if threading.current_thread() is threading.main_thread() else {}
+    before = _install(_raise)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        _restore(before)
 
 
-def _install() -> dict[int, Any]:
+def _install(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Handle all signals that are not ignored or handled by others; returns what to restore."""
     before: dict[int, Any] = {}
-    for number in SIGNALS:
-        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-            before[number] = signal.signal(number, _raise)
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler, _raise):
+                before[number] = signal.signal(number, handler)
     return before
+
+
+def _restore(before: dict[int, Any]) -> None:
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def _survive_forks() -> None:
@@ -127,6 +133,40 @@ def _raise(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + number)
+
+
+class Finishing:
+    """Whether a stop is wanted, for a command that first finishes what it has begun."""
+
+    def __init__(self, text: str) -> None:
+        self.requested = False
+        self._text, self._heard = text, 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            _raise(number, frame)
+        self.requested = True
+        self.hear()
+
+    def hear(self) -> None:
+        """Say at once, from whichever thread hears of it first, what happens next."""
+        if not self._heard:
+            self._heard = 1
+            os.write(2, f"{self._text}\n".encode())
+
+
+@contextlib.contextmanager
+def finishing(text: str) -> Iterator[Finishing]:
+    """The first signal during the block only asks for a stop, and ``text`` says what happens now.
+
+    A second one stops at once.
+    """
+    asked = Finishing(text)
+    before = _install(asked)
+    try:
+        yield asked
+    finally:
+        _restore(before)
 
 
 @contextlib.contextmanager
@@ -166,6 +206,17 @@ def undone(undo: Callable[[], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def if_ended(action: Callable[[], None]) -> Iterator[None]:
+    """Call ``action`` if the process ends in the middle of the block; see :func:`undone`."""
+    key = object()
+    _undo[key] = action
+    try:
+        yield
+    finally:
+        _undo.pop(key, None)
+
+
+@contextlib.contextmanager
 def child(command: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
     """A process in a group of its own; at the end it and what it has started are killed."""
     import subprocess
@@ -192,10 +243,15 @@ def child(command: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes
 
 
 def _watch(pipe: int) -> None:
+    heard: Finishing | None = None
     while numbers := os.read(pipe, 1):
-        # A command may handle a signal itself, to save its work first for example.
-        if numbers[0] in SIGNALS and signal.getsignal(numbers[0]) is _raise:
+        handler = signal.getsignal(numbers[0])
+        if handler is _raise or (handler is heard and heard is not None):
             _end(numbers[0])
+        elif isinstance(handler, Finishing):
+            heard = handler
+            handler.hear()
+        # Else the command handles the signal itself.
 
 
 def _end(number: int) -> None:

@@ -18,9 +18,10 @@ import msgspec
 from segment_anything.modeling import Sam
 from torch import nn
 
-from engines.bundle import Bundle, Manifest, Stage, write_manifest
+from engines.bundle import Bundle, Manifest, Stage, hash_file, write_manifest
 from engines.errors import ExportError
 from engines.files import move_folder, refuse_existing, scratch_folder, writing
+from engines.text import printable
 
 from . import models, stages, verify
 from .golden import make_sample, sample_images, write_sample
@@ -134,7 +135,7 @@ def export(
         images = sample_images(stages.geometry_of(sam))
         samples = [make_sample(sam, image, head_blocks) for image in images]
         manifest = _manifest(sam, order, precision, head_blocks, checkpoint, out, node_only)
-        twin = msgspec.structs.replace(manifest, precision="fp32", stages={}, golden=())
+        twin = msgspec.structs.replace(manifest, precision="fp32", stages={}, golden={})
         tolerance, rows = verify.TOLERANCES[precision], []
 
         def judge(row: verify.Row) -> None:
@@ -173,6 +174,7 @@ def export(
         else:
             watcher.step("running the bundle end to end", _SHARES["end"])
         write_sample(work / GOLDEN, samples[0], manifest.stages)
+        manifest = msgspec.structs.replace(manifest, golden={GOLDEN: hash_file(work / GOLDEN)})
         write_manifest(work, manifest)
         bundle = Bundle.load(work)
         if not node_only:
@@ -256,9 +258,8 @@ def _manifest(
         head_blocks=head_blocks,
         weights_sha256=models.weights_hash(sam),
         stages={},
-        golden=(GOLDEN,),
         made={
-            "command": " ".join(command),
+            "command": printable(" ".join(command)),
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **{name: _version(name) for name in packages},
         },

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -31,6 +29,7 @@ from segment_anything.modeling import (
 )
 
 from engines.errors import CheckpointError
+from engines.files import whole_file
 from exporters.early import check_checkpoint_file
 
 FORMAT = "edge-runtime-sam"
@@ -213,23 +212,9 @@ def save_checkpoint(sam: Sam, path: Path | str, made: Mapping[str, Any] | None =
 
 
 def save_atomically(content: Any, path: Path | str) -> None:
-    """``torch.save`` into a temporary file beside ``path``, then rename: readers never see half a
-    file.
-    """
-    path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    """``torch.save`` of which readers never see half a file."""
+    with whole_file(path, error=CheckpointError) as scratch, open(scratch, "wb") as file:
+        torch.save(content, file)
 
 
 def read_torch_file(path: Path | str, *, lazily: bool = False) -> Any:

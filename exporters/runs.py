@@ -1,43 +1,20 @@
-"""What long runs share: a clean stop on Ctrl-C, progress, the device, and facts about a result."""
+"""What long runs share: a progress line, the device, and facts about how a result was made."""
 
 from __future__ import annotations
 
 import platform
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import torch
 
 from engines.errors import ConfigError
 from engines.progress import progress
+from engines.text import printable
 
-
-class Interrupt:
-    """Turns the first SIGINT or SIGTERM into a request to stop after the current step; a second one
-    stops at once.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Interrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def __exit__(self, *unused: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+STOPPING = "stopping: this step is finished and saved first; once more ends at once, without it"
 
 
 @contextmanager
@@ -76,4 +53,4 @@ def made_with(command: str) -> dict[str, str]:
 
 def say(text: str) -> None:
     """One line on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)

@@ -18,6 +18,7 @@ import zmq
 from zmq.utils import z85
 
 from engines.errors import KeyFileError
+from engines.files import refuse_existing, write_whole
 from engines.trust import danger, judge
 
 SECRET_BYTES = 32
@@ -25,6 +26,7 @@ AUTHORIZED = "authorized"
 """Folder of the public keys a node lets in."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}\Z")
 _FILE_BYTES = 4096
+_INSTEAD = "choose another name"
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def check_new(directory: Path | str, name: str) -> tuple[Path, Path]:
     folder = Path(directory)
     paths = folder / f"{check_name(name)}.key", folder / f"{name}.pub"
     for path in paths:
-        _refuse_existing(path)
+        refuse_existing(path, KeyFileError, _INSTEAD)
     return paths
 
 
@@ -205,33 +207,10 @@ def _refuse_danger(path: Path) -> None:
         raise KeyFileError(found)
 
 
-def _refuse_existing(path: Path) -> None:
-    if os.path.lexists(path):
-        raise KeyFileError(
-            f"{path} exists and keys are never overwritten: choose another name, or move the old "
-            "key away first"
-        )
-
-
 def _write_new(path: Path, text: str, mode: int) -> None:
-    """Write `path` whole or not at all, never over another file, with exactly `mode`."""
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
-        try:
-            with os.fdopen(descriptor, "w", encoding="ascii") as file:
-                os.fchmod(descriptor, mode)  # a strict umask must not leave it unreadable to us
-                file.write(text)
-                file.flush()
-                os.fsync(descriptor)
-            os.link(scratch, path)  # unlike rename, fails if the name is taken
-        finally:
-            scratch.unlink(missing_ok=True)
-    except FileExistsError:
-        _refuse_existing(path)
-        raise
-    except OSError as error:
-        raise KeyFileError(f"cannot write {path}: {error.strerror}") from None
+    write_whole(
+        path, text.encode("ascii"), mode=mode, replace=False, error=KeyFileError, instead=_INSTEAD
+    )
 
 
 def _read(path: Path, *, private: bool) -> str:

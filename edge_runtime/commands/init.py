@@ -36,6 +36,7 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from edge_runtime.placement import DEFAULT_MAX_EXPOSURE
+    from engines.options import SHARE
 
     parser.description = DESCRIPTION
     parser.epilog = EPILOG
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-exposure",
-        type=float,
+        type=SHARE,
         default=DEFAULT_MAX_EXPOSURE,
         metavar="SHARE",
         help="largest share of a picture's area one node may see (default: %(default)g)",

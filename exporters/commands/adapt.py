@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engines.options import COUNT, RATE, SEED, THREADS
 from exporters.early import DEVICE_HELP
 
 if TYPE_CHECKING:
@@ -46,14 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--images", type=Path, metavar="DIR", help="folder of unlabelled images")
     source.add_argument("--scenes", action="store_true", help="procedural scenes instead of images")
     add("--out", type=Path, required=True, metavar="FILE", help="adapted weights to write")
-    add("--steps", type=int, default=400, metavar="N", help="optimiser steps (default 400)")
-    add("--batch", type=int, metavar="N", help="images a step, all processes (12; big models 2)")
-    add("--lr", type=float, metavar="X", help="highest learning rate (tiny 3e-4, others 2e-5)")
-    add("--seed", type=int, default=1, metavar="N", help="of images and crops (default 1)")
-    add("--save-every", type=int, default=50, metavar="N", help="steps between checkpoints (50)")
+    add("--steps", type=COUNT, default=400, metavar="N", help="optimiser steps (default 400)")
+    add("--batch", type=COUNT, metavar="N", help="images a step, all processes (12; big models 2)")
+    add("--lr", type=RATE, metavar="X", help="highest learning rate (tiny 3e-4, others 2e-5)")
+    add("--seed", type=SEED, default=1, metavar="N", help="of images and crops (default 1)")
+    add("--save-every", type=COUNT, default=50, metavar="N", help="steps between checkpoints (50)")
     add("--force", action="store_true", help="replace --out if it exists")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help=DEVICE_HELP)
-    add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    add("--threads", type=THREADS, metavar="N", help="CPU threads (default: PyTorch's choice)")
     add("--no-amp", action="store_true", help="compute in float32 instead of mixed bfloat16")
     add("--json", action="store_true", help="print the result as JSON")
 
@@ -64,10 +65,6 @@ def run(args: argparse.Namespace) -> int:
     from engines.progress import progress
     from exporters.early import check_checkpoint_file, check_place, image_files
 
-    for name in ("steps", "batch", "lr", "save_every"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise ConfigError(f"--{name.replace('_', '-')} must be above 0, not {value}")
     if args.out.exists() and not args.force:
         raise ConfigError(f"{args.out} exists already; choose another --out or add --force")
     if not args.out.absolute().parent.is_dir():
@@ -183,12 +180,16 @@ def _steps(adaptation: Adaptation, state: Path, save_every: int) -> bool:
     """Step until done (True) or interrupted (False, saved). All stop together."""
     import torch
 
+    from engines.stopping import finishing
     from exporters.adapt import smoothed
-    from exporters.runs import Interrupt, progress_bar, say
+    from exporters.runs import STOPPING, progress_bar, say
 
     steps, ranks = adaptation.config.steps, adaptation.ranks
     quiet = ranks.rank != 0
-    with Interrupt() as interrupt, progress_bar("adapting", steps, adaptation.step, quiet) as tell:
+    with (
+        finishing(STOPPING) as interrupt,
+        progress_bar("adapting", steps, adaptation.step, quiet) as tell,
+    ):
         while adaptation.step < steps:
             adaptation.train_step()
             tell(f"relative error {smoothed(adaptation.losses):.4f}")

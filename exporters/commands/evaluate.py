@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from engines.options import COUNT, THREADS
 from exporters.early import DEVICE_HELP
 
 BLURS = (4, 8, 16)  # sigma in pixels of an image whose longest side is 1024
@@ -32,15 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--stock", type=Path, metavar="FILE", help="stock-order weights (default: shipped tiny)")
     add("--adapted", type=Path, metavar="FILE", help="adapted weights (default: shipped tiny)")
-    add("--scenes", type=int, default=200, metavar="N", help="held-out scenes (default 200)")
+    add("--scenes", type=COUNT, default=200, metavar="N", help="held-out scenes (default 200)")
     add("--coins", action="store_true", help="the photo `coins` of scikit-image instead of scenes")
     add("--annotations", type=Path, metavar="FILE", help="COCO annotation file instead of scenes")
     add("--images", type=Path, metavar="DIR", help="folder of the annotated images")
-    add("--limit", type=int, metavar="N", help="at most so many annotated images")
-    add("--min-area", type=int, default=100, metavar="PX", help="smallest object of a file (100)")
+    add("--limit", type=COUNT, metavar="N", help="at most so many annotated images")
+    add("--min-area", type=COUNT, default=100, metavar="PX", help="smallest object of a file (100)")
     add("--no-blur", action="store_true", help="leave out the blurred rows")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help=DEVICE_HELP)
-    add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    add("--threads", type=THREADS, metavar="N", help="CPU threads (default: PyTorch's choice)")
     add("--json", action="store_true", help="print JSON instead of the table")
 
 
@@ -68,8 +69,6 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--annotations and --images go together; give both")
     if args.annotations is not None and args.coins:
         raise ConfigError("choose one of --coins and --annotations")
-    if args.scenes <= 0 or (args.limit is not None and args.limit <= 0):
-        raise ConfigError("--scenes and --limit must be above 0")
     if args.threads:
         torch.set_num_threads(args.threads)
     device = choose_device(args.device)

@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engines.options import Number
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -77,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--head-blocks",
-        type=int,
+        type=Number(0, 1024, whole=True),
         metavar="K",
         help="keep the patch embedding and K >= 0 window blocks on the edge (default: send pixels)",
     )

@@ -127,10 +127,22 @@ def test_what_init_comments_out_is_valid_too(tmp_path: Path) -> None:
     assert set(sources.values()) == {str(tmp_path / "all.toml")}
 
 
+def test_init_on_a_full_disk_leaves_nothing_that_blocks_the_next_try(full_disk: Path) -> None:
+    filler = full_disk / "filler"
+    filler.write_bytes(b"x" * (64 << 10))
+    done = run("init", cwd=full_disk)
+    assert done.returncode == 1
+    said = "error: cannot write node.toml: No space left on device; make room on that disk, or "
+    assert done.stderr.startswith(said)
+    assert list(full_disk.iterdir()) == [filler]
+    filler.unlink()
+    assert run("init", cwd=full_disk).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["--threads", "0"], "--threads 0: expected 1 to 1024"),
+        (["--threads", "0"], "--threads 0: expected a whole number from 1 to 1,024"),
         (["--memory-ceiling", "100MiB"], "expected at least 320 MiB"),
         (["--out", "no/where.toml"], "cannot write no/where.toml"),
     ],

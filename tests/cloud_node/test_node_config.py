@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from cloud_node.config import EDGE_SETTINGS, NodeConfig, Prepared, examine, load, prepare
-from cloud_node.settings import BY_NAME, SETTINGS, Invalid, quoted, size_text
+from cloud_node.settings import BY_NAME, SETTINGS, quoted, size_text
 from engines.errors import BundleError, ConfigError, KeyFileError
+from engines.options import Invalid
 from transport import keys
 
 
@@ -138,19 +139,19 @@ def test_values(write: Callable[[str], Path], line: str, value: Any) -> None:
         ("[metrics]\naddress = 1", ["[metrics] begins a table", "NAME = VALUE"]),
         ("[node]\nthreads = 1", ["[node] begins a table"]),
         ("metrics = false", ["metrics is false", 'a text, such as "127.0.0.1:9464"']),
-        ("threads = 0", ["threads is 0", "1 to 1024"]),
+        ("threads = 0", ["threads is 0", "1 to 1,024"]),
         ("threads = 1.5", ["threads is 1.5", "expected a number"]),
         ("threads = true", ["threads is true", "expected a number, such as 4"]),
         ('threads = "many"', ["threads is 'many'", "whole number"]),
         ("bind = 5555", ["bind is 5555", "expected a text, such as", "tcp://0.0.0.0:5555"]),
         ('bind = "0.0.0.0:5555"', ["'0.0.0.0:5555'", "tcp://0.0.0.0:5555"]),
-        ("max_wait_ms = nan", ["max_wait_ms is nan", "0 to 1000 ms"]),
-        ("max_wait_ms = -1", ["0 to 1000 ms"]),
-        ("drain_s = inf", ["0 to 3600 s"]),
+        ("max_wait_ms = nan", ["max_wait_ms is nan", "0 to 1,000 ms"]),
+        ("max_wait_ms = -1", ["0 to 1,000 ms"]),
+        ("drain_s = inf", ["0 to 3,600 seconds"]),
         ('queue_bytes = "plenty"', ["queue_bytes is 'plenty'", '"256 MiB"']),
         ("queue_bytes = 1", ["64 KiB to 1024 GiB"]),
-        ("max_batch = 0", ["1 to 65536"]),
-        ("client_requests = 0", ["1 to 1024"]),
+        ("max_batch = 0", ["1 to 65,536"]),
+        ("client_requests = 0", ["1 to 1,024"]),
         ('device = "gpu"', ["auto, cpu, cuda, tensorrt", "cuda:0,1"]),
         ('device = "cpu:1"', ["device is 'cpu:1'"]),
         ('device = ["cuda", "cuda:0"]', ["each device once"]),
@@ -198,7 +199,7 @@ def test_a_long_value_is_not_repeated_in_full(write: Callable[[str], Path]) -> N
 @pytest.mark.parametrize(
     ("name", "value", "part"),
     [
-        ("threads", 0, "--threads 0: expected 1 to 1024"),
+        ("threads", 0, "--threads 0: expected a whole number from 1 to 1,024"),
         ("max_wait_ms", 2000.0, "--max-wait-ms 2000: expected"),
         ("queue_bytes", 5, "--queue-bytes 5: expected 64 KiB"),
     ],

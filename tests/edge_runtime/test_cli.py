@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from edge_runtime import cli
 from engines.errors import ConfigError
+from engines.options import SECONDS, SEED, SHARE, THREADS, Parser
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +68,18 @@ def test_help_of_a_command_teaches(name: str, capsys: pytest.CaptureFixture[str]
     assert "examples:" in text
     assert cli.main(["help", name]) == 0
     assert capsys.readouterr().out == text
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_numbers_are_bounded_alike(name: str) -> None:
+    parser = Parser()
+    importlib.import_module(cli.COMMANDS[name].module).add_arguments(parser)
+    alike = {"--threads": THREADS, "--max-exposure": SHARE, "--seed": SEED}
+    alike |= {"--timeout": SECONDS, "--deadline": SECONDS}
+    for action in parser._actions:
+        assert action.type not in (int, float), action.option_strings
+        for option in action.option_strings:
+            assert action.type is alike.get(option, action.type), option
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -190,3 +190,34 @@ return 6
     process = run(body, tmp_path, stuck="time.sleep(1)")
     process.communicate(timeout=60)
     assert process.returncode == 6
+
+
+FINISHING = """
+from engines.stopping import finishing
+with finishing("saving first") as asked:
+    stuck()
+    while not asked.requested:
+        time.sleep(0.01)
+(here / "saved").touch()
+return 130
+"""
+
+
+def test_a_command_may_finish_its_work_first(tmp_path: Path) -> None:
+    process = run(FINISHING, tmp_path, stuck="pass")
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[1] == "saving first\n"
+    assert process.returncode == 130
+    assert os.listdir(tmp_path) == ["saved"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_it_wherever_it_is(number: signal.Signals, tmp_path: Path) -> None:
+    process = run(FINISHING, tmp_path)
+    process.send_signal(number)
+    assert process.stderr is not None
+    assert process.stderr.readline() == "saving first\n"  # at once, not when the library is done
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert os.listdir(tmp_path) == []

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import sys
+
 import pytest
 
-from engines.text import printable
+from engines.text import UNPRINTABLE, one_line, printable, table
 
 
 @pytest.mark.parametrize(
@@ -23,3 +26,22 @@ from engines.text import printable
 def test_what_is_not_to_be_seen_is_replaced(text: object, shown: str) -> None:
     assert printable(text) == shown
     assert printable(text).encode()
+
+
+def test_the_class_for_expressions_holds_only_what_is_not_to_be_seen() -> None:
+    harmful = [c for c in map(chr, range(sys.maxunicode + 1)) if re.match(f"[{UNPRINTABLE}]", c)]
+    assert not any(map(str.isprintable, harmful))
+    assert {"\n", "\x1b", "\u202e", "\u2066", "\u200f", "\udce9"} <= set(harmful)
+
+
+def test_one_line_wastes_no_space() -> None:
+    assert one_line(" a\tb\r\n\n c\u202e d ") == "a b c d"
+
+
+def test_a_table_cuts_nothing_short() -> None:
+    name = "n" * 64
+    assert table([("node", "windows"), (name, "7"), ("b", "12")]) == [
+        f"node{' ' * 60}  windows",
+        f"{name}        7",
+        f"b{' ' * 63}       12",
+    ]

@@ -113,7 +113,6 @@ def test_annotated_images(weights, tmp_path, capsys):
     ("args", "said"),
     [
         (["--annotations", "x.json"], "go together"),
-        (["--scenes", "0"], "above 0"),
         (["--stock", "none.pt"], "does not exist"),
     ],
 )

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from edge_runtime.cli import main
-from engines.bundle import Bundle, shipped_bundle
+from engines.bundle import Bundle, hash_file, shipped_bundle
 from engines.errors import CheckpointError, ExportError
 from engines.ort import OrtEngine
 from engines.pipeline import Pipeline
@@ -118,7 +118,7 @@ def test_pixels_go_into_a_cast_and_nothing_else(random_bundle: Path) -> None:
 
 def test_golden_sample_can_be_replayed(random_bundle: Path) -> None:
     bundle = Bundle.load(random_bundle)
-    assert bundle.manifest.golden == (GOLDEN,)
+    assert bundle.manifest.golden == {GOLDEN: hash_file(bundle.path / GOLDEN)}
     with np.load(random_bundle / GOLDEN, allow_pickle=False) as stored:
         assert "decoder.embedding" not in stored
         golden = {**stored, "decoder.embedding": stored["tail.embedding"]}
