@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from engines.bundle import Stage
-    from engines.progress import Progress
     from exporters.export import Result
     from exporters.verify import Row
 
@@ -139,23 +138,20 @@ def _export(args: argparse.Namespace, terminal: Console) -> Result:
 
     missed: list[Row] = []
     try:
-        with progress("exporting") as work, contextlib.ExitStack() as steps:
-            work.note = "loading PyTorch"
+        with contextlib.ExitStack() as whole:
             if not terminal.is_terminal:
-                terminal.print(work.note, highlight=False)
-            return _run_export(args, terminal, work, steps, missed)
+                terminal.print("loading PyTorch", highlight=False)
+            whole.enter_context(progress("loading PyTorch"))
+            return _run_export(args, terminal, whole, missed)
     finally:
         if missed:
             terminal.print(_table(missed))
 
 
 def _run_export(
-    args: argparse.Namespace,
-    terminal: Console,
-    work: Progress,
-    steps: contextlib.ExitStack,
-    missed: list[Row],
+    args: argparse.Namespace, terminal: Console, whole: contextlib.ExitStack, missed: list[Row]
 ) -> Result:
+    from engines.progress import progress
     from exporters.export import Watcher, export
 
     class Display(Watcher):
@@ -163,11 +159,13 @@ def _run_export(
 
         def begin(self, steps: int, total: float) -> None:
             self.steps, self.done = steps, 0
-            work.total = total
+            whole.close()  # PyTorch is there
+            self.work = whole.enter_context(progress("exporting", total))
+            self.piece = whole.enter_context(contextlib.ExitStack())
 
         def step(self, text: str, share: float) -> None:
-            steps.close()
-            steps.enter_context(work.piece(share, text))
+            self.piece.close()
+            self.piece.enter_context(self.work.piece(share, text))
             self.done += 1
             if not terminal.is_terminal:
                 terminal.print(f"[{self.done}/{self.steps}] {text}", markup=False, highlight=False)

@@ -176,10 +176,11 @@ def test_signals_unwind_a_command_and_are_given_back(
         signal.signal(number, before)
 
 
-def test_missing_torch_is_no_traceback_in_a_real_process() -> None:
+def test_missing_torch_is_no_traceback_in_a_real_process(tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_text("some")
     code = (
         "import sys; sys.modules['torch'] = None; sys.argv = ['edge-runtime', 'export', "
-        "'--model', 'tiny', '--checkpoint', 'x.pt', '--out', 'y'];"
+        f"'--model', 'tiny', '--checkpoint', '{tmp_path}/x.pt', '--out', '{tmp_path}/y'];"
         "from edge_runtime.cli import main; sys.exit(main())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
