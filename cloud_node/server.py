@@ -37,6 +37,7 @@ from cloud_node.suspects import Suspects
 from engines.bundle import TensorSpec
 from engines.errors import ConfigError, EngineError, ProtocolError
 from engines.files import write_whole
+from transport.limits import MemoryLimits
 from transport.messages import (
     HEADER_BYTES,
     NO_ID,
@@ -56,7 +57,7 @@ from transport.messages import (
     encode,
     refuse,
 )
-from transport.meter import MemoryWatch, Resident, message_bytes
+from transport.meter import MemoryWatch, message_bytes
 from transport.process import give_freed_memory_back
 from transport.sockets import start_sending
 
@@ -112,7 +113,8 @@ class Server:
         self._open: dict[Job, None] = {}  # admitted and without an outcome
         windows = prepared.bundle.geometry.windows
         self._window_bytes = -(-prepared.limits.result.total_bytes // windows)  # of a result
-        self._unread: dict[str, int] = {}  # bytes sent and not left
+        self._unread: dict[str, int] = {}  # bytes sent and not left, by client
+        self._unread_total = 0
         self._runs: set[asyncio.Task[None]] = set()
         self._told: dict[tuple[str, str], tuple[float, int]] = {}
         self._start_s = _RESTART_S  # of the last worker
@@ -150,7 +152,8 @@ class Server:
                 return
             starting.result()
             self._door.open()
-            self._watch = MemoryWatch(Resident()() or 0)
+            self._limits = MemoryLimits()
+            self._watch = MemoryWatch(self._held(), self._limits.resident)
             self._measure()
             tasks = {
                 asyncio.create_task(self._dispatch(), name="dispatch"),
@@ -354,7 +357,7 @@ class Server:
         # What the kernel tells includes what libzmq has encrypted or is writing; where the kernel
         # doesn't tell, what waits in libzmq is known at least.
         own = max(self._door.waiting(client), self._unread.get(client, 0))
-        everybody = max(self._door.waiting(), sum(self._unread.values()))
+        everybody = max(self._door.waiting(), self._unread_total)
         return has_room(
             windows * self._window_bytes,
             own=own + running * self._window_bytes,
@@ -528,9 +531,9 @@ class Server:
             batches=2 * pool.lanes * images * (sizes[0] if shared else sum(sizes)),
             shared=shared,
         )
-        self._idle = Resident()() or 0
+        self._idle = self._held()
         wanted = Budget(config.queue_bytes, self._door.total, self._door.connections)
-        self._memory = Memory(wanted, needs)
+        self._memory = Memory(wanted, needs, self._limits)
         self._watch.ceiling = self._ceiling()
         self._fit()
 
@@ -553,6 +556,10 @@ class Server:
         self._shed(self._queue.bound(budget.queue), self._loop.time())
         self._door.bound(budget.transit, budget.connections)
         self._watch.ceiling = self._ceiling()
+
+    def _held(self) -> int:
+        """Bytes that this process holds; 0 where the system doesn't tell."""
+        return self._limits.resident() or 0
 
     def _ceiling(self) -> int:
         config, limits = self._prepared.config, self._prepared.limits
@@ -578,7 +585,7 @@ class Server:
         await self._door.reopen()
         log.info(
             "bound anew after %.2f s, %d MB held",
-            *(self._loop.time() - begun, (Resident()() or 0) >> 20),
+            *(self._loop.time() - begun, self._held() >> 20),
             extra={"event": "rebound"},
         )
 
@@ -606,6 +613,7 @@ class Server:
                 # libzmq frees it once it has left, in whichever thread.
                 weakref.finalize(frame.obj, self._left_soon, name, size).atexit = False
                 self._unread[name] = self._unread.get(name, 0) + size
+                self._unread_total += size
             outcome = self._door.send(peer, frame)
         if outcome == "sent":
             return ""
@@ -618,9 +626,10 @@ class Server:
             self._loop.call_soon_threadsafe(self._left, name, size)
 
     def _left(self, name: str, size: int) -> None:
-        left = self._unread.pop(name, 0) - size
-        if left > 0:
-            self._unread[name] = left
+        before = self._unread.pop(name, 0)
+        if before > size:
+            self._unread[name] = before - size
+        self._unread_total -= min(before, size)
         self._work.set()  # there may be room for more
 
     def _log_refusal(self, client: str, code: str, text: str) -> None:

@@ -33,8 +33,9 @@ from engines.pipeline import Pipeline
 from engines.stopping import held
 from engines.windows import Windows
 from transport.keys import load_secret_bytes
+from transport.limits import memory_limit
 from transport.messages import stage_limits
-from transport.meter import MemoryWatch, memory_limit
+from transport.meter import MemoryWatch
 from transport.sockets import NOT_AUTHORISED
 
 _NODES_SHARE = 0.5

@@ -491,6 +491,7 @@ def test_each_request_has_one_outcome_whatever_raises(
         assert running.server.metrics.requests.total() - counted == len(sent) + more, fault.at
         if running.thread.is_alive():
             assert running.server._queue.running == len(running.server._queue) == 0, fault.at
+            assert running.server._unread_total == 0, fault.at
             continue
         # It cannot go on, and says so: where a batch was, only if the very end of it raised.
         assert isinstance(running.error, (Injected, RuntimeError)), fault.at
