@@ -31,6 +31,9 @@ from engines.ort import OrtEngine
 
 log = logging.getLogger(__name__)
 
+_LONG_S = 3.0
+"""Of a warm-up that takes longer, the log says how long."""
+
 STAGE = "stack"
 _MAX_MESSAGE = 1 << 20
 _MAX_TEXT = 2000
@@ -226,10 +229,15 @@ def work(control: int) -> int:
     try:
         arena = Arena.attach(request.layout, channel.memory)
         bundle = Bundle.load(request.bundle)
+        log.info("opening %s, %.0f MB", bundle.manifest.model, bundle.size(STAGE) / 1e6)
         engine, kind = open_engine(request, bundle)
-        rounds = 1 if kind == "cpu" else 2  # TensorRT captures its CUDA graphs on the second
-        sizes = sorted({1, request.layout.rows})
-        slowest = max(warm_up(engine, bundle, rows) for _ in range(rounds) for rows in sizes)
+        rows = request.layout.rows
+        first = slowest = warm_up(engine, bundle, 1)
+        if (guess := first * rows) > _LONG_S:
+            log.info("warming up with %d windows: about %.0f s more", rows, guess)
+        # TensorRT captures its CUDA graphs on the second round.
+        for size in [rows] if kind == "cpu" else [rows, 1, rows]:
+            slowest = max(slowest, warm_up(engine, bundle, size))
     except EdgeRuntimeError as error:
         channel.send(Failed(type(error).__name__, str(error)))
         return 1

@@ -95,7 +95,9 @@ class Folder:
 
 
 class Scenes:
-    """Procedural training scenes as an endless sequence of images: ``count`` scenes over again."""
+    """Procedural training scenes as an endless sequence of images: ``count`` scenes over again,
+    every other one photo-like.
+    """
 
     def __init__(self, seed: int, size: int, count: int = 2000) -> None:
         self.seed, self.size, self.count = seed, size, count
@@ -103,11 +105,12 @@ class Scenes:
 
     def image(self, number: int) -> np.ndarray:
         """Scene ``number``, uint8 [size, size, 3]."""
-        from exporters.scenes import make_scene
+        from exporters.scenes import PHOTO_LIKE, make_scene
 
         number %= self.count
         if number not in self._made:
-            self._made[number] = make_scene(self.seed * 1_000_000 + number, self.size).image
+            kind = PHOTO_LIKE if number % 2 else None
+            self._made[number] = make_scene(self.seed * 1_000_000 + number, self.size, kind).image
         return self._made[number]
 
 

@@ -151,6 +151,12 @@ def test_runs_what_it_is_told_where_it_is_told(
     assert not peer.arena.results[0]["tokens"].any()
 
 
+def test_it_says_what_it_opens_before_that_takes_long(start: Callable[..., Peer]) -> None:
+    peer = start(log_level=logging.INFO)
+    assert isinstance(peer.receive(), Ready)
+    assert peer.logged[0].text.startswith("opening ")
+
+
 def test_runs_may_be_sent_ahead(start: Callable[..., Peer], feeds: dict[str, np.ndarray]) -> None:
     peer = start()
     rows = peer.fill(0, feeds)
