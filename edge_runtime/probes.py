@@ -16,9 +16,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import IO, Any
+
+from engines.stopping import child
 
 _RUN = (
     # Set first, so that the working directory cannot stand in for a module.
@@ -58,14 +60,9 @@ def ask(probes: Iterable[tuple[str, ...]], timeout_s: float) -> dict[str, Answer
             # grandchild that keeps one open does not keep us waiting.
             out: IO[bytes] = stack.enter_context(tempfile.TemporaryFile())
             err: IO[bytes] = stack.enter_context(tempfile.TemporaryFile())
-            process = subprocess.Popen(
-                [sys.executable, "-c", _RUN, os.pathsep.join(sys.path), name, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                start_new_session=True,
-            )
-            stack.callback(_end, process)
+            command = [sys.executable, "-c", _RUN, os.pathsep.join(sys.path), name, *arguments]
+            options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err}
+            process = stack.enter_context(child(command, **options))
             running[name] = process, out, err
         answers = {}
         for name, (process, out, err) in running.items():
@@ -76,14 +73,6 @@ def ask(probes: Iterable[tuple[str, ...]], timeout_s: float) -> dict[str, Answer
                 continue
             answers[name] = _answer(code, _tail(out), _tail(err))
         return answers
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a child and what it may have started."""
-    if process.poll() is None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def _tail(file: IO[bytes]) -> str:

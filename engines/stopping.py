@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import subprocess
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_GRACE_S = 0.3
+_GRACE_S = 0.15
 """How long the main thread may take to end by itself."""
 _UNDO_S = 0.4
 """How long undoing may take after that."""
@@ -227,7 +227,8 @@ def child(command: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes
         if process is not None and process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            if not _ending:  # there may be others to kill, and little time
+                process.wait()
 
     with undone(kill):
         with held():
