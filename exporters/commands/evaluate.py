@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engines.options import COUNT, THREADS
-from exporters.early import DEVICE_HELP
+from exporters.early import DEVICE_HELP, check_checkpoint_file
+
+if TYPE_CHECKING:
+    from engines.progress import Progress
 
 BLURS = (4, 8, 16)  # sigma in pixels of an image whose longest side is 1024
 _HEADS = ("box", "+1", "+3", "large", "error")
@@ -69,55 +72,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score every row and print the table."""
-    import copy
     import json
     from dataclasses import asdict
     from functools import partial
 
-    import torch
-
-    from engines.errors import CheckpointError, ConfigError
-    from exporters.evaluate import blurred, evaluate
-    from exporters.models import (
-        REORDERED,
-        STOCK,
-        load_checkpoint,
-        reorder,
-        shipped_weights,
-        weights_hash,
-    )
-    from exporters.runs import choose_device, made_with, progress_bar
+    from engines.errors import ConfigError
+    from engines.progress import progress
 
     if (args.annotations is None) != (args.images is None):
         raise ConfigError("--annotations and --images go together; give both")
     if args.annotations is not None and args.only:
         raise ConfigError("choose one of --only and --annotations")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = choose_device(args.device)
+    for path in (args.stock, args.adapted):
+        if path is not None:
+            check_checkpoint_file(path)
+    with progress("preparing") as work:
+        work.note = "loading PyTorch"
+        from exporters.evaluate import blurred, evaluate
+        from exporters.runs import choose_device, made_with, progress_bar
 
-    given = args.stock is not None or args.adapted is not None
-    stock_path = args.stock or (None if given else shipped_weights("stock"))
-    adapted_path = args.adapted or (None if given else shipped_weights("adapted"))
-    rows: list[tuple[str, Any, int | None]] = []
-    weights: dict[str, str] = {}
-    if stock_path is not None:
-        stock = load_checkpoint(stock_path)
-        if stock.order != STOCK:
-            raise CheckpointError(f"{stock_path} is reordered; give it as --adapted")
-        weights["stock"] = weights_hash(stock)
-        rows.append(("stock order", stock, None))
-        rows.append(("reordered, not adapted", reorder(copy.deepcopy(stock)), None))
-    if adapted_path is not None:
-        adapted = load_checkpoint(adapted_path)
-        if adapted.order != REORDERED:
-            raise CheckpointError(f"{adapted_path} is in stock order; give it as --stock")
-        weights["adapted"] = weights_hash(adapted)
-        rows.append(("reordered, adapted", adapted, None))
-        if not args.no_blur:
-            rows += [(f"adapted, blurred input, sigma {s}", adapted, s) for s in BLURS]
-
-    sets = _sets(args)
+        device = choose_device(args.device)
+        rows, weights = _rows(args, work)
+        work.note = "reading or making the images"
+        sets = _sets(args)
     report: list[tuple[str, list[dict[str, Any]]]] = []
     total = sum(len(rows) * len(samples) for _, samples in sets)
     with progress_bar("evaluating", total) as advance:
@@ -125,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
             results = []
             for name, sam, sigma in rows:
                 change = None if sigma is None else blurred(sigma)
-                step = partial(advance, "")
+                step = partial(advance, name)
                 score = evaluate(sam.to(device), samples, change, step, all_prompts=not sigma)
                 results.append({"row": name, "blur_sigma": sigma, **asdict(score)})
             report.append((what, results))
@@ -146,6 +123,53 @@ def run(args: argparse.Namespace) -> int:
                 + "".join(f"{'-' if f is None else format(f, '.3f'):>7}" for f in figures)
             )
     return 0
+
+
+def _rows(
+    args: argparse.Namespace, work: Progress
+) -> tuple[list[tuple[str, Any, int | None]], dict[str, str]]:
+    """The models to score, each with its name and the blur of its input; and their hashes."""
+    import copy
+
+    import torch
+
+    from engines.errors import CheckpointError
+    from exporters.models import (
+        REORDERED,
+        STOCK,
+        open_checkpoint,
+        reorder,
+        shipped_weights,
+        weights_hash,
+    )
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    given = args.stock is not None or args.adapted is not None
+    stock_path = args.stock or (None if given else shipped_weights("stock"))
+    adapted_path = args.adapted or (None if given else shipped_weights("adapted"))
+    rows: list[tuple[str, Any, int | None]] = []
+    weights: dict[str, str] = {}
+    opened = {path: open_checkpoint(path) for path in (stock_path, adapted_path) if path}
+    if stock_path is not None and opened[stock_path].order != STOCK:
+        raise CheckpointError(f"{stock_path} is reordered; give it as --adapted")
+    if adapted_path is not None and opened[adapted_path].order != REORDERED:
+        raise CheckpointError(f"{adapted_path} is in stock order; give it as --stock")
+    if stock_path is not None:
+        work.note = f"loading {stock_path.name}"
+        stock = opened[stock_path].load()
+        weights["stock"] = weights_hash(stock)
+        rows.append(("stock order", stock, None))
+        rows.append(("reordered, not adapted", reorder(copy.deepcopy(stock)), None))
+    if adapted_path is not None:
+        work.note = f"loading {adapted_path.name}"
+        adapted = opened[adapted_path].load()
+        weights["adapted"] = weights_hash(adapted)
+        rows.append(("reordered, adapted", adapted, None))
+        if not args.no_blur:
+            rows += [(f"adapted, blurred input, sigma {s}", adapted, s) for s in BLURS]
+
+    return rows, weights
 
 
 def _sets(args: argparse.Namespace) -> list[tuple[str, Any]]:

@@ -11,7 +11,7 @@ import torch
 from edge_runtime.cli import main
 from exporters.coins import coins
 from exporters.evaluate import Sample, blurred, box_of, evaluate, held_out_scenes, iou, predict
-from exporters.models import build_sam, reorder, save_checkpoint
+from exporters.models import Checkpoint, build_sam, reorder, save_checkpoint
 from exporters.photos import demo_photo
 from exporters.scenes import HELD_OUT, PHOTO_LIKE, make_scene
 
@@ -214,7 +214,8 @@ def test_errors_are_one_line(args, said, capsys):
     assert err.count("\n") == 1
 
 
-def test_weights_in_the_wrong_place(weights, capsys):
+def test_weights_in_the_wrong_place_are_refused_unread(weights, capsys, monkeypatch):
+    monkeypatch.setattr(Checkpoint, "load", lambda _: pytest.fail("the weights were read"))
     assert main(["evaluate", "--stock", str(weights / "adapted.pt")]) == 1
     assert "give it as --adapted" in capsys.readouterr().err
     assert main(["evaluate", "--adapted", str(weights / "stock.pt")]) == 1
