@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import json
 import os
@@ -13,7 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from cloud_node.settings import BY_NAME, GROUPS, SETTINGS, Invalid, Setting
+from cloud_node.settings import BY_NAME, GROUPS, SETTINGS, Setting
+from engines import stopping
+from engines.options import Invalid, Parser
+from engines.text import printable
 
 if TYPE_CHECKING:
     from cloud_node.config import Loaded, Prepared
@@ -53,17 +55,15 @@ or, to keep it running:
   cloud-node serve --config node.toml
 
 A bundle is a directory made by `edge-runtime export`; `--for node` leaves out what a node needs
-not. Windows are kept in memory only and appear in no log. Ctrl-C or SIGTERM stops the node once
-what it has admitted is answered, or drain_s is over; again, it stops at once. A key added to or
-taken from DIR/authorized counts within a second. docs/node.md tells the rest.
+not. Windows are kept in memory only and appear in no log. Ctrl-C, SIGTERM or SIGHUP stops the node
+once what it has admitted is answered, or drain_s is over; a second Ctrl-C or SIGTERM stops it at
+once. A key added to or taken from DIR/authorized counts within a second. docs/node.md has the rest.
 """
 
 
 def build_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "cloud-node", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw
-    )
+    parser = Parser("cloud-node", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw)
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
@@ -109,7 +109,7 @@ def _reader(setting: Setting) -> Any:
         try:
             return setting.parse(text)
         except Invalid as error:
-            raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+            raise Invalid(f"{error}, not {text!r}") from None
 
     return read
 
@@ -120,7 +120,18 @@ def _help(setting: Setting) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line; returns the exit status.
+
+    Args:
+        argv: without the program's name. None means ``sys.argv``, and that this process is for the
+            command alone.
+    """
+    if argv is None:
+        return stopping.as_process(lambda: _main(None))
+    return _main(argv)
+
+
+def _main(argv: list[str] | None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.version:
@@ -149,12 +160,15 @@ def main(argv: list[str] | None = None) -> int:
     except EdgeRuntimeError as error:
         if args.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return error.exit_code
 
 
 def _serve(file: Path | None, options: Mapping[str, Any]) -> int:
-    for number in (signal.SIGTERM, signal.SIGINT):
+    from transport.process import disable_core_dumps
+
+    disable_core_dumps()  # until then, other processes of this user can look into this one
+    for number in _stop_signals():
         signal.signal(number, _leave)  # until the server can stop in order
 
     from cloud_node.memory import check_room
@@ -164,14 +178,15 @@ def _serve(file: Path | None, options: Mapping[str, Any]) -> int:
     # as many threads as there are cores.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+    import asyncio
     import logging
 
     from cloud_node.config import load, prepare
     from cloud_node.logs import setup
     from cloud_node.notify import Notifier
-    from transport.process import disable_core_dumps, keep_freed_memory
+    from engines.errors import EdgeRuntimeError
+    from transport.process import keep_freed_memory
 
-    disable_core_dumps()
     keep_freed_memory()
     config = load(file, options).config
     setup(config.log_level, config.log_format)
@@ -184,9 +199,22 @@ def _serve(file: Path | None, options: Mapping[str, Any]) -> int:
             "on the CPU this node takes all cores; if several nodes share this machine, give each "
             "its part with --threads"
         )
-    asyncio.run(_run(prepared, pool, notifier))
+    try:
+        asyncio.run(_run(prepared, pool, notifier))
+    except (EdgeRuntimeError, MemoryError):
+        raise
+    except Exception:
+        log.exception("stopped because of a defect")
+        return 1
     log.info("stopped")
     return 0
+
+
+def _stop_signals() -> list[signal.Signals]:
+    """What tells a node to stop. SIGHUP comes when its terminal is closed. nohup has that ignored,
+    and so it stays."""
+    hangup = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *[signal.SIGHUP] * hangup]
 
 
 def _leave(*_: object) -> NoReturn:
@@ -221,6 +249,8 @@ def _end_now(number: int, _: object) -> None:
 
 
 async def _run(prepared: Prepared, pool: Pool, notifier: Notifier) -> None:
+    import asyncio
+
     from cloud_node.server import Server, version
 
     stop = asyncio.Event()
@@ -228,6 +258,8 @@ async def _run(prepared: Prepared, pool: Pool, notifier: Notifier) -> None:
 
     def begin_stop() -> None:
         stop.set()
+        # A second SIGHUP changes nothing: when a terminal is closed, the shell and the system each
+        # send one.
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
             # A second signal ends the process at once. Python's own answer to Ctrl-C, an exception
@@ -236,7 +268,7 @@ async def _run(prepared: Prepared, pool: Pool, notifier: Notifier) -> None:
             first = os.getpid() == 1
             signal.signal(number, _end_now if first else signal.SIG_DFL)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _stop_signals():
         loop.add_signal_handler(number, begin_stop)
     server = Server(prepared, pool)
     async with contextlib.AsyncExitStack() as stack:
@@ -276,7 +308,7 @@ def _check(file: Path | None, options: Mapping[str, Any], as_json: bool) -> int:
     print(
         f"\nBundle: {prepared.label}, stack {prepared.stage.sha256[:12]}, hashes as they should be"
     )
-    print(f"Public key: {prepared.keypair.public}")
+    print(f"Public key: '{prepared.keypair.public}'")
     print(f"Edges authorised: {len(prepared.allowed)}")
     for note in notes:
         print(f"Note: {note}")
@@ -300,18 +332,18 @@ def _table(loaded: Loaded) -> list[str]:
 def _init(out: Path, options: Mapping[str, Any]) -> int:
     from cloud_node.config import load
     from engines.errors import ConfigError
+    from engines.files import refuse_existing, write_whole
 
-    if os.path.lexists(out):
-        raise ConfigError(
-            f"{out} exists and is never overwritten: edit it, move it away, or name another file "
-            "with --out"
-        )
+    refuse_existing(out, ConfigError, "name another file with --out")
     config = load(None, options).config
-    try:
-        with open(out, "x", encoding="utf-8") as file:
-            file.write(_toml(options, out.parent))
-    except OSError as error:
-        raise ConfigError(f"cannot write {out}: {error.strerror}") from None
+    write_whole(
+        out,
+        _toml(options, out.parent),
+        mode=0o644,  # under a loose umask, others could write to it
+        replace=False,
+        error=ConfigError,
+        instead="name another file with --out",
+    )
     print(f"Wrote {out}.\n\nNext:")
     if not config.key_file.exists():
         print(f"  edge-runtime keys node --dir {config.keys}")

@@ -18,15 +18,19 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from cloud_node.settings import BY_NAME, Invalid, Setting, size_text, split_address
+from cloud_node.settings import BY_NAME, Setting, size_text, split_address
 from engines.bundle import Bundle, Stage, shipped_bundle
 from engines.errors import BundleError, ConfigError
+from engines.options import Invalid
 from engines.toml import read_toml, unknown_key
+from engines.trust import danger
 from transport.auth import AllowList
 from transport.keys import AUTHORIZED, KeyPair, load_secret
 from transport.messages import StageLimits, stage_limits
 from transport.sockets import check_endpoint
 
+EDGE_SETTINGS = frozenset(("nodes", "secret", "deadline_s", "max_exposure", "fallback"))
+"""Settings that only an edge's file has."""
 _BASE_BYTES = 64 << 20
 """What the front process takes in any case, at the least."""
 
@@ -212,7 +216,15 @@ def examine(prepared: Prepared) -> list[str]:
 
 def _read(file: Path) -> dict[str, Any]:
     values = {}
-    for name, value in read_toml(file, f"cloud-node init --out {file}").items():
+    table = read_toml(file, f"cloud-node init --out {file}")
+    if EDGE_SETTINGS & table.keys():
+        raise ConfigError(
+            f"{file} holds the settings of an edge, which `edge-runtime nodes --config` reads; "
+            "expected a node's, which `cloud-node init` writes"
+        )
+    if found := danger(file):
+        raise ConfigError(found)
+    for name, value in table.items():
         setting = BY_NAME.get(name)
         if isinstance(value, dict):
             raise ConfigError(

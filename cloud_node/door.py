@@ -16,7 +16,7 @@ import errno
 import logging
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import zmq
@@ -27,7 +27,7 @@ from cloud_node.metrics import Metrics
 from transport.auth import KEY, Authenticator
 from transport.meter import Meter, bounds, message_bytes
 from transport.process import raise_file_limit
-from transport.sockets import BACKLOG, PeerEvent, peers
+from transport.sockets import BACKLOG, PeerEvent, peers, received
 from transport.sockets import server as server_socket
 
 log = logging.getLogger(__name__)
@@ -45,8 +45,8 @@ class Door:
     Args:
         prepared: address, keys and limits.
         metrics: counts handshakes and connections.
-        on_message: is called with what arrived, routing id first, and the name of the key it came
-            with. What it raises is logged and forgotten.
+        on_message: is called with a message's frame, the routing id of its connection and the name
+            of its key. What it raises is logged and forgotten.
         on_revoked: is called with names whose keys have been taken away; their connections have
             been dropped.
         on_left: is called with the name and the routing ids of a connection that has ended.
@@ -61,7 +61,7 @@ class Door:
         self,
         prepared: Prepared,
         metrics: Metrics,
-        on_message: Callable[[list[zmq.Frame], str], None],
+        on_message: Callable[[zmq.Frame, bytes, str], None],
         on_revoked: Callable[[frozenset[str]], None],
         on_left: Callable[[str, frozenset[bytes]], None] = lambda name, routes: None,
         *,
@@ -198,18 +198,20 @@ class Door:
         """Whether this key is authorised, under this name."""
         return self._authenticator is not None and self._authenticator.admits(name, key)
 
-    def send(self, peer: bytes, name: str, frames: Sequence[Any]) -> Sent:
-        """Send to this edge's connection without ever waiting, and to nobody else who may have
-        taken its routing id; frames are not copied and must not change until freed."""
+    def send(self, peer: bytes, frame: memoryview) -> Sent:
+        """Send to this edge's connection without ever waiting. The frame is not copied and must not
+        change until freed."""
         if self._socket is None:
             return "lost"
-        if self._meter is not None and not self._meter.leads_to(peer, name):
-            return "lost"
-        sent = self._socket.send_multipart([peer, *frames], flags=zmq.NOBLOCK, copy=False)
-        error = sent.exception()
+        sent = self._socket.send_multipart([peer, frame], flags=zmq.NOBLOCK, copy=False)
+        error = None
+        try:
+            error = sent.exception()
+            if error is None and self._meter is not None:
+                self._meter.handed(frame.nbytes, time.monotonic(), route=peer)
+        except Exception:  # it is on its way all the same: nobody must send it again
+            log.exception("a message that was sent could not be metered")
         if error is None:
-            assert self._meter is not None
-            self._meter.handed(frames, time.monotonic(), route=peer)
             return "sent"
         if isinstance(error, zmq.ZMQError) and error.errno in (errno.EHOSTUNREACH, errno.EAGAIN):
             return "lost" if error.errno == errno.EHOSTUNREACH else "unread"
@@ -235,13 +237,15 @@ class Door:
             self._metrics.clients = len(self._meter.users())
 
     async def _read(self, socket: Any, meter: Meter) -> None:
-        while True:
-            frames = await socket.recv_multipart(copy=False)
-            meter.delivered(frames, routed=True)
+        async for message in received(socket, routed=True):
+            frame, route, surplus = message
+            meter.delivered(frame, route)
             try:
-                name = str(frames[-1].get("User-Id"))
-                if len(frames) > 1 and self.admits(name, str(frames[-1].get(KEY))):
-                    self._on_message(frames, name)
+                name = str(frame.get("User-Id"))
+                if surplus:
+                    meter.accuse(frame)
+                elif self.admits(name, str(frame.get(KEY))):
+                    self._on_message(frame, route, name)
             except Exception as error:  # a peer's message must not stop the node
                 # Where, but not the exception's text, which may quote what arrived.
                 where = "".join(traceback.format_tb(error.__traceback__))

@@ -82,14 +82,13 @@ class Needs:
     """What the bundle asks for, in bytes.
 
     Args:
-        request, result: the largest, as they travel. part: the largest frame of a request.
+        request, result: the largest, as they travel.
         batches: of the requests and results that are being computed.
         shared: memory shared with workers.
     """
 
     request: int
     result: int
-    part: int
     batches: int
     shared: int = 0
 
@@ -106,8 +105,8 @@ class Needs:
         return self.batches + shared + _COPIES * max(self.request, self.result)
 
     def each(self, limit: Limit) -> int:
-        """Of a connection: a frame that is announced has its memory before its bytes."""
-        return self.part if limit.promised else 0
+        """Of a connection: a message that is announced has its memory before its bytes."""
+        return self.request if limit.promised else 0
 
 
 class TooLittle(ConfigError):

@@ -14,16 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engines.options import THREADS, Invalid, Number
+
 DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?", re.IGNORECASE)
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(\d{1,5})")
 _DEVICE = re.compile(r"([a-z]+)(?::(\d{1,3}(?:,\d{1,3})*))?")
-
-
-class Invalid(ValueError):
-    """A value that a setting can't have; the text goes on from "NAME is VALUE", as in "expected
-    ..."."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ class Setting:
             value = self.convert(value)
         else:
             kinds = {int: "a number", float: "a number", list: "an array of texts"}
-            text = self.parse not in (_integer, _number)
+            text = not isinstance(getattr(self.parse, "__self__", None), Number)
             wanted = list(dict.fromkeys(["a text"] * text + [kinds[t] for t in self.accepts]))
             example = self.show(self.example if self.default is None else self.default)
             raise Invalid(f"expected {' or '.join(wanted)}, such as {example}")
@@ -109,20 +106,6 @@ def _path(text: str) -> Path:
 
 def _text(text: str) -> str:
     return text
-
-
-def _integer(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise Invalid("expected a whole number") from None
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise Invalid("expected a number") from None
 
 
 def _size(text: str) -> int:
@@ -206,14 +189,6 @@ def split_address(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _between(least: float, most: float, unit: str = "") -> Callable[[Any], None]:
-    def check(value: Any) -> None:
-        if not least <= value <= most:  # not so of a NaN
-            raise Invalid(f"expected {least:g} to {most:g}{unit}")
-
-    return check
-
-
 def _sized(least: int, most: int) -> Callable[[Any], None]:
     def check(value: Any) -> None:
         if not least <= value <= most:
@@ -238,6 +213,10 @@ def _show_devices(value: tuple[str, ...]) -> str:
 
 
 _TIB = 1 << 40
+_BATCH = Number(1, 65_536, "windows", whole=True)
+_WAIT = Number(0, 1000, "ms")
+_REQUESTS = Number(1, 1024, whole=True)
+_DRAIN = Number(0, 3600, "seconds")
 
 SETTINGS = (
     Setting(
@@ -302,14 +281,14 @@ SETTINGS = (
     Setting(
         "threads",
         "what computes",
-        _integer,
+        THREADS.parse,
         "N",
         "CPU threads of each worker. Several nodes on one machine must share its cores: give each "
         "its part, or they slow one another down.",
         unset="all cores",
         example=4,
         accepts=(int,),
-        check=_between(1, 1024),
+        check=THREADS.check,
         show=_plain,
     ),
     Setting(
@@ -347,25 +326,25 @@ SETTINGS = (
     Setting(
         "max_batch",
         "batches and queue",
-        _integer,
+        _BATCH.parse,
         "WINDOWS",
         "Most windows that a worker computes at once, at least those of one image.",
         unset="the windows of one image",
         example=50,
         accepts=(int,),
-        check=_between(1, 65536),
+        check=_BATCH.check,
         show=_plain,
     ),
     Setting(
         "max_wait_ms",
         "batches and queue",
-        _number,
+        _WAIT.parse,
         "MS",
         "How long a request may wait for others to share its batch. 0 never waits.",
         default=2.0,
         accepts=(int, float),
         convert=float,
-        check=_between(0, 1000, " ms"),
+        check=_WAIT.check,
         show=_plain,
     ),
     Setting(
@@ -384,12 +363,12 @@ SETTINGS = (
     Setting(
         "client_requests",
         "batches and queue",
-        _integer,
+        _REQUESTS.parse,
         "N",
         "Most requests of one edge that may wait or be computed at the same time.",
         default=16,
         accepts=(int,),
-        check=_between(1, 1024),
+        check=_REQUESTS.check,
         show=_plain,
     ),
     Setting(
@@ -408,14 +387,14 @@ SETTINGS = (
     Setting(
         "drain_s",
         "batches and queue",
-        _number,
+        _DRAIN.parse,
         "SECONDS",
         "How long a node that is told to stop goes on with what it has admitted. New requests are "
         "refused at once, so that edges go elsewhere, and so is what is left at the end.",
         default=10.0,
         accepts=(int, float),
         convert=float,
-        check=_between(0, 3600, " s"),
+        check=_DRAIN.check,
         show=_plain,
     ),
     Setting(

@@ -9,28 +9,30 @@ use. What a command does is left to its module.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
 import importlib
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from engines import stopping
 from engines.errors import EdgeRuntimeError
+from engines.options import Parser
+from engines.text import printable
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
-_EXPORT = "pip install 'edge-runtime[export]'"
+_EXPORT = "run `pip install '.[export]'` in a checkout of edge-runtime"
 # Top-level package -> what installs it.
 _INSTALL = {
     **dict.fromkeys(
         ("torch", "torchvision", "segment_anything", "onnx", "onnxscript", "scipy"), _EXPORT
     ),
-    "skimage": "pip install scikit-image",
+    "skimage": "run `pip install scikit-image`",
 }
 
 
@@ -113,7 +115,7 @@ Options:
   --version      print the version
   --debug        show the traceback of an error
 
-* needs torch: pip install 'edge-runtime[export]'
+* needs torch: run `pip install '.[export]'` in a checkout of edge-runtime
 """
 
 
@@ -127,11 +129,18 @@ def help_text() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the process's exit code.
+    """Run one command and return the exit code.
 
-    ``argv`` is without the program's name; None means ``sys.argv``.
+    Args:
+        argv: without the program's name. None means ``sys.argv``, and that this process is for the
+            command alone: a signal ends it within a second, even inside an engine.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        return stopping.as_process(lambda: _main(sys.argv[1:]))
+    return _main(list(argv))
+
+
+def _main(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     try:
         code = _dispatch(arguments)
@@ -139,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         if debug:
-            raise
+            traceback.print_exc()
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
@@ -147,9 +156,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
+        if (number := stopping.came()) is not None:  # a library made another error of it
+            if number == signal.SIGINT:
+                print("interrupted", file=sys.stderr)
+            return 128 + number
         if debug:
             raise
-        print(f"error: {_explain(error)}", file=sys.stderr)
+        print(f"error: {printable(_explain(error))}", file=sys.stderr)
         return error.exit_code if isinstance(error, EdgeRuntimeError) else 1
 
 
@@ -187,11 +200,10 @@ def _run(name: str, arguments: list[str]) -> int:
 
         disable_core_dumps()  # this process will hold pictures and keys
     module = importlib.import_module(command.module)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"edge-runtime {name}",
         description=command.summary.rstrip(" *"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     module.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -199,27 +211,8 @@ def _run(name: str, arguments: list[str]) -> int:
         args = parser.parse_args(arguments)
     except SystemExit as stop:  # argparse has printed its help or what is wrong
         return stop.code if isinstance(stop.code, int) else EXIT_USAGE
-    with _unwound_by_signals():
+    with stopping.unwound_by_signals():
         return int(module.run(args) or 0)
-
-
-@contextlib.contextmanager
-def _unwound_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind the stack like SIGINT does, so that nothing half-done is left."""
-
-    def leave(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored
-                before[number] = signal.signal(number, leave)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _explain(error: Exception) -> str:

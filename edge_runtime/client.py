@@ -1,12 +1,9 @@
-"""One connection to one node: requests out, checked replies in, and why if not.
+"""One connection to one node: requests out, checked replies in, and the reason if not.
 
-A :class:`NodeClient` holds a DEALER socket, one task that reads it for as long as it lives (a
-receive is never cancelled half-way), one that follows the link's state, and one that meters it. It
-promises that :meth:`NodeClient.infer` ends at its deadline at the latest, with the stage's outputs
-or an :class:`~engines.errors.OffloadError` that names the node and the likely cause; that it sends
-nothing without a permit of the exposure ledger; that it tells the node of requests it gives up; and
-that a node which sends without end is cut off and not talked to again. Which windows to send is
-decided in :mod:`edge_runtime.placement`, what to do about failures in :mod:`edge_runtime.offload`.
+:meth:`NodeClient.infer` ends at its deadline at the latest, with the stage's outputs or with an
+:class:`~engines.errors.OffloadError` that names the node and the likely cause. Which windows to
+send is decided in :mod:`edge_runtime.placement`, what to do about failures in
+:mod:`edge_runtime.offload`.
 """
 
 from __future__ import annotations
@@ -29,7 +26,6 @@ from edge_runtime.placement import Permit
 from engines.bundle import Stage
 from engines.errors import OffloadError, ProtocolError
 from transport.messages import (
-    MAX_TENSORS,
     NO_ID,
     VERSIONS,
     Accepted,
@@ -47,14 +43,20 @@ from transport.messages import (
     decode_tensors,
     encode,
     new_id,
+    new_seal,
 )
 from transport.meter import Meter, bounds
-from transport.sockets import BACKLOG, LinkEvent, client, watch
+from transport.sockets import BACKLOG, LinkEvent, client, received, watch
 
 log = logging.getLogger(__name__)
 
 _GRACE_S = 1.0
-"""How long an unreachable or lost node may take to come back before a request to it fails."""
+"""How long requests wait for an unreachable or lost node to come back, counted once per outage."""
+_REST_S = 0.1
+"""Pause before a connection is rebuilt after a defect; it doubles with each defect in a row."""
+_LONGEST_REST_S = 10.0
+_ASKING_S = 3600.0
+"""Longest wait for what a node serves; requests wait for it until their own deadlines."""
 _METER_S = 0.05
 """How often to look what the node makes this process hold: at 1 Gbit/s, 6 MB in between."""
 
@@ -95,15 +97,36 @@ class _Pending:
         loop = asyncio.get_running_loop()
         self.accepted: float | None = None  # loop time
         self.answered: float | None = None
-        self.answer: asyncio.Future[tuple[Message, list[zmq.Frame]]] = loop.create_future()
+        self.answer: asyncio.Future[tuple[Message, zmq.Frame]] = loop.create_future()
 
     def fail(self, reason: str) -> None:
         if not self.answer.done():
             self.answer.set_exception(OffloadError(reason))
 
 
+def listed(info: Info) -> str:
+    """What a node says it serves, for people."""
+    served = [f"{stage.label} (stack {stage.sha256[:12]})" for stage in info.stages]
+    return ", ".join(served) or "nothing"
+
+
+def mismatch(info: Info, stage: Stage) -> str | None:
+    """Why a node cannot run ``stage``, by what it says it serves; None if it can."""
+    if any(served.sha256 == stage.sha256 for served in info.stages):
+        return None
+    return (
+        f"it serves {listed(info)}, this edge has stack {stage.sha256[:12]}: use the bundle that "
+        "the node's was cut from"
+    )
+
+
 class NodeClient:
     """Connected to ``node`` from :meth:`start` to :meth:`close`, within one event loop.
+
+    It sends nothing without a permit of the exposure ledger, and no window before the node has
+    said, once per connection, that it serves the stage. It tells the node of requests it gives up.
+    A node that sends without end is cut off and not talked to again. The connection's tasks are
+    supervised: one that ends by itself is logged, and the connection is rebuilt.
 
     Args:
         ctx: asyncio context of that loop.
@@ -131,11 +154,14 @@ class NodeClient:
         self._meter = Meter(bounds(limits.result, limits.request, backlog=BACKLOG))
         self._pending: dict[bytes, _Pending] = {}
         self._link: LinkEvent | None = None
-        self._link_since = 0.0
+        self._away_since = 0.0  # when connecting began, or when the link was last lost
         self._link_changed = asyncio.Event()
         self._versions_told = False
+        self._greeting: asyncio.Task[Info] | None = None  # of this connection
         self._socket: Any = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._rebuilding: asyncio.Task[None] | None = None
+        self._defects = 0  # in a row
 
     @property
     def name(self) -> str:
@@ -153,7 +179,7 @@ class NodeClient:
             return
         self._link = None
         self._versions_told = False
-        self._link_since = asyncio.get_running_loop().time()
+        self._away_since = asyncio.get_running_loop().time()
         self._socket = client(
             self._ctx,
             self.node.endpoint,
@@ -173,10 +199,16 @@ class NodeClient:
     async def close(self, reason: str = "the connection was closed") -> None:
         """Drop the connection and all that libzmq holds for it; requests under way fail. It may be
         started again."""
-        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
+        here = asyncio.current_task()
+        ours = [*self._tasks, self._rebuilding, self._greeting]
+        tasks = [task for task in ours if task is not None and task is not here]
+        self._tasks, self._greeting = [], None
+        if self._rebuilding is not here:
+            self._rebuilding = None
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._turn(LinkEvent("down", reason))
         self._fail_all(reason)
         if self._socket is not None:
             self._socket.close(linger=0)
@@ -200,29 +232,33 @@ class NodeClient:
         permit.spend(self.name, feeds["window"].tolist())
         loop = asyncio.get_running_loop()
         begun = loop.time()
-        await self._connected(until)
+        await self._ready(until)
         started = loop.time()
-        request = Request(new_id(), self._stage.sha256, max(0, int((until - started) * 1000)))
-        frames = encode(request, dict(feeds))
+        left_ms = max(0, int((until - started) * 1000))
+        request = Request(new_id(), self._stage.sha256, left_ms, new_seal())
         pending = _Pending()
-        message, parts = await self._ask(request.id, frames, pending, until, begun, permit)
+        message, frame = await self._ask(
+            request.id, encode(request, feeds), pending, until, begun, permit
+        )
         if not isinstance(message, Result):
             raise self._error(f"answered with {type(message).__name__} where a result was due")
         finished = pending.answered or loop.time()
         try:
-            outputs = decode_tensors(message, parts, self._limits.result)
+            outputs = decode_tensors(message, frame, self._limits.result, request.seal)
             check_reply(outputs, self._stage.outputs, len(feeds["window"]))
         except ProtocolError as error:
             raise self._error(f"wrong answer: {error}") from None
         accepted = finished if pending.accepted is None else pending.accepted
-        node_ms = (message.queue_us + message.compute_us) / 1000
+        # A node may claim any times; no more can have passed than by our own clock.
+        compute_ms = min(message.compute_us / 1000, (finished - started) * 1000)
+        queue_ms = min(message.queue_us / 1000, (finished - started) * 1000 - compute_ms)
         return Reply(
             outputs=outputs,
-            bytes_down=sum(len(part) for part in parts),
+            bytes_down=len(frame),
             upload_ms=(accepted - started) * 1000,
-            queue_ms=message.queue_us / 1000,
-            compute_ms=message.compute_us / 1000,
-            download_ms=max(0.0, (finished - accepted) * 1000 - node_ms),
+            queue_ms=queue_ms,
+            compute_ms=compute_ms,
+            download_ms=max(0.0, (finished - accepted) * 1000 - queue_ms - compute_ms),
         )
 
     async def info(self, until: float) -> tuple[Info, float]:
@@ -245,16 +281,16 @@ class NodeClient:
     async def _ask(
         self,
         id: bytes,
-        frames: list[Any],
+        frame: memoryview,
         pending: _Pending,
         until: float,
         begun: float,
         permit: Permit | None = None,
-    ) -> tuple[Message, list[zmq.Frame]]:
+    ) -> tuple[Message, zmq.Frame]:
         """Send and wait for the answer of that id, or for what makes it impossible."""
         loop = asyncio.get_running_loop()
         self._pending[id] = pending
-        sending = asyncio.ensure_future(self._socket.send_multipart(frames, copy=False))
+        sending = asyncio.ensure_future(self._socket.send(frame, copy=False))
         try:
             done, _ = await asyncio.wait(
                 {pending.answer, sending},
@@ -267,7 +303,7 @@ class NodeClient:
                     {pending.answer}, timeout=max(0.0, until - loop.time())
                 )
             if pending.answer in done:
-                message, parts = pending.answer.result()
+                message, answer = pending.answer.result()
             else:
                 after = f"within {loop.time() - begun:.1f} s"
                 if pending.accepted is not None:
@@ -288,14 +324,14 @@ class NodeClient:
                 if not future.cancel() and not future.cancelled():
                     future.exception()  # told already, or too late to matter
             if permit and not sending.cancelled() and not sending.exception():
-                permit.bytes_sent = sum(memoryview(frame).nbytes for frame in frames)
+                permit.bytes_sent = frame.nbytes
         if isinstance(message, Refused):
             raise NodeRefusedError(
                 str(self._error(f"refused ({message.code}): {message.message}")),
                 message.code,
                 message.retry_ms,
             )
-        return message, parts
+        return message, answer
 
     def _cancel(self, id: bytes, sending: asyncio.Future[Any]) -> None:
         """Tell the node that nobody waits any more for what it has been sent."""
@@ -303,10 +339,10 @@ class NodeClient:
             return
         self.cancelled += self._send_now(encode(Cancel(id)))
 
-    def _send_now(self, frames: list[Any]) -> bool:
+    def _send_now(self, frame: memoryview) -> bool:
         """At once or not at all: a node that takes nothing more needs no telling. Whether it was
         sent."""
-        told = self._socket.send_multipart(frames, flags=zmq.NOBLOCK)
+        told = self._socket.send(frame, flags=zmq.NOBLOCK)
         if not told.done():  # pyzmq lets it wait behind other messages
             told.cancel()
             return False
@@ -315,6 +351,55 @@ class NodeClient:
     def _error(self, reason: str) -> OffloadError:
         return OffloadError(f"node {self.name} ({self.node.endpoint}): {reason}")
 
+    async def _ready(self, until: float) -> None:
+        """Wait until the node has said that it serves the stage; raise if it does not.
+
+        It is asked once per connection, and asked again only if that failed.
+        """
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        while True:
+            await self._connected(until)
+            greeting = self._greeting or self._greet()
+            await asyncio.wait({greeting}, timeout=max(0.0, until - loop.time()))
+            if greeting is not self._greeting:
+                continue  # that connection is gone, or the question was given up
+            if not greeting.done():
+                self._forget_greeting()
+                raise self._error(
+                    f"it has not said within {loop.time() - begun:.1f} s what it serves, so no "
+                    "window was sent: the node is frozen or the link is slow"
+                )
+            if greeting.cancelled():
+                self._forget_greeting()
+                raise self._error("asking what it serves was interrupted")
+            if greeting.exception():
+                self._forget_greeting()
+            if wrong := mismatch(greeting.result(), self._stage):
+                raise self._error(wrong)
+            self._defects = 0
+            return
+
+    def _greet(self) -> asyncio.Task[Info]:
+        """Begin to ask what the node serves."""
+
+        async def ask() -> Info:
+            info, _ = await self.info(asyncio.get_running_loop().time() + _ASKING_S)
+            return info
+
+        self._greeting = asyncio.create_task(ask(), name=f"greet-{self.name}")
+        self._greeting.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return self._greeting
+
+    def _forget_greeting(self) -> None:
+        greeting, self._greeting = self._greeting, None
+        if greeting is not None:
+            greeting.cancel()
+
+    def _patience(self, until: float) -> float:
+        """When to stop waiting for the link: an outage has one grace, for all requests."""
+        return until if self._link is None else min(until, self._away_since + _GRACE_S)
+
     async def _connected(self, until: float) -> None:
         """Wait for the link; raise as soon as it is known that waiting is in vain."""
         loop = asyncio.get_running_loop()
@@ -322,11 +407,9 @@ class NodeClient:
         if self.quarantine:
             raise self._error(self.quarantine)
         while self._link is None or self._link.state != "up":
-            limit = until
-            if self._link is not None:
-                if self._link.state == "refused":
-                    raise self._error(self._link.reason)
-                limit = min(until, self._link_since + _GRACE_S)
+            if self._link is not None and self._link.state == "refused":
+                raise self._error(self._link.reason)
+            limit = self._patience(until)
             changed = self._link_changed
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(changed.wait(), max(0.0, limit - loop.time()))
@@ -344,13 +427,17 @@ class NodeClient:
         async with contextlib.aclosing(events):
             async for event in events:
                 self._turn(event)
-                if event.state != "up":  # the node forgets us with the connection
+                if event.state == "up":
+                    self._greet()
+                else:  # the node forgets us with the connection
                     self._versions_told = False
+                    self._forget_greeting()
                     self._fail_all(event.reason)
 
     def _turn(self, event: LinkEvent) -> None:
+        if self._link is not None and self._link.state == "up":
+            self._away_since = asyncio.get_running_loop().time()
         self._link = event
-        self._link_since = asyncio.get_running_loop().time()
         changed, self._link_changed = self._link_changed, asyncio.Event()
         changed.set()
 
@@ -378,11 +465,16 @@ class NodeClient:
     async def _read(self) -> None:
         """Receive for as long as the client lives."""
         loop = asyncio.get_running_loop()
-        while True:
-            frames = await self._socket.recv_multipart(copy=False)
-            self._meter.delivered(frames)
+        async for message in received(self._socket):
+            self._meter.delivered(message.frame)
+            if message.surplus:
+                await self._shut_out(
+                    "in quarantine until this edge starts anew: it sent a message of "
+                    f"{1 + message.surplus} frames, and no node of ours sends more than one"
+                )
+                return
             try:
-                self._handle(frames, loop.time())
+                self._handle(message.frame, loop.time())
             except UnknownVersionError as error:
                 self._fail_all(f"wrong answer: {error}")
                 self._tell_versions()
@@ -399,10 +491,8 @@ class NodeClient:
         if not self._versions_told:
             self._versions_told = self._send_now(encode(VersionsSpoken(VERSIONS)))
 
-    def _handle(self, frames: list[zmq.Frame], now: float) -> None:
-        if len(frames) > 1 + MAX_TENSORS:
-            raise ProtocolError(f"message of {len(frames)} frames")
-        message = decode_header(frames[0])
+    def _handle(self, frame: zmq.Frame, now: float) -> None:
+        message = decode_header(frame)
         if isinstance(message, VersionsSpoken):
             spoken = ", ".join(map(str, message.versions))
             self._fail_all(f"speaks only protocol versions {spoken}: update the older side")
@@ -417,12 +507,38 @@ class NodeClient:
             pending.accepted = now
         else:
             pending.answered = now
-            pending.answer.set_result((message, frames[1:]))
+            pending.answer.set_result((message, frame))
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """A task that ends by itself is a defect; do not let anybody wait for it."""
-        if not task.cancelled() and (error := task.exception()):
-            self._fail_all(f"the connection failed: {error!r}")
+        """Rebuild the connection if one of its tasks has ended by itself, which is a defect."""
+        error = None if task.cancelled() else task.exception()
+        ours = task in self._tasks and self.quarantine is None
+        if error is None and not ours:
+            return
+        why = repr(error) if error else "it was cancelled"
+        log.error(
+            "the connection to node %s broke down: its task %s ended (%s)",
+            *(self.name, task.get_name(), why),
+            exc_info=error,
+        )
+        if ours:
+            reason = (
+                f"the edge's connection broke down and is being rebuilt ({why}): this is a defect "
+                "of edge-runtime, not the node's; please report it with the log"
+            )
+            self._rebuilding = self._rebuilding or asyncio.create_task(self._rebuild(reason))
+
+    async def _rebuild(self, reason: str) -> None:
+        await self.close(reason)
+        while not self._tasks and self.quarantine is None:
+            await asyncio.sleep(min(_LONGEST_REST_S, _REST_S * 2 ** min(self._defects, 10)))
+            self._defects += 1
+            try:
+                self.start()
+            except Exception:  # such as no file descriptor being left
+                log.exception("the connection to node %s could not be rebuilt yet", self.name)
+        self._rebuilding = None
+        self._turn(LinkEvent("down", reason))  # until it is known better
 
     def _fail_all(self, reason: str) -> None:
         for pending in self._pending.values():

@@ -1,25 +1,25 @@
 """Settings of an edge: the file ``edge.toml``, read, checked and made absolute.
 
-Promises that an unknown or misspelt key, a value out of range, and two nodes that are one and the
-same are refused with the line that mends them. Relative paths are relative to the file, not to
-where the program was started. Key files are read by :func:`load_nodes` only, so that a
-configuration can be looked at without having its secrets.
+Relative paths are relative to the file, not to where the program was started. Key files are read by
+:func:`load_nodes` only, so that a configuration can be looked at without having its secrets.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 import msgspec
 
 from edge_runtime.placement import DEFAULT_MAX_EXPOSURE
 from engines.engine import Device
-from engines.errors import ConfigError
+from engines.errors import ConfigError, KeyFileError
 from engines.toml import read_toml, unknown_key
+from engines.trust import danger
 
 if TYPE_CHECKING:
     from transport.keys import KeyPair
@@ -30,6 +30,11 @@ DEFAULT_DEADLINE_S = 10.0
 _DEFAULT_SECRET = "keys/edge.secret"
 _Z85 = re.compile(r"[0-9A-Za-z.:+=^!/*?&<>()\[\]{}@%$#-]{40}\Z")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}\Z")
+_WORDS = {str: "a text", float: "a number", int: "a whole number"}
+NODE_SETTINGS = frozenset(
+    ("bind", "keys", "secret_key", "authorized", "threads", "workers", "queue_bytes", "metrics")
+)
+"""Settings that only a node's file has."""
 
 
 class NodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -117,24 +122,28 @@ def load_config(path: str | os.PathLike[str]) -> EdgeConfig:
     """Read and check ``edge.toml``; all paths in the result are absolute.
 
     Raises:
-        ConfigError: naming the key at fault and what it should be.
+        ConfigError: naming the file, the key at fault and what it should be.
     """
     file = Path(path)
     table = read_toml(file, f"edge-runtime init --out {file} --node ...")
+    if NODE_SETTINGS & table.keys() or (not table and file.name == "node.toml"):
+        raise ConfigError(
+            f"{file} holds the settings of a node, which `cloud-node serve --config` reads; "
+            "expected an edge's, which `edge-runtime init` writes"
+        )
+    if found := danger(file):
+        raise ConfigError(found)
     try:
-        _refuse_unknown(table, EdgeConfig, "")
-        nodes = table.get("nodes")
-        if isinstance(nodes, list):
-            table["nodes"] = [_completed(node, i, file.parent) for i, node in enumerate(nodes)]
-        table.setdefault("nodes", [])
+        _check_types(table, EdgeConfig, "")
+        nodes = table.setdefault("nodes", [])
+        if not isinstance(nodes, list):
+            raise ConfigError(f"nodes is {_shown(nodes)}; expected a [[nodes]] table for each node")
+        table["nodes"] = [_completed(node, i, file.parent) for i, node in enumerate(nodes, 1)]
         table.setdefault("secret", _DEFAULT_SECRET)
         for key in ("bundle", "secret"):
-            if isinstance(table.get(key), str):
+            if key in table:
                 table[key] = _absolute(table[key], file.parent)
         return msgspec.convert(table, EdgeConfig)
-    except msgspec.ValidationError as error:
-        where = re.sub(r"\$\.?", "", str(error)).replace(" - at ``", "")
-        raise ConfigError(f"{file}: {where}") from None
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
 
@@ -143,9 +152,9 @@ def load_nodes(config: EdgeConfig) -> list[Node]:
     """The nodes with their key files read.
 
     Raises:
-        KeyFileError: a file is missing, malformed or readable by others.
+        KeyFileError: a file is missing, malformed, or readable or replaceable by others.
         ConfigError: two nodes share a key, by which they could tell that they serve one edge, or
-            are one and the same.
+            are one and the same; or a node's key is this edge's own.
     """
     from transport.keys import check_public, load_public, load_secret
     from transport.sockets import check_endpoint
@@ -153,14 +162,20 @@ def load_nodes(config: EdgeConfig) -> list[Node]:
     nodes = []
     for node in config.nodes:
         key = node.server_key
-        nodes.append(
-            Node(
+        try:
+            loaded = Node(
                 name=node.name,
                 endpoint=check_endpoint(node.endpoint),
                 server_key=check_public(key) if is_key(key) else load_public(key),
                 keypair=load_secret(node.client_key or f"keys/{node.name}.key"),
             )
-        )
+        except (ConfigError, KeyFileError) as error:
+            raise type(error)(f"node {node.name}: {error}") from None
+        nodes.append(loaded)
+    refuse_own_keys(
+        {loaded.name: loaded.server_key for loaded in nodes},
+        {loaded.keypair.public for loaded in nodes},
+    )
     seen: dict[str, str] = {}
     for loaded in nodes:
         for kind, public in (("server", loaded.server_key), ("client", loaded.keypair.public)):
@@ -176,21 +191,45 @@ def load_nodes(config: EdgeConfig) -> list[Node]:
     return nodes
 
 
+def refuse_own_keys(server_keys: dict[str, str], own: set[str]) -> None:
+    """Raises ConfigError if the key of a node, by name, is one of this edge's own public keys."""
+    for name, key in server_keys.items():
+        if key in own:
+            raise ConfigError(
+                f"node {name}: its server_key is this edge's own key; expected the node's, the "
+                "node.pub file that its operator sends"
+            )
+
+
 def is_key(text: str) -> bool:
     """Whether ``text`` is a public key itself (40 characters of Z85) and not the path of one."""
     return bool(_Z85.match(text)) and not text.endswith(".pub")
 
 
 def _completed(node: Any, number: int, base: Path) -> Any:
+    where = f" in [[nodes]] table {number}"
     if not isinstance(node, dict):
-        return node  # msgspec says what is wrong with it
-    _refuse_unknown(node, NodeConfig, f" in [[nodes]] table {number + 1}")
+        raise ConfigError(f"[[nodes]] table {number} is {_shown(node)}; expected a table")
+    if isinstance(node.get("name"), str):
+        where += f" ({node['name']})"
+    for key in sorted(node.keys() & EdgeConfig.__struct_fields__):
+        raise ConfigError(f"{key} stands{where}; it belongs above the first [[nodes]] line")
+    _check_types(node, NodeConfig, where)
     for required in ("name", "endpoint", "server_key"):
         if required not in node:
-            raise ConfigError(f"[[nodes]] table {number + 1} has no {required}")
+            raise ConfigError(f"[[nodes]] table {number} has no {required}")
+    from transport.sockets import check_endpoint
+
+    try:
+        check_endpoint(node["endpoint"])
+    except ConfigError:
+        raise ConfigError(
+            f"endpoint is {_shown(node['endpoint'])}{where}; expected tcp://HOST:PORT, such as "
+            "tcp://node.example.org:5555"
+        ) from None
     node.setdefault("client_key", f"keys/{node['name']}.key")
     for key in ("server_key", "client_key"):
-        if isinstance(node[key], str) and not (key == "server_key" and is_key(node[key])):
+        if not (key == "server_key" and is_key(node[key])):
             node[key] = _absolute(node[key], base)
     return node
 
@@ -204,11 +243,34 @@ def _absolute(path: str, base: Path) -> str:
         raise ConfigError(f"the path {path!r} cannot be used: {error}") from None
 
 
-def _refuse_unknown(table: dict[str, Any], struct: type[msgspec.Struct], where: str) -> None:
-    known = struct.__struct_fields__
-    for key in table:
-        if key not in known:
-            raise ConfigError(unknown_key(key, known, where))
+def _check_types(table: dict[str, Any], struct: type[msgspec.Struct], where: str) -> None:
+    """Refuse keys that `struct` does not have and values that are of another type."""
+    hints = get_type_hints(struct)
+    for key, value in table.items():
+        if key not in hints:
+            raise ConfigError(unknown_key(key, hints, where))
+        try:
+            if key != "nodes":
+                msgspec.convert(value, hints[key])
+        except msgspec.ValidationError:
+            expected = _expected(key, hints[key], struct)
+            raise ConfigError(f"{key} is {_shown(value)}{where}; expected {expected}") from None
+
+
+def _expected(key: str, hint: Any, struct: type[msgspec.Struct]) -> str:
+    kind, *others = get_args(hint) or (hint,)
+    if isinstance(kind, str):  # a Literal
+        *first, last = (f'"{choice}"' for choice in (kind, *others))
+        return f"{', '.join(first)} or {last}"
+    defaults = {field.name: field.default for field in msgspec.structs.fields(struct)}
+    example = defaults[key] if isinstance(defaults[key], kind) else None
+    return _WORDS[kind] + (f", such as {_shown(example)}" if example else "")
+
+
+def _shown(value: Any) -> str:
+    """A value as TOML has it, nearly."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) < 80 else f"{text[:76]}..."
 
 
 def _refuse_shared(nodes: tuple[NodeConfig, ...], what: str) -> None:

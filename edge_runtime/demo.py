@@ -1,24 +1,18 @@
 """The whole system on one machine: three node processes, one photo, three clicks, and the proof.
 
-Promises that what it shows is the real thing: nodes are ``cloud-node serve`` processes with keys of
-their own and a bundle that holds the stack alone, the photo goes through the same code as
-``edge-runtime segment``, and every token and mask is compared bit for bit with those of a separate
-process that computed all windows in one batch. Whatever happens, the nodes it started are ended.
-Run as a module with a folder, this file is that separate process.
+Every token and mask is compared bit for bit with those of a separate process that computes all
+windows in one batch; run as a module, this file is that process.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +20,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_runtime.prompts import Point, Prompt
-from edge_runtime.segmentation import Object, dumps, segment
-from engines.errors import ConfigError, EdgeRuntimeError, OffloadError
+from edge_runtime.segmentation import ANOTHER_FOLDER, Object, check_folder, dumps, png, segment
+from engines.errors import EdgeRuntimeError, OffloadError
+from engines.files import move_folder, scratch_folder, writing
+from engines.progress import progress
+from engines.stopping import child
+from engines.text import printable, table
 
 if TYPE_CHECKING:
     from edge_runtime.config import EdgeConfig
@@ -42,8 +40,9 @@ MAX_EXPOSURE = 0.37
 """The budget of the demo: with three nodes, little over a third of the photo each."""
 _START_S = 60.0
 _DEADLINE_S = 60.0  # generous: three nodes and an edge share this machine, perhaps with others
-_STOP_S = 5.0
-_RESULTS = ("overlay.png", "what-each-node-saw.png", "report.json")
+_RESULTS = ("report.json", "overlay.png", "what-each-node-saw.png")
+_ROOM = 4 << 20
+"""Bytes that the results take, and a little more."""
 
 PROMPTS = tuple(Prompt(points=(Point(x, y),)) for x, y in CLICKS)
 
@@ -57,42 +56,44 @@ class Run:
     masks: np.ndarray
 
 
-def run_demo(
-    out: Path,
-    *,
-    bundle: Path | None = None,
-    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
-) -> dict[str, Any]:
-    """Run the demo and write its three files into ``out``.
+def run_demo(out: Path, *, bundle: Path | None = None, quiet: bool = False) -> dict[str, Any]:
+    """Run the demo and write its three files into ``out``, in place of those of an earlier run.
 
     Args:
         bundle: full bundle; None is the one that comes with the package.
-        say: is told what happens next.
+        quiet: do not say on stderr what happens next.
 
     Returns:
         what ``report.json`` holds.
 
     Raises:
-        EdgeRuntimeError: a node did not start, or failed.
+        EdgeRuntimeError: a node did not start, or failed, or ``out`` holds other things.
     """
     from engines.bundle import Bundle, shipped_bundle
 
+    def say(text: str) -> None:
+        if not quiet:
+            print(text, file=sys.stderr, flush=True)
+
     full = Bundle.load(bundle or shipped_bundle())
-    _check_out(out)
-    with tempfile.TemporaryDirectory(prefix="edge-runtime-demo-") as scratch:
+    check_folder(out, _RESULTS.__contains__, "report.json")
+    temporary = Path(tempfile.gettempdir()) / "edge-runtime-demo"
+    with (
+        scratch_folder(out, room=_ROOM) as results,
+        scratch_folder(temporary, mode=0o700, instead="set TMPDIR") as scratch,
+    ):
         say(f"starting {len(NODES)} nodes, each with its own keys and the stack alone")
-        with _nodes(Path(scratch), full.path) as config:
+        with _nodes(scratch, full.path, quiet) as config:
             say("segmenting the photo through them")
             offloaded, report, pictures = _offloaded(config, full.path)
         say("computing it all in one process, to compare")
-        alone = _alone(Path(scratch), full.path)
-    report["identical_to_local"] = identical(offloaded, alone)
-    out.mkdir(parents=True, exist_ok=True)
-    for name, picture in pictures.items():
-        with _replacing(out / name) as path:
-            picture.save(path, format="PNG")
-    with _replacing(out / "report.json") as path:
-        path.write_text(dumps(report), encoding="utf-8")
+        alone = _alone(scratch, full.path)
+        report["identical_to_local"] = identical(offloaded, alone)
+        with writing(out, instead=ANOTHER_FOLDER):
+            for name, picture in pictures.items():
+                (results / name).write_bytes(png(picture))
+            (results / "report.json").write_text(dumps(report), encoding="utf-8")
+            move_folder(results, out, replace=True)
     return report
 
 
@@ -112,40 +113,37 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
     failures = []
     if report["identical_to_local"] is not True:
         failures.append("the nodes' result differs from the one computed in one process")
-    if not 0 < report["max_exposure"] <= MAX_EXPOSURE:
+    if not 0 < report["largest_share"] <= MAX_EXPOSURE:
         failures.append(
-            f"one node saw {report['max_exposure']:.1%} of the photo, above {MAX_EXPOSURE:.0%}"
+            f"one node saw {report['largest_share']:.1%} of the photo, above {MAX_EXPOSURE:.0%}"
         )
     return failures
 
 
 def print_report(report: Mapping[str, Any], out: Path) -> None:
     """A short table on the terminal, and where to look."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
     latency = report["latency_ms"]
-    table = Table(title="What each node did", title_justify="left", title_style="bold")
-    table.add_column("node")
-    for column in ("windows", "of photo", "sent", "returned", "upload", "compute", "download"):
-        table.add_column(column, justify="right", no_wrap=True)
+    steps = ("upload", "compute", "download")
+    rows = [("node", "windows", "of photo", "sent", "returned", *steps)]
     for node in report["nodes"]:
         times = latency["nodes"][node["name"]]
-        table.add_row(
-            node["name"],
-            f"{len(node['windows'])}",
-            f"{node['share_of_image']:.1%}",
-            f"{node['bytes_up'] / 1000:.0f} kB",
-            f"{node['bytes_down'] / 1000:.0f} kB",
-            *(f"{times[step]:.0f} ms" for step in ("upload", "compute", "download")),
+        rows.append(
+            (
+                node["name"],
+                f"{len(node['windows'])}",
+                f"{node['share_of_image']:.1%}",
+                f"{node['bytes_up'] / 1000:.0f} kB",
+                f"{node['bytes_down'] / 1000:.0f} kB",
+                *(f"{times[step]:.0f} ms" for step in steps),
+            )
         )
-    console.print(table)
+    print("What each node did")
+    print("\n".join(table(rows)) + "\n")
     same = "yes, every bit of every token and mask" if report["identical_to_local"] else "NO"
     each = ", ".join(f"{value:.2f}" for value in report["mask_iou_per_click"])
-    rows = {
+    facts = {
         "same as one process": same,
-        "most one node saw": f"{report['max_exposure']:.1%} of the photo; at most "
+        "most one node saw": f"{report['largest_share']:.1%} of the photo; at most "
         f"{MAX_EXPOSURE:.0%} allowed",
         "windows sent": f"{report['windows_sent']} of {report['windows_total']}; the others hold "
         "no pixel of the photo",
@@ -153,11 +151,11 @@ def print_report(report: Mapping[str, Any], out: Path) -> None:
         "time": f"{latency['total']:.0f} ms: windows {latency['windows']:.0f}, nodes "
         f"{latency['stack']:.0f}, tail {latency['tail']:.0f}, decoder {latency['decoder']:.0f}",
     }
-    for name, value in rows.items():
-        console.print(f"{name:<20} {value}")
-    console.print("\nLook at:")
+    for name, value in facts.items():
+        print(f"{name:<20} {value}")
+    print("\nLook at:")
     for name in _RESULTS:
-        console.print(f"  {out / name}", soft_wrap=True)
+        print(printable(f"  {out / name}"))
 
 
 # -- the offloaded run --------------------------------------------------------------------------
@@ -175,19 +173,24 @@ def _offloaded(config: EdgeConfig, bundle: Path) -> tuple[Run, dict[str, Any], d
     masks: list[np.ndarray] = []
     with OffloadPredictor(config, bundle=bundle, device="cpu") as predictor:
         # Before the clock starts: open this side's engines, as the nodes have, and connect.
-        for stage in ("tail", "decoder"):
-            predictor.pipeline.engine(stage)
+        predictor.load()
         assert predictor.offloader is not None
         for node in predictor.offloader.status(_START_S):
             if not node.usable:
                 raise OffloadError(f"node {node.name} cannot be used: {node.detail}")
-        found = segment(predictor, image, PROMPTS, each=lambda _, o: masks.append(o.masks[0]))
+        overlay = render.Overlay(image)
+
+        def keep(number: int, found: Object) -> None:
+            masks.append(found.masks[0])
+            overlay.add(found.masks[0])
+
+        found = segment(predictor, image, PROMPTS, each=keep)
         offload, windows, tokens = predictor.report, predictor.windows, predictor.stack_outputs
         assert offload is not None
         assert windows is not None
         assert tokens is not None
         pictures = {
-            "overlay.png": render.overlay(image, found.drawn, PROMPTS),
+            "overlay.png": overlay.finish(PROMPTS),
             "what-each-node-saw.png": render.what_each_node_saw(
                 image, windows, predictor.bundle.geometry, offload
             ),
@@ -205,6 +208,7 @@ def _offloaded(config: EdgeConfig, bundle: Path) -> tuple[Run, dict[str, Any], d
             key: exposure[key]
             for key in (
                 "max_exposure",
+                "largest_share",
                 "separation",
                 "windows_total",
                 "windows_sent",
@@ -215,7 +219,7 @@ def _offloaded(config: EdgeConfig, bundle: Path) -> tuple[Run, dict[str, Any], d
         "mask_iou": float(np.mean(scores)),
         "mask_iou_per_click": scores,
         "clicks": [list(click) for click in CLICKS],
-        "predicted_iou": [item["masks"][0]["score"] for item in found.report["objects"]],
+        "predicted_iou": [item["masks"][0]["predicted_iou"] for item in found.report["objects"]],
         "latency_ms": found.report["latency_ms"],
         "ledger": exposure["ledger"],
         "software": _software(),
@@ -250,7 +254,7 @@ def _software() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _nodes(scratch: Path, bundle: Path) -> Iterator[EdgeConfig]:
+def _nodes(scratch: Path, bundle: Path, quiet: bool) -> Iterator[EdgeConfig]:
     """Running nodes with keys exchanged, as a configuration of an edge that may use them."""
     from edge_runtime.config import EdgeConfig, NodeConfig
     from engines.bundle import Bundle, node_bundle
@@ -262,9 +266,8 @@ def _nodes(scratch: Path, bundle: Path) -> Iterator[EdgeConfig]:
     generate_secret(secret)
     node_bundle(Bundle.load(bundle), scratch / "node-bundle")
     threads = max(1, cores() // len(NODES))
-    processes: list[subprocess.Popen[bytes]] = []
-    nodes = []
-    try:
+    with contextlib.ExitStack() as running:
+        processes = []
         for name in NODES:
             keys = make_directory(scratch / name)
             generate(keys, "node")
@@ -274,31 +277,32 @@ def _nodes(scratch: Path, bundle: Path) -> Iterator[EdgeConfig]:
             command += ["--bundle", str(scratch / "node-bundle"), "--keys", str(keys)]
             command += ["--bind", "tcp://127.0.0.1:0", "--threads", str(threads)]
             command += ["--device", "cpu", "--ready-file", str(scratch / f"{name}.json")]
-            with open(scratch / f"{name}.log", "wb") as log, _undisturbed():
-                processes.append(
-                    subprocess.Popen(
-                        command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            with open(scratch / f"{name}.log", "wb") as log:
+                options: dict[str, Any] = {
+                    "stdin": subprocess.DEVNULL,
+                    "stdout": log,
+                    "stderr": log,
+                }
+                processes.append(running.enter_context(child(command, **options)))
+        nodes = []
+        with progress("waiting for the nodes", len(NODES), quiet=quiet) as waiting:
+            for name, process in zip(NODES, processes, strict=True):
+                ready = _ready(scratch, name, process)
+                nodes.append(
+                    NodeConfig(
+                        name=name,
+                        endpoint=ready["endpoint"],
+                        server_key=ready["public_key"],
+                        client_key=str(edge / f"{name}.key"),
                     )
                 )
-        for name, process in zip(NODES, processes, strict=True):
-            ready = _ready(scratch, name, process)
-            nodes.append(
-                NodeConfig(
-                    name=name,
-                    endpoint=ready["endpoint"],
-                    server_key=ready["public_key"],
-                    client_key=str(edge / f"{name}.key"),
-                )
-            )
+                waiting.advance()
         yield EdgeConfig(
             nodes=tuple(nodes),
             secret=str(secret),
             deadline_s=_DEADLINE_S,
             max_exposure=MAX_EXPOSURE,
         )
-    finally:
-        with _undisturbed():
-            _end(processes)
 
 
 def _ready(scratch: Path, name: str, process: subprocess.Popen[bytes]) -> dict[str, str]:
@@ -307,8 +311,7 @@ def _ready(scratch: Path, name: str, process: subprocess.Popen[bytes]) -> dict[s
     until = time.monotonic() + _START_S
     while not path.exists():
         if process.poll() is not None:
-            log = (scratch / f"{name}.log").read_text(errors="replace").strip().splitlines()
-            said = log[-1] if log else "nothing"
+            said = _last_line((scratch / f"{name}.log").read_bytes())
             raise EdgeRuntimeError(f"node {name} ended before it served; it said: {said}")
         if time.monotonic() > until:
             raise EdgeRuntimeError(f"node {name} did not start within {_START_S:g} s")
@@ -317,38 +320,9 @@ def _ready(scratch: Path, name: str, process: subprocess.Popen[bytes]) -> dict[s
     return ready
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End every process: kindly, then not."""
-    for process in processes:
-        process.terminate()
-    until = time.monotonic() + _STOP_S
-    for process in processes:
-        try:
-            process.wait(max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Hold signals back till the end: a node is started and noted down, or ended, in one piece."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, _: held.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(number) != signal.SIG_IGN
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if held:
-            signal.raise_signal(held[0])
+def _last_line(log: bytes) -> str:
+    lines = log.decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "nothing"
 
 
 # -- the separate process -----------------------------------------------------------------------
@@ -356,13 +330,16 @@ def _undisturbed() -> Iterator[None]:
 
 def _alone(scratch: Path, bundle: Path) -> Run:
     """The same photo and clicks in a process that has never heard of nodes."""
-    result = scratch / "alone.npz"
+    result, log = scratch / "alone.npz", scratch / "alone.log"
     command = [sys.executable, "-m", "edge_runtime.demo", str(bundle), str(result)]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines()
+    with (
+        open(log, "wb") as said,
+        child(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said) as process,
+    ):
+        code = process.wait()
+    if code:
         raise EdgeRuntimeError(
-            f"the process to compare with failed: {said[-1] if said else done.returncode}"
+            f"the process to compare with failed ({code}); it said: {_last_line(log.read_bytes())}"
         )
     return load_run(result)
 
@@ -394,25 +371,6 @@ def load_run(path: Path) -> Run:
     with np.load(path, allow_pickle=False) as arrays:
         tokens = {k.removeprefix("tokens."): arrays[k] for k in arrays.files if k != "masks"}
         return Run(tokens, arrays["masks"])
-
-
-# -- files --------------------------------------------------------------------------------------
-
-
-def _check_out(out: Path) -> None:
-    if os.path.lexists(out) and not out.is_dir():
-        raise ConfigError(f"{out} is in the way: name another folder with --out")
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A scratch file that takes the place of ``path`` once it is whole."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield scratch
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,14 @@ _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000
 _CHUNK_BYTES = 8 << 20
 
 
+def is_photo(path: Path) -> bool:
+    """Whether a file in a folder is to be taken for a photo, by its name."""
+    from PIL import Image
+
+    formats = _formats()
+    return Image.registered_extensions().get(path.suffix.lower()) in formats and path.is_file()
+
+
 def load_image(path: str | os.PathLike[str], max_megapixels: float = 100) -> np.ndarray:
     """Read a photo as upright RGB.
 
@@ -65,7 +73,7 @@ def load_image(path: str | os.PathLike[str], max_megapixels: float = 100) -> np.
                     raise ImageError(f"{path} is {width} x {height} pixels, {too_large}")
                 image.load()
                 # A TIFF is turned by its decoder, which then drops the tag: read it after loading.
-                return np.array(_rgb(_upright(image), path))
+                return as_rgb(_upright(image), str(path))
     except ImageError:
         raise
     except FileNotFoundError:
@@ -82,6 +90,15 @@ def load_image(path: str | os.PathLike[str], max_megapixels: float = 100) -> np.
         if isinstance(error, OSError) and error.strerror:
             raise ImageError(f"{path} cannot be read: {error.strerror}") from error
         raise ImageError(f"{path} is damaged or truncated: {error}") from error
+
+
+def as_rgb(image: Image.Image, name: str) -> np.ndarray:
+    """A Pillow image as uint8 ``[H, W, 3]``, converted as :func:`load_image` says.
+
+    Raises:
+        ImageError: it holds numbers with no known range; ``name`` says which image.
+    """
+    return np.array(_rgb(image, name))
 
 
 def resize_longest(image: np.ndarray, image_size: int) -> np.ndarray:
@@ -269,15 +286,15 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _rgb(image: Image.Image, path: Path) -> Image.Image:
+def _rgb(image: Image.Image, name: str) -> Image.Image:
     from PIL import Image
 
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):
-        return _grey_from_integers(image, path).convert("RGB")
+        return _grey_from_integers(image, name).convert("RGB")
     if image.mode == "F":
-        raise ImageError(f"{path} holds floating-point pixels: convert it to 8 or 16 bits first")
+        raise ImageError(f"{name} holds floating-point pixels: convert it to 8 or 16 bits first")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         paper = Image.new("RGBA", layer.size, "white")
@@ -286,13 +303,13 @@ def _rgb(image: Image.Image, path: Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def _grey_from_integers(image: Image.Image, path: Path) -> Image.Image:
+def _grey_from_integers(image: Image.Image, name: str) -> Image.Image:
     from PIL import Image
 
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise ImageError(
-            f"{path} holds grey values from {values.min()} to {values.max()}, expected 16 bits "
+            f"{name} holds grey values from {values.min()} to {values.max()}, expected 16 bits "
             "(0 to 65535): convert it to 8 or 16 bits first"
         )
     # Rounded to the nearest of 256 levels: 65535 = 257 x 255.

@@ -12,8 +12,7 @@ import numpy as np
 
 from engines.bundle import TensorSpec
 from engines.errors import ProtocolError
-
-_BF16_EXPONENT = 0x7F80  # all ones: infinity or NaN
+from engines.wire import all_finite
 
 
 def check_reply(
@@ -43,11 +42,5 @@ def check_reply(
                 f"it returned {spec.name} as {array.dtype} {list(array.shape)}; "
                 f"expected {spec.numpy_dtype} {list(shape)}"
             )
-        if not _finite(array, spec.dtype):
+        if not all_finite(array, spec.dtype):
             raise ProtocolError(f"it returned {spec.name} with numbers that are not finite")
-
-
-def _finite(array: np.ndarray, dtype: str) -> bool:
-    if dtype == "bfloat16":
-        return not bool(((array & _BF16_EXPONENT) == _BF16_EXPONENT).any())
-    return array.dtype.kind != "f" or bool(np.isfinite(array).all())

@@ -25,11 +25,12 @@ import msgspec
 import numpy as np
 import zmq.asyncio
 
-from edge_runtime.client import NodeClient, NodeRefusedError, Reply
+from edge_runtime.client import NodeClient, NodeRefusedError, Reply, listed, mismatch
 from edge_runtime.config import EdgeConfig, load_nodes
 from edge_runtime.placement import Decision, ExposureLedger, Permit, Placement, place
 from engines.errors import BundleError, OffloadError
 from engines.pipeline import Pipeline
+from engines.stopping import held
 from engines.windows import Windows
 from transport.keys import load_secret_bytes
 from transport.messages import stage_limits
@@ -39,9 +40,14 @@ from transport.sockets import NOT_AUTHORISED
 _NODES_SHARE = 0.5
 """With a local fallback, the share of the deadline the nodes get; the edge needs the rest."""
 
+_UNWIND_S = 1.0
+"""How long an interrupted call may take to end what it has under way."""
+
 _MEMORY_SHARE = 0.9
 """Of the memory this process may use, the share from which on connections are dropped."""
 _MEMORY_S = 0.25
+_MEMORY_REST_S = 5.0
+"""Pause after a defect in watching memory."""
 
 _T = TypeVar("_T")
 
@@ -52,7 +58,7 @@ class NodeReport(msgspec.Struct, frozen=True):
     """What one node was shown and how long it took (milliseconds; see :class:`.client.Reply`).
 
     ``windows`` are those that went out on a connection to it, whether or not it answered, and
-    ``exposure`` is their share of the image's area; what was meant for a node that could not be
+    ``share_of_image`` is their share of its area; what was meant for a node that could not be
     reached is not among them. With several requests to one node, times are those of the slowest
     upload and download and the sums of queue and compute. ``failure`` is None if it returned all it
     was asked for.
@@ -60,7 +66,7 @@ class NodeReport(msgspec.Struct, frozen=True):
 
     name: str
     windows: tuple[int, ...]
-    exposure: float
+    share_of_image: float
     bytes_up: int = 0
     bytes_down: int = 0
     upload_ms: float = 0.0
@@ -73,14 +79,16 @@ class NodeReport(msgspec.Struct, frozen=True):
 class OffloadReport(msgspec.Struct, frozen=True):
     """One image's run. ``msgspec.to_builtins`` makes it plain data for JSON.
 
-    ``home``: windows the edge computed. ``max_exposure``: the largest share of the image's area any
-    node was shown. ``separation``: as in :class:`.placement.Placement`. ``windows_total``: of the
-    padded square, those without an image pixel included.
+    ``home``: windows the edge computed. ``max_exposure``: the limit on the share of the image's
+    area that a node may be shown; ``largest_share``: what any node was. ``separation``: as in
+    :class:`.placement.Placement`. ``windows_total``: of the padded square, those without an image
+    pixel included.
     """
 
     nodes: tuple[NodeReport, ...]
     home: tuple[int, ...]
     max_exposure: float
+    largest_share: float
     separation: int
     windows_total: int
     windows_sent: int
@@ -125,6 +133,10 @@ class Offloader:
         config: nodes, deadline, budget and fallback.
         pipeline: of the full bundle; its stack runs what stays at home.
 
+    Attributes:
+        report: how the last call of :meth:`stack` went, also when it failed or was interrupted;
+            None when it ended before any window could be sent.
+
     Raises:
         BundleError: the bundle's windows cannot leave home (stock order).
         ConfigError, KeyFileError: see :func:`.config.load_nodes`.
@@ -139,6 +151,7 @@ class Offloader:
             )
         self.config = config
         self.pipeline = pipeline
+        self.report: OffloadReport | None = None
         self._stage = bundle.stage("stack")
         self._geometry = bundle.geometry
         self._secret = load_secret_bytes(config.secret)
@@ -167,17 +180,6 @@ class Offloader:
             self._stop()
             raise
 
-    def prepare(self) -> None:
-        """Open the engines that :meth:`stack` may need, so that its deadline need not bear that.
-
-        Raises:
-            BundleError, EngineError: see :meth:`.pipeline.Pipeline.engine`.
-        """
-        if self.pipeline.bundle.has("head"):
-            self.pipeline.engine("head")
-        if self.config.fallback == "local":
-            self.pipeline.engine("stack")
-
     def stack(self, windows: Windows) -> tuple[dict[str, np.ndarray], OffloadReport]:
         """The stack's outputs for every window, in the order of ``windows``, and how it went.
 
@@ -188,7 +190,10 @@ class Offloader:
             OffloadError: a node failed, or time ran out; at the deadline at the latest.
             PlacementError: the nodes cannot satisfy the exposure budget.
         """
-        return self._call(self._offload(windows))
+        self.report = None
+        outputs = self._call(self._offload(windows))
+        assert self.report is not None
+        return outputs, self.report
 
     def status(self, timeout_s: float = 5.0) -> list[NodeStatus]:
         """Ask every node, at once, what it serves."""
@@ -222,11 +227,22 @@ class Offloader:
         if self._loop.is_closed():
             work.close()
             raise OffloadError("the offloader was closed")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        ended = threading.Event()
+
+        async def whole() -> _T:
+            try:
+                return await work
+            finally:
+                ended.set()
+
+        future = asyncio.run_coroutine_threadsafe(whole(), self._loop)
         try:
             return future.result()
         except BaseException:
-            future.cancel()  # the caller was interrupted: so is the work
+            # The caller was interrupted. Its work ends too, and then reports what was sent.
+            with held():
+                future.cancel()
+                ended.wait(_UNWIND_S)
             raise
 
     def _stop(self) -> None:
@@ -238,32 +254,21 @@ class Offloader:
 
     # -- in the event loop ----------------------------------------------------------------------
 
-    async def _offload(self, windows: Windows) -> tuple[dict[str, np.ndarray], OffloadReport]:
+    async def _offload(self, windows: Windows) -> dict[str, np.ndarray]:
         loop = asyncio.get_running_loop()
         started = loop.time()
         until = started + self.config.deadline_s
         local = self.config.fallback == "local"
         nodes_until = started + self.config.deadline_s * (_NODES_SHARE if local else 1)
 
-        placement = place(
-            areas=windows.area().tolist(),
-            windows=windows.window.tolist(),
-            side=self._geometry.windows_per_side,
-            nodes=[client.name for client in self._clients],
-            max_exposure=self.config.max_exposure,
-            secret=self._secret,
-            image_hash=_image_hash(windows),
-            keep_home=local,
-            ids={client.name: client.node.server_key for client in self._clients},
-        )
-        ledger = ExposureLedger(placement)
-        leaving = loop.run_in_executor(self._engine_thread, self.pipeline.leave_home, windows)
-        leaving.add_done_callback(_retrieve)
-        await asyncio.wait({leaving}, timeout=max(0.0, until - loop.time()))
-        if not leaving.done():
-            leaving.cancel()
+        preparing = loop.run_in_executor(self._engine_thread, self._prepare, windows)
+        preparing.add_done_callback(_retrieve)
+        await asyncio.wait({preparing}, timeout=max(0.0, until - loop.time()))
+        if not preparing.done():
+            preparing.cancel()
             raise self._late("preparing what the nodes are sent")
-        feeds = leaving.result()
+        placement, feeds = preparing.result()
+        ledger = ExposureLedger(placement)
         outputs = {
             spec.name: np.empty((len(windows), *(int(d) for d in spec.shape[1:])), spec.numpy_dtype)
             for spec in self._stage.outputs
@@ -342,8 +347,27 @@ class Offloader:
             for future in waiting:
                 future.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
-        report = self._report(placement, ledger, sends.values(), returned, failures, at_home)
-        return outputs, msgspec.structs.replace(report, total_ms=(loop.time() - started) * 1000)
+            for future in waiting & sends.keys():
+                failures.setdefault(sends[future].client.name, "given up before it answered")
+            report = self._report(placement, ledger, sends.values(), returned, failures, at_home)
+            total_ms = (loop.time() - started) * 1000
+            self.report = msgspec.structs.replace(report, total_ms=total_ms)
+        return outputs
+
+    def _prepare(self, windows: Windows) -> tuple[Placement, dict[str, np.ndarray]]:
+        """Who is to see which window, and what the stack is fed. Takes too long for the loop."""
+        placement = place(
+            areas=windows.area().tolist(),
+            windows=windows.window.tolist(),
+            side=self._geometry.windows_per_side,
+            nodes=[client.name for client in self._clients],
+            max_exposure=self.config.max_exposure,
+            secret=self._secret,
+            image_hash=_image_hash(windows),
+            keep_home=self.config.fallback == "local",
+            ids={client.name: client.node.server_key for client in self._clients},
+        )
+        return placement, self.pipeline.leave_home(windows)
 
     def _shares(self, placement: Placement, windows: Windows) -> list[_Share]:
         most = self.config.windows_per_request or len(windows)
@@ -397,7 +421,7 @@ class Offloader:
                 NodeReport(
                     name=client.name,
                     windows=tuple(shown),
-                    exposure=sum(placement.areas[window] for window in shown) / total,
+                    share_of_image=sum(placement.areas[window] for window in shown) / total,
                     bytes_up=sum(permit.bytes_sent for permit in permits),
                     bytes_down=sum(reply.bytes_down for reply in replies),
                     upload_ms=max((reply.upload_ms for reply in replies), default=0.0),
@@ -410,7 +434,8 @@ class Offloader:
         return OffloadReport(
             nodes=tuple(nodes),
             home=tuple(sorted(at_home)),
-            max_exposure=max(node.exposure for node in nodes),
+            max_exposure=self.config.max_exposure,
+            largest_share=max(node.share_of_image for node in nodes),
             separation=placement.separation,
             windows_total=self._geometry.windows,
             windows_sent=sum(len(node.windows) for node in nodes),
@@ -440,40 +465,39 @@ class Offloader:
                 round_trip_ms=None,
                 detail=reason,
             )
-        ours = self._stage.sha256
-        served = ", ".join(f"{stage.label} (stack {stage.sha256[:12]})" for stage in info.stages)
-        same = any(stage.sha256 == ours for stage in info.stages)
+        wrong = mismatch(info, self._stage)
         return NodeStatus(
             name=client.name,
             endpoint=client.node.endpoint,
             reachable=True,
             authorised=True,
-            same_bundle=same,
+            same_bundle=wrong is None,
             round_trip_ms=round_trip,
-            detail=f"{info.software}, {served}"
-            if same
-            else f"it serves {served}, this edge has stack {ours[:12]}: use the bundle that the "
-            "node's was cut from",
+            detail=wrong or f"{info.software}, {listed(info)}",
         )
 
 
 async def _watch_memory(clients: list[NodeClient]) -> None:
-    """Before the kernel ends this process for want of memory, let go of what nodes have sent."""
+    """Drop all connections before this process runs out of memory by what nodes have sent."""
     limit = memory_limit()
     if limit is None:
         return
     watch = MemoryWatch(int(limit * _MEMORY_SHARE))
     while True:
         await asyncio.sleep(_MEMORY_S)
-        if held := watch.breached():
-            reason = (
-                f"the edge holds {held / 1e9:.1f} of the {limit / 1e9:.1f} GB of memory it may "
-                "have, and has dropped its connections lest it be ended"
-            )
-            log.error("%s", reason)
-            for client in clients:
-                await client.close(reason)
-                client.start()
+        try:
+            if held := watch.breached():
+                reason = (
+                    f"the edge holds {held / 1e9:.1f} of the {limit / 1e9:.1f} GB of memory it may "
+                    "have, and has dropped its connections so that the kernel does not end it"
+                )
+                log.error("%s", reason)
+                for client in clients:
+                    await client.close(reason)
+                    client.start()
+        except Exception:  # it must go on watching
+            log.exception("watching this process's memory failed")
+            await asyncio.sleep(_MEMORY_REST_S)
 
 
 def _retrieve(future: asyncio.Future[Any]) -> None:
@@ -484,6 +508,6 @@ def _retrieve(future: asyncio.Future[Any]) -> None:
 
 def _image_hash(windows: Windows) -> bytes:
     """Digest of what the nodes could see of the image: its pixels and its size."""
-    digest = hashlib.blake2b(repr(windows.size).encode(), digest_size=32)
+    digest = hashlib.sha256(repr(windows.size).encode())  # the fastest where CPUs have it built in
     digest.update(np.ascontiguousarray(windows.pixels).data)
     return digest.digest()

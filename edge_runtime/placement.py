@@ -1,18 +1,7 @@
 """Decides which node may see which window of an image, and grants every single send.
 
-:func:`place` splits an image's windows over the nodes so that no node sees more than
-``max_exposure`` of the image's area (a hard promise: :class:`~engines.errors.PlacementError`
-otherwise) and no node sees two touching windows where the number of nodes allows it: with four or
-more nodes no two of a node's windows touch even at a corner, with two or three none share an edge.
-Where area and separation conflict, area wins and the placement says so. The shares are near the
-smallest possible. :class:`ExposureLedger` then grants sends and records them; clients refuse to
-send without its permit.
-
-The choice is drawn with a keyed hash of the edge's secret and the image's hash: a node cannot
-predict which windows it will get, and the same photo with the same nodes is placed the same way
-again, whatever budget allows that placement, so a repeat shows nobody anything new. Under a tighter
-budget nodes see less of it if windows may stay at home, and another placement if not. Nothing here
-knows about networks, models or time.
+:func:`place` assigns the windows, :class:`ExposureLedger` grants and records each send. Nothing
+here knows about networks, models or time.
 """
 
 from __future__ import annotations
@@ -33,7 +22,9 @@ DEFAULT_MAX_EXPOSURE = 0.5
 # A placement may be this much (share of the image's area) above the most even one known: evenness
 # that is spent on unpredictability, since few placements are exactly optimal.
 _SLACK = 0.01
-_SEARCH_STEPS = 6000  # for the most even colouring of a shape; cached per shape
+_EXACT_STEPS = 16_000  # of the search for a shape's most even colouring; cached per shape
+_EXACT_WINDOWS = 200  # it recurses once for each
+_SEARCH_STEPS = 6000  # of the walk that takes its place where that search does not finish
 _WALK_STEPS = 40  # random Kempe exchanges per window that make one photo's placement its own
 _SETTLE_STEPS = (
     4000  # to bring a random colouring back under its limit, else the cached one is used
@@ -67,7 +58,7 @@ class Decision(msgspec.Struct, frozen=True):
     windows: tuple[int, ...]
     granted: bool
     reason: str
-    exposure: float  # the node's share of the image after the decision
+    share_of_image: float  # the node's, after the decision
 
 
 def place(
@@ -82,6 +73,19 @@ def place(
     ids: Mapping[str, str] | None = None,
 ) -> Placement:
     """Assign every window to one node (or, with ``keep_home``, to the edge if the budget says so).
+
+    No node sees more than ``max_exposure`` of the image's area. No node sees two touching windows
+    where the number of nodes allows it: with four or more nodes not even at a corner, with two or
+    three not along an edge. Where area and separation conflict, area wins and the placement says
+    so.
+
+    The choice is drawn with a hash of the image, keyed by the edge's secret: a node cannot predict
+    its windows, and the same photo with the same nodes is placed the same way again, so that a
+    repeat shows nobody anything new. Under a tighter budget, nodes see less of that placement if
+    windows may stay at home; otherwise another one is drawn.
+
+    A budget that can be met is never refused, as far as :func:`_exact` finishes: that is for up to
+    eight windows, and for every photo.
 
     Args:
         areas: image pixels in each window, > 0.
@@ -481,18 +485,73 @@ def _settle(walk: _Walk, limit: int, steps: int) -> list[int]:
 def _most_even(shape: _Shape, k: int, separation: int) -> tuple[int, ...] | None:
     """The most even colouring known that keeps the separation; None if there is none.
 
-    Depends on the shape alone, so it tells what can be promised without knowing any key.
+    It is the most even one there is wherever :func:`_exact` finishes. Depends on the shape alone,
+    so it tells what can be promised without knowing any key.
     """
     templates = _templates(shape, k, separation)
-    if k == 1:
+    if k == 1 or not templates:
         return tuple(templates[0]) if templates else None
-    floor = max(-(-shape.total // k), max(shape.areas))  # no colouring is more even than this
-    random = _KeyedRandom(b"shape", b"")
-    found = [
-        _settle(_Walk(shape, k, separation, start, random), floor, _SEARCH_STEPS)
-        for start in templates
-    ]
-    return min((tuple(c) for c in found), key=lambda c: max(_loads(shape, c, k)), default=None)
+    found, finished = _exact(shape, k, separation)
+    if not finished:
+        floor = max(-(-shape.total // k), max(shape.areas))  # no colouring is more even than this
+        random = _KeyedRandom(b"shape", b"")
+        found += [
+            _settle(_Walk(shape, k, separation, start, random), floor, _SEARCH_STEPS)
+            for start in templates
+        ]
+    return min((tuple(c) for c in found), key=lambda c: max(_loads(shape, c, k)))
+
+
+def _exact(shape: _Shape, k: int, separation: int) -> tuple[list[list[int]], bool]:
+    """Search all colourings that keep the separation for the most even one.
+
+    Returns:
+        the best one found, if any, and whether the search finished within its steps: then none is
+        more even. It does for small shapes, and without separation for all photos, whose windows
+        have at most four different areas.
+    """
+    if len(shape.areas) > _EXACT_WINDOWS:
+        return [], False
+    near = _neighbours(shape, separation)
+    order = sorted(range(len(shape.areas)), key=lambda i: -shape.areas[i])
+    floor = max(-(-shape.total // k), max(shape.areas))
+    best: list[list[int]] = []
+    limit = shape.total
+    colours, loads = [-1] * len(order), [0] * k
+    futile: set[tuple[int, ...]] = set()  # loads from which no colouring is within the limit
+    steps = 0
+
+    def search(position: int) -> None:
+        nonlocal limit, steps
+        steps += 1
+        if position == len(order):
+            best[:] = [list(colours)]
+            limit = max(loads) - 1
+            return
+        window = order[position]
+        area = shape.areas[window]
+        taken = {colours[j] for j in near[window]}
+        tried = set()
+        for colour in sorted(range(k), key=loads.__getitem__):
+            load = loads[colour] + area
+            if load > limit or limit < floor or steps > _EXACT_STEPS:
+                return
+            # Nodes with equal loads are alike; with separation, only those without any window.
+            alike = loads[colour] if not separation or not loads[colour] else -1 - colour
+            if colour in taken or alike in tried:
+                continue
+            tried.add(alike)
+            after = tuple(sorted((*loads[:colour], load, *loads[colour + 1 :])))
+            if not separation and (position, *after) in futile:
+                continue
+            colours[window], loads[colour] = colour, load
+            search(position + 1)
+            colours[window], loads[colour] = -1, load - area
+            if not separation:
+                futile.add((position, *after))
+
+    search(0)
+    return best, steps <= _EXACT_STEPS
 
 
 def _randomised(shape: _Shape, k: int, separation: int, random: _KeyedRandom) -> list[int]:

@@ -1,9 +1,7 @@
-"""``OffloadPredictor``: ``segment_anything.SamPredictor`` with the encoder on nodes, and no torch.
+"""``OffloadPredictor``: ``set_image`` and ``predict`` as in ``segment_anything.SamPredictor``.
 
-``set_image`` and ``predict`` take and return what the original's do, so a program changes one line.
-The embedding is computed once per image, through the nodes of an ``edge.toml`` or on this machine,
-and prompts are decoded here: they never leave. A failed ``set_image`` leaves no image set, so that
-no mask can come from part of one. Reading files and drawing masks is left to others.
+The embedding is computed once per image, by nodes or on this machine, without torch. Prompts are
+decoded here and never leave.
 """
 
 from __future__ import annotations
@@ -11,17 +9,27 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
-from edge_runtime.config import EdgeConfig, load_config
-from edge_runtime.images import resize_longest, transform_coords, upscale, upscale_mask
+from edge_runtime.config import EdgeConfig, Fallback, load_config
+from edge_runtime.images import as_rgb, resize_longest, transform_coords, upscale, upscale_mask
 from edge_runtime.offload import Offloader, OffloadReport
 from engines.bundle import Bundle, shipped_bundle
 from engines.engine import Device
-from engines.errors import ImageError, PromptError
+from engines.errors import ConfigError, ImageError, PromptError
 from engines.pipeline import Pipeline
+from engines.progress import progress
 from engines.windows import Windows, cut
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+_AT_ONCE = 5
+"""Windows that a CPU computes at once: more take as long each, and more memory."""
 
 
 @dataclass
@@ -62,6 +70,8 @@ class OffloadPredictor:
 
     Args:
         config: an ``edge.toml`` or its contents; None computes everything on this machine.
+        max_exposure, deadline_s, fallback: in place of the configuration's, see
+            :class:`~edge_runtime.config.EdgeConfig`.
         bundle: full or (without config) stock bundle; None takes the configuration's, or the one
             that comes with the package.
         threads: CPU threads of this machine's engines; None means all cores.
@@ -73,7 +83,8 @@ class OffloadPredictor:
         original_size, input_size: ``(H, W)`` of the image and ``(h, w)`` of its resized copy.
         is_image_set: whether :meth:`predict` may be called.
         windows, stack_outputs: the image's windows and what the stack made of them, or None.
-        report: who saw what of the image; None when nothing left this machine.
+        report: who saw what of the image, also when :meth:`set_image` failed; None when nothing
+            left this machine.
         timing: milliseconds by stage.
 
     Raises:
@@ -93,12 +104,18 @@ class OffloadPredictor:
         self,
         config: EdgeConfig | str | os.PathLike[str] | None = None,
         *,
+        max_exposure: float | None = None,
+        deadline_s: float | None = None,
+        fallback: Fallback | None = None,
         bundle: Bundle | str | os.PathLike[str] | None = None,
         threads: int | None = None,
         device: Device | None = None,
     ) -> None:
         if config is not None and not isinstance(config, EdgeConfig):
             config = load_config(config)
+        config = _changed(
+            config, max_exposure=max_exposure, deadline_s=deadline_s, fallback=fallback
+        )
         if bundle is None:
             bundle = (config.bundle if config else None) or shipped_bundle()
         if not isinstance(bundle, Bundle):
@@ -109,19 +126,39 @@ class OffloadPredictor:
         self.offloader = Offloader(config, self.pipeline) if config else None
         self.model = _Model(bundle.manifest.mask_threshold, _Encoder(bundle.geometry.image_size))
         self.reset_image()
-        if self.offloader:
-            try:
-                self.offloader.prepare()
-            except BaseException:
-                self.close()
-                raise
 
-    def set_image(self, image: np.ndarray, image_format: str = "RGB") -> None:
+    def load(self, *, quiet: bool = True) -> None:
+        """Open this machine's engines. Otherwise the first :meth:`set_image` does, silently.
+
+        Args:
+            quiet: show no progress on stderr.
+
+        Raises:
+            BundleError, EngineError: see :meth:`engines.pipeline.Pipeline.engine`.
+        """
+        stages = [stage for stage in ("head", "stack", "tail", "encoder") if self.bundle.has(stage)]
+        if self.offloader and self.offloader.config.fallback != "local":
+            stages.remove("stack")
+        stages.append("decoder")
+        size = sum(map(self.bundle.size, stages))
+        with progress(f"loading {self.bundle.manifest.model}", size, quiet=quiet) as work:
+            for stage in stages:
+                with work.piece(self.bundle.size(stage), stage):
+                    self.pipeline.engine(stage)
+
+    @property
+    def cost(self) -> float:
+        """About how much this machine computes for an image; see ``Pipeline.cost``."""
+        stages = ("tail",) if self.offloader else ("stack", "tail", "encoder")
+        return sum(self.pipeline.cost(stage) for stage in stages if self.bundle.has(stage))
+
+    def set_image(self, image: np.ndarray | Image.Image, image_format: str = "RGB") -> None:
         """Compute the image's embedding, so that :meth:`predict` can be called.
 
         Args:
-            image: uint8 ``[H, W, 3]``, values 0 to 255.
-            image_format: ``RGB`` or ``BGR``.
+            image: uint8 ``[H, W, 3]``, values 0 to 255; or a Pillow image, as it lies in memory:
+                :func:`edge_runtime.images.load_image` also turns photos upright.
+            image_format: ``RGB`` or ``BGR``, of an array.
 
         Raises:
             ImageError: it is not such an array.
@@ -132,22 +169,27 @@ class OffloadPredictor:
             f"image_format must be in ['RGB', 'BGR'], is {image_format}."
         )
         self.reset_image()
+        self.load()
         timing = Timing()
         start = time.perf_counter()
-        if not isinstance(image, np.ndarray) or image.ndim != 3:
-            raise ImageError(f"expected an array (height, width, 3), found {np.shape(image)}")
-        if image_format == "BGR":
-            image = image[..., ::-1]
-        windows = cut(resize_longest(image, self.bundle.geometry.image_size), self.bundle.geometry)
+        pixels = _pixels(image)
+        if image_format == "BGR" and pixels is image:
+            pixels = pixels[..., ::-1]
+        windows = cut(resize_longest(pixels, self.bundle.geometry.image_size), self.bundle.geometry)
         timing.windows = _ms_since(start)
 
         start = time.perf_counter()
-        report = None
         outputs = None
         if self.offloader:
-            outputs, report = self.offloader.stack(windows)
+            try:
+                with self.pipeline.work.piece(0, "waiting for the nodes"):
+                    outputs, _ = self.offloader.stack(windows)
+            finally:
+                self.report = self.offloader.report
         elif not self.bundle.has("encoder"):
-            outputs = self.pipeline.stack(self.pipeline.leave_home(windows))
+            on_cpu = getattr(self.pipeline.engine("stack"), "device", None) == "cpu"
+            feeds = self.pipeline.leave_home(windows)
+            outputs = self.pipeline.stack(feeds, _AT_ONCE if on_cpu else None)
         else:
             features = self.pipeline.embed(windows)
         timing.encode = _ms_since(start)
@@ -157,10 +199,10 @@ class OffloadPredictor:
             timing.tail = _ms_since(start)
 
         self.features = features
-        self.original_size = (image.shape[0], image.shape[1])
+        self.original_size = (pixels.shape[0], pixels.shape[1])
         self.input_size = windows.size
         self.windows, self.stack_outputs = windows, outputs
-        self.report, self.timing = report, timing
+        self.timing = timing
         self.is_image_set = True
 
     def predict(
@@ -299,6 +341,28 @@ class OffloadPredictor:
                 "the low-resolution masks of an earlier answer"
             )
         return mask[None].astype(np.float32), np.ones(1, np.float32)
+
+
+def _changed(config: EdgeConfig | None, **changes: Any) -> EdgeConfig | None:
+    given = {name: value for name, value in changes.items() if value is not None}
+    if config is None and given:
+        raise ConfigError(f"{next(iter(given))} is about nodes: give it together with an edge.toml")
+    return config and msgspec.structs.replace(config, **given)
+
+
+def _pixels(image: object) -> np.ndarray:
+    """uint8 ``[H, W, 3]``, as far as the type says; :func:`resize_longest` checks the rest."""
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        return as_rgb(image, "the image")
+    if not isinstance(image, np.ndarray) or image.ndim != 3:
+        found = f"array {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ImageError(
+            f"set_image was given {found}; expected a uint8 array (height, width, 3) in RGB order, "
+            "or a Pillow image (edge_runtime.images.load_image reads a file)"
+        )
+    return image
 
 
 def _numbers(values: np.ndarray, name: str) -> np.ndarray:

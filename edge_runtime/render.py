@@ -35,6 +35,9 @@ _COLOURS: tuple[Colour, ...] = (
     (190, 135, 90),
 )
 _MIN_SIDE, _MAX_SIDE = 1152, 2048
+_PANEL = 520
+"""Longest side of a panel that shows what a node saw; half of it if there are many nodes."""
+_MANY, _MOST_NODES = 12, 45
 _TINT = 0.42
 _ON, _OFF = (28, 190, 90), (230, 50, 60)
 _PAPER, _INK, _FAINT = (250, 250, 248), (28, 30, 34), (110, 114, 122)
@@ -61,34 +64,57 @@ def label_image(labels: np.ndarray) -> Image.Image:
 def overlay(
     photo: np.ndarray, masks: Sequence[np.ndarray], prompts: Sequence[Prompt]
 ) -> Image.Image:
-    """The photo with tinted, outlined, numbered masks, clicks and boxes.
+    """The photo with tinted, outlined, numbered masks, clicks and boxes; see :class:`Overlay`."""
+    drawing = Overlay(photo)
+    for mask in masks:
+        drawing.add(mask)
+    return drawing.finish(prompts)
+
+
+class Overlay:
+    """The photo with masks on it. They are added one by one, so that none need be kept.
 
     Args:
         photo: uint8 ``[H, W, 3]``.
-        masks: bool, one per object, each the photo's size or the photo's reduced by a whole number.
-        prompts: one per object, in pixels of the photo.
     """
-    height, width = photo.shape[:2]
-    scale = _scale(width, height)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    canvas = Image.fromarray(photo).resize(size, Image.Resampling.LANCZOS)
-    line = max(2, round(max(size) / 400))
-    soft = [_soft(mask, size) for mask in masks]
-    for number, mask in enumerate(soft, 1):
-        canvas.paste(colour(number), mask=mask.point(lambda v: round(v * _TINT)))
-    for number, mask in enumerate(soft, 1):
-        ring = _outline(mask, line)
-        canvas.paste((255, 255, 255), mask=_outline(mask, 2 * line).point(lambda v: v // 3))
-        canvas.paste(_darker(colour(number)), mask=ring)
-    for number, prompt in enumerate(prompts, 1):
-        if prompt.box:
-            _draw_box(canvas, prompt.box, scale, line, colour(number))
-        for point in prompt.points:
-            _draw_click(canvas, point, scale, 5 * line)
-    if len(prompts) > 1:
+
+    def __init__(self, photo: np.ndarray) -> None:
+        height, width = photo.shape[:2]
+        self._scale = _scale(width, height)
+        self._size = max(1, round(width * self._scale)), max(1, round(height * self._scale))
+        self._canvas = Image.fromarray(photo).resize(self._size, Image.Resampling.LANCZOS)
+        self._line = max(2, round(max(self._size) / 400))
+        self._lines = Image.new("RGBA", self._size)  # drawn over the tints of all masks
+        self._count = 0
+
+    def add(self, mask: np.ndarray) -> None:
+        """Draw the next object's mask: bool, the photo's size or that divided by a number."""
+        self._count += 1
+        rgb, line = colour(self._count), self._line
+        found = _soft(mask, self._size, 2 * line)
+        if found is None:
+            return
+        soft, corner = found
+        self._canvas.paste(rgb, corner, soft.point(lambda v: round(v * _TINT)))
+        halo = _outline(soft, 2 * line).point(lambda v: v // 3)
+        for ink, alpha in (((255, 255, 255), halo), (_darker(rgb), _outline(soft, line))):
+            layer = Image.new("RGBA", soft.size, ink)
+            layer.putalpha(alpha)
+            self._lines.alpha_composite(layer, corner)
+
+    def finish(self, prompts: Sequence[Prompt]) -> Image.Image:
+        """The picture, with clicks and boxes: one prompt per object, in pixels of the photo."""
+        canvas, line = self._canvas, self._line
+        canvas.paste(self._lines, mask=self._lines)
         for number, prompt in enumerate(prompts, 1):
-            _draw_number(canvas, number, prompt, scale, line)
-    return canvas
+            if prompt.box:
+                _draw_box(canvas, prompt.box, self._scale, line, colour(number))
+            for point in prompt.points:
+                _draw_click(canvas, point, self._scale, 5 * line)
+        if len(prompts) > 1:
+            for number, prompt in enumerate(prompts, 1):
+                _draw_number(canvas, number, prompt, self._scale, line)
+        return canvas
 
 
 def what_each_node_saw(
@@ -100,6 +126,8 @@ def what_each_node_saw(
 ) -> Image.Image:
     """Side by side: the photo, and for each node the windows it was sent, the rest black.
 
+    Of many nodes, only those that saw something are shown, and of very many the ones that saw most.
+
     Args:
         photo: uint8 ``[H, W, 3]``.
         windows: of the photo; the panels show the very pixels the nodes were sent.
@@ -109,24 +137,32 @@ def what_each_node_saw(
     """
     small = _reassembled(windows, geometry)
     height, width = windows.size
-    panel_width = 520 if width >= height else max(260, round(520 * width / height))
-    scale = panel_width / width
-    size = (panel_width, max(1, round(height * scale)))
+    many = len(report.nodes) > _MANY
+    side = _PANEL // 2 if many else _PANEL
+    scale = side / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
 
-    panels = [("The photo", "stays on the edge; no node sees the whole", _photo_panel(photo, size))]
+    panels = [("The photo", "no node sees the whole", _photo_panel(photo, size))]
+    by_share = sorted(report.nodes, key=lambda node: -node.share_of_image)
+    shown = [node for node in by_share if node.windows or not many][:_MOST_NODES]
+    rest = len(report.nodes) - len(shown)
+    form = " as hidden states" if hidden else ""
     for node in report.nodes:
+        if node not in shown:
+            continue
         count = len(node.windows)
-        form = " as hidden states" if hidden else ""
-        detail = (
-            f"{count} of {report.windows_total} windows{form}, {node.exposure:.0%} of the picture"
-        )
+        share = f"{node.share_of_image:.0%} of the picture"
+        detail = f"{count} of {report.windows_total} windows{form}, {share}"
         seen = _panel(small, windows, geometry, node.windows, size, scale)
         panels.append((f"What {node.name} saw", detail, seen))
+    if rest:
+        saw = "more" if by_share[len(shown)].windows else "anything"
+        panels.append((f"{rest} more nodes", f"none of them saw {saw}", Image.new("RGB", size)))
     if report.home:
         detail = f"{len(report.home)} windows, computed at home"
         kept = _panel(small, windows, geometry, report.home, size, scale)
         panels.append(("The edge itself", detail, kept))
-    return _sheet(panels, size)
+    return _sheet(panels, side)
 
 
 def _scale(width: int, height: int) -> float:
@@ -137,24 +173,44 @@ def _scale(width: int, height: int) -> float:
     return min(1.0, _MAX_SIDE / side)
 
 
-def _soft(mask: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    """The mask at drawing size as grey with smooth edges."""
-    image = Image.fromarray(mask).convert("L")
-    factor = max(size) / max(image.size)
-    grown = image.resize(size, Image.Resampling.BICUBIC)
+def _soft(
+    mask: np.ndarray, size: tuple[int, int], margin: int
+) -> tuple[Image.Image, tuple[int, int]] | None:
+    """The mask at drawing size as grey with smooth edges: the part that is not empty, and where it
+    lies. None if all is empty."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return None
+    height, width = mask.shape
+    across, down = size[0] / width, size[1] / height
+    factor = max(size) / max(width, height)
+    margin += math.ceil(3 * factor)  # what blurring reaches
+    left = max(0, math.floor(columns[0] * across) - margin)
+    top = max(0, math.floor(rows[0] * down) - margin)
+    right = min(size[0], math.ceil((columns[-1] + 1) * across) + margin)
+    bottom = min(size[1], math.ceil((rows[-1] + 1) * down) + margin)
+    grown = (
+        Image.fromarray(mask)
+        .convert("L")
+        .resize(
+            (right - left, bottom - top),
+            Image.Resampling.BICUBIC,
+            (left / across, top / down, right / across, bottom / down),
+        )
+    )
     if factor > 1:  # round the stairs that enlarging makes, then make the edge two pixels wide
         blur = factor * 0.6
         gain = max(1.0, blur * math.sqrt(2 * math.pi) / 2)
         grown = grown.filter(ImageFilter.GaussianBlur(blur))
         grown = grown.point(lambda v: max(0, min(255, round((v - 128) * gain + 128))))
-    return grown
+    return grown, (left, top)
 
 
 def _outline(mask: Image.Image, width: int) -> Image.Image:
     """A line along the inside of the mask's border."""
-    inner = mask
-    for _ in range(width):  # repeated 3 x 3 is much faster than one large filter
-        inner = inner.filter(ImageFilter.MinFilter(3))
+    # The mean over a square is lower wherever the border is nearer than the width of the line.
+    inner = mask.filter(ImageFilter.BoxBlur(width))
+    inner = inner.point(lambda v: max(0, 255 - (255 - v) * (2 * width + 1)))
     return ImageChops.subtract(mask, inner)
 
 
@@ -257,36 +313,29 @@ def _panel(
     return panel
 
 
-def _sheet(panels: Sequence[tuple[str, str, Image.Image]], size: tuple[int, int]) -> Image.Image:
-    """Titled panels on one light sheet, at most four to a row."""
-    columns = min(4, len(panels))
-    gap, title, detail = 24, 26, 17
-    header = title + detail + 22
+def _sheet(panels: Sequence[tuple[str, str, Image.Image]], side: int) -> Image.Image:
+    """Titled panels, none larger than a square of ``side``, on one light sheet."""
+    columns = min(4 * _PANEL // side, len(panels))
+    gap, title, detail = (24, 26, 17) if side == _PANEL else (24, 18, 13)
+    header = title + detail + 20
     rows = -(-len(panels) // columns)
-    width = columns * size[0] + (columns + 1) * gap
-    height = rows * (size[1] + header) + (rows + 1) * gap
+    wide, high = panels[0][2].size
+    cell = max(wide, side * 5 // 8)  # titles need room beside narrow photos too
+    width = columns * cell + (columns + 1) * gap
+    height = rows * (high + header) + (rows + 1) * gap
     sheet = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    large, normal = ImageFont.load_default(title), ImageFont.load_default(detail)
     for position, (name, text, panel) in enumerate(panels):
-        x = gap + (position % columns) * (size[0] + gap)
-        y = gap + (position // columns) * (size[1] + header + gap)
-        draw.text((x, y), _fitted(draw, name, large, size[0]), font=large, fill=_INK)
-        text = _fitted(draw, text, normal, size[0])
-        draw.text((x, y + title + 9), text, font=normal, fill=_FAINT)
+        x = gap + (position % columns) * (cell + gap)
+        y = gap + (position // columns) * (high + header + gap)
+        draw.text((x, y), name, font=_fitting(name, title, cell), fill=_INK)
+        draw.text((x, y + title + 7), text, font=_fitting(text, detail, cell), fill=_FAINT)
         sheet.paste(panel, (x, y + header))
     return sheet
 
 
-def _fitted(
-    draw: ImageDraw.ImageDraw,
-    text: str,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-    width: int,
-) -> str:
-    """The text, cut short if it is wider than ``width`` pixels."""
-    if draw.textlength(text, font=font) <= width:
-        return text
-    while text and draw.textlength(text + "...", font=font) > width:
-        text = text[:-1]
-    return text + "..."
+def _fitting(text: str, size: int, width: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The font at ``size``, or smaller if the text is wider than ``width`` pixels."""
+    font = ImageFont.load_default(size)
+    wide = font.getlength(text)
+    return font if wide <= width else ImageFont.load_default(max(7, int(size * width / wide)))

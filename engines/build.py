@@ -14,11 +14,11 @@ import contextlib
 import fcntl
 import importlib.metadata
 import os
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -35,7 +35,10 @@ from engines.builder import Began, Built, Event, Failed, Phase, Profile, Request
 from engines.bundle import Bundle, Manifest, Stage, hash_file
 from engines.errors import BuildError, EngineError
 from engines.libraries import Backend
+from engines.places import make_plans_folder, plans_folder
 from engines.plan import Plan, PlanRecord
+from engines.stopping import child, held, undone
+from engines.text import printable
 
 MAX_PROMPTS = 16
 """Prompts decoded at once, and points of one prompt, that a decoder's plan is built for."""
@@ -165,7 +168,7 @@ def build_stage(
         record = _record(bundle, stage, options, request, began, built)
         _judge(record, options, watcher)
         place = plans.directory(bundle.path, began.target)
-        with _uninterrupted():
+        with held():
             with _writing(place):
                 place.mkdir(exist_ok=True)
             plan = plans.write(place, stage, partial, record)
@@ -196,29 +199,31 @@ def _check_options(options: BuildOptions) -> None:
 
 @contextlib.contextmanager
 def _workplace(bundle: Bundle) -> Iterator[Path]:
-    """The bundle's folder of plans, without partial files of builds that were killed.
+    """The folder of the bundle's plans, without partial files of builds that were killed.
 
     Every build holds a shared lock on it; who gets it alone may tidy up.
     """
-    folder = bundle.path / plans.FOLDER
+    folder = plans_folder(bundle.path)
     with _writing(folder):
-        folder.mkdir(exist_ok=True)
+        make_plans_folder(bundle.path)
         lock = os.open(folder, os.O_RDONLY)
+
+    def tidy() -> None:
+        if _alone(lock):
+            for empty in (*folder.glob("*/"), folder):
+                with contextlib.suppress(OSError):
+                    empty.rmdir()
+
     try:
         if _alone(lock):
             for leftover in folder.glob(f".*{_PARTIAL}"):
-                with contextlib.suppress(OSError):
-                    leftover.unlink()
+                _remove(leftover)
         with contextlib.suppress(OSError):  # a network disk without locks
             fcntl.flock(lock, fcntl.LOCK_SH)
-        yield folder
+        with undone(tidy):
+            yield folder
     finally:
-        with _uninterrupted():
-            if _alone(lock):
-                for empty in (*folder.glob("*/"), folder):
-                    with contextlib.suppress(OSError):
-                        empty.rmdir()
-            os.close(lock)
+        os.close(lock)
 
 
 def _require_room(bundle: Bundle, stage: Stage, folder: Path) -> None:
@@ -243,19 +248,16 @@ def _alone(lock: int) -> bool:
 @contextlib.contextmanager
 def _temporary(folder: Path, name: str) -> Iterator[Path]:
     """An empty file in ``folder`` that is gone afterwards, unless it was moved away."""
-    made: str | None = None
-    try:
+    path = (folder / f".{name}.{secrets.token_hex(8)}{_PARTIAL}").absolute()
+    with undone(lambda: _remove(path)):
         with _writing(folder):
-            descriptor, made = tempfile.mkstemp(prefix=f".{name}.", suffix=_PARTIAL, dir=folder)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.fchmod(descriptor, 0o666 & ~umask)
-        os.close(descriptor)
-        yield Path(made).absolute()
-    finally:
-        if made is not None:
-            with _uninterrupted(), contextlib.suppress(OSError):
-                os.unlink(made)
+            path.touch(exist_ok=False)
+        yield path
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 @contextlib.contextmanager
@@ -270,50 +272,41 @@ def _follow(request: Request, watcher: Watcher) -> tuple[Began, Built]:
     """Run the builder to its end, telling ``watcher``."""
     events: dict[type, Any] = {}
     last_words: deque[str] = deque(maxlen=3)
-    # Its own session: a Ctrl-C at the terminal is ours to answer, by killing it. From this
-    # directory: modules of the same names where the user happens to be are not ours.
-    child = subprocess.Popen(
+    # From this directory: modules of the same names where the user happens to be are not ours.
+    with child(
         [sys.executable, "-m", "engines.builder"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        start_new_session=True,
         cwd=Path(__file__).resolve().parents[1],
-    )
-    assert child.stdin
-    assert child.stdout
-    assert child.stderr
-    listener = threading.Thread(target=_listen, args=(child.stderr, last_words), daemon=True)
-    try:
+    ) as builder:
+        assert builder.stdin
+        assert builder.stdout
+        assert builder.stderr
+        arguments = (builder.stderr, last_words)
+        listener = threading.Thread(target=_listen, args=arguments, daemon=True)
         listener.start()
         with contextlib.suppress(BrokenPipeError):
-            child.stdin.write(msgspec.json.encode(request) + b"\n")
-            child.stdin.close()
+            builder.stdin.write(msgspec.json.encode(request) + b"\n")
+            builder.stdin.close()
         decoder = msgspec.json.Decoder(Event)
-        for line in child.stdout:
+        for line in builder.stdout:
             try:
                 event = decoder.decode(line)
             except msgspec.MsgspecError:  # cut short by the builder's death
                 continue
             events[type(event)] = event
             if isinstance(event, Phase):
-                watcher.phase(_printable(event.name), event.done, event.total, event.depth)
+                watcher.phase(printable(event.name), event.done, event.total, event.depth)
             elif isinstance(event, Warned):
-                watcher.warning(_printable(event.text))
-        child.wait()
-    finally:
-        with _uninterrupted():
-            child.kill()
-            child.wait()
-            listener.join(1)
-            for pipe in (child.stdin, child.stdout, child.stderr):
-                with contextlib.suppress(OSError):
-                    pipe.close()
+                watcher.warning(printable(event.text))
+        builder.wait()
+        listener.join(1)
     failed = events.get(Failed)
     if failed is not None:
-        raise (EngineError if failed.kind == "EngineError" else BuildError)(_printable(failed.text))
-    if Built not in events or child.returncode:
-        raise BuildError(_crash(request, child.returncode, events, last_words))
+        raise (EngineError if failed.kind == "EngineError" else BuildError)(printable(failed.text))
+    if Built not in events or builder.returncode:
+        raise BuildError(_crash(request, builder.returncode, events, last_words))
     return events[Began], events[Built]
 
 
@@ -321,12 +314,7 @@ def _listen(stream: IO[bytes], last_words: deque[str]) -> None:
     for line in stream:
         text = line.decode("utf-8", "replace").strip()
         if text:
-            last_words.append(_printable(text[:300]))
-
-
-def _printable(text: str) -> str:
-    """Names in a graph may come from anywhere, and libraries repeat them."""
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+            last_words.append(printable(text[:300]))
 
 
 def _crash(request: Request, code: int, events: dict[type, Any], last_words: deque[str]) -> str:
@@ -452,26 +440,3 @@ def _judge(record: PlanRecord, options: BuildOptions, watcher: Watcher) -> None:
     if options.strict:
         raise BuildError(f"{found}. Nothing was kept, because of --strict")
     watcher.warning(found)
-
-
-_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Put a stop off until this is over, so that a second Ctrl-C spoils no clean-up."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[int] = []
-    before = {number: signal.getsignal(number) for number in _STOP}
-    held = [n for n, handler in before.items() if handler not in (None, signal.SIG_IGN)]
-    for number in held:
-        signal.signal(number, lambda number, frame: came.append(number))
-    try:
-        yield
-    finally:
-        for number in held:
-            signal.signal(number, before[number])
-    for late in came:
-        signal.raise_signal(late)

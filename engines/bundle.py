@@ -1,19 +1,19 @@
 """The bundle: one directory with everything a deployment needs, and its manifest.
 
 ``edge-runtime export`` makes bundles, all other parts read them through :class:`Bundle`. A manifest
-may come from anywhere, so loading promises that nothing outside the bundle's directory is named,
-that every size is bounded, that the stages form a pipeline whose tensors fit the geometry, and that
-every file is there; each defect is one clear :class:`BundleError`. File contents are only hashed on
-demand (:meth:`Bundle.verify_hashes`). Opening and running the graphs is left to the engines.
+may come from anywhere and is read without trust.
 """
 
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import re
+import shlex
 import shutil
-import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,7 +22,9 @@ import msgspec
 import numpy as np
 
 from engines.errors import BundleError
+from engines.files import move_folder, scratch_folder, write_whole, writing
 from engines.geometry import Geometry
+from engines.text import UNPRINTABLE
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -32,8 +34,8 @@ _CHUNK = 1 << 20
 Dtype = Literal[
     "bool", "uint8", "int8", "uint16", "int16", "int32", "int64", "float16", "float32", "bfloat16"
 ]
-# Text of a manifest ends up on terminals and in logs: no control characters, no escapes.
-_PRINTABLE = r"\A[^\x00-\x1f\x7f-\x9f]*\Z"
+# Text of a manifest ends up on terminals and in logs.
+_PRINTABLE = rf"\A[^{UNPRINTABLE}]*\Z"
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200, pattern=_PRINTABLE)]
 Line = Annotated[str, msgspec.Meta(max_length=4096, pattern=_PRINTABLE)]
 Dim = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)] | Name
@@ -88,7 +90,12 @@ class Stage(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a bundle is: see the attributes. ``head_blocks`` is None when nodes are sent pixels."""
+    """What a bundle is: see the attributes.
+
+    ``head_blocks`` is None when nodes are sent pixels. ``golden`` maps the files of the parity
+    gate's samples to their sha256; in bundles of the first exports it is a list of the files alone,
+    which serve but cannot be measured, see :mod:`engines.rehash`.
+    """
 
     schema: int = SCHEMA
     model: Name
@@ -100,7 +107,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     head_blocks: Annotated[int, msgspec.Meta(ge=0, le=1024)] | None = None
     weights_sha256: Sha256
     stages: Annotated[dict[Name, Stage], msgspec.Meta(min_length=1, max_length=8)]
-    golden: Annotated[tuple[Name, ...], msgspec.Meta(max_length=256)] = ()
+    golden: (
+        Annotated[dict[Name, Sha256], msgspec.Meta(max_length=256)]
+        | Annotated[tuple[Name, ...], msgspec.Meta(max_length=256)]
+    ) = {}
     made: dict[Name, Line] = {}
     mask_threshold: float = 0.0
 
@@ -126,6 +136,9 @@ class Bundle:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Bundle:
         """Read and validate the bundle in directory ``path``; no graph is opened, nothing hashed.
+
+        Nothing outside the directory is named, every size is bounded, the stages form a pipeline
+        whose tensors fit the geometry, and every file is there.
 
         Raises:
             BundleError: when it is missing, damaged, hostile or of another schema.
@@ -159,6 +172,10 @@ class Bundle:
             )
         return stage
 
+    def size(self, name: str) -> int:
+        """Bytes of all files of stage ``name``, without its plain form."""
+        return sum((self.path / file).stat().st_size for file in self.stage(name).files)
+
     def stage_path(self, name: str) -> Path:
         """The file an engine opens for stage ``name``."""
         return self.path / self.stage(name).file
@@ -178,26 +195,52 @@ class Bundle:
         return self.path / plain.file
 
     def verify_hashes(self, stages: Iterable[str] | None = None) -> None:
-        """Hash the files of ``stages`` (all by default), plain forms too, against the manifest.
+        """Check the files of ``stages``, plain forms too, against the manifest.
 
-        Files are read in pieces, so memory stays flat whatever their size.
+        Every file has the hash on record, and the graphs read weights from files of their own stage
+        alone. None: all stages, and the golden samples where the manifest has their hashes. Files
+        are read in pieces, so memory stays flat whatever their size.
 
         Raises:
-            BundleError: naming the first file that differs or cannot be read.
+            BundleError: naming the first file that differs, cannot be read, or reads another.
         """
         for name in self.manifest.stages if stages is None else stages:
-            for file, expected in _files_of(self.stage(name)).items():
-                try:
-                    found = hash_file(self.path / file)
-                except OSError as error:
-                    raise BundleError(
-                        f"{self.path / file} cannot be read: {error.strerror}"
-                    ) from error
-                if found != expected:
-                    raise BundleError(
-                        f"{self.path / file} is damaged: its sha256 is {found}, the manifest says "
-                        f"{expected}. Copy the bundle again, or export it anew"
-                    )
+            stage = self.stage(name)
+            for file, expected in _files_of(stage).items():
+                self._verify(file, expected)
+            for graph in [stage.file] if stage.plain is None else [stage.file, stage.plain.file]:
+                _check_weights(self.path, graph, stage)
+        if stages is None and isinstance(self.manifest.golden, dict):
+            self.verify_golden()
+
+    def verify_golden(self) -> list[Path]:
+        """The files of the golden samples, each with the hash on record.
+
+        Raises:
+            BundleError: one differs or cannot be read, or the manifest has no hashes of them.
+        """
+        golden = self.manifest.golden
+        if not isinstance(golden, dict):
+            raise BundleError(
+                f"{self.path / MANIFEST} holds no hashes of the golden samples, as the first "
+                "exports left them out: if nobody else could change the bundle, "
+                f"`python -m engines.rehash {shlex.quote(str(self.path))}` adds them; else export "
+                "it again"
+            )
+        for file, expected in golden.items():
+            self._verify(file, expected)
+        return [self.path / file for file in golden]
+
+    def _verify(self, file: str, expected: str) -> None:
+        try:
+            found = hash_file(self.path / file)
+        except OSError as error:
+            raise BundleError(f"{self.path / file} cannot be read: {error.strerror}") from error
+        if found != expected:
+            raise BundleError(
+                f"{self.path / file} is damaged: its sha256 is {found}, the manifest says "
+                f"{expected}. Copy the bundle again, or export it anew"
+            )
 
 
 def hash_file(path: str | os.PathLike[str]) -> str:
@@ -218,13 +261,7 @@ def stage_digest(files: Mapping[str, str]) -> str:
 def write_manifest(directory: str | os.PathLike[str], manifest: Manifest) -> None:
     """Write ``manifest.json`` into ``directory``, whole or not at all."""
     data = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
-    target = Path(directory) / MANIFEST
-    temporary = target.with_name(f".{MANIFEST}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(Path(directory) / MANIFEST, data, error=BundleError, instead="use another folder")
 
 
 def shipped_bundle(precision: str = "fp32") -> Path:
@@ -257,29 +294,25 @@ def node_bundle(bundle: Bundle, out: str | os.PathLike[str]) -> Bundle:
     if target.exists() or target.is_symlink():
         raise BundleError(f"{target} exists: remove it or name another directory with --out")
     bundle.verify_hashes(["stack"])
-    manifest = msgspec.structs.replace(bundle.manifest, stages={"stack": stack})
-    temporary: Path | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
+    samples = bundle.verify_golden()
+    golden: dict[str, str] = {}
+    manifest = msgspec.structs.replace(bundle.manifest, stages={"stack": stack}, golden=golden)
+    instead = "name another folder"
+    with (
+        scratch_folder(target, error=BundleError, instead=instead) as temporary,
+        writing(target, BundleError, instead),
+    ):
         for name in _files_of(stack):
             _make_parent(temporary, name)
             shutil.copyfile(bundle.path / name, temporary / name)
-        for name in bundle.manifest.golden:
+        for name, sample in zip(bundle.manifest.golden, samples, strict=True):
             _make_parent(temporary, name)
-            _cut_golden(bundle.path / name, temporary / name)
+            _cut_golden(sample, temporary / name)
+            golden[name] = hash_file(temporary / name)
         write_manifest(temporary, manifest)
         cut = Bundle.load(temporary)
         cut.verify_hashes()
-        temporary.rename(target)
-    except OSError as error:
-        raise BundleError(f"{target} cannot be written: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        move_folder(temporary, target)
     return Bundle(target, manifest)
 
 
@@ -287,11 +320,18 @@ def _make_parent(root: Path, name: str) -> None:
     (root / name).parent.mkdir(parents=True, exist_ok=True)
 
 
+UNREADABLE = (
+    *(ValueError, EOFError, KeyError, OSError, MemoryError, SyntaxError),
+    *(zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError),
+)
+"""What reading a damaged ``.npz`` may raise."""
+
+
 def _cut_golden(source: Path, target: Path) -> None:
     try:
         with np.load(source, allow_pickle=False) as golden:
             arrays = {name: golden[name] for name in golden.files if name.startswith("stack.")}
-    except (ValueError, EOFError, KeyError) as error:
+    except UNREADABLE as error:
         raise BundleError(f"{source} is damaged: {error}") from error
     np.savez_compressed(target, **arrays)
 
@@ -316,7 +356,7 @@ def _read_manifest(root: Path) -> Manifest:
         schema = msgspec.json.decode(data, type=_SchemaOnly).schema
         if schema != SCHEMA:
             mend = (
-                "this installation is too old for it: `pip install --upgrade edge-runtime`"
+                "this installation is too old for it: install a newer checkout of edge-runtime"
                 if schema > SCHEMA
                 else "export it again with `edge-runtime export`"
             )
@@ -356,6 +396,31 @@ def _check_file(root: Path, name: str) -> None:
         raise BundleError(
             f"{path} links to {path.resolve()}, outside the bundle: copy the file itself into it"
         )
+
+
+# How ONNX names a file with weights: a StringStringEntryProto, its key before its value. No graph
+# can name one without these bytes, so that nothing needs to be parsed.
+_LOCATION = re.compile(rb"\x08location(?:\x12([\x00-\x7f]))?", re.DOTALL)
+
+
+def _check_weights(root: Path, graph: str, stage: Stage) -> None:
+    """Refuse a graph that reads weights from a file that its stage's digest does not cover."""
+    path = root / graph
+    if not path.stat().st_size:
+        return  # mmap refuses it, and so does every engine
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for found in _LOCATION.finditer(data):
+            if found[1] is None:
+                raise BundleError(
+                    f"{path} names weights outside itself in a form that cannot be checked: export "
+                    "the bundle again with `edge-runtime export`"
+                )
+            name = data[found.end() : found.end() + found[1][0]].decode(errors="replace")
+            if name not in {os.path.relpath(known, Path(graph).parent) for known in stage.files}:
+                raise BundleError(
+                    f"{path} reads weights from {name!r}, which is not among the files of its "
+                    "stage in the manifest: export the bundle again with `edge-runtime export`"
+                )
 
 
 # What each stage takes and returns: names and shapes are fixed here, once, for exporters, engines

@@ -389,8 +389,8 @@ def _pycuda() -> Any:
         return importlib.import_module("pycuda.driver")
     except ModuleNotFoundError:
         raise EngineError(
-            "pycuda is not installed: `pip install 'edge-runtime[tensorrt]'` compiles it, with "
-            "CUDA's nvcc on the PATH (`export PATH=/usr/local/cuda/bin:$PATH`)"
+            "pycuda is not installed: `pip install pycuda` compiles it, with CUDA's nvcc "
+            "on the PATH (`export PATH=/usr/local/cuda/bin:$PATH`)"
         ) from None
     except ImportError as error:
         raise EngineError(

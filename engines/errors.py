@@ -43,6 +43,10 @@ class ConfigError(EdgeRuntimeError):
     """A configuration file or a combination of settings is wrong."""
 
 
+class OutputError(EdgeRuntimeError):
+    """A file or folder that the user asked for cannot be written."""
+
+
 class KeyFileError(EdgeRuntimeError):
     """A key file is missing, malformed or readable by others."""
 

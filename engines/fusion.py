@@ -22,6 +22,7 @@ import msgspec
 
 from engines.libraries import Library
 from engines.plan import AttentionReport, LayerReport
+from engines.text import printable
 
 Attentions = Mapping[str, Sequence[frozenset[str]]]
 """The name of each attention → for each of its blocks of queries, the ONNX nodes at its core: one
@@ -351,5 +352,5 @@ def _title(nodes: Sequence[str]) -> str:
 
 def _text(text: str) -> str:
     """Fit for a record: printable, and no longer than a line."""
-    clean = "".join(character if character.isprintable() else "?" for character in text)
+    clean = printable(text)
     return clean if len(clean) <= _MOST_TEXT else clean[: _MOST_TEXT - 1] + "…"

@@ -33,7 +33,7 @@ _INSTALL: dict[Flavour, str] = {
         "on a Jetson `sudo apt install python3-libnvinfer` installs it, and a virtual environment "
         "sees it when made with `python3 -m venv --system-site-packages`"
     ),
-    "tensorrt-rtx": "`pip install 'edge-runtime[rtx]'` installs it",
+    "tensorrt-rtx": "`pip install tensorrt-rtx-cu13` installs it",
 }
 # Of one that is there but broken, pip and apt would say that nothing is to be done.
 _REPAIR: dict[Flavour, str] = {
@@ -103,7 +103,7 @@ def load(flavour: Flavour) -> Library:
         mend = (
             "JetPack 6.1 or later has it"
             if flavour == "tensorrt"
-            else "`pip install --upgrade tensorrt-rtx-cu13` installs it"  # an extra never upgrades
+            else "`pip install --upgrade tensorrt-rtx-cu13` installs it"
         )
         raise EngineError(f"{library.name} is too old, expected {oldest} or later: {mend}")
     return library

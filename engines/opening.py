@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import platform
 import shlex
 from functools import lru_cache
@@ -24,9 +23,18 @@ from engines import cuda, libraries
 from engines.bundle import Bundle, Line, Name, Sha256, TensorSpec
 from engines.engine import Device, Engine
 from engines.errors import BundleError, EngineError, PlanError
+from engines.files import write_whole, writing
 from engines.libraries import Library
 from engines.ort import OrtEngine
-from engines.plan import FOLDER, Machine, Plan, Row, find, may_serve, verify_command
+from engines.places import make_plans_folder, plans_folder
+from engines.plan import (
+    Machine,
+    Plan,
+    Row,
+    find,
+    may_serve,
+    verify_command,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +166,7 @@ def _open_tensorrt(bundle: Bundle, stage: str, ordinal: int) -> Engine:
 
 def _has_plans(bundle: Bundle, stage: str) -> bool:
     """Whether there is anything for TensorRT to look at: cheap, and nothing is imported."""
-    return any((bundle.path / FOLDER).glob(f"tensorrt*/{stage}.json"))
+    return any(plans_folder(bundle.path).glob(f"tensorrt*/{stage}.json"))
 
 
 @lru_cache(maxsize=256)
@@ -249,24 +257,20 @@ def write_failure(bundle: Bundle, stage: str, device: OrtKind, failure: Failure 
         EngineError: when it cannot be written, with what that means.
     """
     path = _failure_path(bundle, stage, device)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    instead = (
+        "copy the bundle to a directory that you may write, and use the copy; until then this "
+        "verdict binds nobody"
+    )
+    with writing(path, EngineError, instead):
         if failure is None:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 path.unlink()
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(failure), indent=2) + b"\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise EngineError(
-            f"{path} cannot be written ({error.strerror or error}), so this verdict binds nobody: "
-            "copy the bundle to a directory that you may write, and use the copy"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        make_plans_folder(bundle.path)
+        path.parent.mkdir(exist_ok=True)
+    data = msgspec.json.format(msgspec.json.encode(failure), indent=2) + b"\n"
+    write_whole(path, data, error=EngineError, instead=instead)
 
 
 def _failure_path(bundle: Bundle, stage: str, device: OrtKind) -> Path:
-    return bundle.path / FOLDER / f"onnxruntime-{device}" / f"{stage}.failed.json"
+    return plans_folder(bundle.path) / f"onnxruntime-{device}" / f"{stage}.failed.json"

@@ -19,6 +19,7 @@ import numpy as np
 from engines.bundle import TensorSpec
 from engines.engine import Engine, check_feeds, check_out
 from engines.errors import EngineError
+from engines.options import THREADS, Invalid
 
 OrtDevice = Literal["auto", "cpu", "cuda"]
 
@@ -61,8 +62,10 @@ class OrtEngine(Engine):
             raise EngineError(
                 f"device is {device!r}, expected one of {', '.join(get_args(OrtDevice))}"
             )
-        if threads is not None and threads < 1:
-            raise EngineError(f"threads is {threads}, expected at least 1")
+        try:
+            THREADS.check(1 if threads is None else threads)
+        except Invalid as error:
+            raise EngineError(f"threads is {threads}; {error}") from None
         if not self._path.is_file():
             raise EngineError(f"{self._path} is missing")
         self._ort = ort

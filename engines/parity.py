@@ -28,6 +28,7 @@ from engines.engine import Engine, check_feeds
 from engines.errors import BundleError, EngineError
 from engines.plan import Machine, Parity, Plan, Row
 from engines.samples import Arrays, Sample, golden_samples, linked, order, random_sample
+from engines.text import one_line
 from engines.wire import from_wire
 
 Pair = tuple[np.ndarray, np.ndarray]
@@ -571,7 +572,7 @@ def _ask(engine: Engine, feeds: Arrays, stage: Stage) -> Arrays:
 
 def _said(error: Exception) -> str:
     """One printable line of an exception; of a foreign one, what it is too."""
-    text = "".join(c if c.isprintable() else " " for c in str(error))
+    text = one_line(error)
     if isinstance(error, EngineError):
         return text
     return f"{type(error).__name__}{f': {text}' if text else ''}"

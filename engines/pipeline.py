@@ -1,10 +1,9 @@
 """The whole model in one process: windows, stack, tail, decoder, and no network.
 
-This is what the answer should be. Local mode, the predictor, the exporters' verification and every
-"offloaded equals local" check go through it, and an offloaded run differs only in who computed the
-stack. It promises that results do not depend on the batch size, and that stages are opened by
-:func:`engines.opening.open_stage`, which decides what may serve. They are opened when first needed
-and kept until :meth:`Pipeline.close`; one caller at a time.
+Local mode, the predictor, the exporters' verification and every "offloaded equals local" check use
+it; an offloaded run differs only in who computed the stack. Stages are opened by
+:func:`engines.opening.open_stage` when first needed and kept until :meth:`Pipeline.close`; one
+caller at a time.
 """
 
 from __future__ import annotations
@@ -18,7 +17,10 @@ from engines.bundle import Bundle
 from engines.engine import Device, Engine
 from engines.errors import EngineError
 from engines.opening import open_stage
+from engines.plan import verify_command
+from engines.progress import Progress
 from engines.windows import Windows
+from engines.wire import all_finite
 
 
 class Pipeline:
@@ -28,6 +30,9 @@ class Pipeline:
         bundle: a full, stock or node bundle; a stage it does not hold is a BundleError when used.
         threads: CPU threads of each engine; None means every core this process may use.
         device: which engines run the stages, see :data:`engines.engine.Device`.
+
+    Attributes:
+        work: is told what runs, for whoever watches; see :meth:`cost`.
     """
 
     def __init__(
@@ -39,6 +44,20 @@ class Pipeline:
         self._engines: dict[str, Engine] = {}
         self._lock = threading.Lock()
         self._closed = False
+        self.work = Progress()
+
+    def cost(self, stage: str) -> float:
+        """About how much there is to compute in one run of a stage on a whole image, in a unit of
+        its own; 0 for those that take little."""
+        geometry = self.bundle.geometry
+        # Every weight is used once for each token; attention over the whole image is as much again,
+        # and slower.
+        tokens = {
+            "stack": geometry.windows * geometry.tokens_per_window,
+            "tail": 3 * geometry.grid**2,
+            "encoder": 2 * geometry.grid**2,
+        }
+        return float(self.bundle.size(stage) * tokens.get(stage, 0))
 
     def engine(self, stage: str) -> Engine:
         """The opened engine of a stage. Opening takes seconds, so do it early if that matters.
@@ -89,12 +108,14 @@ class Pipeline:
             raise EngineError("no windows to run the stack on")
         if size < 1:
             raise EngineError(f"batch is {size}, expected at least 1")
-        if size >= total:
-            return engine.run(feeds)
-        parts = [
-            engine.run({name: array[start : start + size] for name, array in feeds.items()})
-            for start in range(0, total, size)
-        ]
+        parts = []
+        for start in range(0, total, size):
+            part = {name: array[start : start + size] for name, array in feeds.items()}
+            share = len(part["window"]) / total
+            with self.work.piece(share * self.cost("stack"), "window layers"):
+                parts.append(engine.run(part))
+        if len(parts) == 1:
+            return parts[0]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def tail(self, outputs: Mapping[str, np.ndarray], windows: Windows) -> np.ndarray:
@@ -105,7 +126,10 @@ class Pipeline:
             windows: of the image; the tail itself supplies the tokens of windows not among them.
 
         Returns:
-            the image embedding ``[1, d, g, g]``.
+            the image embedding ``[1, d, g, g]``, every number finite.
+
+        Raises:
+            EngineError: ``outputs`` do not fit, or the embedding is not finite.
         """
         engine = self.engine("tail")
         feeds: dict[str, np.ndarray] = {"present": windows.present}
@@ -114,17 +138,18 @@ class Pipeline:
                 if spec.name not in outputs:
                     raise EngineError(f"the stack's output {spec.name} is missing")
                 feeds[spec.name] = _scatter(outputs[spec.name], windows, spec.name)
-        return engine.run(feeds)["embedding"]
+        with self.work.piece(self.cost("tail"), "global layers"):
+            return self._run("tail", feeds)["embedding"]
 
     def embed(self, windows: Windows, batch: int | None = None) -> np.ndarray:
-        """The image embedding ``[1, d, g, g]`` of a cut image; ``batch`` as in :meth:`stack`."""
+        """The embedding of a cut image, as of :meth:`tail`; ``batch`` as in :meth:`stack`."""
         if self.bundle.has("encoder"):
-            return self.engine("encoder").run(
-                {
-                    "pixels": _scatter(windows.pixels, windows, "pixels"),
-                    "extent": _scatter(windows.extent, windows, "extent"),
-                }
-            )["embedding"]
+            feeds = {
+                "pixels": _scatter(windows.pixels, windows, "pixels"),
+                "extent": _scatter(windows.extent, windows, "extent"),
+            }
+            with self.work.piece(self.cost("encoder"), "encoder"):
+                return self._run("encoder", feeds)["embedding"]
         return self.tail(self.stack(self.leave_home(windows), batch), windows)
 
     def decode(
@@ -146,19 +171,37 @@ class Pipeline:
             has_mask_input: float32 ``[p]``, 1 where ``mask_input`` counts and 0 where not.
 
         Returns:
-            low-resolution logits float32 ``[p, 4, 4g, 4g]`` and predicted IoU float32 ``[p, 4]``;
-            index 0 is SAM's single mask, 1 to 3 its multimask answer.
+            low-resolution logits float32 ``[p, 4, 4g, 4g]`` and predicted IoU float32 ``[p, 4]``,
+            every number finite; index 0 is SAM's single mask, 1 to 3 its multimask answer.
+
+        Raises:
+            EngineError: the arrays do not fit, or an answer is not finite.
         """
-        result = self.engine("decoder").run(
+        result = self._run(
+            "decoder",
             {
                 "embedding": embedding,
                 "point_coords": point_coords,
                 "point_labels": point_labels,
                 "mask_input": mask_input,
                 "has_mask_input": has_mask_input,
-            }
+            },
         )
         return result["low_res_logits"], result["iou"]
+
+    def _run(self, stage: str, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run a stage whose outputs become masks, and refuse outputs that are not finite."""
+        engine = self.engine(stage)
+        outputs = engine.run(feeds)
+        for spec in engine.outputs:
+            if not all_finite(outputs[spec.name], spec.dtype):
+                raise EngineError(
+                    f"the {stage} of {self.bundle.path} returned {spec.name} with numbers that are "
+                    "not finite, so no mask is made. "
+                    f"`{verify_command(self.bundle.path)}` measures the engines of this machine; "
+                    "if they pass, a node returned wrong tokens: --local computes without nodes"
+                )
+        return outputs
 
     def close(self) -> None:
         """Close every engine that was opened."""

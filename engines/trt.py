@@ -31,6 +31,7 @@ from engines.engine import Engine, check_feeds, check_out
 from engines.errors import EngineError, PlanError
 from engines.libraries import Library
 from engines.plan import Plan
+from engines.text import one_line
 
 _logger = logging.getLogger(__name__)
 
@@ -581,7 +582,7 @@ def _log(library: Library) -> Any:
 
         def log(self, severity: Any, message: str) -> None:
             level = levels.get(severity.name, logging.DEBUG)
-            text = " ".join("".join(c if c.isprintable() else " " for c in message).split())
+            text = one_line(message)
             if level == logging.ERROR and self._error() is None:
                 # The first says what is wrong; those that follow complain of the consequences.
                 self._errors.first = text[:400].rstrip(". ")

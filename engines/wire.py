@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+_BF16_EXPONENT = 0x7F80  # all ones: infinity or NaN
+
 
 def to_wire(array: np.ndarray, dtype: str) -> np.ndarray:
     """``array`` as the numpy array that carries type ``dtype``; bfloat16 as uint16, rounded."""
@@ -27,3 +29,10 @@ def from_wire(array: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "bfloat16":
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float32)
+
+
+def all_finite(array: np.ndarray, dtype: str) -> bool:
+    """Whether an array that carries type ``dtype`` holds neither NaN nor infinity."""
+    if dtype == "bfloat16":
+        return not bool(((array & _BF16_EXPONENT) == _BF16_EXPONENT).any())
+    return array.dtype.kind != "f" or bool(np.isfinite(array).all())

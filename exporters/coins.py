@@ -4,7 +4,7 @@ Sobel elevation map, markers from the two ends of the histogram, marker-based wa
 filled: the example "Comparing edge-based and region-based segmentation" of scikit-image's gallery
 (BSD-3-Clause, by the scikit-image team). The photo (Greek coins from Pompeii, Brooklyn Museum
 collection) comes with scikit-image and is never trained on. Run as ``python -m exporters.coins
-OUT.png`` to look at the reference. Needs scikit-image, which ``edge-runtime[dev]`` installs.
+OUT.png`` to look at the reference. Needs scikit-image, which ``make venv`` installs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Turn the log of a training run into ``docs/results``: figures as data, curves, predicted masks.
 
 Run as ``python -m exporters.report RUN_DIR --out docs/results``. Needs matplotlib and scikit-image,
-which ``edge-runtime[dev]`` installs. It reads ``log.jsonl`` as ``edge-runtime train`` writes it and
+which ``make venv`` installs. It reads ``log.jsonl`` as ``edge-runtime train`` writes it and
 the shipped weights; it measures nothing that ``edge-runtime evaluate`` measures.
 """
 

@@ -1,72 +1,33 @@
-"""What long runs share: a clean stop on Ctrl-C, a progress line, the device, and facts about how a
-result was made.
-"""
+"""What long runs share: a progress line, the device, and facts about how a result was made."""
 
 from __future__ import annotations
 
 import platform
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from engines.errors import ConfigError
+from engines.progress import progress
+from engines.text import printable
 
-
-class Interrupt:
-    """Turns the first SIGINT or SIGTERM into a request to stop after the current step; a second one
-    stops at once.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Interrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def __exit__(self, *unused: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+STOPPING = "stopping: this step is finished and saved first; once more ends at once, without it"
 
 
 @contextmanager
 def progress_bar(label: str, total: int, done: int = 0, quiet: bool = False) -> Iterator[Any]:
-    """A progress line on stderr; yields ``advance(text="")``, to be called after each step."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task(label, total=total, completed=done, note="")
+    """Progress in steps; yields ``advance(text="")``, to be called after each of them."""
+    with progress(label, total, done=done, quiet=quiet) as work:
+        finished = done
+        work.note = f"{done} of {total}"
 
         def advance(note: str = "") -> None:
-            bar.update(task, advance=1, note=note)
+            nonlocal finished
+            finished += 1
+            work.advance(1, ", ".join(part for part in (f"{finished} of {total}", note) if part))
 
         yield advance
 
@@ -92,4 +53,4 @@ def made_with(command: str) -> dict[str, str]:
 
 def say(text: str) -> None:
     """One line on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)

@@ -34,6 +34,28 @@ def locked(kind: str) -> dict[str, dict[str, str]]:
     return found
 
 
+def test_nothing_advises_to_install_this_project_from_an_index() -> None:
+    """It is on none: whoever registered its name there would reach its users."""
+    files = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if files.returncode:
+        pytest.skip("this is no checkout")
+    advice = re.compile(
+        r"pip\d? (?:install|download)[^`\n]*?[ '\"]edge-runtime(?:\W|$)|edge-runtime\["
+    )
+    found = []
+    for name in files.stdout.split("\0"):
+        path = ROOT / name
+        if path.suffix not in (".py", ".md", ".toml", ".txt", ".service", "") or not path.is_file():
+            continue
+        for number, line in enumerate(path.read_bytes().decode(errors="replace").splitlines(), 1):
+            # Within pyproject.toml the name is the project that is being installed.
+            if advice.search(line) and path not in (ROOT / "pyproject.toml", Path(__file__)):
+                found.append(f"{name}:{number}: {line.strip()}")
+    assert not found, "\n".join(found)
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, so that the checkout stays clean."""

@@ -4,12 +4,22 @@ repeated in numpy (:class:`Toy`): for everything that does not depend on the mod
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engines.bundle import Manifest, Stage, TensorSpec, hash_file, stage_digest, write_manifest
+from engines.bundle import (
+    Bundle,
+    Manifest,
+    Stage,
+    TensorSpec,
+    hash_file,
+    stage_digest,
+    write_manifest,
+)
 from engines.geometry import Geometry
 
 
@@ -230,11 +240,19 @@ def write_toy_bundle(directory: Path, *, head: bool = False, stock: bool = False
         head_blocks=0 if head else None,
         weights_sha256="0" * 64,
         stages=stages,
-        golden=("golden/0.npz",),
+        golden={"golden/0.npz": hash_file(directory / "golden" / "0.npz")},
         made={"command": "tests"},
     )
     write_manifest(directory, manifest)
     return directory
+
+
+def poisoned(bundle: Path, copy: Path, stage: str) -> Bundle:
+    """A copy whose weights of one stage are NaN, with a manifest that vouches for them."""
+    shutil.copytree(bundle, copy)
+    weights = copy / f"{stage}.onnx.data"
+    weights.write_bytes(np.full(weights.stat().st_size // 4, np.nan, np.float32).tobytes())
+    return _vouched(copy, stage, weights)
 
 
 def _spec(value: Any) -> TensorSpec:
@@ -249,3 +267,55 @@ def _spec(value: Any) -> TensorSpec:
     }
     shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
     return TensorSpec(value.name, names[tensor.elem_type], shape)
+
+
+def slow(bundle: Path, copy: Path, stage: str) -> Bundle:
+    """A copy in which one stage takes hours, all in one run of its engine."""
+    import onnx
+    from onnx import TensorProto
+    from onnx import helper as h
+
+    shutil.copytree(bundle, copy)
+    path = copy / f"{stage}.onnx"
+    model = onnx.load(path, load_external_data=False)
+    graph = model.graph
+    body = h.make_graph(
+        [
+            h.make_node("Identity", ["on"], ["go"]),
+            h.make_node("Add", ["sum", "sum"], ["more"]),
+        ],
+        "again",
+        [
+            h.make_tensor_value_info("turn", TensorProto.INT64, []),
+            h.make_tensor_value_info("on", TensorProto.BOOL, []),
+            h.make_tensor_value_info("sum", TensorProto.FLOAT, [1]),
+        ],
+        [
+            h.make_tensor_value_info("go", TensorProto.BOOL, []),
+            h.make_tensor_value_info("more", TensorProto.FLOAT, [1]),
+        ],
+    )
+    name = graph.output[0].name
+    for node in graph.node:
+        node.output[:] = ["quick" if output == name else output for output in node.output]
+    graph.initializer.extend(
+        [
+            h.make_tensor("turns", TensorProto.INT64, [], [1 << 40]),
+            h.make_tensor("yes", TensorProto.BOOL, [], [True]),
+            h.make_tensor("zero", TensorProto.FLOAT, [1], [0.0]),
+        ]
+    )
+    graph.node.append(h.make_node("Loop", ["turns", "yes", "zero"], ["nought"], body=body))
+    graph.node.append(h.make_node("Add", ["quick", "nought"], [name]))
+    onnx.save(model, path)
+    return _vouched(copy, stage, path)
+
+
+def _vouched(copy: Path, stage: str, changed: Path) -> Bundle:
+    """The bundle, with a manifest that has the hash of a changed file."""
+    manifest = json.loads((copy / "manifest.json").read_text())
+    entry = manifest["stages"][stage]
+    entry["files"][changed.name] = hash_file(changed)
+    entry["sha256"] = stage_digest(entry["files"])
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    return Bundle.load(copy)

@@ -16,8 +16,9 @@ import collections
 import contextlib
 import errno
 import logging
+import operator
 import os
-import stat
+import shlex
 import struct
 import time
 from collections.abc import Callable, Iterable
@@ -28,7 +29,8 @@ import zmq.asyncio
 from zmq.utils import z85
 
 from engines.errors import KeyFileError
-from transport.keys import AUTHORIZED, load_public
+from engines.trust import danger, judge
+from transport.keys import AUTHORIZED, read_public
 from transport.sockets import ZAP_DOMAIN, Seldom
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,11 @@ _BURST, _PER_S = 100, 10.0
 a second at least before it connects again, so that no edge comes oftener by itself; the burst is
 for many processes of one key that start together."""
 _COARSE_NS = 2_000_000_000  # no file system's clock is coarser
+_LOOK = 1000  # files: a few milliseconds
+_Stamp = tuple[int, ...]
+_stamp_of: Callable[[os.stat_result], _Stamp] = operator.attrgetter(
+    "st_ctime_ns", "st_mtime_ns", "st_size", "st_ino", "st_dev", "st_mode", "st_uid", "st_gid"
+)
 # Short of these a folder can't be read, which says nothing about what is in it.
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
@@ -50,67 +57,67 @@ _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 class AllowList:
     """The public keys in a folder: every ``NAME.pub`` lets in its holder under that name."""
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, *, owner: int | None = None) -> None:
         """Read the folder.
 
+        Args:
+            owner: uid of another user whose files count, besides ours and root's.
+
         Raises:
-            KeyFileError: it is missing, or others may write to it and so let themselves in.
+            KeyFileError: it is missing, or others could change it and so let themselves in.
         """
         self.folder = Path(folder)
-        self._stamp: object = None
+        self._owner = owner
         self._settled: object = None  # the folder's own stamp, once no change can hide behind it
         self._names: dict[str, str] = {}
-        self._files: dict[str, object] = {}  # what each looked like when read
+        self._files: dict[str, _Stamp | None] = {}  # what each looked like when read
+        self._keys: dict[str, str | KeyFileError] = {}
+        self._fresh: set[str] = set()  # files that may yet change without looking different
+        self._links: set[str] = set()  # where they lead may change without a sign here
+        self._ahead: list[str] = []
+        self._next_look = 0.0
         self.reload()
 
     def reload(self) -> dict[str, str]:
-        """Names by Z85 public key, read anew if anything in the folder changed. A malformed file
-        lets in nobody. A process short of descriptors or memory goes by what it read last: else
-        whoever brought that about had shut out everybody.
+        """Names by Z85 public key. Only files that changed are read again.
+
+        With over a thousand files, and none that came or went or that `changed` found, each call
+        looks at the next thousand of them.
+
+        A file that is malformed, or that others may write to, lets in nobody. A process short of
+        descriptors or memory keeps the names it read last: an attacker who causes the shortage must
+        not shut out everybody.
 
         Raises:
             KeyFileError: as when made.
         """
-        self._settled = None
+        settled, self._settled = self._settled, None
         try:
-            status = self.folder.stat()
-            mode, settled = status.st_mode, _settled(status)
-            entries = sorted(
-                _stamp(e)
-                for e in os.scandir(self.folder)
-                if e.name.endswith(".pub") and not e.name.startswith(".")
-            )
+            if found := danger(self.folder, owner=self._owner, closed=True):
+                self._forget()
+                raise KeyFileError(found)
+            now = _settled(self.folder.stat())
+            files = self._some() if now is not None and now == settled else self._all()
+            due = {name for name in self._fresh if not _is_fresh(files.get(name))} | self._links
+            if due or files != self._files:
+                self._read(files, due)
         except OSError as error:
-            if error.errno in _SHORTAGES and self._stamp is not None:
+            if error.errno in _SHORTAGES and self._names:
                 return self._names
-            self._stamp, self._names = None, {}
+            self._forget()
             raise KeyFileError(
                 f"cannot read the folder of authorised keys {self.folder}: {error.strerror}; "
                 "`edge-runtime keys node` makes one"
             ) from None
-        if stat.S_IMODE(mode) & 0o022:
-            self._stamp, self._names = None, {}
-            raise KeyFileError(
-                f"others may write to {self.folder} (mode {stat.S_IMODE(mode):04o}) and so "
-                f"authorise themselves: run `chmod 700 {self.folder}`"
-            )
-        if entries != self._stamp:
-            names: dict[str, str] = {}
-            for name, *_ in entries:
-                try:
-                    names.setdefault(load_public(self.folder / name), _holder(name))
-                except KeyFileError as error:
-                    log.warning("ignored authorised key: %s", error)
-            self._names, self._stamp = names, entries
-            self._files = {entry[0]: entry for entry in entries}
-        self._settled = settled
+        self._settled = now
         return self._names
 
     def name_of(self, public: str) -> str | None:
         """The name a Z85 public key is enrolled under, None if it is not.
 
-        Strangers can ask as often as they like. So files are looked at only if one came, went or
-        was replaced; one that was written over counts with the next `reload`.
+        Strangers can ask as often as they like. For them, files are looked at only if one came,
+        went or was replaced, and at most a tenth of the time; a file that was written over counts
+        with the next `reload`.
 
         Raises:
             KeyFileError: as when made.
@@ -118,48 +125,127 @@ class AllowList:
         if self._settled is not None:
             with contextlib.suppress(OSError):
                 if _settled(self.folder.stat()) == self._settled:
-                    return self._names.get(public)
-        return self.reload().get(public)
+                    name = self._names.get(public)
+                    if name is None or not self.changed(name):
+                        return name
+        began = time.monotonic()
+        if public not in self._names and began < self._next_look:
+            return None
+        try:
+            return self.reload().get(public)
+        finally:
+            took = time.monotonic() - began
+            self._next_look = max(self._next_look, began - 1.0) + 10 * took
 
     def changed(self, name: str) -> bool:
         """Whether the file that gives its holder this name has changed since it was read, or gone:
-        one look at one file."""
-        file = self.folder / f"{name}.pub"
-        return _stamp(file) != self._files.get(file.name)
+        one look at one file. If so, the next `reload` looks at all of them."""
+        file = f"{name}.pub"
+        if _stamp(self.folder / file) == self._files.get(file):
+            return False
+        self._settled = None
+        return True
 
     def command(self, file: str) -> str:
         """What puts a .pub file into the folder, for people."""
         if self.folder.name == AUTHORIZED:
-            return f"edge-runtime keys authorize --dir {self.folder.parent} {file}"
-        return f"cp {file} {self.folder}"
+            return (
+                f"edge-runtime keys authorize --dir {shlex.quote(str(self.folder.parent))} {file}"
+            )
+        return f"cp {file} {shlex.quote(str(self.folder))}"
 
     def __len__(self) -> int:
         return len(self._names)
 
+    def _all(self) -> dict[str, _Stamp | None]:
+        self._ahead = []
+        with os.scandir(self.folder) as entries:
+            return {
+                entry.name: _stamp(entry)
+                for entry in entries
+                if entry.name.endswith(".pub") and not entry.name.startswith(".")
+            }
 
-def _holder(file: str) -> str:
-    """The name that a key file gives its holder."""
+    def _some(self) -> dict[str, _Stamp | None]:
+        """As `_all`, with a new look at some of them."""
+        names = self._ahead or [*self._files]
+        some, self._ahead = names[:_LOOK], names[_LOOK:]
+        return self._files | {name: _stamp(self.folder / name) for name in some}
+
+    def _forget(self) -> None:
+        self._names, self._files, self._keys, self._fresh, self._links = {}, {}, {}, set(), set()
+
+    def _read(self, files: dict[str, _Stamp | None], due: set[str]) -> None:
+        """Read what is new, has changed or is due, and forget what is gone.
+
+        Raises:
+            OSError: a shortage. Nothing is forgotten then.
+        """
+        names: dict[str, str] = {}
+        keys: dict[str, str | KeyFileError] = {}
+        fresh, links = self._fresh & files.keys(), self._links & files.keys()
+        for name, stamp in sorted(files.items()):
+            before = key = self._keys.get(name)
+            if key is None or name in due or self._files[name] != stamp:
+                file = self.folder / name
+                key = _key(file, self._owner)
+                (fresh.add if _is_fresh(stamp) else fresh.discard)(name)
+                (links.add if file.is_symlink() else links.discard)(name)
+                if isinstance(key, KeyFileError) and str(key) != str(before):
+                    log.warning("ignored authorised key: %s", key)
+            keys[name] = key
+            if isinstance(key, str):
+                names.setdefault(key, name.removesuffix(".pub"))
+        self._names, self._files, self._keys = names, files, keys
+        self._fresh, self._links = fresh, links
+
+
+def _key(file: Path, owner: int | None) -> str | KeyFileError:
+    """The key in a file, or why it does not count.
+
+    Raises:
+        OSError: a shortage.
+    """
     try:
-        file.encode()
+        file.name.encode()
+        public = read_public(file)
+        if file.is_symlink():
+            found = danger(file, owner=owner)
+        else:  # the folder has been judged
+            found = judge(file, os.lstat(file), owner)
+        return KeyFileError(found) if found else public
     except UnicodeEncodeError:  # of bytes that are no UTF-8, which libzmq can't be told
-        raise KeyFileError(f"the file name {file!r} is not UTF-8: rename it") from None
-    return file.removesuffix(".pub")
+        return KeyFileError(f"the file name {file.name!r} is not UTF-8: rename it")
+    except (KeyFileError, OSError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno in _SHORTAGES:
+            raise cause from None
+        return KeyFileError(str(error))
 
 
 def _settled(status: os.stat_result) -> object:
     """What changes when files come to a folder or go; None as long as another change might leave it
-    the same, for the times of files are coarse."""
+    the same, because the times of files are coarse."""
     if time.time_ns() - status.st_mtime_ns < _COARSE_NS:
         return None
-    return status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev, status.st_mode
+    return _stamp_of(status)
 
 
-def _stamp(entry: os.DirEntry[str] | Path) -> tuple[str, int, int, int]:
-    """What changes when a key file does. A link to nowhere is a file to tell of, not an error."""
-    with contextlib.suppress(OSError):
-        status = entry.stat()
-        return entry.name, status.st_mtime_ns, status.st_size, status.st_ino
-    return entry.name, 0, 0, 0
+def _stamp(entry: os.DirEntry[str] | Path) -> _Stamp | None:
+    """What changes when a key file does; None if it can't be looked at, as a link to nowhere.
+
+    A program that replaces a file's content can keep its size and set its time of modification, but
+    not its time of change.
+    """
+    try:
+        return _stamp_of(entry.stat())
+    except OSError:
+        return None
+
+
+def _is_fresh(stamp: _Stamp | None) -> bool:
+    """Whether the file changed so lately that another change might leave its stamp the same."""
+    return stamp is not None and abs(time.time_ns() - stamp[0]) < _COARSE_NS
 
 
 class Pace:

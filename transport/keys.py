@@ -1,9 +1,7 @@
 """Key files: a CURVE key pair per node and per (edge, node), and the edge's own placement secret.
 
-Promises that a secret file is 0600 from its first instant whatever the umask, is written whole or
-not at all and never overwrites another, and that a file readable by others is refused with the
-command that mends it. Who may talk to whom is decided in `auth`, from the public keys this module
-reads.
+A secret file is 0600 from its first instant, whatever the umask. A key that others may read
+(secrets) or replace (all) is refused with the command that mends it.
 """
 
 from __future__ import annotations
@@ -11,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shlex
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +18,15 @@ import zmq
 from zmq.utils import z85
 
 from engines.errors import KeyFileError
+from engines.files import refuse_existing, write_whole
+from engines.trust import danger, judge
 
 SECRET_BYTES = 32
 AUTHORIZED = "authorized"
 """Folder of the public keys a node lets in."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}\Z")
 _FILE_BYTES = 4096
+_INSTEAD = "choose another name"
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ def generate(directory: Path | str, name: str) -> KeyPair:
     """Make a key pair and write ``NAME.key`` (secret, 0600) and ``NAME.pub`` into `directory`.
 
     Raises:
-        KeyFileError: one of the files exists, the name is unfit for a file, or writing fails.
+        KeyFileError: one of the files exists, the name is unfit for a file, others may write to the
+            folder, or writing fails.
     """
     folder = make_directory(directory)
     secret_path, public_path = check_new(folder, name)
@@ -69,7 +72,7 @@ def check_new(directory: Path | str, name: str) -> tuple[Path, Path]:
     folder = Path(directory)
     paths = folder / f"{check_name(name)}.key", folder / f"{name}.pub"
     for path in paths:
-        _refuse_existing(path)
+        refuse_existing(path, KeyFileError, _INSTEAD)
     return paths
 
 
@@ -77,8 +80,8 @@ def load_secret(path: Path | str) -> KeyPair:
     """Read a ``.key`` file.
 
     Raises:
-        KeyFileError: missing, readable by others, malformed, or its two halves don't belong
-            together.
+        KeyFileError: missing, readable or replaceable by others, malformed, or its two halves don't
+            belong together.
     """
     path = Path(path)
     fields = _fields(path, _read(path, private=True), ("public-key", "secret-key"))
@@ -89,10 +92,21 @@ def load_secret(path: Path | str) -> KeyPair:
 
 
 def load_public(path: Path | str) -> str:
-    """Read the Z85 public key of a ``.pub`` file.
+    """Read the Z85 public key of a ``.pub`` file that is trusted from now on.
 
     Raises:
-        KeyFileError: missing or malformed, or a secret key file.
+        KeyFileError: missing, malformed, a secret key file, or one that others could replace.
+    """
+    public = read_public(path)
+    _refuse_danger(Path(path))
+    return public
+
+
+def read_public(path: Path | str) -> str:
+    """Read the Z85 public key of a ``.pub`` file, whoever may write to it.
+
+    Raises:
+        KeyFileError: missing, malformed, or a secret key file.
     """
     path = Path(path)
     text = _read(path, private=False)
@@ -132,7 +146,7 @@ def load_secret_bytes(path: Path | str) -> bytes:
     """Read a placement secret: 32 bytes.
 
     Raises:
-        KeyFileError: missing, readable by others or malformed.
+        KeyFileError: missing, readable or replaceable by others, or malformed.
     """
     path = Path(path)
     value = _fields(path, _read(path, private=True), ("placement-secret",))["placement-secret"]
@@ -167,45 +181,36 @@ def check_name(name: str) -> str:
 def make_directory(directory: Path | str) -> Path:
     """Make a folder for keys (0700) unless it is there.
 
+    It may be another user's: root makes keys for containers and services. Loading judges more.
+
     Raises:
-        KeyFileError: it can't be made.
+        KeyFileError: it can't be made, or others may write to it.
     """
     folder = Path(directory)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.stat()
     except OSError as error:
         raise KeyFileError(f"cannot make the folder {folder}: {error.strerror}") from None
+    if found := judge(folder, status, status.st_uid):
+        raise KeyFileError(found)
     return folder
 
 
-def _refuse_existing(path: Path) -> None:
-    if os.path.lexists(path):
-        raise KeyFileError(
-            f"{path} exists and keys are never overwritten: choose another name, or move the old "
-            "key away first"
-        )
+def _refuse_danger(path: Path) -> None:
+    try:
+        found = danger(path)
+    except OSError as error:
+        raise KeyFileError(f"cannot look at {path}: {error.strerror}") from None
+    if found:
+        raise KeyFileError(found)
 
 
 def _write_new(path: Path, text: str, mode: int) -> None:
-    """Write `path` whole or not at all, never over another file, with exactly `mode`."""
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
-        try:
-            with os.fdopen(descriptor, "w", encoding="ascii") as file:
-                os.fchmod(descriptor, mode)  # a strict umask must not leave it unreadable to us
-                file.write(text)
-                file.flush()
-                os.fsync(descriptor)
-            os.link(scratch, path)  # unlike rename, fails if the name is taken
-        finally:
-            scratch.unlink(missing_ok=True)
-    except FileExistsError:
-        _refuse_existing(path)
-        raise
-    except OSError as error:
-        raise KeyFileError(f"cannot write {path}: {error.strerror}") from None
+    write_whole(
+        path, text.encode("ascii"), mode=mode, replace=False, error=KeyFileError, instead=_INSTEAD
+    )
 
 
 def _read(path: Path, *, private: bool) -> str:
@@ -213,8 +218,11 @@ def _read(path: Path, *, private: bool) -> str:
         # Non-blocking, so that a pipe in the place of a key cannot hang the start.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        hint = "; make one with `edge-runtime keys`" if isinstance(error, FileNotFoundError) else ""
-        raise KeyFileError(f"cannot read the key file {path}: {error.strerror}{hint}") from None
+        hint = ""
+        if isinstance(error, FileNotFoundError):
+            asked = "ask the owner of that key for it, who alone can make it"
+            hint = "; make one with `edge-runtime keys`" if private else f"; {asked}"
+        raise KeyFileError(f"cannot read the key file {path}: {error.strerror}{hint}") from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -222,14 +230,16 @@ def _read(path: Path, *, private: bool) -> str:
         mode = stat.S_IMODE(status.st_mode)
         if private and mode & (0o037 if _is_credential(path) else 0o077):
             raise KeyFileError(
-                f"{path} is open to others (mode {mode:04o}): run `chmod 600 {path}`; if others "
-                "use this machine, make a new key instead"
+                f"{path} is open to others (mode {mode:04o}): run `chmod 600 "
+                f"{shlex.quote(str(path))}`; if others use this machine, make a new key instead"
             )
         data = os.read(descriptor, _FILE_BYTES + 1)
     finally:
         os.close(descriptor)
     if len(data) > _FILE_BYTES:
         raise KeyFileError(f"{path} is no key file: larger than {_FILE_BYTES} bytes")
+    if private:
+        _refuse_danger(path)
     try:
         return data.decode("ascii")
     except UnicodeDecodeError:

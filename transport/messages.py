@@ -1,28 +1,28 @@
-"""The messages edge and node exchange, as typed structs with limits.
+"""The messages that edge and node exchange: typed structs with limits, one ZeroMQ frame each.
 
-A message is a list of frames: a small header, then one raw frame per tensor. The header is the
-magic ``ERT``, one version byte, and msgpack of one of the structs below. `decode` promises that
-whatever bytes arrive, the outcome is a well-formed message whose tensors are zero-copy views, or
-`ProtocolError`; it allocates nothing in proportion to what a header claims, only views of what
-arrived. What a tensor means, and whether a stage wants it, is the receiver's business.
+Whatever bytes arrive, decoding ends in a well-formed message or a `ProtocolError`, and nothing is
+allocated because a header claims a size. `docs/protocol.md` describes the bytes.
 """
 
 from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+import struct
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
 import msgspec
 import numpy as np
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from msgspec import Meta, Struct
 
 from engines.errors import ProtocolError
 
 MAGIC = b"ERT"
-VERSION = 1
+VERSION = 2
 VERSIONS = (VERSION,)
 """Every version this software speaks, oldest first."""
 NEGOTIATION = 0
@@ -30,11 +30,16 @@ NEGOTIATION = 0
 spoken."""
 
 HEADER_BYTES = 16 * 1024
-"""Largest header frame."""
+"""Largest header, prefix included."""
 MAX_TENSORS = 16
 """Most tensors any message may carry, whatever the stage."""
 NO_ID = bytes(16)
 """Id in a `Refused` to a message whose own id could not be read."""
+SEAL_BYTES = 32
+"""Length of the one-time key that seals a result."""
+_ALIGNMENT = 64  # of the tensors in a message
+_TAG_BYTES = 16  # of AES-GCM
+_PREFIX = struct.Struct("<3sBI")  # magic, version, length of the msgpack map
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "uint8": np.dtype("u1"),
@@ -49,18 +54,19 @@ DTYPES: dict[str, np.dtype[Any]] = {
 neither."""
 
 Id = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Seal = Annotated[bytes, Meta(min_length=SEAL_BYTES, max_length=SEAL_BYTES)]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:/-]{1,64}\Z")]
 # Printable ASCII: a peer's text ends up on terminals and in logs, where escapes could do harm.
 Text = Annotated[str, Meta(pattern=r"^[ -~]{0,600}\Z")]
 Code = Annotated[str, Meta(pattern=r"^[a-z_]{1,32}\Z")]
 Dtype = Literal["uint8", "int8", "uint16", "int32", "int64", "float16", "float32"]
-Micros = Annotated[int, Meta(ge=0, le=2**53)]
+Micros = Annotated[int, Meta(ge=0, le=86_400_000_000)]
 TEXT_LENGTH = 600
 
 
 class TensorHeader(Struct, frozen=True, forbid_unknown_fields=True):
-    """What the frame in the same position holds: row-major, little-endian, no padding."""
+    """A tensor of the message: row-major, little-endian, no padding inside."""
 
     name: Name
     dtype: Dtype
@@ -95,11 +101,12 @@ class StageInfo(Struct, frozen=True, forbid_unknown_fields=True):
 
 class Request(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="request"):
     """Edge to node: run `stage` on the tensors. `deadline_ms` is what remains, counted from
-    arrival."""
+    arrival. `seal` is the key for the tensors of the result: used once, known to nobody else."""
 
     id: Id
     stage: Sha256
     deadline_ms: Annotated[int, Meta(ge=0, le=86_400_000)]
+    seal: Seal
     tensors: Tensors = ()
 
 
@@ -114,8 +121,8 @@ class Accepted(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type"
 
 
 class Result(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="result"):
-    """Node to edge: the stage's outputs. `queue_us` from arrival to the engine's start,
-    `compute_us` inside it."""
+    """Node to edge: the stage's outputs, sealed with the request's key, so that only the edge that
+    asked can read them. `queue_us` from arrival to the engine's start, `compute_us` inside it."""
 
     id: Id
     queue_us: Micros
@@ -136,8 +143,8 @@ class Refused(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type",
 
 
 class Cancel(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="cancel"):
-    """Edge to node: forget the request of this id, nobody waits for it any more. Never answered,
-    nor is an id refused that the node does not know: the result may have crossed it."""
+    """Edge to node: forget the request of this id. Never answered. Unknown ids are ignored: the
+    result may have crossed it."""
 
     id: Id
 
@@ -187,11 +194,16 @@ class Spec(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that one direction of a stage may carry in one message."""
+    """The most that one direction of a stage may carry in one message: tensors, and their bytes in
+    all."""
 
     tensors: int
-    part_bytes: int
     total_bytes: int
+
+    @property
+    def message_bytes(self) -> int:
+        """The largest legal message."""
+        return HEADER_BYTES + self.total_bytes + self.tensors * (_TAG_BYTES + _ALIGNMENT)
 
 
 @dataclass(frozen=True)
@@ -226,12 +238,17 @@ def limits_of(specs: Iterable[Spec], batch: int) -> Limits:
         sizes.append(math.prod(int(d) for d in dims) * dtype.itemsize)
     if not 0 < len(sizes) <= MAX_TENSORS:
         raise ProtocolError(f"a stage must carry 1 to {MAX_TENSORS} tensors, found {len(sizes)}")
-    return Limits(len(sizes), max(sizes), sum(sizes))
+    return Limits(len(sizes), sum(sizes))
 
 
 def stage_limits(inputs: Iterable[Spec], outputs: Iterable[Spec], batch: int) -> StageLimits:
     """`limits_of` for both directions of a stage."""
     return StageLimits(limits_of(inputs, batch), limits_of(outputs, batch))
+
+
+def new_seal() -> bytes:
+    """A key for one result."""
+    return secrets.token_bytes(SEAL_BYTES)
 
 
 def new_id() -> bytes:
@@ -253,23 +270,26 @@ _decoder = msgspec.msgpack.Decoder(
 )
 
 
-def encode(message: Message, arrays: Mapping[str, np.ndarray] | None = None) -> list[Any]:
-    """Frames of a message, the header first.
+def encode(
+    message: Message, arrays: Mapping[str, np.ndarray] | None = None, seal: bytes = b""
+) -> memoryview:
+    """The one frame of a message.
 
     Args:
         message: for `Request` and `Result`, `tensors` is filled in from `arrays`; leave it out.
-        arrays: tensors by name. Contiguous ones are not copied and must not change until sent.
+        arrays: tensors by name; copied.
+        seal: for a `Result`, the key that its request brought. Seal one result with it, not two:
+            AES-GCM is broken by a second message under the same key and nonce.
 
     Raises:
         ProtocolError: an array can't travel or the header would be too large.
     """
-    frames: list[Any] = []
     if isinstance(message, VersionsSpoken):
-        return [MAGIC + bytes([NEGOTIATION]) + bytes(message.versions)]
+        return memoryview(MAGIC + bytes([NEGOTIATION]) + bytes(message.versions))
+    tensors = []
     if arrays:
         if not isinstance(message, (Request, Result)):
             raise ProtocolError(f"a {type(message).__name__} carries no tensors")
-        headers = []
         for name, array in arrays.items():
             dtype = DTYPES.get(array.dtype.name)
             if dtype is None or array.ndim == 0 or array.size == 0 or array.ndim > 8:
@@ -277,104 +297,157 @@ def encode(message: Message, arrays: Mapping[str, np.ndarray] | None = None) -> 
                     f"tensor {name!r} ({array.dtype} {list(array.shape)}) cannot travel: expected "
                     f"1 to 8 dimensions, none empty, of {', '.join(DTYPES)}"
                 )
-            headers.append(TensorHeader(name, array.dtype.name, array.shape))  # type: ignore[arg-type]
-            whole = np.ascontiguousarray(array, dtype=dtype)
-            frames.append(whole.reshape(-1).view(np.uint8).data)
-        message = msgspec.structs.replace(message, tensors=tuple(headers))
-    header = MAGIC + bytes([VERSION]) + _encoder.encode(message)
+            described = TensorHeader(name, array.dtype.name, array.shape)  # type: ignore[arg-type]
+            tensors.append((described, np.ascontiguousarray(array, dtype=dtype)))
+        message = msgspec.structs.replace(
+            message, tensors=tuple(described for described, _ in tensors)
+        )
+    fields = _encoder.encode(message)
+    header = _PREFIX.pack(MAGIC, VERSION, len(fields)) + fields
     if len(header) > HEADER_BYTES:
         raise ProtocolError(f"header of {len(header)} bytes, the most is {HEADER_BYTES}")
-    return [header, *frames]
+    places, size = _layout(message, len(header))
+    # Not zeroed as a whole: results are large.
+    frame = np.empty(size, np.uint8).data
+    frame[: len(header)] = header
+    end = len(header)
+    for index, ((_, array), (start, stop)) in enumerate(zip(tensors, places, strict=True)):
+        frame[end:start] = bytes(start - end)
+        raw = array.reshape(-1).view(np.uint8).data
+        if isinstance(message, Result):
+            AESGCM(seal).encrypt_into(_nonce(index), raw, header, frame[start:stop])
+        else:
+            frame[start:stop] = raw
+        end = stop
+    return frame
+
+
+def _layout(message: Message, header: int) -> tuple[list[tuple[int, int]], int]:
+    """Where each tensor of a message begins and ends in its frame, and the frame's length.
+
+    Args:
+        message: with its `tensors`. header: bytes before the tensors.
+    """
+    places, end = [], header
+    if isinstance(message, (Request, Result)):
+        tag = _TAG_BYTES if isinstance(message, Result) else 0
+        for tensor in message.tensors:
+            start = -(-end // _ALIGNMENT) * _ALIGNMENT
+            end = start + tensor.nbytes + tag
+            places.append((start, end))
+    return places, end
+
+
+def _nonce(index: int) -> bytes:
+    """Of a sealed tensor: its place in the message, for the key serves one message alone."""
+    return index.to_bytes(12, "little")
+
+
+def _split(frame: Any) -> tuple[memoryview, memoryview]:
+    """A frame, and the header in it with its prefix.
+
+    Raises:
+        UnknownVersionError, ProtocolError: as `decode_header`.
+    """
+    view = memoryview(frame)
+    if view.nbytes < 4 or view[:3] != MAGIC:
+        raise ProtocolError("not an edge-runtime message: the first bytes are not ERT")
+    if view[3] == NEGOTIATION:
+        return view, view
+    if view[3] not in VERSIONS:
+        raise UnknownVersionError(
+            f"message of protocol version {view[3]}, this software speaks "
+            f"{', '.join(map(str, VERSIONS))}: update the older side"
+        )
+    length = _PREFIX.unpack_from(view)[2] if view.nbytes >= _PREFIX.size else 0
+    header = view[: _PREFIX.size + length]
+    if not _PREFIX.size + length <= min(view.nbytes, HEADER_BYTES):
+        raise ProtocolError(f"header of {length} bytes in a message of {view.nbytes}")
+    return view, header
 
 
 def decode_header(frame: Any) -> Message:
-    """The message in a header frame, without its tensors.
+    """The message in a frame, without its tensors.
 
     Args:
         frame: bytes, or anything with their buffer interface such as `zmq.Frame`.
 
     Raises:
         UnknownVersionError: ours, but of another version.
-        ProtocolError: anything else that is wrong.
+        ProtocolError: anything else that is wrong, surplus bytes included.
     """
-    header = memoryview(frame)
-    if not 4 <= header.nbytes <= HEADER_BYTES:
-        raise ProtocolError(f"header of {header.nbytes} bytes, expected 4 to {HEADER_BYTES}")
-    if header[:3] != MAGIC:
-        raise ProtocolError("not an edge-runtime message: the first bytes are not ERT")
-    version = header[3]
-    if version == NEGOTIATION:
-        spoken = tuple(header[4:])
-        if not 1 <= len(spoken) <= 255 or 0 in spoken:
+    view, header = _split(frame)
+    if header[3] == NEGOTIATION:
+        spoken = tuple(header[4:260])
+        if not 1 <= len(spoken) == view.nbytes - 4 <= 255 or 0 in spoken:
             raise ProtocolError("malformed list of versions")
         return VersionsSpoken(spoken)
-    if version not in VERSIONS:
-        raise UnknownVersionError(
-            f"message of protocol version {version}, this software speaks "
-            f"{', '.join(map(str, VERSIONS))}: update the older side"
-        )
     try:
-        return _decoder.decode(header[4:])
+        message: Message = _decoder.decode(header[_PREFIX.size :])
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise ProtocolError(f"malformed header: {error}") from None
+    _, size = _layout(message, header.nbytes)
+    if view.nbytes != size:
+        raise ProtocolError(f"message of {view.nbytes} bytes, its header describes {size}")
+    return message
 
 
 def decode_tensors(
-    message: Message, frames: Sequence[Any], limits: Limits
+    message: Message, frame: Any, limits: Limits, seal: bytes = b""
 ) -> dict[str, np.ndarray]:
-    """Tensors of a message as read-only views of its frames (those after the header).
+    """Tensors of a message, read-only.
 
-    A view keeps its frame alive. Only a frame that does not lie on its dtype's alignment is copied.
+    Those of a request are views of the frame and keep it alive (one that doesn't lie on its dtype's
+    alignment is copied); those of a result are decrypted into memory of their own.
 
     Args:
-        message: from `decode_header`.
-        frames: one per tensor the message declares.
+        message: from `decode_header` of this frame.
+        frame: as it arrived.
         limits: of the direction this came from.
+        seal: of a `Result`, the key that its request brought.
 
     Raises:
-        ProtocolError: counts, sizes, names or lengths don't agree or pass the limits.
+        ProtocolError: counts, sizes or names don't agree or pass the limits, or the result was not
+            sealed with this key.
     """
-    headers = message.tensors if isinstance(message, (Request, Result)) else ()
-    if len(frames) != len(headers):
-        raise ProtocolError(f"{len(frames)} tensor frames, the header declares {len(headers)}")
-    if len(headers) > limits.tensors:
-        raise ProtocolError(f"{len(headers)} tensors, the most here is {limits.tensors}")
+    tensors = message.tensors if isinstance(message, (Request, Result)) else ()
+    if len(tensors) > limits.tensors:
+        raise ProtocolError(f"{len(tensors)} tensors, the most here is {limits.tensors}")
+    total = sum(tensor.nbytes for tensor in tensors)
+    if total > limits.total_bytes:
+        raise ProtocolError(f"tensors of {total} bytes, the most here is {limits.total_bytes}")
+    view, header = _split(frame)
+    places, size = _layout(message, header.nbytes)
+    if view.nbytes != size:
+        raise ProtocolError(f"message of {view.nbytes} bytes, its header describes {size}")
     arrays: dict[str, np.ndarray] = {}
-    total = 0
-    for header, frame in zip(headers, frames, strict=True):
-        view = memoryview(frame)
-        total += view.nbytes
-        if header.name in arrays:
-            raise ProtocolError(f"tensor {header.name!r} appears twice")
-        if view.nbytes != header.nbytes:
-            raise ProtocolError(
-                f"tensor {header.name!r}: {view.nbytes} bytes arrived, "
-                f"{header.dtype} {list(header.shape)} takes {header.nbytes}"
-            )
-        if view.nbytes > limits.part_bytes or total > limits.total_bytes:
-            raise ProtocolError(
-                f"tensor {header.name!r} makes the message too large: the most is "
-                f"{limits.part_bytes} bytes in one tensor and {limits.total_bytes} in all"
-            )
-        array = np.frombuffer(view, DTYPES[header.dtype]).reshape(header.shape)
+    end = header.nbytes
+    for index, (tensor, (start, stop)) in enumerate(zip(tensors, places, strict=True)):
+        if tensor.name in arrays:
+            raise ProtocolError(f"tensor {tensor.name!r} appears twice")
+        if any(view[end:start]):
+            raise ProtocolError(f"the bytes before tensor {tensor.name!r} are not zeros")
+        end = stop
+        raw: Any = view[start:stop]
+        if isinstance(message, Result):
+            sealed, raw = raw, np.empty(tensor.nbytes, np.uint8)
+            try:
+                AESGCM(seal).decrypt_into(_nonce(index), sealed, header, raw.data)
+            except (InvalidTag, ValueError):
+                raise ProtocolError("the result is not sealed with its request's key") from None
+        array = np.frombuffer(raw, DTYPES[tensor.dtype]).reshape(tensor.shape)
         if not array.flags.aligned:
             array = array.copy()
         array.flags.writeable = False
-        arrays[header.name] = array
+        arrays[tensor.name] = array
     return arrays
 
 
-def decode(frames: Sequence[Any], limits: Limits) -> tuple[Message, dict[str, np.ndarray]]:
+def decode(frame: Any, limits: Limits, seal: bytes = b"") -> tuple[Message, dict[str, np.ndarray]]:
     """A whole message: `decode_header`, then `decode_tensors`.
-
-    Args:
-        frames: header and tensor frames, as received (without a ROUTER's routing id).
-        limits: of the direction this came from.
 
     Raises:
         ProtocolError: whatever is wrong with it.
     """
-    if not 1 <= len(frames) <= 1 + MAX_TENSORS:
-        raise ProtocolError(f"message of {len(frames)} frames, expected 1 to {1 + MAX_TENSORS}")
-    message = decode_header(frames[0])
-    return message, decode_tensors(message, frames[1:], limits)
+    message = decode_header(frame)
+    return message, decode_tensors(message, frame, limits, seal)

@@ -25,7 +25,7 @@ import struct
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -33,13 +33,14 @@ from typing import Any, Literal, NamedTuple
 
 import zmq
 
-from transport.messages import HEADER_BYTES, Limits
+from transport.messages import Limits
 
-Reason = Literal["endless", "slow", "total", "crowd", "revoked"]
-"""Why a connection was dropped: it sent more than the largest legal messages without ending one, or
-without pausing until they were read; it doesn't read what it asked for; it held the most when all
-together held too much; there were too many connections, in all or of one party, or handshakes
-under way; its key was revoked."""
+Reason = Literal["frames", "endless", "slow", "total", "crowd", "revoked"]
+"""Why a connection was dropped. ``frames``: it sent a message of several frames. ``endless``: it
+sent more than the largest legal messages without ending one, or without pausing until they were
+read. ``slow``: it doesn't read what it asked for. ``total``: it held the most when all together
+held too much. ``crowd``: there were too many connections, in all or of one party, or handshakes
+under way. ``revoked``: its key was revoked."""
 
 SLOWEST_LINK = 1_000_000
 """Bytes per second of the slowest link that must not be taken for a dead one (8 Mbit/s)."""
@@ -66,16 +67,12 @@ _METERED = sys.platform == "linux" and hasattr(socket, "TCP_INFO")
 
 def message_bytes(limits: Limits) -> int:
     """The largest legal message of one direction, as it travels."""
-    return HEADER_BYTES + limits.total_bytes + (1 + limits.tensors) * (FRAME_BYTES + 9)
+    return limits.message_bytes + FRAME_BYTES + 9
 
 
-def frames_bytes(frames: Iterable[Any]) -> int:
-    """What these frames take on a CURVE connection."""
-    total = 0
-    for frame in frames:
-        size = frame.nbytes if isinstance(frame, memoryview) else len(frame)
-        total += size + FRAME_BYTES + (2 if size + FRAME_BYTES < 256 else 9)
-    return total
+def frame_bytes(size: int) -> int:
+    """What a frame of so many bytes takes on a CURVE connection."""
+    return size + FRAME_BYTES + (2 if size + FRAME_BYTES < 256 else 9)
 
 
 @dataclass(frozen=True)
@@ -159,6 +156,7 @@ class Breach:
         return (
             f"connection of {who} dropped: "
             + {
+                "frames": "it sent a message of several frames, and this protocol's have one",
                 "endless": f"it sent {held} without ending a message, or too fast to be read",
                 "slow": f"it does not read its replies, or too slowly; {held} wait",
                 "total": f"all connections together hold too much, and its share is {held}",
@@ -187,6 +185,7 @@ class Account:
     moved: float = 0.0
     sampled: float = 0.0
     paced: tuple[float, int, int] = (0.0, 0, 0)
+    surplus: bool = False
     dropped: bool = False
     routes: set[bytes] = field(default_factory=set)
 
@@ -387,7 +386,9 @@ class Accounts:
 
         live = [account for account in self.accounts.values() if not account.dropped]
         for account in live:
-            if account.inside > self.bounds.unseen:
+            if account.surplus:
+                drop(account, "frames")
+            elif account.inside > self.bounds.unseen:
                 drop(account, "endless", account.inside)
             elif account.unsent > self.bounds.unsent or (
                 account.unsent and now - account.moved > self.bounds.stall_s
@@ -593,20 +594,26 @@ class Meter:
             self.closed(fd)
         self._late.clear()
 
-    def delivered(self, frames: Sequence[zmq.Frame], *, routed: bool = False) -> None:
-        """A message was received with ``copy=False``; `routed` if a routing id comes first."""
+    def delivered(self, frame: zmq.Frame, route: bytes | None = None) -> None:
+        """A message was received with ``copy=False``, by a ROUTER on the connection of `route`."""
         try:
-            fd = int(frames[-1].get(zmq.SRCFD))
+            fd = int(frame.get(zmq.SRCFD))
         except (zmq.ZMQError, IndexError, TypeError, ValueError):
             return  # not by TCP
         user = ""
         with contextlib.suppress(zmq.ZMQError):  # a server has none
-            user = str(frames[-1].get("User-Id") or "")
-        route = frames[0].bytes if routed else None
+            user = str(frame.get("User-Id") or "")
         account = self._accounts.accounts.get(fd)
         known = account is None or route is None or route in account.routes or self._still(fd)
         book = self._accounts.delivered if known else self._accounts.overtook
-        book(fd, frames_bytes(frames[int(routed) :]), user, route)
+        book(fd, frame_bytes(len(frame)), user, route)
+
+    def accuse(self, frame: zmq.Frame) -> None:
+        """A message had more frames than this one: the next `poll` drops its connection."""
+        with contextlib.suppress(zmq.ZMQError, TypeError, ValueError):
+            account = self._accounts.accounts.get(int(frame.get(zmq.SRCFD)))
+            if account:
+                account.surplus = True
 
     def _still(self, fd: int) -> bool:
         """Whether this number is the connection's that is followed by it, and not a successor's."""
@@ -616,31 +623,11 @@ class Meter:
         except OSError:
             return False
 
-    def handed(self, frames: Sequence[Any], now: float, *, route: bytes) -> None:
-        """A message (frames without a routing id) was given to the socket, for this routing id."""
+    def handed(self, size: int, now: float, *, route: bytes) -> None:
+        """A message of so many bytes was given to the socket, for this routing id."""
         fd = self._accounts.routes.get(route)
         if self.metered and fd is not None:
-            self._accounts.handed(fd, frames_bytes(frames), now)
-
-    def leads_to(self, route: bytes, user: str) -> bool:
-        """Whether a message to this routing id reaches this user's connection, as far as is known.
-
-        A routing id is free again once its connection has ended, and whoever connects may give it
-        to itself. It is libzmq's descriptor that must be open still: ours outlives it, and news of
-        the end may be on its way.
-        """
-        fd = self._accounts.routes.get(route)
-        if fd is None or not self.metered:
-            return True
-        early = self._accounts.early(fd)
-        if early and early.route == route:
-            return early.user == user
-        account = self._accounts.accounts.get(fd)
-        if account is None or route not in account.routes:
-            return True
-        with contextlib.suppress(OSError):
-            return account.user == user and self._still(fd) and _up(self._ends[fd])
-        return False
+            self._accounts.handed(fd, frame_bytes(size), now)
 
     def waiting(self, user: str | None = None) -> int:
         """Bytes handed over and not acknowledged when last looked at: a user's, or all; 0 where

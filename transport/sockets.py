@@ -21,14 +21,14 @@ import secrets
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from engines.errors import ConfigError
 from transport.keys import KeyPair
-from transport.messages import HEADER_BYTES, Limits, StageLimits
+from transport.messages import Limits, StageLimits
 from transport.meter import SLOWEST_LINK, Ended, Meter, message_bytes
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,8 @@ BACKLOG = 8
 more if an edge may have more requests open. Whoever receives does little else, so that an honest
 peer needs no more; the meter cuts off who exceeds it."""
 _ZERO_COPY_RECV = 10  # ZMQ_ZERO_COPY_RECV, which pyzmq has no name for
-_SLACK_BYTES = 4096  # CURVE and framing around a part
+_SLACK_BYTES = 4096  # CURVE and framing around a message
+_SURPLUS = 256  # frames thrown away between two turns of other tasks
 _ENDPOINT = re.compile(r"tcp://(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/\[\]]+):(\d{1,5}|\*)\Z")
 
 
@@ -65,14 +66,14 @@ def check_endpoint(endpoint: str, *, bind: bool = False) -> str:
 
 
 def heartbeat_timeout_ms(limits: StageLimits) -> int:
-    """Silence after which a link counts as dead: max(3 s, twice the largest part at the slowest
+    """Silence after which a link counts as dead: max(3 s, twice the largest message at the slowest
     link).
 
-    A ping can't overtake a part already on its way, nor does half a part count as life. Shorter
-    timeouts cut healthy slow links and lose the request silently.
+    A ping can't overtake a message already on its way, and half a message doesn't count as life.
+    Shorter timeouts cut healthy slow links and lose the request silently.
     """
-    part = max(limits.request.part_bytes, limits.result.part_bytes)
-    return max(3000, 2 * part * 1000 // SLOWEST_LINK)
+    largest = max(message_bytes(limits.request), message_bytes(limits.result))
+    return max(3000, 2 * largest * 1000 // SLOWEST_LINK)
 
 
 def send_mark(outbound: Limits) -> int:
@@ -106,9 +107,9 @@ def _draw_routing_ids() -> None:
 
 
 def _common(socket: Any, endpoint: str, inbound: Limits, limits: StageLimits) -> None:
-    # A peer announces a part's size before sending it and libzmq allocates it whole; without this,
+    # A peer announces a frame's size before sending it and libzmq allocates it whole; without this,
     # four unauthenticated peers cost hundreds of megabytes.
-    socket.set(zmq.MAXMSGSIZE, max(inbound.part_bytes, HEADER_BYTES) + _SLACK_BYTES)
+    socket.set(zmq.MAXMSGSIZE, inbound.message_bytes + _SLACK_BYTES)
     # Nothing may outlive its socket: a late request or reply is worthless, and close() must not
     # hang.
     socket.set(zmq.LINGER, 0)
@@ -246,6 +247,39 @@ def server(
         socket.close()
         raise
     return socket
+
+
+class Received(NamedTuple):
+    """A message as it arrived: its frame, the routing id of the connection (of a ROUTER), and how
+    many more frames there were. All of those are thrown away: a legal message has one."""
+
+    frame: zmq.Frame
+    route: bytes
+    surplus: int
+
+
+async def received(socket: Any, *, routed: bool = False) -> AsyncGenerator[Received, None]:
+    """Every message of an asyncio socket, for as long as it lives.
+
+    A message may have any number of frames, and libzmq hands them over one by one. So surplus
+    frames are counted and dropped as they come, and other tasks get their turn in between.
+
+    Args:
+        socket: from `client` or `server`. routed: whether a routing id comes first.
+    """
+    plain: zmq.Socket[bytes] = zmq.Socket.shadow(socket)
+    while True:
+        frame = await socket.recv(copy=False)
+        route = b""
+        if routed:
+            route, frame = frame.bytes, plain.recv(zmq.NOBLOCK, copy=False)
+        surplus, more = 0, frame.more
+        while more:
+            more = plain.recv(zmq.NOBLOCK, copy=False).more
+            surplus += 1
+            if surplus % _SURPLUS == 0:
+                await asyncio.sleep(0)
+        yield Received(frame, route, surplus)
 
 
 LinkState = Literal["up", "down", "unreachable", "refused"]

@@ -19,11 +19,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from edge_runtime.demo import CLICKS, MAX_EXPOSURE, NODES, PHOTO, PROMPTS
+from edge_runtime.demo import MAX_EXPOSURE, NODES, PHOTO, PROMPTS
 from edge_runtime.images import load_image
 from edge_runtime.placement import Placement, place
 from edge_runtime.predictor import OffloadPredictor
-from edge_runtime.render import colour, overlay
+from edge_runtime.render import Overlay, colour
 from edge_runtime.segmentation import segment
 from engines.geometry import Geometry
 from engines.windows import Windows
@@ -182,10 +182,10 @@ def main() -> None:
     """Compute and draw."""
     photo = load_image(PHOTO)
     with OffloadPredictor(bundle=sys.argv[1] if len(sys.argv) > 1 else None) as predictor:
-        found = segment(predictor, photo, PROMPTS)
+        drawing = Overlay(photo)
+        segment(predictor, photo, PROMPTS, each=lambda _, found: drawing.add(found.masks[0]))
         windows, geometry = predictor.windows, predictor.bundle.geometry
     assert windows is not None
-    assert len(CLICKS) == len(found.drawn)
     placed = place(
         windows.area().tolist(),
         windows.window.tolist(),
@@ -195,7 +195,7 @@ def main() -> None:
         secret=b"the figure's own",
         image_hash=b"coins",
     )
-    result = np.array(overlay(photo, found.drawn, PROMPTS))
+    result = np.array(drawing.finish(PROMPTS))
     figure = draw(photo, result, windows, geometry, placed)
     figure.savefig(Path(__file__).with_name("how-it-works.png"), dpi=110)
 

@@ -17,6 +17,7 @@ import msgspec
 from engines import plan as plans
 from engines.build import BuildOptions, Watcher, build_stage
 from engines.bundle import Bundle
+from engines.options import COUNT
 from engines.plan import Plan, PlanRecord
 
 if TYPE_CHECKING:
@@ -48,7 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.description, parser.epilog = _DESCRIPTION, _EPILOG
     add = parser.add_argument
-    add("bundle", type=Path, help="directory of the bundle; plans go into its folder plans")
+    add(
+        "bundle",
+        type=Path,
+        help="directory of the bundle; plans go into its folder plans, for one "
+        "that comes with the package into your cache folder",
+    )
     add(
         "--stage",
         choices=("all", "stack", "tail", "decoder", "head", "encoder"),
@@ -63,13 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--max-windows",
-        type=int,
+        type=COUNT,
         metavar="N",
         help="windows a batch of the stack or head may hold (default: all of an image)",
     )
     add(
         "--workspace",
-        type=int,
+        type=COUNT,
         metavar="MIB",
         help="scratch memory on the GPU that the plan may use (default: the library's)",
     )

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from edge_runtime.demo import print_report, run_demo, verdict
     from edge_runtime.segmentation import dumps
 
-    report = run_demo(args.out, bundle=args.bundle)
+    report = run_demo(args.out, bundle=args.bundle, quiet=args.json)
     if args.json:
         print(dumps(report).rstrip())
     else:

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from engines.bundle import Bundle, Stage, TensorSpec, shipped_bundle
+from engines.text import printable
 
 _RUNS_ON = {
     "head": "edge",
@@ -79,7 +80,7 @@ def describe(bundle: Bundle, *, verified: bool) -> dict[str, Any]:
         "tokens_per_window": geometry.tokens_per_window,
     }
     for name, stage in manifest.stages.items():
-        facts["stages"][name]["bytes"] = _size(bundle, stage)
+        facts["stages"][name]["bytes"] = bundle.size(name)
         if stage.plain is not None:
             facts["stages"][name]["plain"]["bytes"] = (
                 (bundle.path / stage.plain.file).stat().st_size
@@ -91,10 +92,6 @@ def describe(bundle: Bundle, *, verified: bool) -> dict[str, Any]:
             "down": sum(map(_bytes_per_window, stack.outputs)),
         }
     return facts
-
-
-def _size(bundle: Bundle, stage: Stage) -> int:
-    return sum((bundle.path / name).stat().st_size for name in stage.files)
 
 
 def _bytes_per_window(spec: TensorSpec) -> int:
@@ -111,7 +108,7 @@ def _print(bundle: Bundle, facts: dict[str, Any]) -> None:
     rows = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     rows.add_column(no_wrap=True, style="bold")
     rows.add_column(overflow="fold")
-    rows.add_row("bundle", str(bundle.path))
+    rows.add_row("bundle", printable(bundle.path))
     rows.add_row("kind", _KINDS[manifest.kind])
     rows.add_row("model", f"{manifest.model}, weights {manifest.weights_sha256[:12]}")
     rows.add_row("order", _order(bundle))

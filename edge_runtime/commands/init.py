@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,8 @@ secret and its key for each node where they don't exist yet. Overwrites nothing.
 
 EPILOG = """\
 KEY is the node's public key: the node.pub file that its operator sent you, or the 40 characters in
-it. Three nodes or more are needed for no node to see over half of a picture.
+it. Put those in single quotes, because they may hold $, & or *. Three nodes or more are needed for
+no node to see over half of a picture.
 
 examples:
   edge-runtime init --node alpha=tcp://alpha.example.org:5555,keys/alpha-node.pub \\
@@ -34,6 +36,7 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from edge_runtime.placement import DEFAULT_MAX_EXPOSURE
+    from engines.options import SHARE
 
     parser.description = DESCRIPTION
     parser.epilog = EPILOG
@@ -66,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-exposure",
-        type=float,
+        type=SHARE,
         default=DEFAULT_MAX_EXPOSURE,
         metavar="SHARE",
         help="largest share of a picture's area one node may see (default: %(default)g)",
@@ -76,27 +79,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Raises ConfigError or KeyFileError, before anything is written."""
-    from edge_runtime.config import EdgeConfig, NodeConfig, is_key, load_nodes
+    from edge_runtime.config import EdgeConfig, NodeConfig, is_key, load_nodes, refuse_own_keys
     from engines.bundle import Bundle
     from engines.errors import ConfigError
-    from transport.keys import check_new, check_public, generate, generate_secret, load_public
+    from engines.files import refuse_existing, write_whole
+    from transport.keys import check_new, check_public, generate, generate_secret, load_secret
     from transport.sockets import check_endpoint
 
     out: Path = args.out
-    if os.path.lexists(out):
-        raise ConfigError(
-            f"{out} exists and is never overwritten: edit it, move it away, or name another file "
-            "with --out"
-        )
+    refuse_existing(out, ConfigError, "name another file with --out")
     if not out.parent.is_dir():
         raise ConfigError(f"the folder {out.parent} does not exist")
     if args.bundle is not None:
         Bundle.load(args.bundle)
     nodes = []
+    server_keys = {}
     for text in args.node:
         name, endpoint, key = _split(text)
         check_endpoint(endpoint)
-        check_public(key) if is_key(key) else load_public(key)
+        server_keys[name] = check_public(key) if is_key(key) else _public(text, key)
         nodes.append(
             NodeConfig(
                 name=name,
@@ -113,6 +114,8 @@ def run(args: argparse.Namespace) -> int:
     )
 
     missing = [node.name for node in nodes if not os.path.lexists(node.client_key)]
+    present = [node.client_key for node in nodes if node.name not in missing]
+    refuse_own_keys(server_keys, {load_secret(file).public for file in present})
     for name in missing:
         check_new(args.keys, name)
     for name in missing:
@@ -120,11 +123,14 @@ def run(args: argparse.Namespace) -> int:
     if not os.path.lexists(config.secret):
         generate_secret(config.secret)
     load_nodes(config)  # reads every key and sees that no two nodes share one
-    try:
-        with open(out, "x", encoding="utf-8") as file:
-            file.write(_toml(config, out.parent))
-    except OSError as error:
-        raise ConfigError(f"cannot write {out}: {error.strerror}") from None
+    write_whole(
+        out,
+        _toml(config, out.parent),
+        mode=0o644,  # under a loose umask, others could write to it
+        replace=False,
+        error=ConfigError,
+        instead="name another file with --out",
+    )
 
     warning = _warning(config)
     if args.json:
@@ -137,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
     if missing:
         print("\nMade this edge's keys. Send each node's operator the one made for that node:")
         print("\n".join(f"  {args.keys / name}.pub  to the operator of {name}" for name in missing))
-    where = "" if out == Path("edge.toml") else f" --config {out}"
+    where = "" if out == Path("edge.toml") else f" --config {shlex.quote(str(out))}"
     print(f"\nNext: edge-runtime nodes{where}")
     return 0
 
@@ -153,6 +159,18 @@ def _split(text: str) -> tuple[str, str, str]:
             "alpha=tcp://alpha.example.org:5555,keys/alpha-node.pub"
         )
     return name, endpoint, key
+
+
+def _public(text: str, file: str) -> str:
+    """The key in a file that ``--node text`` names."""
+    from engines.errors import KeyFileError
+    from transport.keys import load_public
+
+    try:
+        return load_public(file)
+    except KeyFileError as error:
+        quotes = "" if os.path.lexists(file) else "; a key itself goes in single quotes"
+        raise KeyFileError(f"--node {text!r}: {error}{quotes}") from None
 
 
 def _warning(config: EdgeConfig) -> str | None:

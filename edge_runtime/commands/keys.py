@@ -1,13 +1,13 @@
 """`edge-runtime keys`: make key files, and let an edge into a node.
 
-The three steps of enrolment that touch keys; `docs/enrolment.md` is the whole walk. Each prints
-what to do next and whom to send what.
+These are the three steps of enrolment that touch keys; `docs/enrolment.md` is the whole walk.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 
 DESCRIPTION = """\
@@ -15,7 +15,8 @@ Make the keys by which nodes and edges know each other, and authorise edges on a
 
 Every node has one key pair. An edge has one key pair per node, so that nodes cannot find out that
 they serve the same edge. Only .pub files are ever sent to anyone; .key and .secret files are
-readable by you alone (0600) and stay where they are. Existing keys are never overwritten."""
+readable by you alone (0600) and stay where they are. Existing keys are never overwritten. Keys that
+another user of this machine could replace are refused."""
 
 EPILOG = """\
 on the node:
@@ -26,7 +27,20 @@ on the node, with the .pub file that the edge's owner sent:
   edge-runtime keys authorize --dir keys alpha.pub --as kitchen
 
 `edge-runtime keys COMMAND --help` explains each. To shut an edge out again, remove its file from
-the node's keys/authorized and restart the node.
+the node's keys/authorized. No restart is needed: a running node cuts it off within a second.
+"""
+
+_NODE_EXAMPLES = """examples:
+  edge-runtime keys node                    # keys/node.key, keys/node.pub, keys/authorized/
+  edge-runtime keys node --dir nodes/alpha  # for a second node on this machine
+"""
+_EDGE_EXAMPLES = """examples:
+  edge-runtime keys edge --node alpha --node beta --node gamma
+  edge-runtime keys edge --node delta       # for one more node, later
+"""
+_AUTHORIZE_EXAMPLES = """examples:
+  edge-runtime keys authorize kitchen.pub
+  edge-runtime keys authorize kitchen.pub --as kitchen-at-home --json
 """
 
 
@@ -35,16 +49,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     actions = parser.add_subparsers(dest="action", metavar="COMMAND", required=True)
 
+    raw = argparse.RawDescriptionHelpFormatter
     node = actions.add_parser(
         "node",
+        epilog=_NODE_EXAMPLES,
+        formatter_class=raw,
         help="make a node's key pair and its folder of authorised edges",
         description="Make DIR/node.key (secret), DIR/node.pub and the folder DIR/authorized.",
     )
     edge = actions.add_parser(
         "edge",
+        epilog=_EDGE_EXAMPLES,
+        formatter_class=raw,
         help="make an edge's key pairs, one per node",
-        description="Make DIR/NODE.key (secret) and DIR/NODE.pub for every node named, and "
-        "DIR/edge.secret, which keys the placement of windows, unless it is there.",
+        description="Make DIR/NODE.key (secret) and DIR/NODE.pub for every node named,\n"
+        "and DIR/edge.secret, which keys the placement of windows, unless it is there.",
     )
     edge.add_argument(
         "--node",
@@ -55,8 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     authorize = actions.add_parser(
         "authorize",
+        epilog=_AUTHORIZE_EXAMPLES,
+        formatter_class=raw,
         help="let an edge use this node",
-        description="Copy an edge's public key into DIR/authorized. A running node lets the edge "
+        description="Copy an edge's public key into DIR/authorized. A running node lets the edge\n"
         "in at its next attempt, without a restart.",
     )
     authorize.add_argument("file", type=Path, metavar="FILE.pub", help="the edge's public key")
@@ -91,6 +112,7 @@ def _node(args: argparse.Namespace) -> tuple[dict[str, object], str]:
     folder: Path = args.dir
     pair = generate(folder, "node")
     authorized = make_directory(folder / AUTHORIZED)
+    quoted = shlex.quote(str(folder))
     report: dict[str, object] = {
         "public_key": pair.public,
         "secret_file": str(folder / "node.key"),
@@ -101,13 +123,13 @@ def _node(args: argparse.Namespace) -> tuple[dict[str, object], str]:
         report,
         f"""\
 Made {folder}/node.key (secret: it stays here), {folder}/node.pub and {authorized}/.
-Public key: {pair.public}
+Public key: '{pair.public}'
 
 Next:
   1. Send {folder}/node.pub to the owner of each edge that may use this node.
   2. Each sends back a .pub file. Let that edge in:
-       edge-runtime keys authorize --dir {folder} FILE.pub
-  3. cloud-node serve --bundle BUNDLE --bind tcp://0.0.0.0:5555 --keys {folder}""",
+       edge-runtime keys authorize --dir {quoted} FILE.pub
+  3. cloud-node serve --bundle BUNDLE --bind tcp://0.0.0.0:5555 --keys {quoted}""",
     )
 
 
@@ -138,7 +160,9 @@ def _edge(args: argparse.Namespace) -> tuple[dict[str, object], str]:
         "placement_secret": str(secret),
     }
     sends = "\n".join(f"       {folder}/{n}.pub  to the operator of {n}" for n in names)
-    nodes = " ".join(f"--node {n}=tcp://HOST:5555,{folder}/{n}-node.pub" for n in names)
+    nodes = " ".join(
+        "--node " + shlex.quote(f"{n}=tcp://HOST:5555,{folder}/{n}-node.pub") for n in names
+    )
     saves = "\n".join(f"       {folder}/{n}-node.pub" for n in names)
     return (
         report,
@@ -159,19 +183,22 @@ Next:
 def _authorize(args: argparse.Namespace) -> tuple[dict[str, object], str]:
     from engines.errors import KeyFileError
     from transport.auth import AllowList
-    from transport.keys import AUTHORIZED, check_name, load_public, write_public
+    from transport.keys import AUTHORIZED, check_name, read_public, write_public
 
     folder: Path = args.dir
-    public = load_public(args.file)
+    public = read_public(args.file)
     own = folder / "node.pub"
-    if own.exists() and load_public(own) == public:
+    if own.exists() and read_public(own) == public:
         raise KeyFileError(
             f"{args.file} is this node's own key: the edge's owner needs it, and sends you one "
             "made by `edge-runtime keys edge`"
         )
     name = check_name(args.name or args.file.name.removesuffix(".pub"))
-    path = folder / AUTHORIZED / f"{name}.pub"
-    known = AllowList(folder / AUTHORIZED).name_of(public)
+    authorized = folder / AUTHORIZED
+    path = authorized / f"{name}.pub"
+    # The node may run as the folder's owner, and this as root.
+    owner = authorized.stat().st_uid if authorized.exists() else None
+    known = AllowList(authorized, owner=owner).name_of(public)
     if known is None:
         if path.exists():
             raise KeyFileError(f"{path} holds another edge's key: choose another name with --as")
@@ -180,4 +207,9 @@ def _authorize(args: argparse.Namespace) -> tuple[dict[str, object], str]:
     report: dict[str, object] = {"name": name, "public_key": public, "already": known is not None}
     if known:
         return report, f"This key is authorised already, as {name}."
-    return report, f"Authorised {name} ({path}). A running node lets it in at its next attempt."
+    return (
+        report,
+        f"""\
+Authorised {name} ({path}). A running node lets it in at its next attempt.
+Its key, to compare with the one that the edge's owner sees: '{public}'""",
+    )

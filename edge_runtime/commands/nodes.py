@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engines.options import SECONDS
+from engines.text import printable, table
+
 if TYPE_CHECKING:
     from edge_runtime.offload import NodeStatus
 
@@ -38,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=SECONDS,
         default=5.0,
         metavar="SECONDS",
         help="how long to wait for the slowest node (default: %(default)g)",
@@ -51,16 +54,13 @@ def run(args: argparse.Namespace) -> int:
     from edge_runtime.config import load_config
     from edge_runtime.offload import Offloader
     from engines.bundle import Bundle, shipped_bundle
-    from engines.errors import ConfigError
     from engines.pipeline import Pipeline
 
-    if not 0 < args.timeout <= 3600:
-        raise ConfigError(f"--timeout is {args.timeout:g}; expected seconds above 0")
     config = load_config(args.config)
     bundle = Bundle.load(config.bundle or shipped_bundle())
     with Pipeline(bundle) as pipeline, Offloader(config, pipeline) as offloader:
         found = offloader.status(args.timeout)
-    print(_json(found) if args.json else _table(found))
+    print(_json(found) if args.json else printable(_table(found)))
     return 0 if all(status.usable for status in found) else 1
 
 
@@ -78,11 +78,7 @@ def _table(found: Sequence[NodeStatus]) -> str:
         trip = "-" if status.round_trip_ms is None else f"{status.round_trip_ms:.1f} ms"
         reachable, authorised = said[status.reachable], said[status.authorised]
         rows.append((status.name, reachable, authorised, said[status.same_bundle], trip))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    lines = table(rows)
     for status in found:
         lines += ["", f"{status.name} ({status.endpoint}): {status.detail}"]
     usable = sum(status.usable for status in found)

@@ -1,37 +1,49 @@
-"""``edge-runtime segment``: one photo, one or more objects, masks in a folder."""
+"""``edge-runtime segment``: photos, one or more objects in each, masks in folders."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from engines.options import SECONDS, SHARE, THREADS
+from engines.text import printable
 
 if TYPE_CHECKING:
     from edge_runtime.config import EdgeConfig
 
 DESCRIPTION = """\
-Segment a photo at points or boxes. The windows of the photo are computed by the nodes of an
-edge.toml, each of which sees only a few of them, or on this machine with --local. Points, boxes and
-masks never leave this machine. Without --config and --local, edge.toml in the current folder is
-used."""
+Segment photos at points or boxes. The windows of a photo are computed by the nodes of an edge.toml,
+each of which sees only a few of them, or on this machine with --local. Points, boxes and masks
+never leave this machine. Without --config and --local, edge.toml in the current folder is used."""
 
 EPILOG = """\
 Coordinates are pixels from the left top corner of the photo as a viewer shows it (upright).
 
 Each --point and each --box is an object of its own. A point with label 0 is not part of the object
-before it. For an object with several prompts, put --object before them.
+before it. For an object with several prompts, put --object before them. Of several photos, or a
+folder of them, each is segmented at the same prompts.
 
-The folder --out then holds mask-1.png, mask-2.png, ... (white on black), masks.png (all in colours;
-a pixel's palette index is the object's number), overlay.png, result.json and, if nodes took part,
-what-each-node-saw.png.
+The folder of a photo then holds mask-1.png, mask-2.png, ... (white on black), masks.png (all in
+colours; a pixel's palette index is the object's number), overlay.png, result.json and, if nodes
+took part, what-each-node-saw.png. It is out/photo.jpg for photo.jpg, and out/photo.jpg-2 the next
+time. --out names another folder: for one photo the very folder, which must be new; for several the
+one in which each has a folder of its own.
+
+--json prints result.json, and in "folder" where it is: for one photo as one document, for several
+as one line each. Of a photo that cannot be read, or on which a prompt does not lie, the line holds
+"photo" and "error"; the others go on, and the exit code is 1.
 
 examples:
   edge-runtime segment photo.jpg --point 120,80 --local
   edge-runtime segment photo.jpg --point 120,80 --point 300,210 --config edge.toml
   edge-runtime segment photo.jpg --point 120,80 --point 150,95,0     (the second is not on it)
-  edge-runtime segment photo.jpg --box 20,30,180,150 --max-exposure 0.37
+  edge-runtime segment photo.jpg --box 20,30,180,150 --max-exposure 37%
   edge-runtime segment photo.jpg --object --point 120,80 --point 160,90 --object --box 20,30,60,70
+  edge-runtime segment photos/ more.jpg --point 320,240 --no-pictures --json
 """
 
 
@@ -53,7 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.epilog = EPILOG
     parser.set_defaults(prompts=[])
-    parser.add_argument("photo", type=Path, metavar="PHOTO", help="JPEG, PNG, WebP, TIFF, ...")
+    parser.add_argument(
+        "photos",
+        nargs="+",
+        type=Path,
+        metavar="PHOTO",
+        help="JPEG, PNG, WebP, TIFF, ...; or a folder of them",
+    )
     what = parser.add_argument_group("what to segment")
     what.add_argument(
         "--point",
@@ -80,13 +98,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     where.add_argument(
         "--max-exposure",
-        type=float,
+        type=SHARE,
         metavar="SHARE",
         help="largest share of the photo's area any node may see (default: edge.toml's)",
     )
     where.add_argument(
         "--deadline",
-        type=float,
+        type=SECONDS,
         metavar="SECONDS",
         help="time for all windows to come back; with --fallback local nodes get half of it, this "
         "machine the rest (default: edge.toml's)",
@@ -98,7 +116,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "compute those windows here (default: edge.toml's)",
     )
     where.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads on this machine (default: all cores)"
+        "--threads",
+        type=THREADS,
+        metavar="N",
+        help="CPU threads on this machine (default: all cores)",
     )
     where.add_argument(
         "--device",
@@ -109,10 +130,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     result = parser.add_argument_group("result")
     result.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder to write (default: out/PHOTO's name)"
+        "--out", type=Path, metavar="DIR", help="folder to write (default: out/PHOTO, numbered)"
     )
     result.add_argument(
-        "--overwrite", action="store_true", help="replace the results of an earlier run in --out"
+        "--overwrite", action="store_true", help="replace the results of an earlier run"
+    )
+    result.add_argument(
+        "--no-pictures",
+        action="store_true",
+        help="leave out overlay.png and what-each-node-saw.png, which take time",
     )
     result.add_argument(
         "--multimask",
@@ -123,37 +149,90 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Raises any EdgeRuntimeError; then no folder is left behind."""
+    """Raises any EdgeRuntimeError; then no folder of the photo at hand is left behind."""
     from edge_runtime import prompts as prompting
     from edge_runtime import segmentation
     from edge_runtime.images import load_image
-    from engines.errors import ConfigError
+    from engines.errors import ImageError, PromptError
+    from engines.progress import progress
 
-    if args.threads is not None and args.threads < 1:
-        raise ConfigError(f"--threads is {args.threads}; expected at least 1")
     prompts = prompting.group([_parsed(option, text) for option, text in args.prompts])
     config = _config(args)
-    out = args.out or Path("out") / (args.photo.stem or "photo")
-    segmentation.check_folder(out, args.overwrite)
-    image = load_image(args.photo)
-    prompting.check(prompts, image.shape[:2])
+    photos = _photos(args.photos)
+    several = len(args.photos) > 1 or args.photos[0].is_dir()
+    if args.out is not None and not several:
+        ours = segmentation.is_ours
+        segmentation.check_folder(args.out, ours, segmentation.RESULT, args.overwrite)
+    images = {}
+    if not several:  # a mistake is found before anything large is loaded
+        images[photos[0]] = load_image(photos[0])
+        prompting.check(prompts, images[photos[0]].shape[:2])
 
     from edge_runtime.predictor import OffloadPredictor
 
+    failed = 0
     with OffloadPredictor(
-        config, bundle=args.bundle, threads=args.threads, device=args.device
+        config,
+        max_exposure=args.max_exposure,
+        deadline_s=args.deadline,
+        fallback=args.fallback,
+        bundle=args.bundle,
+        threads=args.threads,
+        device=args.device,
     ) as predictor:
-        report = segmentation.write(
-            out,
-            args.photo.name,
-            image,
-            predictor,
-            prompts,
-            all_masks=args.multimask,
-            overwrite=args.overwrite,
-        )
-    print(segmentation.dumps(report).rstrip() if args.json else _text(report, out))
-    return 0
+        predictor.load(quiet=args.json)
+        total = len(photos) * predictor.cost
+        with progress("segmenting", total, quiet=args.json) as predictor.pipeline.work:
+            for photo in photos:
+                folder = (args.out or Path("out")) / photo.name
+                named = args.out is not None and not several
+                try:
+                    image = images.pop(photo) if photo in images else load_image(photo)
+                    found, report = segmentation.write(
+                        args.out if named else folder,
+                        photo.name,
+                        image,
+                        predictor,
+                        prompts,
+                        all_masks=args.multimask,
+                        pictures=not args.no_pictures,
+                        overwrite=args.overwrite,
+                        number=not (named or args.overwrite),
+                    )
+                except (ImageError, PromptError) as error:
+                    if not several:
+                        raise
+                    failed += 1
+                    said = str(error) if isinstance(error, ImageError) else f"{photo}: {error}"
+                    if args.json:
+                        print(json.dumps({"photo": photo.name, "error": said}), flush=True)
+                    else:
+                        print(f"error: {printable(said)}", file=sys.stderr)
+                    continue
+                if args.json:
+                    told = {**report, "folder": str(found)}
+                    print(json.dumps(told) if several else segmentation.dumps(told).rstrip())
+                else:
+                    name = f"{photo}:\n" if several else ""
+                    print(printable(f"{name}{_text(report, found)}") + "\n" * several)
+                sys.stdout.flush()
+    if failed:
+        print(f"error: {failed} of {len(photos)} photos failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _photos(paths: Sequence[Path]) -> list[Path]:
+    """The photos that are named, and those in the folders that are named."""
+    from edge_runtime.images import is_photo
+    from engines.errors import ImageError
+
+    found = []
+    for path in paths:
+        inside = sorted(p for p in path.iterdir() if is_photo(p)) if path.is_dir() else [path]
+        if not inside:
+            raise ImageError(f"{path} holds no photos (JPEG, PNG, WebP, TIFF, ...)")
+        found += inside
+    return found
 
 
 def _parsed(option: str, text: str | None) -> Any:
@@ -166,22 +245,18 @@ def _parsed(option: str, text: str | None) -> Any:
 
 def _config(args: argparse.Namespace) -> EdgeConfig | None:
     """The nodes to use and how; None computes here."""
-    import msgspec
-
     from edge_runtime.config import load_config
     from engines.errors import ConfigError
 
-    changes = {
-        "max_exposure": args.max_exposure,
-        "deadline_s": args.deadline,
-        "fallback": args.fallback,
-    }
-    given = {name: value for name, value in changes.items() if value is not None}
     if args.local:
-        if given:
-            option = {"deadline_s": "--deadline"}.get(next(iter(given)))
-            option = option or "--" + next(iter(given)).replace("_", "-")
-            raise ConfigError(f"{option} is about nodes, and with --local there are none")
+        given = {
+            "--max-exposure": args.max_exposure,
+            "--deadline": args.deadline,
+            "--fallback": args.fallback,
+        }
+        for option, value in given.items():
+            if value is not None:
+                raise ConfigError(f"{option} is about nodes, and with --local there are none")
         return None
     path = args.config or Path("edge.toml")
     if args.config is None and not path.exists():
@@ -190,7 +265,7 @@ def _config(args: argparse.Namespace) -> EdgeConfig | None:
             "edge.toml on your nodes (`edge-runtime init` writes that file, and one in the current "
             "folder is found without --config)"
         )
-    return msgspec.structs.replace(load_config(path), **given)
+    return load_config(path)
 
 
 def _text(report: dict[str, Any], out: Path) -> str:
@@ -200,7 +275,7 @@ def _text(report: dict[str, Any], out: Path) -> str:
         box = "empty" if best["box"] is None else "box {},{},{},{}".format(*best["box"])
         lines.append(
             f"object {item['object']}: {best['area']} pixels, {box}, "
-            f"predicted IoU {best['score']:.2f}"
+            f"predicted IoU {best['predicted_iou']:.2f}"
         )
     if "exposure" in report:
         seen = report["exposure"]
@@ -215,5 +290,12 @@ def _text(report: dict[str, Any], out: Path) -> str:
             lines.append(f"this machine computed {len(seen['windows_at_home'])} windows itself")
     else:
         lines.append("computed on this machine; nothing left it")
-    lines += ["", f"{report['latency_ms']['total']:.0f} ms. Masks and overlay are in {out}"]
+    spent = report["latency_ms"]
+    took = f"{_time(spent['total'])}, of which files took {_time(spent['files'])}"
+    lines += ["", f"{took}. Masks and pictures are in {out}"]
     return "\n".join(lines)
+
+
+def _time(milliseconds: float) -> str:
+    seconds = milliseconds / 1000
+    return f"{milliseconds:.0f} ms" if seconds < 10 else f"{seconds:.1f} s"

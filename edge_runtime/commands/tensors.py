@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from engines.bundle import Bundle
 from engines.errors import ExportError
+from engines.options import Number
+from engines.text import printable
 
 if TYPE_CHECKING:
     from exporters.tensors import Report
@@ -40,6 +42,9 @@ examples:
 
 exit code: 0; 1 if --limit is exceeded, or cannot be checked because a shape is unknown."""
 
+_SIZE = Number(0, 1_000_000, whole=True)
+_MEGABYTES = Number(0, 1e9, "MB")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = _DESCRIPTION, _EPILOG
@@ -47,33 +52,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("graph", type=Path, metavar="BUNDLE|GRAPH.onnx", help="a bundle, or any ONNX file")
     add("--stage", metavar="S", help="of a bundle: head, stack, tail, encoder or decoder (all)")
     add("--plain", action="store_true", help="of a bundle: the plain form instead of the main one")
-    add("--windows", type=_count, metavar="N", help="windows at once (default: all of the image)")
-    add("--prompts", type=_count, default=1, metavar="P", help="prompts at once (default 1)")
-    add("--points", type=_count, default=2, metavar="K", help="points per prompt (default 2)")
-    add("--top", type=_count, default=10, metavar="ROWS", help="rows to show (default 10)")
+    add("--windows", type=_SIZE, metavar="N", help="windows at once (default: all of the image)")
+    add("--prompts", type=_SIZE, default=1, metavar="P", help="prompts at once (default 1)")
+    add("--points", type=_SIZE, default=2, metavar="K", help="points per prompt (default 2)")
+    add("--top", type=_SIZE, default=10, metavar="ROWS", help="rows to show (default 10)")
     add(
         "--limit",
-        type=_megabytes,
+        type=_MEGABYTES,
         metavar="MB",
         help="exit with 1 if a tensor is larger; 1 MB = 10^6",
     )
     add("--json", action="store_true", help="print JSON for scripts")
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 up")
-    return int(text)
-
-
-def _megabytes(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not value >= 0:  # nothing exceeds NaN
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 up")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -172,7 +161,9 @@ def _print(
         shape = " x ".join(map(str, group.shape)) or "1"
         where = [stage] if several else []
         facts = (group.op, group.dtype, shape, group.name)
-        table.add_row(f"{group.bytes / 1e6:,.3f}", str(group.count), *where, *facts)
+        table.add_row(
+            f"{group.bytes / 1e6:,.3f}", str(group.count), *map(printable, [*where, *facts])
+        )
     console.print(table)
     measured = sum(found.tensors for found in reports.values())
     console.print(
@@ -183,4 +174,4 @@ def _print(
     if args.limit is not None and not problems:
         console.print(f"none exceeds {args.limit:g} MB", soft_wrap=True)
     for problem in problems:
-        console.print(problem, soft_wrap=True)
+        console.print(printable(problem), soft_wrap=True)

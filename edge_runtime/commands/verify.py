@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from engines.options import SEED, THREADS, Number
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -68,13 +70,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--random",
-        type=int,
+        type=Number(1, 10_000, whole=True),
         default=1,
         metavar="N",
         help="samples of random inputs, besides the golden ones (default %(default)s)",
     )
-    add("--seed", type=int, metavar="S", help="draw the random inputs of an earlier run again")
-    add("--threads", type=int, metavar="N", help="CPU threads of ONNX Runtime (default: all cores)")
+    add("--seed", type=SEED, metavar="S", help="draw the random inputs of an earlier run again")
+    help_threads = "CPU threads of ONNX Runtime (default: all cores)"
+    add("--threads", type=THREADS, metavar="N", help=help_threads)
     add("--json", action="store_true", help="print JSON for scripts; progress goes to stderr")
 
 
@@ -83,16 +86,8 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from engines.bundle import Bundle, shipped_bundle
-    from engines.errors import ConfigError
     from engines.parity import gate
 
-    for option, value, least, most in (
-        ("--random", args.random, 1, 10_000),
-        ("--seed", args.seed, 0, (1 << 64) - 1),
-        ("--threads", args.threads, 1, 1 << 16),
-    ):
-        if value is not None and not least <= value <= most:
-            raise ConfigError(f"{option} is {value}; expected {least} to {most}")
     bundle = Bundle.load(args.bundle or shipped_bundle())
     kinds: dict[str, tuple[Kind, ...]] = {"all": ("cpu", "cuda", "tensorrt")}
     terminal = Console(stderr=True, highlight=False, markup=False, emoji=False)

@@ -7,6 +7,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from engines.options import COUNT, THREADS
+from exporters.early import DEVICE_HELP
+
 BLURS = (4, 8, 16)  # sigma in pixels of an image whose longest side is 1024
 _HEADS = ("box", "+1", "+3", "large", "error")
 
@@ -43,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--adapted", type=Path, metavar="FILE", help="adapted weights (default: shipped tiny)")
     add(
         "--scenes",
-        type=int,
+        type=COUNT,
         default=200,
         metavar="N",
         help="held-out scenes of each sort (default 200)",
@@ -56,11 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="COCO annotation file instead of these sets",
     )
     add("--images", type=Path, metavar="DIR", help="folder of the annotated images")
-    add("--limit", type=int, metavar="N", help="at most so many annotated images")
-    add("--min-area", type=int, default=100, metavar="PX", help="smallest object of a file (100)")
+    add("--limit", type=COUNT, metavar="N", help="at most so many annotated images")
+    add("--min-area", type=COUNT, default=100, metavar="PX", help="smallest object of a file (100)")
     add("--no-blur", action="store_true", help="leave out the blurred rows")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help=DEVICE_HELP)
+    add("--threads", type=THREADS, metavar="N", help="CPU threads (default: PyTorch's choice)")
     add("--json", action="store_true", help="print JSON instead of the table")
 
 
@@ -89,8 +92,6 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--annotations and --images go together; give both")
     if args.annotations is not None and args.only:
         raise ConfigError("choose one of --only and --annotations")
-    if args.scenes <= 0 or (args.limit is not None and args.limit <= 0):
-        raise ConfigError("--scenes and --limit must be above 0")
     if args.threads:
         torch.set_num_threads(args.threads)
     device = choose_device(args.device)

@@ -7,6 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from engines.options import COUNT, RATE, SEED, THREADS, Number
+from exporters.early import DEVICE_HELP
+
+_NONE = Number(0, 10_000_000, whole=True)
 _DESCRIPTION = """\
 Train the model `tiny` (2.6 M parameters, SAM's architecture) on procedurally generated scenes, from
 scratch or from weights. No images are needed. Each object is prompted with a point or a box and
@@ -34,22 +38,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="directory of the run")
     add("--weights", type=Path, metavar="FILE", help="begin a new run from these weights")
-    add("--steps", type=int, metavar="N", help="optimiser steps in all (default 4600)")
-    add("--seed", type=int, metavar="N", help="seed of weights and scenes (default 1)")
-    add("--images", type=int, metavar="N", help="images a step (default 12)")
-    add("--clicks", type=int, metavar="N", help="objects prompted in each image (default 8)")
-    add("--lr", type=float, metavar="X", help="highest learning rate (default 5e-4)")
-    add("--save-every", type=int, default=150, metavar="N", help="steps between checkpoints (150)")
+    add("--steps", type=COUNT, metavar="N", help="optimiser steps in all (default 4600)")
+    add("--seed", type=SEED, metavar="N", help="seed of weights and scenes (default 1)")
+    add("--images", type=COUNT, metavar="N", help="images a step (default 12)")
+    add("--clicks", type=COUNT, metavar="N", help="objects prompted in each image (default 8)")
+    add("--lr", type=RATE, metavar="X", help="highest learning rate (default 5e-4)")
+    add(
+        "--save-every", type=COUNT, default=150, metavar="N", help="steps between checkpoints (150)"
+    )
     add(
         "--held-out",
-        type=int,
+        type=_NONE,
         default=48,
         metavar="N",
         help="scenes a sort scored at checkpoints (48)",
     )
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help=DEVICE_HELP)
+    add("--threads", type=THREADS, metavar="N", help="CPU threads (default: PyTorch's choice)")
     add("--no-amp", action="store_true", help="compute in float32 instead of mixed bfloat16")
+    add("--json", action="store_true", help="print the result as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,9 +66,10 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from engines.errors import ConfigError
+    from engines.stopping import finishing
     from exporters.evaluate import CORRECTIONS, evaluate, held_out_scenes
     from exporters.models import STOCK, load_checkpoint, save_checkpoint
-    from exporters.runs import Interrupt, choose_device, made_with, progress_bar, say
+    from exporters.runs import STOPPING, choose_device, made_with, progress_bar, say
     from exporters.scenes import PHOTO_LIKE
     from exporters.training import TrainConfig, Trainer
 
@@ -73,9 +81,6 @@ def run(args: argparse.Namespace) -> int:
         for name in ("steps", "seed", "images", "clicks", "lr")
         if (value := getattr(args, name)) is not None
     }
-    for name, value in [*given.items(), ("save-every", args.save_every)]:
-        if value <= 0 and name != "seed":
-            raise ConfigError(f"--{name} must be above 0, not {value}")
     if args.no_amp:
         given["amp"] = False
     state = args.out / "state.pt"
@@ -131,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
         trainer.save(state)
 
     with (
-        Interrupt() as interrupt,
+        finishing(STOPPING) as interrupt,
         progress_bar("training", config.steps, trainer.step) as advance,
     ):
         while trainer.step < config.steps and not interrupt.requested:
@@ -148,5 +153,14 @@ def run(args: argparse.Namespace) -> int:
     command = f"edge-runtime train --out {os.path.relpath(args.out)} --steps {config.steps}"
     facts = {**made_with(command), "steps": trainer.step, "seed": config.seed}
     save_checkpoint(trainer.result(), weights, facts)
+    following = (
+        f"edge-runtime adapt --checkpoint {weights} --scenes --out {config.model}-adapted.pt"
+    )
+    if args.json:
+        scores = trainer.history[-1] if trainer.history else None
+        report = {"weights": str(weights), "steps": trainer.step, "held_out": scores}
+        print(json.dumps({**report, "next": following}, indent=2))
+        return 0
     print(weights)
+    say(f"next: {following}")
     return 0

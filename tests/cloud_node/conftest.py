@@ -217,16 +217,18 @@ def start_node(
     """Start nodes; those still running at the end are stopped."""
     nodes: list[Node] = []
 
-    def start(kind: str = "pixels", *options: str, program: Sequence[str] = ()) -> Node:
-        root = tmp_path_factory.mktemp("node")
-        folder, ready, log = node_keys(root / "keys"), root / "ready.json", root / "log"
+    def start(
+        kind: str = "pixels", *options: str, program: Sequence[str] = (), folder: str = "node"
+    ) -> Node:
+        root = tmp_path_factory.mktemp(folder)
+        keys, ready, log = node_keys(root / "keys"), root / "ready.json", root / "log"
         command = [*(program or (sys.executable, "-m", "cloud_node.cli")), "serve"]
         command += ["--threads", "1"]
         command += ["--bundle", str(bundle_of(kind)), "--bind", "tcp://127.0.0.1:0"]
-        command += ["--keys", str(folder), "--ready-file", str(ready), "--log-level", "debug"]
+        command += ["--keys", str(keys), "--ready-file", str(ready), "--log-level", "debug"]
         with log.open("wb") as out:
             process = subprocess.Popen([*command, *options], stdout=out, stderr=out)
-        node = Node(process, folder, log, ready, Bundle.load(bundle_of(kind)))
+        node = Node(process, keys, log, ready, Bundle.load(bundle_of(kind)))
         nodes.append(node)
         give_up = time.monotonic() + 60
         while not ready.exists():
@@ -258,14 +260,22 @@ class Edge:
             ctx, node.endpoint, str(node.ready["public_key"]), pair, node.limits
         )
         self.socket.set(zmq.SNDTIMEO, 60_000)
+        self.seals: dict[bytes, bytes] = {}
 
-    def send(self, frames: list[Any]) -> None:
+    def send(self, *frames: Any) -> None:
+        """One message; a legal one has one frame."""
         self.socket.send_multipart(frames, copy=False)
 
-    def receive(self, timeout_ms: int = 60_000) -> tuple[messages.Message, dict[str, np.ndarray]]:
+    def receive(
+        self, timeout_ms: int = 60_000, *, tensors: bool = True
+    ) -> tuple[messages.Message, dict[str, np.ndarray]]:
         assert self.socket.poll(timeout_ms), "no reply"
-        frames = self.socket.recv_multipart(copy=False)
-        return messages.decode(frames, self.limits.result)
+        (frame,) = self.socket.recv_multipart(copy=False)
+        message = messages.decode_header(frame)
+        if not tensors:
+            return message, {}
+        seal = self.seals.get(getattr(message, "id", b""), b"")
+        return message, messages.decode_tensors(message, frame, self.limits.result, seal)
 
     def request(
         self,
@@ -275,9 +285,11 @@ class Edge:
         stage: str | None = None,
     ) -> bytes:
         """Send a request; returns its id."""
-        message = messages.Request(messages.new_id(), stage or self.stage.sha256, deadline_ms)
+        id, seal = messages.new_id(), messages.new_seal()
+        self.seals[id] = seal
+        message = messages.Request(id, stage or self.stage.sha256, deadline_ms, seal)
         self.send(messages.encode(message, feeds))
-        return message.id
+        return id
 
     def replies(self, ids: Iterable[bytes], *, final: bool) -> dict[bytes, messages.Message]:
         """One reply to each of these requests, in any order: the last, or the first."""

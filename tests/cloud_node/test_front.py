@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import pytest
 from faults import sodium
-from faults.edges import HostileEdge, info_request
+from faults.edges import FORGETFUL, HostileEdge
 from faults.zmtp import Budget
 
+from engines.errors import ProtocolError
 from transport import messages
 from transport.messages import (
     Accepted,
@@ -32,6 +33,7 @@ from transport.messages import (
     Refused,
     Result,
     decode_header,
+    decode_tensors,
     encode,
 )
 
@@ -163,7 +165,7 @@ def test_a_busy_node_answers_what_costs_nothing(mine: Any, connect: Any, five: F
         assert isinstance(refused, Refused)
         assert refused.code == "overloaded"
         assert refused.retry_ms > 0
-        duplicate = messages.Request(sent[3], mine.stage.sha256, 60_000)
+        duplicate = messages.Request(sent[3], mine.stage.sha256, 60_000, messages.new_seal())
         edge.send(encode(duplicate, five))
         message, _ = edge.receive()
         assert isinstance(message, Refused)
@@ -192,7 +194,7 @@ def test_cancelled_requests_are_not_computed_or_not_answered(
     assert message.id == last
     assert not edge.socket.poll(300)
     assert len(re.findall(r"\d windows for", mine.logged())) == 1
-    again = encode(messages.Request(waiting, mine.stage.sha256, 60_000), five)
+    again = encode(messages.Request(waiting, mine.stage.sha256, 60_000, messages.new_seal()), five)
     edge.send(again)  # and their ids are free
     assert edge.receive()[0] == Accepted(waiting)
 
@@ -355,50 +357,53 @@ def test_an_edge_that_never_reads_disturbs_nobody(
 
 
 @needs_sodium
-@pytest.mark.parametrize("talks", [False, True])
-def test_whoever_takes_the_routing_id_of_another_edge_gets_none_of_its_results(
-    mine: Any, connect: Any, feeds: Feeds, talks: bool
+def test_nobody_can_read_the_results_of_an_edge_whose_routing_id_it_takes(
+    start_node: Any, connect: Any, feeds: Feeds, local: Any
 ) -> None:
-    victim, thief = hostile(mine, "victim"), hostile(mine, "thief")
-    other, route = connect(mine), b"\0edge"
+    """Even if the node notices nothing, and sends them all."""
+    node = start_node(program=[sys.executable, "-c", FORGETFUL])
+    victim, thief = hostile(node, "victim"), hostile(node, "thief")
+    other = connect(node)
+    expected = local(node, feeds)["tokens"]
 
-    async def info(peer: Any) -> None:
-        """What comes next is the answer to this, and nothing else."""
-        await peer.send_message(info_request())
-        frames = await asyncio.wait_for(peer.read_message(), 60)
-        assert isinstance(decode_header(frames[0]), Info)
+    async def work() -> list[bytes]:
+        await asyncio.sleep(0.5)  # the new keys are known
+        thefts = []
+        with stopped(node):
+            for number in range(20):
+                thefts.append(asyncio.create_task(victim.stolen_by(thief, feeds, number)))
+                await asyncio.sleep(0.03)
+        await asyncio.to_thread(other.ask, feeds)
+        return [frame for found in await asyncio.gather(*thefts) for frame in found]
 
-    async def thieve() -> Any:
-        """A connection that has the routing id: libzmq doesn't answer it as long as another has."""
-        while True:
-            peer = await thief.connect(identity=route)
-            with contextlib.suppress(asyncio.TimeoutError):
-                await peer.send_message(info_request())
-                frames = await asyncio.wait_for(peer.read_message(), 1)
-                assert isinstance(decode_header(frames[0]), Info)
-                return peer
-            peer.abort()
+    stolen = asyncio.run(asyncio.wait_for(work(), 120))
+    assert stolen
+    for frame in stolen:
+        message = decode_header(frame)
+        assert isinstance(message, Result)
+        for seal in other.seals.values():
+            with pytest.raises(ProtocolError, match="not sealed"):
+                decode_tensors(message, frame, node.limits.result, seal)
+        for window in expected:
+            assert window.tobytes()[:16] not in frame
+
+
+@needs_sodium
+def test_a_message_of_many_frames_costs_its_sender_the_connection(
+    mine: Any, connect: Any, five: Feeds, local: Any
+) -> None:
+    edge, attacker = connect(mine), hostile(mine, "frames")
 
     async def work() -> None:
-        await asyncio.sleep(0.5)  # the new keys are known
-        peer = await victim.connect(identity=route)
-        with stopped(mine):
-            await peer.send_message(victim.request(some(feeds, 9, 0)))
-            assert isinstance(decode_header((await peer.read_message())[0]), Accepted)
-            for _ in range(3):
-                ask_info(other)  # the worker has it
-            await peer.send_message(victim.request(some(feeds, 9, 1)))  # and this waits
-            assert isinstance(decode_header((await peer.read_message())[0]), Accepted)
-            peer.abort()
-            if not talks:  # else it comes as soon as may be
-                await asyncio.to_thread(until, lambda: "victim has left" in mine.logged())
-            stolen = await (thieve() if talks else thief.connect(identity=route))
-        await asyncio.to_thread(other.ask, feeds)
-        await info(stolen)
-        await stolen.close()
+        peer = await attacker.connect()
+        await peer.send_message([b""] * 1000)
+        with pytest.raises((OSError, asyncio.IncompleteReadError)):
+            await asyncio.wait_for(peer.read_message(), 30)
         await peer.close()
 
-    asyncio.run(asyncio.wait_for(work(), 120))
+    asyncio.run(work())
+    until(lambda: "several frames" in mine.logged())
+    assert same(mine, local, five, edge.ask(five))
 
 
 def test_refused_requests_do_not_fill_the_log(mine: Any, connect: Any, five: Feeds) -> None:

@@ -22,7 +22,7 @@ from transport.keys import generate, make_directory
 
 MIB = 1 << 20
 WANTED = Budget(queue=256 * MIB, transit=256 * MIB, connections=4096)
-NEEDS = Needs(request=4 * MIB, result=8 * MIB, part=4 * MIB, batches=8 * MIB, shared=80 * MIB)
+NEEDS = Needs(request=4 * MIB, result=8 * MIB, batches=8 * MIB, shared=80 * MIB)
 LIMIT = Limit("RLIMIT_DATA", "raise it", 512 * MIB, 0, promised=True)
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is used")
@@ -47,7 +47,7 @@ def cost(budget: Budget, needs: Needs, limit: Limit) -> int:
 def test_what_is_given_fits_and_is_no_more_than_was_wanted(
     most: int, used: int, queue: int, request: int, result: int, promised: bool, shared: bool
 ) -> None:
-    needs = Needs(request, result, request // 2, 2 * request, 10 * result)
+    needs = Needs(request, result, 2 * request, 10 * result)
     assume(queue >= needs.least.queue)
     wanted = Budget(queue, queue, 4096)
     limit = Limit("a limit", "raise it", most, used, promised=promised, shared=shared)

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import urllib.error
@@ -109,6 +110,12 @@ def test_init_writes_a_file_that_explains_and_loads(folder: Path) -> None:
     assert (folder / "etc.toml").read_text() == text
 
 
+def test_what_init_writes_is_closed_to_others_whatever_the_umask(tmp_path: Path) -> None:
+    command = f"umask 0; exec {sys.executable} -m cloud_node.cli init"
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True, capture_output=True)
+    assert stat.S_IMODE((tmp_path / "node.toml").stat().st_mode) == 0o644
+
+
 def test_what_init_comments_out_is_valid_too(tmp_path: Path) -> None:
     assert run("init", cwd=tmp_path).returncode == 0
     text = (tmp_path / "node.toml").read_text()
@@ -120,10 +127,22 @@ def test_what_init_comments_out_is_valid_too(tmp_path: Path) -> None:
     assert set(sources.values()) == {str(tmp_path / "all.toml")}
 
 
+def test_init_on_a_full_disk_leaves_nothing_that_blocks_the_next_try(full_disk: Path) -> None:
+    filler = full_disk / "filler"
+    filler.write_bytes(b"x" * (64 << 10))
+    done = run("init", cwd=full_disk)
+    assert done.returncode == 1
+    said = "error: cannot write node.toml: No space left on device; make room on that disk, or "
+    assert done.stderr.startswith(said)
+    assert list(full_disk.iterdir()) == [filler]
+    filler.unlink()
+    assert run("init", cwd=full_disk).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["--threads", "0"], "--threads 0: expected 1 to 1024"),
+        (["--threads", "0"], "--threads 0: expected a whole number from 1 to 1,024"),
         (["--memory-ceiling", "100MiB"], "expected at least 320 MiB"),
         (["--out", "no/where.toml"], "cannot write no/where.toml"),
     ],

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from cloud_node.config import NodeConfig, Prepared, examine, load, prepare
-from cloud_node.settings import BY_NAME, SETTINGS, Invalid, quoted, size_text
+from cloud_node.config import EDGE_SETTINGS, NodeConfig, Prepared, examine, load, prepare
+from cloud_node.settings import BY_NAME, SETTINGS, quoted, size_text
 from engines.errors import BundleError, ConfigError, KeyFileError
+from engines.options import Invalid
 from transport import keys
 
 
@@ -72,6 +73,24 @@ def test_options_win_over_the_file_and_the_file_over_defaults(
     assert sources["max_wait_ms"] == "default"
 
 
+def test_a_file_that_others_may_write_is_refused(write: Callable[[str], Path]) -> None:
+    """They could name a folder of keys of their own."""
+    path = write("threads = 3\n")
+    path.chmod(0o666)
+    with pytest.raises(ConfigError, match=f"chmod go-w {path}"):
+        load(path)
+
+
+def test_the_settings_of_an_edge_are_recognised(write: Callable[[str], Path]) -> None:
+    from edge_runtime.config import EdgeConfig
+
+    for text in ("max_exposure = 0.4\n", '[[nodes]]\nname = "alpha"\n'):
+        with pytest.raises(ConfigError, match=r"settings of an edge.*edge-runtime nodes --config"):
+            load(write(text))
+    assert {*EdgeConfig.__struct_fields__} >= EDGE_SETTINGS
+    assert not BY_NAME.keys() & EDGE_SETTINGS
+
+
 def test_keys_of_a_file_are_beside_it_unless_it_says_otherwise(
     write: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -120,19 +139,19 @@ def test_values(write: Callable[[str], Path], line: str, value: Any) -> None:
         ("[metrics]\naddress = 1", ["[metrics] begins a table", "NAME = VALUE"]),
         ("[node]\nthreads = 1", ["[node] begins a table"]),
         ("metrics = false", ["metrics is false", 'a text, such as "127.0.0.1:9464"']),
-        ("threads = 0", ["threads is 0", "1 to 1024"]),
+        ("threads = 0", ["threads is 0", "1 to 1,024"]),
         ("threads = 1.5", ["threads is 1.5", "expected a number"]),
         ("threads = true", ["threads is true", "expected a number, such as 4"]),
         ('threads = "many"', ["threads is 'many'", "whole number"]),
         ("bind = 5555", ["bind is 5555", "expected a text, such as", "tcp://0.0.0.0:5555"]),
         ('bind = "0.0.0.0:5555"', ["'0.0.0.0:5555'", "tcp://0.0.0.0:5555"]),
-        ("max_wait_ms = nan", ["max_wait_ms is nan", "0 to 1000 ms"]),
-        ("max_wait_ms = -1", ["0 to 1000 ms"]),
-        ("drain_s = inf", ["0 to 3600 s"]),
+        ("max_wait_ms = nan", ["max_wait_ms is nan", "0 to 1,000 ms"]),
+        ("max_wait_ms = -1", ["0 to 1,000 ms"]),
+        ("drain_s = inf", ["0 to 3,600 seconds"]),
         ('queue_bytes = "plenty"', ["queue_bytes is 'plenty'", '"256 MiB"']),
         ("queue_bytes = 1", ["64 KiB to 1024 GiB"]),
-        ("max_batch = 0", ["1 to 65536"]),
-        ("client_requests = 0", ["1 to 1024"]),
+        ("max_batch = 0", ["1 to 65,536"]),
+        ("client_requests = 0", ["1 to 1,024"]),
         ('device = "gpu"', ["auto, cpu, cuda, tensorrt", "cuda:0,1"]),
         ('device = "cpu:1"', ["device is 'cpu:1'"]),
         ('device = ["cuda", "cuda:0"]', ["each device once"]),
@@ -180,7 +199,7 @@ def test_a_long_value_is_not_repeated_in_full(write: Callable[[str], Path]) -> N
 @pytest.mark.parametrize(
     ("name", "value", "part"),
     [
-        ("threads", 0, "--threads 0: expected 1 to 1024"),
+        ("threads", 0, "--threads 0: expected a whole number from 1 to 1,024"),
         ("max_wait_ms", 2000.0, "--max-wait-ms 2000: expected"),
         ("queue_bytes", 5, "--queue-bytes 5: expected 64 KiB"),
     ],

@@ -33,7 +33,7 @@ from engines.bundle import Bundle
 from engines.errors import BundleError, ConfigError, EngineError
 from engines.ort import OrtEngine
 
-pytest.importorskip("ray", reason="Ray is not installed: pip install 'edge-runtime[ray]'")
+pytest.importorskip("ray", reason="Ray is not installed: pip install 'ray[serve]'")
 pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install 'ray[serve]'")
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/mounts").exists() or not Path("/dev/shm").exists(),
@@ -494,7 +494,7 @@ def test_nobody_at_the_address(bundle: Bundle) -> None:
 
 def test_ray_that_is_not_installed(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_pool.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=re.escape("pip install 'edge-runtime[ray]'")):
+    with pytest.raises(ConfigError, match=re.escape("pip install 'ray[serve]'")):
         RayPool(bundle)
 
 

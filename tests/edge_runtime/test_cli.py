@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from edge_runtime import cli
 from engines.errors import ConfigError
+from engines.options import SECONDS, SEED, SHARE, THREADS, Parser
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +70,18 @@ def test_help_of_a_command_teaches(name: str, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == text
 
 
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_numbers_are_bounded_alike(name: str) -> None:
+    parser = Parser()
+    importlib.import_module(cli.COMMANDS[name].module).add_arguments(parser)
+    alike = {"--threads": THREADS, "--max-exposure": SHARE, "--seed": SEED}
+    alike |= {"--timeout": SECONDS, "--deadline": SECONDS}
+    for action in parser._actions:
+        assert action.type not in (int, float), action.option_strings
+        for option in action.option_strings:
+            assert action.type is alike.get(option, action.type), option
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("edge-runtime 0.")
@@ -103,7 +117,7 @@ def test_usage_errors_exit_with_2(
             ModuleNotFoundError("No module named 'torch'", name="torch"),
             1,
             "error: this command needs torch, which is not installed: "
-            "pip install 'edge-runtime[export]'\n",
+            "run `pip install '.[export]'` in a checkout of edge-runtime\n",
         ),
         (
             FileNotFoundError(2, "No such file or directory", "x.jpg"),
@@ -162,10 +176,11 @@ def test_signals_unwind_a_command_and_are_given_back(
         signal.signal(number, before)
 
 
-def test_missing_torch_is_no_traceback_in_a_real_process() -> None:
+def test_missing_torch_is_no_traceback_in_a_real_process(tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_text("some")
     code = (
         "import sys; sys.modules['torch'] = None; sys.argv = ['edge-runtime', 'export', "
-        "'--model', 'tiny', '--checkpoint', 'x.pt', '--out', 'y'];"
+        f"'--model', 'tiny', '--checkpoint', '{tmp_path}/x.pt', '--out', '{tmp_path}/y'];"
         "from edge_runtime.cli import main; sys.exit(main())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -173,7 +188,7 @@ def test_missing_torch_is_no_traceback_in_a_real_process() -> None:
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: this command needs ")
-    assert last.endswith("pip install 'edge-runtime[export]'")
+    assert last.endswith("run `pip install '.[export]'` in a checkout of edge-runtime")
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

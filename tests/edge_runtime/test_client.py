@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -16,6 +17,7 @@ import zmq.asyncio
 from faults import asking
 from faults.nodes import Act, FaultyNode
 
+from edge_runtime import client as client_module
 from edge_runtime.client import NodeClient, NodeRefusedError, Reply
 from edge_runtime.config import Node
 from edge_runtime.placement import ExposureLedger, place
@@ -41,7 +43,7 @@ from transport.messages import (
     stage_limits,
 )
 from transport.meter import Resident
-from transport.sockets import server
+from transport.sockets import LinkEvent, server
 
 WINDOWS = [0, 4]
 Say = Callable[..., Awaitable[None]]
@@ -74,6 +76,10 @@ class Case:
         self.bundle = bundle
         self.requests: list[Request] = []
         self.cancelled: list[bytes] = []
+        self.infos = 0
+        self.serves = [bundle.stage("stack").sha256]
+        self.informing = asyncio.Event()  # whether the node says what it serves
+        self.informing.set()
 
     async def infer(self, seconds: float = 20.0) -> Reply:
         until = asyncio.get_running_loop().time() + seconds
@@ -102,13 +108,25 @@ async def connected(folder: Path, bundle_path: Path, behaviour: Behaviour) -> As
 
     async def serve() -> None:
         while True:
-            peer, header, *_ = await router.recv_multipart()
+            peer, frame = await router.recv_multipart()
+            request = decode_header(frame)
 
-            async def say(message: Any, arrays: Any = None, raw: list[bytes] | None = None) -> None:
-                frames = raw if raw is not None else encode(message, arrays)
-                await router.send_multipart([peer, *frames])  # noqa: B023
+            async def say(
+                message: Any,
+                arrays: Any = None,
+                raw: list[bytes] | None = None,
+                seal: bytes = getattr(request, "seal", b""),
+                peer: bytes = peer,
+            ) -> None:
+                frames = raw if raw is not None else [encode(message, arrays, seal)]
+                await router.send_multipart([peer, *frames])
 
-            request = decode_header(header)
+            if isinstance(request, InfoRequest):
+                case.infos += 1
+                await case.informing.wait()
+                served = tuple(StageInfo(digest, "toy", (), ()) for digest in case.serves)
+                await say(Info(request.id, VERSIONS, served, "node 1"))
+                continue
             if isinstance(request, Cancel):
                 case.cancelled.append(request.id)
                 continue
@@ -130,6 +148,7 @@ async def connected(folder: Path, bundle_path: Path, behaviour: Behaviour) -> As
 
 async def honest(request: Request, say: Say) -> None:
     await say(Accepted(request.id))
+    await asyncio.sleep(0.003)  # as long as it says that it took
     await say(Result(request.id, 1000, 2000), tokens())
 
 
@@ -161,7 +180,47 @@ def test_an_answer_comes_with_its_times_and_sizes(run: Callable[..., Any]) -> No
     assert (reply.queue_ms, reply.compute_ms) == (1.0, 2.0)
     assert reply.upload_ms > 0
     assert reply.download_ms >= 0
-    assert reply.bytes_down == tokens()["tokens"].nbytes
+    size = tokens()["tokens"].nbytes
+    assert size < reply.bytes_down < size + 500
+
+
+def test_a_node_cannot_claim_more_time_than_has_passed(run: Callable[..., Any]) -> None:
+    async def boaster(request: Request, say: Say) -> None:
+        await say(Result(request.id, 86_400_000_000, 86_400_000_000), tokens())
+
+    async def work(case: Case) -> None:
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        reply = await case.infer()
+        assert reply.queue_ms >= 0
+        assert reply.download_ms >= 0
+        assert reply.queue_ms + reply.compute_ms <= (loop.time() - begun) * 1000
+
+    run(boaster, work)
+
+
+def test_a_node_that_sends_a_message_of_several_frames_is_shut_out(run: Callable[..., Any]) -> None:
+    async def many(request: Request, say: Say) -> None:
+        await say(None, raw=[b""] * 1000)
+
+    async def work(case: Case) -> None:
+        with pytest.raises(OffloadError, match="message of 1000 frames"):
+            await case.infer(seconds=60)
+        with pytest.raises(OffloadError, match="in quarantine"):
+            await case.infer(seconds=60)
+
+    run(many, work)
+
+
+def test_a_result_sealed_with_another_key_is_a_wrong_answer(run: Callable[..., Any]) -> None:
+    async def wrong(request: Request, say: Say) -> None:
+        await say(result(request), tokens(), seal=bytes(32))
+
+    async def work(case: Case) -> None:
+        with pytest.raises(OffloadError, match="not sealed with its request's key"):
+            await case.infer(seconds=60)
+
+    run(wrong, work)
 
 
 def test_two_requests_at_once_get_their_own_answers(run: Callable[..., Any]) -> None:
@@ -213,12 +272,11 @@ def answering(message: Callable[[Request], Any], arrays: Any = None) -> Behaviou
 
 
 async def garbage(request: Request, say: Say) -> None:
-    await say(None, raw=[b"\x80\x04garbage", b"\x00" * 100])
+    await say(None, raw=[b"\x80\x04garbage" + b"\x00" * 100])
 
 
 async def short_frame(request: Request, say: Say) -> None:
-    frames = encode(Result(request.id, 0, 0), tokens())
-    await say(None, raw=[frames[0], bytes(frames[1])[:-4]])
+    await say(None, raw=[bytes(encode(Result(request.id, 0, 0), tokens(), request.seal))[:-4]])
 
 
 def result(request: Request) -> Result:
@@ -233,7 +291,7 @@ def result(request: Request) -> Result:
         (answering(result, {"other": np.ones(2, np.float32)}), "returned tensors other"),
         (answering(result), "returned tensors none"),
         (garbage, "not an edge-runtime message"),
-        (short_frame, "bytes arrived"),
+        (short_frame, "its header describes"),
         (answering(lambda r: refuse(r.id, "engine", "it broke")), r"refused \(engine\): it broke"),
         (answering(lambda r: refuse(NO_ID, "malformed", "what?")), r"refused \(malformed\)"),
         (answering(lambda r: VersionsSpoken((9,))), "versions 9: update the older side"),
@@ -318,28 +376,30 @@ def test_a_defect_in_reading_fails_the_request_and_not_the_reader(
 
 
 def test_a_flood_of_messages_leaves_the_loop_its_turn(toy_bundle: Path, tmp_path: Path) -> None:
-    class Flood:
-        received = 0
-
-        async def recv_multipart(self, copy: bool) -> list[zmq.Frame]:
-            self.received += 1
-            if self.received > 1000:
-                raise asyncio.CancelledError
-            return [zmq.Frame(encode(Accepted(new_id()))[0])]
-
     async def work() -> int:
         stage = Bundle.load(toy_bundle).stage("stack")
         limits = stage_limits(stage.inputs, stage.outputs, 9)
         keypair = generate(tmp_path, "edge")
         node = Node("alpha", "tcp://127.0.0.1:1", keypair.public, keypair)
-        client = NodeClient(zmq.asyncio.Context(), node, stage, limits)
-        client._socket = flood = Flood()
+        ctx = zmq.asyncio.Context()
+        client = NodeClient(ctx, node, stage, limits)
+        plain = zmq.Context.shadow(ctx.underlying).socket(zmq.PAIR)
+        plain.bind("inproc://flood")
+        client._socket = ctx.socket(zmq.PAIR)
+        client._socket.connect("inproc://flood")
+        for _ in range(1000):
+            plain.send(encode(Accepted(new_id())))
         reading = asyncio.create_task(client._read())
-        while not flood.received:
+        while not client.strays:
             await asyncio.sleep(0)
-        received = flood.received
+        first = client.strays
+        while client.strays < 1000:
+            await asyncio.sleep(0)
+        reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
-        return received
+        plain.close()
+        ctx.destroy(linger=0)
+        return first
 
     assert asyncio.run(work()) < 10
 
@@ -396,17 +456,166 @@ def test_closing_ends_requests_under_way(run: Callable[..., Any]) -> None:
 
 
 def test_info_tells_what_is_served_and_the_round_trip(run: Callable[..., Any]) -> None:
-    async def inform(request: Any, say: Say) -> None:
-        assert isinstance(request, InfoRequest)
-        await say(Info(request.id, VERSIONS, (StageInfo("0" * 64, "toy", (), ()),), "node 1"))
-
     async def work(case: Case) -> None:
         until = asyncio.get_running_loop().time() + 20
         info, round_trip = await case.client.info(until)
         assert info.stages[0].label == "toy"
         assert 0 < round_trip < 20_000
 
-    run(inform, work)
+    run(honest, work)
+
+
+def test_a_node_is_asked_what_it_serves_once_per_connection(run: Callable[..., Any]) -> None:
+    async def work(case: Case) -> None:
+        for connection in (1, 2):
+            await asyncio.gather(case.infer(), case.infer())
+            await case.infer()
+            assert case.infos == connection
+            await case.client.close()
+            case.client.start()
+
+    run(honest, work)
+
+
+@pytest.mark.parametrize("serves", [[], ["0" * 64, "1" * 64]])
+def test_a_node_of_another_bundle_is_sent_no_windows(
+    run: Callable[..., Any], serves: list[str]
+) -> None:
+    async def work(case: Case) -> None:
+        case.serves = serves
+        ours = case.bundle.stage("stack").sha256[:12]
+        theirs = r"toy \(stack 000000000000\)" if serves else "nothing"
+        for _ in range(2):
+            with pytest.raises(OffloadError, match=rf"serves {theirs}.*this edge has stack {ours}"):
+                await case.infer(seconds=60)
+            assert case.permit.bytes_sent == 0
+        assert (case.requests, case.infos) == ([], 1)
+
+    run(honest, work)
+
+
+def test_a_node_that_does_not_say_what_it_serves_is_sent_no_windows(
+    run: Callable[..., Any],
+) -> None:
+    async def work(case: Case) -> None:
+        case.informing.clear()
+        await case.up()
+        with pytest.raises(OffloadError, match=r"not said .* what it serves"):
+            await case.infer(seconds=0.5)
+        assert (case.requests, case.permit.bytes_sent) == ([], 0)
+        case.informing.set()
+        await case.infer()  # asked anew
+
+    run(honest, work)
+
+
+def read_no_more(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def defective(*arguments: Any) -> None:
+        monkeypatch.undo()
+        raise ValueError("odd")
+
+    monkeypatch.setattr(case.client._meter, "delivered", defective)
+
+
+def meter_no_more(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def defective(now: float) -> list[Any]:
+        monkeypatch.undo()
+        raise ValueError("odd")
+
+    monkeypatch.setattr(case.client._meter, "poll", defective)
+
+
+def cancelled(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a library that gave up a future that the task awaits."""
+    case.client._tasks[0].cancel()
+
+
+@pytest.mark.parametrize("defect", [read_no_more, meter_no_more, cancelled])
+def test_a_task_that_ends_fails_what_is_under_way_and_is_replaced(
+    run: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    defect: Callable[[Case, pytest.MonkeyPatch], None],
+) -> None:
+    cases: list[Case] = []
+
+    async def behaviour(request: Request, say: Say) -> None:
+        if len(cases[0].requests) == 1:
+            defect(cases[0], monkeypatch)
+            await say(Accepted(request.id))
+        else:
+            await honest(request, say)
+
+    async def work(case: Case) -> None:
+        cases.append(case)
+        with pytest.raises(OffloadError, match=r"defect of edge-runtime.*not the node's"):
+            await case.infer(seconds=3600)
+        reply = await case.infer()
+        np.testing.assert_array_equal(reply.outputs["tokens"], tokens()["tokens"])
+        assert case.infos == 2  # on a new connection
+
+    run(behaviour, work)
+    (told,) = (record for record in caplog.records if record.levelname == "ERROR")
+    assert "connection to node alpha" in told.message
+    assert defect is cancelled or "ValueError: odd" in caplog.text
+
+
+def test_rebuilding_is_tried_again(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_socket(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        raise zmq.ZMQError(errno.EMFILE)
+
+    async def work(case: Case) -> None:
+        await case.infer()
+        monkeypatch.setattr(client_module, "client", no_socket)
+        cancelled(case, monkeypatch)
+        while case.client.link and case.client.link.state == "up":
+            await asyncio.sleep(0)
+        await case.infer()
+
+    run(honest, work)
+    assert "could not be rebuilt yet" in caplog.text
+
+
+def test_closing_ends_the_rebuilding_too(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work(case: Case) -> None:
+        await case.infer()
+        before = asyncio.all_tasks()
+        cancelled(case, monkeypatch)
+        while case.client.link and case.client.link.state == "up":
+            await asyncio.sleep(0)
+        await case.client.close()
+        assert asyncio.all_tasks() < before
+        with pytest.raises(OffloadError):
+            await case.infer(seconds=0.5)
+        case.client.start()
+        await case.infer()
+
+    run(honest, work)
+
+
+def test_an_outage_has_one_grace_however_its_reason_changes(run: Callable[..., Any]) -> None:
+    async def work(case: Case) -> None:
+        await case.infer()
+        loop = asyncio.get_running_loop()
+        far = loop.time() + 3600
+        case.client._turn(LinkEvent("down", "lost"))
+        limit = case.client._patience(far)
+        assert loop.time() < limit < far
+        await asyncio.sleep(0.01)
+        case.client._turn(LinkEvent("unreachable", "gone"))
+        assert case.client._patience(far) == limit
+        assert case.client._patience(limit - 1) == limit - 1
+        case.client._turn(LinkEvent("up", "back"))
+        await asyncio.sleep(0.01)
+        case.client._turn(LinkEvent("down", "lost again"))
+        assert case.client._patience(far) > limit
+
+    run(honest, work)
 
 
 def cancels(case: Case, count: int) -> Callable[[], Awaitable[None]]:

@@ -45,7 +45,7 @@ def test_giving_up_while_others_wait_to_be_sent(bundle: Bundle, tmp_path: Path) 
             loop = asyncio.get_running_loop()
             sent, waits = loop.create_future(), loop.create_future()
             sent.set_result(None)
-            real, client._socket = client._socket, Mock(send_multipart=lambda *_, **__: waits)
+            real, client._socket = client._socket, Mock(send=lambda *_, **__: waits)
             client._cancel(bytes(16), sent)
             client._socket = real
             assert waits.cancelled()

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime.config import EdgeConfig, NodeConfig, load_config, load_nodes
+from edge_runtime.config import (
+    NODE_SETTINGS,
+    EdgeConfig,
+    NodeConfig,
+    load_config,
+    load_nodes,
+)
 from engines.errors import ConfigError, KeyFileError
 from transport.keys import generate
 
@@ -68,7 +74,10 @@ def test_integers_do_for_numbers(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ("max_exposre = 0.4\n" + NODE, "unknown key 'max_exposre'; did you mean max_exposure"),
-        (NODE + 'endpont = "x"\n', "unknown key 'endpont' in .*table 1; did you mean endpoint"),
+        (
+            NODE + 'endpont = "x"\n',
+            "unknown key 'endpont' in .*table 1 .alpha.; did you mean endpoint",
+        ),
         ("zzz = 1\n" + NODE, "known are nodes, bundle"),
         ("max_exposure = 0\n" + NODE, "max_exposure is 0"),
         ("max_exposure = 1.01\n" + NODE, "max_exposure is 1.01"),
@@ -82,17 +91,35 @@ def test_integers_do_for_numbers(tmp_path: Path) -> None:
         ('secret = "~nosuchuser/x"\n' + NODE, "path '~nosuchuser/x' cannot be used"),
         ('bundle = "a\\u0000b"\n' + NODE, "holds a NUL"),
         (NODE.replace("keys/alpha", "~nosuchuser/alpha"), "nosuchuser.* cannot be used"),
-        ('deadline_s = "soon"\n' + NODE, "Expected `float`, got `str` - at `deadline_s`"),
-        ('fallback = "retry"\n' + NODE, "'error'|'local'|retry"),
+        ('deadline_s = "soon"\n' + NODE, 'deadline_s is "soon"; expected a number, such as 10'),
+        ("deadline_s = true\n" + NODE, "deadline_s is true; expected a number"),
+        ('fallback = "lokal"\n' + NODE, 'fallback is "lokal"; expected "error" or "local"'),
+        ("fallback = 1\n" + NODE, 'fallback is 1; expected "error" or "local"'),
         ("windows_per_request = 0\n" + NODE, "windows_per_request is 0"),
-        ('device = "tpu"\n' + NODE, "'auto'|'cpu'|'cuda'|'tensorrt'|tpu"),
+        ("windows_per_request = 1.5\n" + NODE, "is 1.5; expected a whole number"),
+        ("bundle = [1]\n" + NODE, r"bundle is \[1\]; expected a text"),
+        ("secret = 2024-01-01\n" + NODE, 'secret is "2024-01-01"; expected a text, such as'),
+        (
+            'device = "tpu"\n' + NODE,
+            'device is "tpu"; expected "auto", "cpu", "cuda" or "tensorrt"',
+        ),
+        (NODE + 'fallback = "local"\n', r"fallback .* belongs above the first \[\[nodes\]\]"),
         ("", "no nodes"),
         ("nodes = []\n", "no nodes"),
-        ("nodes = 3\n", "Expected `array`"),
-        ("nodes = [3]\n", "Expected `object`"),
+        ("nodes = 3\n", r"nodes is 3; expected a \[\[nodes\]\] table for each node"),
+        ("nodes = [3]\n", r"\[\[nodes\]\] table 1 is 3; expected a table"),
+        ("[nodes]\n", r"nodes is \{\}; expected a \[\[nodes\]\] table"),
+        (
+            NODE.replace("tcp://a:5555", "a:5555"),
+            r'endpoint is "a:5555" in .*table 1 \(alpha\); exp.*tcp://HOST',
+        ),
         (NODE.replace("endpoint", "#"), "table 1 has no endpoint"),
         (NODE.replace('"alpha"', '"a b"'), "node name 'a b'"),
-        (NODE.replace('"alpha"', "7"), "Expected `str`"),
+        (NODE.replace('"alpha"', "7"), "name is 7 in .*table 1; expected a text"),
+        (
+            NODE + '[[nodes]]\nname = "beta"\nendpoint = "tcp://b:1"\nserver_key = 3\n',
+            r"server_key is 3 in \[\[nodes\]\] table 2 \(beta\); expected a text",
+        ),
         (NODE + NODE, "same name 'alpha'"),
         (NODE + NODE.replace('"alpha"', '"beta"'), "same endpoint"),
         (NODE + NODE.replace("alpha", "beta", 1).replace("//a", "//b"), "same server_key"),
@@ -109,6 +136,65 @@ def test_mistakes_are_refused_with_what_mends_them(tmp_path: Path, text: str, sa
 def test_a_missing_file_says_how_to_make_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="edge-runtime init"):
         load_config(tmp_path / "edge.toml")
+
+
+def test_the_settings_of_a_node_are_recognised(tmp_path: Path) -> None:
+    """Those as `cloud-node init` writes them too: all comments."""
+    for name, text in (("x.toml", 'bind = "tcp://0.0.0.0:5555"\n'), ("node.toml", "# bind = 1\n")):
+        path = tmp_path / name
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=r"settings of a node.*cloud-node serve --config"):
+            load_config(path)
+
+
+def test_the_settings_by_which_a_node_is_recognised_are_a_nodes() -> None:
+    from cloud_node.settings import BY_NAME
+
+    assert BY_NAME.keys() >= NODE_SETTINGS
+    assert not {*EdgeConfig.__struct_fields__} & NODE_SETTINGS
+
+
+@pytest.mark.parametrize("mode", [0o646, 0o666])
+def test_a_file_that_others_may_write_is_refused(tmp_path: Path, mode: int) -> None:
+    """They could name nodes of their own."""
+    path = written(tmp_path, NODE)
+    path.chmod(mode)
+    with pytest.raises(ConfigError, match=f"chmod go-w {path}"):
+        load_config(path)
+    path.chmod(0o644)
+    load_config(path)
+    tmp_path.chmod(0o777)
+    with pytest.raises(ConfigError, match=f"chmod go-w {tmp_path}"):
+        load_config(path)
+
+
+def test_a_nodes_key_that_others_may_write_is_refused(tmp_path: Path) -> None:
+    config = two_nodes(tmp_path)
+    (tmp_path / "beta-node.pub").chmod(0o666)
+    with pytest.raises(KeyFileError, match=f"beta: .*chmod go-w {tmp_path / 'beta-node.pub'}"):
+        load_nodes(config)
+
+
+def test_a_missing_key_of_a_node_comes_from_its_owner(tmp_path: Path) -> None:
+    config = two_nodes(tmp_path)
+    (tmp_path / "beta-node.pub").unlink()
+    with pytest.raises(KeyFileError, match=r"node beta: .*beta-node.pub: No such file") as caught:
+        load_nodes(config)
+    assert "ask the owner of that key for it" in str(caught.value)
+    assert "make one" not in str(caught.value)
+    (tmp_path / "alpha.key").unlink()
+    with pytest.raises(KeyFileError, match=r"node alpha: .*make one with `edge-runtime keys"):
+        load_nodes(config)
+
+
+def test_this_edges_own_key_is_no_nodes(tmp_path: Path) -> None:
+    """Its .pub files lie beside those that nodes sent."""
+    for own in ("alpha", "beta"):
+        config = two_nodes(tmp_path / own)
+        text = (tmp_path / own / f"{own}.pub").read_text()
+        (tmp_path / own / "alpha-node.pub").write_text(text)
+        with pytest.raises(ConfigError, match=r"node alpha: .*is this edge's own key.*node.pub"):
+            load_nodes(config)
 
 
 def two_nodes(folder: Path) -> EdgeConfig:
@@ -163,5 +249,5 @@ def test_a_malformed_endpoint_is_refused(tmp_path: Path) -> None:
             ),
         )
     )
-    with pytest.raises(ConfigError, match="tcp://HOST:PORT"):
+    with pytest.raises(ConfigError, match=r"node alpha: .*tcp://HOST:PORT"):
         load_nodes(bad)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from PIL import Image
 
 from edge_runtime import demo
 from edge_runtime.cli import main
-from engines.errors import EdgeRuntimeError
+from engines.errors import ConfigError, EdgeRuntimeError, OutputError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,12 +55,12 @@ def report(finished: Path) -> dict[str, Any]:
 
 def test_the_report_says_what_was_promised(report: dict[str, Any]) -> None:
     assert report["identical_to_local"] is True
-    assert 0 < report["max_exposure"] <= 0.37
+    assert 0 < report["largest_share"] <= report["max_exposure"] == 0.37
     assert [node["name"] for node in report["nodes"]] == ["alpha", "beta", "gamma"]
     shown = [w for node in report["nodes"] for w in node["windows"]]
     assert len(shown) == len(set(shown)) == report["windows_sent"] == 20
     assert report["windows_total"] == 25
-    assert report["max_exposure"] == max(node["share_of_image"] for node in report["nodes"])
+    assert report["largest_share"] == max(node["share_of_image"] for node in report["nodes"])
     assert report["bytes_up"] >= report["windows_sent"] * 32 * 40 * 3
     assert report["bytes_down"] == sum(node["bytes_down"] for node in report["nodes"]) > 0
     assert report["mask_iou"] > 0.75  # three of the coins; all of them: docs/results
@@ -135,12 +136,12 @@ def test_a_run_survives_the_way_between_processes(tmp_path: Path) -> None:
     ("change", "words"),
     [
         ({"identical_to_local": False}, "differs"),
-        ({"max_exposure": 0.3701}, "above 37%"),
-        ({"max_exposure": 0.0}, "0.0%"),
+        ({"largest_share": 0.3701}, "above 37%"),
+        ({"largest_share": 0.0}, "0.0%"),
     ],
 )
 def test_the_verdict_names_what_is_wrong(change: dict[str, Any], words: str) -> None:
-    good = {"identical_to_local": True, "max_exposure": 0.37}
+    good = {"identical_to_local": True, "largest_share": 0.37}
     assert demo.verdict(good) == []
     assert words in " ".join(demo.verdict({**good, **change}))
 
@@ -188,10 +189,53 @@ def test_a_node_that_does_not_start_is_named_and_the_others_are_ended(
 
     monkeypatch.setattr(subprocess, "Popen", breaking)
     with pytest.raises(EdgeRuntimeError, match=r"node beta ended before it served.*--threads 0"):
-        demo.run_demo(tmp_path / "out", say=lambda text: None)
+        demo.run_demo(tmp_path / "out", quiet=True)
     assert len(started) == 3
     assert all(process.poll() is not None for process in started)
     assert not (tmp_path / "out").exists()
+
+
+def test_results_of_other_commands_are_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "_nodes", None)  # no node is started
+    out = tmp_path / "out"
+    segmented = ["segment", str(demo.PHOTO), "--point", "335,43", "--local", "--out", str(out)]
+    assert main(segmented) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(ConfigError, match="holds other things than these results, such as mask-1"):
+        demo.run_demo(out, quiet=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_earlier_results_of_the_demo_are_replaced_and_nothing_of_them_is_kept(
+    finished: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (out / "report.json").write_text("{}")
+    assert main(["demo", "--out", str(out), "--json"]) == 0
+    assert json.loads((out / "report.json").read_text())["identical_to_local"] is True
+    assert sorted(os.listdir(out)) == sorted(os.listdir(finished))
+    assert segment_refuses(out)
+
+
+def segment_refuses(out: Path) -> bool:
+    """Whether `segment --overwrite` leaves the demo's results alone."""
+    command = ["segment", str(demo.PHOTO), "--point", "335,43", "--local", "--out", str(out)]
+    return main([*command, "--overwrite"]) == 1
+
+
+@pytest.mark.parametrize("place", ["full", "proc"])
+def test_a_place_that_cannot_be_written_is_told_before_any_node_starts(
+    place: str, full_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "_nodes", None)
+    out = full_disk / "deep" / "out" if place == "full" else Path("/proc/demo")
+    with pytest.raises(OutputError, match=f"{out} .*name another folder with --out|{out}: "):
+        demo.run_demo(out, quiet=True)
+    assert os.listdir(full_disk) == []
 
 
 def test_the_committed_reference_is_what_its_recipe_makes() -> None:

@@ -291,7 +291,7 @@ class TestTensorrt:
         assert check.mend == "pip install --force-reinstall tensorrt-rtx-cu13"
 
     def test_is_offered_where_it_would_help(self, look: Look, tmp_path: Path) -> None:
-        assert look(PC, gpu=RTX_4090)["tensorrt-rtx"].mend == "pip install 'edge-runtime[rtx]'"
+        assert look(PC, gpu=RTX_4090)["tensorrt-rtx"].mend == "pip install tensorrt-rtx-cu13"
         assert look(tmp_path)["tensorrt-rtx"].mend is None
         bare = look(BOARDS / "agx-orin-64gb-jetpack-6.1", gpu=ORIN)
         assert "python3-libnvinfer" in (bare["tensorrt"].mend or "")
@@ -376,6 +376,12 @@ def test_packages_that_are_needed(look: Look, answer: Answer, said: str) -> None
     assert check.status == "fail"
     assert said in check.detail
     assert "pip install --force-reinstall" in (check.mend or "")
+
+
+def test_curve_belongs_to_libzmq(look: Look) -> None:
+    versions = {"pyzmq": "27", "libzmq": "4.3.5", "Pillow": "13"}
+    check = look(PC, packages=Answer({"versions": versions, "curve": True}))["packages"]
+    assert check.detail == "pyzmq 27, libzmq 4.3.5 with CURVE, Pillow 13"
 
 
 def test_a_bundle_is_not_blamed_for_missing_packages(look: Look) -> None:

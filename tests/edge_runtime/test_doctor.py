@@ -68,7 +68,7 @@ def test_this_machine(run: Run) -> None:
     assert found["python"]["detail"].startswith(platform.python_version())
     for needed in ("packages", "onnxruntime", "bundle"):
         assert found[needed]["status"] in ("ok", "warn"), found[needed]
-    assert "CURVE" in found["packages"]["detail"]
+    assert re.search(r"libzmq [\d.]+ with CURVE, ", found["packages"]["detail"])
     assert "files match their hashes" in found["bundle"]["detail"]
     assert done.returncode == (1 if failed(found) else 0)
 
@@ -202,8 +202,7 @@ def test_the_exit_code_is_about_failures_alone(found: list[Check]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["--timeout", "0"], 1, "error: --timeout is 0; expected seconds above 0"),
-        (["--timeout", "nan"], 1, "error: --timeout is nan"),
+        (["--timeout", "0"], 2, "error: --timeout: expected a number above 0"),
         (["--require", "luck"], 2, "invalid choice"),
     ],
 )

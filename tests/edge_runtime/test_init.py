@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from pathlib import Path
 
@@ -79,7 +80,6 @@ def test_existing_keys_are_used_and_an_existing_file_is_kept(
         ([node("alpha"), node("alpha", "theirs/beta-node.pub")], "same name"),
         ([node("alpha"), node("beta", "theirs/alpha-node.pub")], "same server_key"),
         (["--node=al pha=tcp://a:5555,theirs/alpha-node.pub"], "node name"),
-        ([node("alpha"), "--max-exposure=0"], "max_exposure is 0"),
         ([node("alpha"), "--bundle=nowhere"], "nowhere"),
         ([node("alpha"), "--out=nowhere/edge.toml"], "folder nowhere does not exist"),
     ],
@@ -91,6 +91,56 @@ def test_mistakes_leave_nothing_behind(
     assert says in capsys.readouterr().err
     assert not Path("edge.toml").exists()
     assert not Path("keys").exists()
+
+
+def test_a_budget_may_be_in_percent(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["init", node("alpha"), "--max-exposure=0"]) == 2
+    assert cli.main(["init", node("alpha"), "--max-exposure=37%"]) == 0
+    assert load_config("edge.toml").max_exposure == 0.37
+
+
+def test_this_edges_own_key_is_not_taken_for_a_nodes(capsys: pytest.CaptureFixture[str]) -> None:
+    """The likeliest mistake: the .pub file that was made here instead of the one that was sent."""
+    made = generate(Path("keys"), "alpha")
+    for key in ("keys/alpha.pub", made.public):
+        assert cli.main(["init", node("alpha", key), node("beta")]) == 1
+        said = capsys.readouterr().err
+        assert "alpha" in said
+        assert "is this edge's own key" in said
+    assert not Path("edge.toml").exists()
+    assert not Path("keys/beta.key").exists()
+    assert not Path("keys/edge.secret").exists()
+
+
+def test_a_key_that_the_shell_changed_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["init", node("alpha", KEY.replace("$R", "")[:30])]) == 1
+    assert "single quotes" in capsys.readouterr().err
+
+
+def test_what_it_writes_is_closed_to_others_whatever_the_umask() -> None:
+    before = os.umask(0)
+    try:
+        assert cli.main(["init", node("alpha")]) == 0
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(Path("edge.toml").stat().st_mode) == 0o644
+    load_nodes(load_config("edge.toml"))
+
+
+@pytest.mark.parametrize(("option", "name"), [("--out", "edge.toml"), ("--keys", "keys")])
+def test_a_full_disk_leaves_nothing_that_blocks_the_next_try(
+    option: str, name: str, full_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filler = full_disk / "filler"
+    filler.write_bytes(b"x" * (64 << 10))
+    arguments = ["init", node("alpha"), f"{option}={full_disk / name}"]
+    assert cli.main(arguments) == 1
+    said = capsys.readouterr().err
+    assert f"cannot write {full_disk / name}" in said
+    assert "No space left on device; make room on that disk, or " in said
+    assert [path for path in full_disk.rglob("*") if path.is_file()] == [filler]
+    filler.unlink()
+    assert cli.main(arguments) == 0
 
 
 def test_a_budget_that_so_few_nodes_cannot_keep_is_noted(

@@ -138,5 +138,5 @@ def test_mistakes_are_one_line(
     assert cli.main(["nodes", "--config", str(tmp_path / "no.toml")]) == 1
     assert "edge-runtime init" in capsys.readouterr().err
     config = written(tmp_path, shared_fleet)
-    assert cli.main(["nodes", "--config", config, "--timeout=0"]) == 1
-    assert "--timeout is 0" in capsys.readouterr().err
+    assert cli.main(["nodes", "--config", config, "--timeout=0"]) == 2
+    assert "error: --timeout: expected a number above 0" in capsys.readouterr().err

@@ -287,6 +287,76 @@ def test_shares_are_near_the_smallest_possible(sizes: list[int], k: int) -> None
     assert max(placement.exposure.values()) <= best / sum(sizes) + 0.01
 
 
+def test_an_odd_shape_that_two_nodes_can_halve_is_halved() -> None:
+    placement = place([2, 2, 2, 3, 3], [0, 1, 2, 3, 4], 5, names(2), 0.5, SECRET, b"x")
+    check(placement, [2, 2, 2, 3, 3], [0, 1, 2, 3, 4], 0.5)
+    assert set(placement.exposure.values()) == {0.5}
+
+
+@st.composite
+def small(draw: st.DrawFn) -> tuple[list[int], list[int], int]:
+    """Up to eight windows of a small grid, with areas that seldom divide evenly."""
+    side = draw(st.integers(2, 4))
+    indices = draw(st.sets(st.integers(0, side * side - 1), min_size=1, max_size=8).map(sorted))
+    most = draw(st.sampled_from([3, 20, 5000]))
+    areas = draw(st.lists(st.integers(1, most), min_size=len(indices), max_size=len(indices)))
+    return areas, indices, side
+
+
+def smallest_share(
+    image: tuple[list[int], list[int], int], k: int, separation: int
+) -> float | None:
+    """By trying every colouring there is."""
+    areas, windows, side = image
+    conflicts = [
+        (i, j)
+        for i in range(len(windows))
+        for j in range(i)
+        if separation and touching(windows[i], windows[j], side, separation)
+    ]
+    loads = [
+        max(sum(a for a, c in zip(areas, colours, strict=True) if c == node) for node in range(k))
+        for colours in product(range(k), repeat=len(windows))
+        if all(colours[i] != colours[j] for i, j in conflicts)
+    ]
+    return min(loads) / sum(areas) if loads else None
+
+
+@settings(max_examples=100, deadline=None)
+@given(small(), st.integers(1, 3), st.sampled_from([0, 4, 8]))
+def test_small_shapes_are_placed_as_evenly_as_can_be(
+    image: tuple[list[int], list[int], int], k: int, separation: int
+) -> None:
+    areas, windows, side = image
+    best = smallest_share(image, k, separation)
+    assert best_share(areas, windows, side, k, separation) == best
+    if best is not None:  # a budget that can be met with that separation is, and keeps it
+        placement = place(areas, windows, side, names(k), best, SECRET, b"x")
+        check(placement, areas, windows, best)
+        assert placement.separation >= separation
+
+
+@pytest.mark.parametrize("geometry", [TINY, VIT])
+@pytest.mark.parametrize("k", [2, 3, 4, 5, 8])
+def test_no_photo_s_budget_is_refused_that_could_be_met(geometry: tuple[int, int], k: int) -> None:
+    for areas, windows in every_aspect(*geometry):
+        assert best_share(areas, windows, 5, k) == smallest_by_counts(areas, k)
+
+
+def smallest_by_counts(areas: list[int], k: int) -> float:
+    """Windows of one area are alike: which loads so many nodes can reach, area by area."""
+    reachable = {(0,) * k}
+    most = -(-sum(areas) // k) + max(areas)  # filling the emptiest node first never takes more
+    for area in sorted(areas, reverse=True):
+        reachable = {
+            tuple(sorted((*loads[:node], loads[node] + area, *loads[node + 1 :])))
+            for loads in reachable
+            for node in range(k)
+            if loads[node] + area <= most
+        }
+    return min(max(loads) for loads in reachable) / sum(areas)
+
+
 @settings(max_examples=40, deadline=None)
 @given(images(), st.integers(1, 5), st.floats(0.02, 0.9))
 def test_the_suggestion_in_the_error_really_suffices(

@@ -11,9 +11,11 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from PIL import Image
 
+from edge_runtime.images import as_rgb
 from edge_runtime.predictor import OffloadPredictor
-from engines.errors import BundleError, ImageError, OffloadError, PromptError
+from engines.errors import BundleError, ConfigError, ImageError, OffloadError, PromptError
 
 SIZES = [(144, 144), (300, 401), (97, 33), (7, 500), (1, 1), (801, 600)]
 
@@ -185,7 +187,48 @@ def test_what_is_no_rgb_image_is_refused_and_leaves_none_set(
     assert not predictor.is_image_set
 
 
+def test_the_error_says_what_to_pass(predictor: OffloadPredictor) -> None:
+    with pytest.raises(ImageError, match=r"was given str; expected a uint8 array .*load_image"):
+        predictor.set_image("photo.jpg")  # type: ignore[arg-type]
+    with pytest.raises(ImageError, match=r"was given array \(5, 5\)"):
+        predictor.set_image(np.zeros((5, 5), np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "I;16", "1"])
+def test_a_pillow_image_is_taken_in_every_mode(mode: str, predictor: OffloadPredictor) -> None:
+    image = Image.fromarray(picture(60, 90))
+    image = image.convert("I").convert(mode) if mode == "I;16" else image.convert(mode)
+    predictor.set_image(image)
+    assert predictor.original_size == (60, 90)
+    embedding = predictor.get_image_embedding()
+    expected = as_rgb(image, "x")
+    predictor.set_image(expected)
+    np.testing.assert_array_equal(predictor.get_image_embedding(), embedding)
+    predictor.set_image(image, image_format="BGR")  # says nothing about an image that knows itself
+    np.testing.assert_array_equal(predictor.get_image_embedding(), embedding)
+
+
+def test_pillow_s_own_numbers_out_of_range_are_refused(predictor: OffloadPredictor) -> None:
+    with pytest.raises(ImageError, match="the image holds floating-point pixels"):
+        predictor.set_image(Image.new("F", (9, 9)))
+
+
 # -- through nodes, on the toy bundle -----------------------------------------------------------
+
+
+def test_settings_of_the_configuration_can_be_changed(
+    shared_fleet: Any, photo: np.ndarray, toy_bundle: Path
+) -> None:
+    changes: dict[str, Any] = {"max_exposure": 0.45, "deadline_s": 20.0, "fallback": "local"}
+    with OffloadPredictor(shared_fleet.config(), threads=1, **changes) as predictor:
+        assert predictor.offloader is not None
+        config = predictor.offloader.config
+        assert (config.max_exposure, config.deadline_s, config.fallback) == (0.45, 20.0, "local")
+    for name, bad in (("max_exposure", 0.0), ("deadline_s", -1.0), ("fallback", "lokal")):
+        with pytest.raises(ConfigError, match=name):
+            OffloadPredictor(shared_fleet.config(), **{name: bad})  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=f"{name} is about nodes"):
+            OffloadPredictor(bundle=toy_bundle, **{name: changes[name]})
 
 
 def test_through_nodes_it_is_bit_identical_to_local(shared_fleet: Any, photo: np.ndarray) -> None:
@@ -238,8 +281,8 @@ def test_a_failed_image_leaves_none_set(shared_fleet: Any, photo: np.ndarray) ->
             predictor.predict(np.array([[1, 1]]), np.array([1]))
 
 
-def test_engines_that_the_deadline_would_bear_are_opened_early(
-    shared_fleet: Any, make_toy_bundle: Callable[..., Path], tmp_path: Path
+def test_engines_are_opened_before_the_deadline_begins(
+    shared_fleet: Any, make_toy_bundle: Callable[..., Path], tmp_path: Path, photo: np.ndarray
 ) -> None:
     for stage, config in (
         ("head", shared_fleet.config()),
@@ -248,8 +291,10 @@ def test_engines_that_the_deadline_would_bear_are_opened_early(
         bundle = make_toy_bundle(tmp_path / stage, head=True)
         (bundle / f"{stage}.onnx").write_bytes(b"broken")
         before = threading.active_count()
-        with pytest.raises(BundleError, match=rf"{stage}\.onnx is damaged"):
-            OffloadPredictor(config, bundle=bundle)
+        with OffloadPredictor(config, bundle=bundle) as predictor:
+            with pytest.raises(BundleError, match=rf"{stage}\.onnx is damaged"):
+                predictor.set_image(photo)
+            assert predictor.report is None  # no node was asked for anything
         assert threading.active_count() == before
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from edge_runtime import render
 from edge_runtime.images import resize_longest
@@ -22,7 +23,7 @@ def cut_of(photo: np.ndarray) -> Windows:
 def report(shares: dict[str, tuple[int, ...]], home: tuple[int, ...] = ()) -> OffloadReport:
     nodes = tuple(NodeReport(name, windows, 0.3) for name, windows in shares.items())
     sent = sum(len(w) for w in shares.values())
-    return OffloadReport(nodes, home, 0.3, 4, 9, sent, 0, 0, 0.0, ())
+    return OffloadReport(nodes, home, 0.3, 0.3, 4, 9, sent, 0, 0, 0.0, ())
 
 
 def test_the_mask_is_tinted_and_the_rest_is_left_alone() -> None:
@@ -59,8 +60,11 @@ def test_a_click_is_drawn_where_it_was_made() -> None:
         assert mean.argmax() == strong
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (3, 7), (1300, 900)])
-def test_every_size_can_be_drawn(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (3, 7), (1300, 900), (10, 3000)])
+@pytest.mark.parametrize("nodes", [1, 3, 40, 400])
+def test_every_photo_can_be_drawn_and_no_drawing_is_large(
+    size: tuple[int, int], nodes: int
+) -> None:
     photo = np.zeros((*size, 3), np.uint8)
     prompts = [Prompt((Point(0, 0),)), Prompt(box=Box(0, 0, size[1], size[0]))]
     step = -(-max(size) // 2048)
@@ -68,10 +72,11 @@ def test_every_size_can_be_drawn(size: tuple[int, int]) -> None:
     picture = render.overlay(photo, masks, prompts)
     assert max(picture.size) <= 2048
     windows = cut_of(photo)
+    shown = tuple(windows.window.tolist())
     sheet = render.what_each_node_saw(
-        photo, windows, GEOMETRY, report({"a": tuple(windows.window.tolist())})
+        photo, windows, GEOMETRY, report({f"node{k}": shown for k in range(nodes)}, home=(0,))
     )
-    assert sheet.width > 0
+    assert max(sheet.size) <= 2400
 
 
 def test_a_panel_shows_the_windows_sent_and_black_elsewhere() -> None:
@@ -88,6 +93,54 @@ def test_a_panel_shows_the_windows_sent_and_black_elsewhere() -> None:
     assert not drawn[5:155, 165:315].any()
     assert not drawn[165:315, 5:155].any()
     assert not drawn[5:155, 325:395].any()
+
+
+def test_long_names_are_written_in_full() -> None:
+    for size, width in ((26, 520), (18, 260)):
+        font = render._fitting("What " + "m" * 64 + " saw", size, width)
+        assert font.getlength("What " + "m" * 64 + " saw") <= width or font.size == 7
+        assert render._fitting("What alpha saw", size, width).size == size
+
+
+def test_of_many_nodes_those_that_saw_something_are_shown() -> None:
+    windows = cut_of(np.full((32, 40, 3), 200, np.uint8))
+    some = {"a": (0, 4), "b": (1, 3), "c": (2, 5)}
+    sheets = [
+        render.what_each_node_saw(
+            np.full((32, 40, 3), 200, np.uint8),
+            windows,
+            GEOMETRY,
+            report({**some, **{f"idle{k}": () for k in range(idle)}}),
+        )
+        for idle in (10, 1000)
+    ]
+    assert sheets[0].size == sheets[1].size  # the photo, a, b, c, and the number of the others
+
+
+def test_the_outline_is_as_wide_as_asked_and_inside_the_mask() -> None:
+    mask = np.zeros((100, 100), np.uint8)
+    mask[20:80, 20:80] = 255
+    for width in (2, 5, 10):
+        line = np.array(render._outline(Image.fromarray(mask), width))
+        assert not line[mask == 0].any()
+        assert np.count_nonzero(line[50, :50] > 127) == pytest.approx(width, abs=1)
+        assert not line[50, 20 + width : 80 - width].any()
+
+
+def test_a_mask_is_drawn_the_same_wherever_it_lies() -> None:
+    """Only the part of the picture around a mask is worked on."""
+    photo = np.full((900, 1300, 3), 100, np.uint8)
+    prompts = [Prompt(box=Box(0, 0, 1, 1))]
+    pieces = []
+    for x, y in ((200, 300), (701, 502)):
+        mask = np.zeros((900, 1300), bool)
+        mask[y : y + 90, x : x + 70] = True
+        drawn = np.array(render.overlay(photo, [mask], prompts))
+        pieces.append(drawn[y - 20 : y + 110, x - 20 : x + 90])
+        drawn[y - 20 : y + 110, x - 20 : x + 90] = 100
+        drawn[:20, :20] = 100  # the prompt
+        assert (drawn == 100).all()
+    assert np.array_equal(*pieces)
 
 
 def test_the_sheet_has_a_panel_for_each_node_and_one_for_home() -> None:

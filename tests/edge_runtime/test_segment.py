@@ -5,25 +5,31 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from faults.nodes import FaultyNode
 from PIL import Image
+from toy import poisoned, slow
 
 from edge_runtime.cli import main
 from edge_runtime.config import EdgeConfig, NodeConfig
 from edge_runtime.offload import Offloader
 from edge_runtime.predictor import OffloadPredictor
+from engines.bundle import Bundle
 from engines.errors import PlanError
+from transport.keys import generate_secret
 
 
 @pytest.fixture
@@ -69,7 +75,6 @@ def test_the_device_is_chosen_here_or_in_edge_toml(
     assert main([*command, "--device", "cpu", "--out", str(tmp_path / "c")]) == 0
     assert main([*command, "--device", "tpu"]) == 2
     node = NodeConfig(name="a", endpoint="tcp://a:1", server_key="a.pub")
-    monkeypatch.setattr(Offloader, "prepare", lambda self: None)
     config = EdgeConfig(nodes=(node,), bundle=str(toy_bundle), device="tensorrt")
     monkeypatch.setattr(Offloader, "__init__", lambda self, *_: None)
     monkeypatch.setattr(Offloader, "close", lambda self: None)
@@ -102,7 +107,7 @@ def test_local_writes_masks_overlay_and_json(
     assert np.array_equal(mask(out / "mask-1.png"), expected[best])
     first = result["objects"][0]["masks"]
     assert [m["file"] for m in first] == ["mask-1.png"]
-    assert first[0]["score"] == pytest.approx(float(scores[best]))
+    assert first[0]["predicted_iou"] == pytest.approx(float(scores[best]))
     assert first[0]["area"] == np.count_nonzero(expected[best])
     with Image.open(out / "masks.png") as labels:
         numbers = np.array(labels)
@@ -117,11 +122,12 @@ def test_multimask_keeps_all_three_best_first(
     options = ["--local", "--bundle", str(toy_bundle), "--out", str(out), "--multimask", "--json"]
     assert main(["segment", str(photo), "--point", "5,6", *options]) == 0
     printed = json.loads(capsys.readouterr().out)
+    assert printed.pop("folder") == str(out)
     assert printed == json.loads((out / "result.json").read_text())
     masks = printed["objects"][0]["masks"]
     assert [m["file"] for m in masks] == ["mask-1.png", "mask-1-2.png", "mask-1-3.png"]
     assert all((out / m["file"]).is_file() for m in masks)
-    scores = [m["score"] for m in masks]
+    scores = [m["predicted_iou"] for m in masks]
     assert scores == sorted(scores, reverse=True)
 
 
@@ -139,7 +145,7 @@ def test_through_nodes_the_masks_are_the_same_and_exposure_is_told(
     assert (tmp_path / "away" / "what-each-node-saw.png").is_file()
     result = json.loads((tmp_path / "away" / "result.json").read_text())
     exposure = result["exposure"]
-    assert exposure["max_exposure"] <= 0.45
+    assert exposure["largest_share"] <= exposure["max_exposure"] == 0.45
     assert {node["name"] for node in exposure["nodes"]} == {"alpha", "beta", "gamma"}
     shown = sorted(w for node in exposure["nodes"] for w in node["windows"])
     assert len(shown) == exposure["windows_sent"] == len(set(shown))
@@ -153,6 +159,81 @@ def test_through_nodes_the_masks_are_the_same_and_exposure_is_told(
     assert "alpha saw" in capsys.readouterr().out
 
 
+@contextmanager
+def one_node(folder: Path, bundle: Path, **options: Any) -> Iterator[tuple[FaultyNode, Path]]:
+    """A node that misbehaves and may see the whole photo, and the edge.toml that names it."""
+    secret = folder / "keys" / "edge.secret"
+    secret.parent.mkdir(mode=0o700)
+    generate_secret(secret)
+    with FaultyNode(Bundle.load(bundle), folder / "keys" / "node", **options) as node:
+        node.authorise("edge", secret.parent)
+        known = NodeConfig(
+            name="alpha",
+            endpoint=node.endpoint,
+            server_key=node.keypair.public,
+            client_key=str(secret.with_name("edge.key")),
+        )
+        config = EdgeConfig(nodes=(known,), bundle=str(bundle), secret=str(secret))
+        path = toml(config, folder / "keys" / "edge.toml")
+        path.write_text("max_exposure = 1.0\n" + path.read_text())
+        yield node, path
+
+
+def test_a_failed_run_leaves_a_record_of_what_nodes_were_shown(
+    photo: Path, tmp_path: Path, shared_fleet: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = toml(shared_fleet.config(), tmp_path / "edge.toml")
+    beta = shared_fleet.nodes["beta"].endpoint
+    config.write_text(config.read_text().replace(beta, closed_port()))
+    out = tmp_path / "deep" / "result"
+    command = ["segment", str(photo), "--point", "5,6", "--config", str(config), "--out", str(out)]
+    for name in ("result.sends.json", "result.sends-2.json"):  # the first is not overwritten
+        assert main(command) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("error: node beta ")
+        assert said.count("\n") == 1
+        assert str(out.with_name(name)) in said
+        record = json.loads(out.with_name(name).read_text())
+        assert record["photo"] == "photo.png"
+        assert "node beta" in record["error"]
+        seen = {node["name"]: node["windows"] for node in record["exposure"]["nodes"]}
+        assert seen["beta"] == []
+        granted = {line["node"]: line["windows"] for line in record["exposure"]["ledger"]}
+        assert seen["alpha"] == granted["alpha"] != []
+        assert seen["gamma"] == granted["gamma"] != []
+    assert sorted(os.listdir(out.parent)) == ["result.sends-2.json", "result.sends.json"]
+
+
+def test_tokens_that_make_no_number_are_an_error_on_record(
+    photo: Path, tmp_path: Path, toy_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def huge(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"tokens": np.full((len(feeds["window"]), 16, 8), 3e38, np.float32)}
+
+    out = tmp_path / "result"
+    with one_node(tmp_path, toy_bundle, model=huge) as (_, config):
+        command = ["segment", str(photo), "--point", "5,6", "--config", str(config)]
+        assert main([*command, "--out", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert "the tail of" in said
+    assert "not finite" in said
+    assert not out.exists()
+    record = json.loads((tmp_path / "result.sends.json").read_text())
+    assert record["exposure"]["windows_sent"] == 6
+
+
+def test_a_broken_bundle_is_an_error_and_no_empty_mask(
+    photo: Path, tmp_path: Path, toy_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = poisoned(toy_bundle, tmp_path / "broken", "tail")
+    command = ["segment", str(photo), "--point", "5,6", "--local", "--bundle", str(broken.path)]
+    assert main([*command, "--out", str(tmp_path / "result")]) == 1
+    said = capsys.readouterr().err
+    assert f"`edge-runtime verify {broken.path}`" in said
+    assert said.count("\n") == 1
+    assert sorted(os.listdir(tmp_path)) == ["broken", "photo.png"]
+
+
 def test_nodes_that_are_not_there_saw_nothing(
     photo: Path, tmp_path: Path, shared_fleet: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,7 +245,7 @@ def test_nodes_that_are_not_there_saw_nothing(
     assert "alpha saw 0 of 9 windows, 0.0% of the photo; failed: " in capsys.readouterr().out
     exposure = json.loads((tmp_path / "out" / "result.json").read_text())["exposure"]
     assert (exposure["windows_sent"], exposure["bytes_up"]) == (0, 0)
-    assert (exposure["max_exposure"], len(exposure["windows_at_home"])) == (0, 6)
+    assert (exposure["largest_share"], len(exposure["windows_at_home"])) == (0, 6)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -190,13 +271,52 @@ def test_a_signal_leaves_nothing_behind(
     assert os.listdir(folder) == []
 
 
+STUCK_TAIL = """
+import hashlib, sys
+from pathlib import Path
+from edge_runtime.cli import main
+from engines.pipeline import Pipeline
+ready = Path(sys.argv.pop())
+def tail(*_):
+    ready.touch()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", (1 << 31) - 1)  # no signal handler runs meanwhile
+Pipeline.tail = tail
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("where", ["waiting for a node", "computing the tail"])
+def test_a_signal_leaves_a_record_of_what_a_node_has_seen(
+    photo: Path, tmp_path: Path, toy_bundle: Path, where: str
+) -> None:
+    ready = tmp_path / "keys" / "ready"
+    waiting = where == "waiting for a node"
+    policy = "accepted_only" if waiting else "honest"
+    with one_node(tmp_path, toy_bundle, policy=policy) as (node, config):
+        start = ["-m", "edge_runtime.cli"] if waiting else ["-c", STUCK_TAIL]
+        command = [sys.executable, *start, "segment", str(photo), "--point", "5,6"]
+        command += ["--config", str(config), "--out", str(tmp_path / "result")]
+        command += [] if waiting else [str(ready)]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        while not (node.requests if waiting else ready.exists()):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM
+    record = tmp_path / "result.sends.json"
+    assert str(record) in said
+    assert json.loads(record.read_text())["exposure"]["windows_sent"] == 6
+    assert not (tmp_path / "result").exists()
+
+
 def test_edge_toml_of_the_current_folder_is_found(
     photo: Path, tmp_path: Path, shared_fleet: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     toml(shared_fleet.config(), tmp_path / "edge.toml")
     monkeypatch.chdir(tmp_path)
     assert main(["segment", "photo.png", "--point", "5,6"]) == 0
-    result = json.loads((tmp_path / "out" / "photo" / "result.json").read_text())
+    result = json.loads((tmp_path / "out" / "photo.png" / "result.json").read_text())
     assert result["offloaded"] is True
 
 
@@ -225,7 +345,7 @@ def test_a_budget_that_cannot_be_met_leaves_nothing_behind(
     assert sorted(os.listdir(tmp_path)) == ["edge.toml", "photo.png"]
     assert main([*command, "--fallback", "local"]) == 0
     result = json.loads((tmp_path / "result" / "result.json").read_text())
-    assert result["exposure"]["max_exposure"] <= 0.1
+    assert result["exposure"]["largest_share"] <= result["exposure"]["max_exposure"] == 0.1
     assert result["exposure"]["windows_at_home"]
 
 
@@ -239,7 +359,7 @@ def test_a_budget_that_cannot_be_met_leaves_nothing_behind(
         (["--local", "--point", "1,1", "--max-exposure", "0.3"], "--max-exposure is about nodes"),
         (["--local", "--point", "1,1", "--deadline", "3"], "--deadline is about nodes"),
         (["--config", "no.toml", "--point", "1,1"], "no.toml does not exist"),
-        (["--local", "--point", "1,1", "--threads", "0"], "expected at least 1"),
+        (["--local", "--point", "-5,10"], "the point -5,10 is outside the photo"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(
@@ -260,6 +380,22 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert os.listdir(tmp_path) == ["photo.png"]
 
 
+def test_shares_may_be_in_percent_and_threads_have_a_limit(
+    photo: Path,
+    tmp_path: Path,
+    shared_fleet: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = toml(shared_fleet.config(), tmp_path / "edge.toml")
+    command = ["segment", str(photo), "--point", "5,6", "--config", str(config)]
+    command += ["--out", str(tmp_path / "out")]
+    assert main([*command, "--threads", "100000"]) == 2  # more than a machine could start
+    assert capsys.readouterr().err.startswith("error: --threads: expected a whole number from 1 to")
+    assert main([*command, "--max-exposure", "10%"]) == 1
+    assert "0.1" in capsys.readouterr().err
+    assert main([*command, "--max-exposure", "45%"]) == 0
+
+
 def test_earlier_results_are_kept_unless_asked(
     photo: Path, tmp_path: Path, toy_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -273,6 +409,108 @@ def test_earlier_results_are_kept_unless_asked(
     assert main([*command, "--point", "7,7", "--overwrite"]) == 0
     assert not (out / "mask-2.png").exists()
     assert sorted(os.listdir(tmp_path)) == ["photo.png", "result"]
+
+
+def test_a_second_run_keeps_both_results_and_names_do_not_clash(
+    photo: Path, tmp_path: Path, toy_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.open(photo).convert("RGB").save(tmp_path / "photo.jpg")
+    command = ["--point", "5,6", "--local", "--bundle", str(toy_bundle)]
+    for name in ("photo.png", "photo.jpg", "photo.png", "photo.png"):
+        assert main(["segment", name, *command]) == 0
+    names = ["photo.jpg", "photo.png", "photo.png-2", "photo.png-3"]
+    assert sorted(os.listdir("out")) == names
+    (tmp_path / "out" / "photo.png" / "mine").touch()  # a folder that is not ours alone is kept
+    assert main(["segment", "photo.png", *command]) == 0
+    assert main(["segment", "photo.jpg", *command, "--overwrite"]) == 0
+    assert sorted(os.listdir("out")) == [*names, "photo.png-4"]
+    assert main(["segment", "photo.png", *command, "--overwrite"]) == 1
+
+
+def test_several_photos_and_folders_share_prompts_and_one_bad_photo_stops_none(
+    photo: Path, tmp_path: Path, toy_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    shutil.copy(photo, folder / "a.png")
+    Image.new("RGB", (4, 4)).save(folder / "small.png")  # the prompt lies outside
+    (folder / "broken.jpg").write_bytes(b"no photo")
+    (folder / "notes.txt").touch()
+    (folder / "deeper.png").mkdir()
+    out = tmp_path / "out"
+    command = ["segment", str(folder), str(photo), "--point", "5,6", "--local"]
+    command += ["--bundle", str(toy_bundle), "--out", str(out)]
+    assert main([*command, "--json"]) == 1
+    said = capsys.readouterr()
+    lines = [json.loads(line) for line in said.out.splitlines()]
+    assert [line["photo"] for line in lines] == ["a.png", "broken.jpg", "small.png", "photo.png"]
+    assert ["folder" in line for line in lines] == [True, False, False, True]
+    assert "no" not in lines[0].get("error", "")
+    assert "not an image" in lines[1]["error"]
+    assert "outside the photo, which is 4 x 4" in lines[2]["error"]
+    assert said.err == "error: 2 of 4 photos failed\n"
+    assert sorted(os.listdir(out)) == ["a.png", "photo.png"]
+    assert lines[3]["folder"] == str(out / "photo.png")
+    assert main(command) == 1
+    said = capsys.readouterr()
+    assert said.out.count("object 1: ") == 2
+    assert said.err.count("error: ") == 3
+    assert sorted(os.listdir(out)) == ["a.png", "a.png-2", "photo.png", "photo.png-2"]
+
+
+def test_a_folder_without_photos_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["segment", str(tmp_path), "--point", "5,6", "--local"]) == 1
+    assert "holds no photos" in capsys.readouterr().err
+
+
+def test_pictures_may_be_left_out_and_their_time_is_counted(
+    photo: Path, tmp_path: Path, toy_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["segment", str(photo), "--point", "5,6", "--local", "--bundle", str(toy_bundle)]
+    assert main([*command, "--out", str(tmp_path / "bare"), "--no-pictures", "--json"]) == 0
+    assert sorted(os.listdir(tmp_path / "bare")) == ["mask-1.png", "masks.png", "result.json"]
+    spent = json.loads(capsys.readouterr().out)["latency_ms"]
+    parts = sum(value for name, value in spent.items() if name != "total")
+    assert 0 < spent["files"] < parts <= spent["total"]
+
+
+@pytest.mark.parametrize("place", ["full", "proc"])
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_computed(
+    place: str,
+    photo: Path,
+    full_disk: Path,
+    toy_bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = {"full": full_disk / "deep" / "out", "proc": Path("/proc/out")}[place]
+    endless = slow(toy_bundle, tmp_path / "endless", "stack")
+    command = ["segment", str(photo), "--point", "5,6", "--local", "--out", str(out)]
+    assert main([*command, "--bundle", str(endless.path)]) == 1
+    said = capsys.readouterr().err
+    assert str(out) in said
+    assert "name another folder with --out" in said
+    assert said.count("\n") == 1
+    assert os.listdir(full_disk) == []
+
+
+def test_a_disk_that_fills_up_meanwhile_is_named(
+    photo: Path,
+    full_disk: Path,
+    toy_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("edge_runtime.segmentation._ROOM_OF_PICTURES", 0)
+    command = ["segment", str(photo), "--point", "5,6", "--local", "--bundle", str(toy_bundle)]
+    assert main([*command, "--out", str(full_disk / "out")]) == 1
+    said = capsys.readouterr().err
+    wanted = f"cannot write {full_disk}/out: No space left on device; make room on that disk, or "
+    assert wanted + "name another folder with --out\n" in said
+    assert os.listdir(full_disk) == []
 
 
 def test_prompts_are_in_pixels_of_the_upright_photo(
@@ -303,6 +541,6 @@ def test_it_works_with_the_model_that_comes_with_the_package(
     monkeypatch.chdir(tmp_path)
     x, y = CLICKS[0]
     assert main(["segment", str(PHOTO), "--point", f"{x},{y}", "--local"]) == 0
-    found = mask(tmp_path / "out" / "coins" / "mask-1.png")
+    found = mask(tmp_path / "out" / "coins.png" / "mask-1.png")
     with Image.open(REFERENCE) as reference:
         assert mask_ious([found], np.array(reference), [(x, y)])[0] > 0.5

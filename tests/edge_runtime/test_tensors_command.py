@@ -113,10 +113,10 @@ def test_help_teaches_and_loads_nothing_heavy() -> None:
 @pytest.mark.parametrize(
     ("option", "says"),
     [
-        ("--limit=nan", "'nan' is no number from 0 up"),
-        ("--limit=-1", "'-1' is no number from 0 up"),
-        ("--windows=x", "'x' is no whole number from 0 up"),
-        ("--top=-1", "'-1' is no whole number from 0 up"),
+        ("--limit=nan", "expected a number from 0 to"),
+        ("--limit=-1", "not '-1'"),
+        ("--windows=x", "expected a whole number from 0 to"),
+        ("--top=-1", "not '-1'"),
     ],
 )
 def test_numbers_that_are_none(option: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,9 +152,6 @@ def test_a_verdict_that_cannot_be_kept_is_a_warning(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--random", "0"], "--random is 0; expected 1 to 10000"),
-        (["--seed", "-1"], "--seed is -1"),
-        (["--threads", "0"], "--threads is 0; expected 1"),
         (["--stage", "head"], "has no head"),
     ],
 )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,11 +21,15 @@ from engines.bundle import (
     Manifest,
     hash_file,
     node_bundle,
+    shipped_bundle,
     stage_digest,
     write_manifest,
 )
-from engines.errors import BundleError
+from engines.errors import BundleError, EngineError
 from engines.ort import OrtEngine
+from engines.pipeline import Pipeline
+from engines.rehash import main as rehash_main
+from engines.samples import golden_samples
 
 
 @pytest.fixture
@@ -122,7 +128,9 @@ def test_a_huge_manifest_is_not_read(bundle: Path) -> None:
     refused(bundle, "larger than")
 
 
-@pytest.mark.parametrize(("schema", "mend"), [(2, "pip install --upgrade"), (0, "export it again")])
+@pytest.mark.parametrize(
+    ("schema", "mend"), [(2, "install a newer checkout"), (0, "export it again")]
+)
 def test_another_schema_says_what_mends_it(bundle: Path, schema: int, mend: str) -> None:
     # A future manifest need not look like ours in any other respect.
     (bundle / "manifest.json").write_text(json.dumps({"schema": schema, "stages": []}))
@@ -146,6 +154,8 @@ def test_fields_added_within_the_schema_are_ignored(bundle: Path) -> None:
         lambda m: m.update(stages={}),
         lambda m: m.update(model=""),
         lambda m: m.update(model="tiny\x1b]0;title\x07"),
+        lambda m: m.update(model="tiny\u202egnp"),
+        lambda m: m["made"].update(command="export \u2066x"),
         lambda m: m.update(made={"command": "two\nlines"}),
         lambda m: m["stages"].update({"\x9b31m": m["stages"]["stack"]}),
         lambda m: m["stages"]["stack"]["outputs"][0].update(shape=["n\n", 16, 8]),
@@ -199,13 +209,13 @@ def test_each_defect_of_a_manifest_is_refused(bundle: Path, change: Callable[[An
         "a b",
     ],
 )
-@pytest.mark.parametrize("place", ["stage", "plain form", "golden"])
+@pytest.mark.parametrize("place", ["stage", "plain form", "golden", "golden list"])
 def test_no_path_leads_out_of_the_bundle(bundle: Path, name: str, place: str) -> None:
     (bundle.parent / "secret").write_text("x")
 
     def change(manifest: Any) -> None:
-        if place == "golden":
-            manifest["golden"] = [name]
+        if place.startswith("golden"):
+            manifest["golden"] = [name] if place == "golden list" else {name: "0" * 64}
             return
         if place == "plain form":
             manifest["stages"]["tail"]["plain"] = {"file": name, "sha256": "0" * 64}
@@ -268,6 +278,132 @@ def test_any_value_anywhere_loads_or_is_one_clear_line(toy_bundle: Path, data: A
     except (msgspec.MsgspecError, BundleError) as error:
         refusal = error
     assert "\n" not in str(refusal)
+
+
+# Weights beside a graph ------------------------------------------------------------------------
+
+
+def rehash(bundle: Path, stage: str, *files: str) -> None:
+    """Have the manifest vouch for these files of a stage as they are."""
+
+    def change(manifest: Any) -> None:
+        entry = manifest["stages"][stage]
+        entry["files"].update({file: hash_file(bundle / file) for file in files})
+        entry["sha256"] = stage_digest(entry["files"])
+
+    edit(bundle, change)
+
+
+def point_elsewhere(bundle: Path, graph: str, location: str) -> None:
+    """Have a graph read its weights from another file."""
+    model = onnx.load(bundle / graph, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+    (bundle / graph).write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize("location", ["other.data", "tail.onnx.data", "./stack.onnx.data"])
+def test_weights_that_are_not_of_the_stage_s_files_are_refused(bundle: Path, location: str) -> None:
+    shutil.copyfile(bundle / "stack.onnx.data", bundle / "other.data")
+    point_elsewhere(bundle, "stack.onnx", location)
+    rehash(bundle, "stack", "stack.onnx")
+    reason = rf"stack\.onnx reads weights from '{location}'.*not among.*edge-runtime export"
+    with pytest.raises(BundleError, match=reason):
+        Bundle.load(bundle).verify_hashes(["stack"])
+    with Pipeline(Bundle.load(bundle)) as pipeline, pytest.raises(BundleError, match=reason):
+        pipeline.engine("stack")
+    if location == "other.data":  # the manifest may name it, under any name
+        rehash(bundle, "stack", location)
+        Bundle.load(bundle).verify_hashes(["stack"])
+
+
+def test_a_plain_form_s_weights_are_of_the_stage_s_files_too(bundle: Path) -> None:
+    add_plain(bundle)
+    shutil.copyfile(bundle / "stack.onnx.data", bundle / "other.data")
+    point_elsewhere(bundle, "stack.plain.onnx", "other.data")
+    form = {"file": "stack.plain.onnx", "sha256": hash_file(bundle / "stack.plain.onnx")}
+    edit(bundle, lambda m: m["stages"]["stack"].update(plain=form))
+    with pytest.raises(BundleError, match=r"stack\.plain\.onnx reads weights from 'other\.data'"):
+        Bundle.load(bundle).verify_hashes(["stack"])
+
+
+def test_weights_of_a_node_inside_a_graph_count_too(bundle: Path) -> None:
+    model = onnx.load(bundle / "stack.onnx", load_external_data=False)
+    tensor = next(t for t in model.graph.initializer if t.external_data)
+    for entry in tensor.external_data:
+        if entry.key == "location":
+            entry.value = "other.data"
+    model.graph.initializer.remove(tensor)
+    model.graph.node.insert(0, onnx.helper.make_node("Constant", [], [tensor.name], value=tensor))
+    (bundle / "stack.onnx").write_bytes(model.SerializeToString())
+    rehash(bundle, "stack", "stack.onnx")
+    with pytest.raises(BundleError, match=r"reads weights from 'other\.data'"):
+        Bundle.load(bundle).verify_hashes()
+
+
+def test_weights_named_in_an_unusual_way_are_refused(bundle: Path) -> None:
+    """Protobuf allows fields in any order; exporters write the key first."""
+    usual = b"\x0a\x08location\x12\x0fstack.onnx.data"
+    graph = (bundle / "stack.onnx").read_bytes()
+    assert graph.count(usual) == 2
+    turned = graph.replace(usual, b"\x12\x0fstack.onnx.data\x0a\x08location", 1)
+    (bundle / "stack.onnx").write_bytes(turned)
+    assert onnx.load(bundle / "stack.onnx").graph.initializer
+    rehash(bundle, "stack", "stack.onnx")
+    with pytest.raises(BundleError, match=r"names weights .* in a form .* cannot be checked"):
+        Bundle.load(bundle).verify_hashes(["stack"])
+
+
+def test_an_empty_graph_is_an_engine_s_error(bundle: Path) -> None:
+    (bundle / "stack.onnx").write_bytes(b"")
+    rehash(bundle, "stack", "stack.onnx")
+    with Pipeline(Bundle.load(bundle)) as pipeline, pytest.raises(EngineError, match="be opened"):
+        pipeline.engine("stack")
+
+
+# Golden samples --------------------------------------------------------------------------------
+
+
+def test_golden_samples_are_hashed_like_all_else(bundle: Path) -> None:
+    loaded = Bundle.load(bundle)
+    assert loaded.manifest.golden == {"golden/0.npz": hash_file(bundle / "golden" / "0.npz")}
+    with (bundle / "golden" / "0.npz").open("ab") as file:
+        file.write(b"x")
+    loaded.verify_hashes(["stack", "tail", "decoder"])
+    with pytest.raises(BundleError, match=r"0\.npz is damaged: its sha256 is"):
+        loaded.verify_hashes()
+
+
+def test_a_bundle_without_hashes_of_its_samples_serves_but_measures_nothing(
+    bundle: Path, tmp_path: Path
+) -> None:
+    """Bundles were exported so at first."""
+    edit(bundle, lambda m: m.update(golden=["golden/0.npz"]))
+    loaded = Bundle.load(bundle)
+    loaded.verify_hashes()
+    mend = rf"no hashes.*python -m engines\.rehash {re.escape(str(bundle))}"
+    with pytest.raises(BundleError, match=mend):
+        golden_samples(loaded)
+    with pytest.raises(BundleError, match=mend):
+        node_bundle(loaded, tmp_path / "node")
+
+
+def test_rehash_adds_the_hashes_and_changes_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = Path(shutil.copytree(shipped_bundle(), tmp_path / "shipped"))
+    expected = (bundle / "manifest.json").read_bytes()
+    edit(bundle, lambda m: m.update(golden=list(m["golden"])))
+    assert rehash_main([str(bundle)]) == 0
+    assert (bundle / "manifest.json").read_bytes() == expected
+    edit(bundle, lambda m: m.update(golden=list(m["golden"])))
+    before = (bundle / "manifest.json").read_bytes()
+    (bundle / "golden" / "0.npz").write_bytes(b"x")  # it does not vouch for just anything
+    assert rehash_main([str(bundle)]) == 1
+    assert "0.npz is damaged" in capsys.readouterr().err
+    assert (bundle / "manifest.json").read_bytes() == before
 
 
 # The plain form --------------------------------------------------------------------------------
@@ -385,19 +521,21 @@ def test_an_existing_output_is_left_alone(bundle: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "node").iterdir())
 
 
-@pytest.mark.parametrize("damage", ["hash", "golden", "disk"])
+@pytest.mark.parametrize("damage", ["hash", "golden", "golden from the start", "disk"])
 def test_a_failed_cut_leaves_nothing(bundle: Path, tmp_path: Path, damage: str) -> None:
-    full = Bundle.load(bundle)
+    golden = bundle / "golden" / "0.npz"
     if damage == "hash":
         (bundle / "stack.onnx").write_bytes(b"x")
-    elif damage == "golden":
-        (bundle / "golden" / "0.npz").write_bytes(b"x")
+    elif damage.startswith("golden"):
+        golden.write_bytes(golden.read_bytes()[:100])
+        if damage != "golden":
+            edit(bundle, lambda m: m.update(golden={"golden/0.npz": hash_file(golden)}))
     else:
         # A file where the parent directory should be stands for every refusal of the disk.
         (tmp_path / "out").touch()
     out = tmp_path / "out" / "node"
-    with pytest.raises(BundleError, match=r"damaged|cannot be written") as caught:
-        node_bundle(full, out)
+    with pytest.raises(BundleError, match=r"damaged|is a file, not a folder") as caught:
+        node_bundle(Bundle.load(bundle), out)
     assert "\n" not in str(caught.value)
     assert not out.exists()
     assert damage == "disk" or not (tmp_path / "out").exists() or not any(out.parent.iterdir())

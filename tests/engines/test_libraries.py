@@ -49,11 +49,11 @@ def tensorrt(*version: int) -> Library:
 
 def test_nothing_installed(simulate: Simulate) -> None:
     assert libraries.installed() == []
-    with pytest.raises(EngineError, match=r"python3-libnvinfer.*edge-runtime\[rtx\]"):
+    with pytest.raises(EngineError, match=r"python3-libnvinfer.*pip install tensorrt-rtx-cu13"):
         libraries.choose("auto")
     with pytest.raises(EngineError, match="--system-site-packages"):
         libraries.choose("tensorrt")
-    with pytest.raises(EngineError, match=r"pip install 'edge-runtime\[rtx\]'"):
+    with pytest.raises(EngineError, match=r"pip install tensorrt-rtx-cu13"):
         libraries.choose("tensorrt-rtx")
 
 

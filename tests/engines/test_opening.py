@@ -299,7 +299,7 @@ def test_an_unreadable_note_of_failure_counts_as_one(bundle: Bundle, text: bytes
 
 def test_a_note_that_cannot_be_written_is_said(bundle: Bundle) -> None:
     (bundle.path / "plans").write_text("in the way")
-    with pytest.raises(EngineError, match="so this verdict binds nobody"):
+    with pytest.raises(EngineError, match="until then this verdict binds nobody"):
         write_failure(bundle, "stack", "cpu", failure(bundle, "cpu"))
 
 

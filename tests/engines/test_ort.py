@@ -147,7 +147,12 @@ def test_missing_weights_are_one_clear_line(toy_bundle: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("arguments", "reason"), [({"threads": 0}, "threads is 0"), ({"device": "tpu"}, "'tpu'")]
+    ("arguments", "reason"),
+    [
+        ({"threads": 0}, "threads is 0"),
+        ({"threads": 100_000}, "1 to 1,024"),
+        ({"device": "tpu"}, "'tpu'"),
+    ],
 )
 def test_senseless_settings_are_refused(toy_bundle: Path, arguments: dict, reason: str) -> None:
     with pytest.raises(EngineError, match=reason):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy import Toy
+from toy import Toy, poisoned
 
 from engines.bundle import Bundle, hash_file, node_bundle, stage_digest
 from engines.errors import BundleError, EngineError
@@ -140,6 +140,33 @@ def test_stages_are_opened_when_needed_and_closed_with_the_pipeline(
         pipeline.embed(windows)
     with pytest.raises(EngineError, match="was closed"):
         engine.run({})
+
+
+@pytest.mark.parametrize("stage", ["tail", "encoder"])
+def test_an_embedding_that_is_not_finite_is_refused(
+    make_toy_bundle: Callable[..., Path], tmp_path: Path, windows: Windows, stage: str
+) -> None:
+    whole = make_toy_bundle(tmp_path / "whole", stock=stage == "encoder")
+    with (
+        Pipeline(poisoned(whole, tmp_path / "broken", stage), threads=1) as pipeline,
+        pytest.raises(EngineError, match=rf"{stage} of .*broken returned .*embedding.*not finite"),
+    ):
+        pipeline.embed(windows)
+
+
+def test_tokens_that_the_tail_cannot_bear_are_refused(pipeline: Pipeline, windows: Windows) -> None:
+    tokens = np.full((len(windows), 16, 8), 3e38, np.float32)  # finite, so a node may return them
+    with pytest.raises(EngineError, match=r"not finite.*edge-runtime verify .*bundle.*node"):
+        pipeline.tail({"tokens": tokens}, windows)
+
+
+@pytest.mark.parametrize("output", ["low_res_logits", "iou"])
+def test_a_decoder_s_answer_that_is_not_finite_is_refused(pipeline: Pipeline, output: str) -> None:
+    coords, labels = np.zeros((1, 2, 2), np.float32), np.zeros((1, 2), np.float32)
+    (coords[0] if output == "low_res_logits" else labels)[:] = 3e38  # the toy adds them up
+    prompts = coords, labels, np.zeros((1, 1, 40, 40), np.float32), np.zeros(1, np.float32)
+    with pytest.raises(EngineError, match=rf"the decoder of .* returned {output}.*not finite"):
+        pipeline.decode(np.zeros((1, 4, 10, 10), np.float32), *prompts)
 
 
 def test_a_graph_that_contradicts_its_manifest_is_refused(toy_bundle: Path, tmp_path: Path) -> None:

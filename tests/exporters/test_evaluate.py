@@ -202,7 +202,6 @@ def test_annotated_images(weights, tmp_path, capsys):
     ("args", "said"),
     [
         (["--annotations", "x.json"], "go together"),
-        (["--scenes", "0"], "above 0"),
         (["--annotations", "x.json", "--images", ".", "--only", "coins"], "choose one"),
         (["--stock", "none.pt"], "does not exist"),
     ],

@@ -265,8 +265,11 @@ def test_the_command_is_interrupted_continued_and_done(tmp_path):
     assert refused.returncode == 1
     assert "--seed 1" in refused.stderr
 
-    done = run_cli(*options, "--steps", str(reached + 1))
+    done = run_cli(*options, "--steps", str(reached + 1), "--json")
     assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["weights"], told["steps"]) == (str(out / "tiny-stock.pt"), reached + 1)
+    assert told["next"].startswith(f"edge-runtime adapt --checkpoint {out}/tiny-stock.pt")
     assert f"at step {reached} of {reached + 1}" in done.stderr
     sam = load_checkpoint(out / "tiny-stock.pt", "tiny")
     assert (sam.order, sam.adapted) == ("stock", False)

@@ -55,6 +55,7 @@ from transport.messages import (
     decode_tensors,
     encode,
     new_id,
+    new_seal,
     refuse,
     stage_limits,
 )
@@ -68,11 +69,21 @@ Value = Literal["nan", "inf", "zeros", "norm", "shape", "dtype", "name", "batch"
 the type, the name or the number of windows wrong; `share` of the windows replaced by numbers with
 exactly the honest ones' statistics."""
 Shape = Literal[
-    "wrong_id", "wrong_stage", "refuse", "truncated", "garbage", "version", "no_tensors", "info"
+    "wrong_id",
+    "wrong_stage",
+    "wrong_seal",
+    "refuse",
+    "truncated",
+    "garbage",
+    "version",
+    "no_tensors",
+    "info",
+    "frames",
 ]
-"""Lies in the message: an id nobody asked for; a refusal as if another bundle were asked for, or as
-overloaded; frames shorter than declared; a header that is none; an unknown version; a result
-without tensors; an answer of another type."""
+"""Lies in the message: an id nobody asked for; a refusal as if another bundle were asked for; a
+result sealed with another key; a refusal as overloaded; a message shorter than declared; a header
+that is none; an unknown version; a result without tensors; an answer of another type; a message of
+several frames."""
 Order = Literal["replay", "cross_frame", "cross_node", "duplicate", "reordered"]
 """Lies in time and place: an earlier answer word for word; an earlier answer's numbers, or another
 node's, under this id; the same answer twice; the result before its `accepted`."""
@@ -345,7 +356,7 @@ class FaultyNode(Service):
         try:
             message = decode_header(frames[0])
             if isinstance(message, InfoRequest):
-                self._spawn(self._send(channel, encode(self._info(message))))
+                self._spawn(self._send(channel, [encode(self._info(message))]))
                 return
             if isinstance(message, Cancel):  # a node may answer nonetheless, and this one does
                 self.cancels += 1
@@ -355,7 +366,7 @@ class FaultyNode(Service):
                 return
             if not isinstance(message, Request):
                 raise ProtocolError("not for a node")
-            feeds = decode_tensors(message, frames[1:], self.limits.request)
+            feeds = decode_tensors(message, frames[0], self.limits.request)
         except ProtocolError:
             self.did["garbage"] += 1
             return
@@ -377,14 +388,14 @@ class FaultyNode(Service):
         if kind in ("stall", "never_read"):
             return
         if kind == "refuse":
-            await self._send(channel, encode(refuse(request.id, "overloaded", "go away")))
+            await self._send(channel, [encode(refuse(request.id, "overloaded", "go away"))])
             return
         if kind == "wrong_stage":
             text = "this node serves another stack"
-            await self._send(channel, encode(refuse(request.id, "wrong_bundle", text)))
+            await self._send(channel, [encode(refuse(request.id, "wrong_bundle", text))])
             return
         if kind not in ("not_accepted", "reordered"):
-            await self._send(channel, encode(Accepted(request.id)))
+            await self._send(channel, [encode(Accepted(request.id))])
         if kind == "accepted_only":
             return
         async with self._engine:
@@ -403,7 +414,7 @@ class FaultyNode(Service):
         if act.delay_s:
             await asyncio.sleep(act.delay_s)
         earlier = self._sent[-1] if self._sent else None
-        self._sent.append((encode(Result(request.id, *times), outputs), outputs))
+        self._sent.append(([encode(Result(request.id, *times), outputs, request.seal)], outputs))
         frames = self._frames(ask, act, outputs, times, earlier, rng)
         self._pool.put(self.name, outputs)
         if kind in get_args(Bytes):
@@ -413,7 +424,7 @@ class FaultyNode(Service):
         if kind == "duplicate":
             await self._send(channel, frames)
         if kind == "reordered":
-            await self._send(channel, encode(Accepted(request.id)))
+            await self._send(channel, [encode(Accepted(request.id))])
 
     def _frames(
         self,
@@ -432,9 +443,9 @@ class FaultyNode(Service):
         elif kind == "wrong_id":
             result = Result(new_id(), *times)
         elif kind == "no_tensors":
-            return encode(result)
+            return [encode(result)]
         elif kind == "info":
-            return encode(self._info(InfoRequest(ask.request.id)))
+            return [encode(self._info(InfoRequest(ask.request.id)))]
         elif kind in ("replay", "cross_frame"):
             if earlier is None:
                 self.did["fallback"] += 1
@@ -448,14 +459,15 @@ class FaultyNode(Service):
                 self.did["fallback"] += 1
             else:
                 outputs = theirs
-        frames = encode(result, outputs)
+        seal = new_seal() if kind == "wrong_seal" else ask.request.seal
+        whole = bytes(encode(result, outputs, seal))
         if kind == "truncated":
-            frames[-1] = bytes(frames[-1])[:-4]
+            whole = whole[:-4]
         elif kind == "garbage":
-            frames[0] = rng.bytes(64)
+            whole = rng.bytes(64) + whole[64:]
         elif kind == "version":
-            frames[0] = b"ERT\xfe" + frames[0][4:]
-        return frames
+            whole = b"ERT\xfe" + whole[4:]
+        return [whole, b""] if kind == "frames" else [whole]
 
     async def _send(self, channel: Channel, frames: Sequence[Any]) -> None:
         if not await channel.send(frames):
@@ -500,7 +512,7 @@ class _RouterChannel:
 
     async def bytes(self, act: Act, frames: Sequence[Any]) -> None:
         assert act.kind == "giant"  # the others need the raw wire
-        await self.send([frames[0], bytes(act.size)])
+        await self.send([bytes(act.size)])
 
     def stop_reading(self, seconds: float) -> None:
         self.router.reading.clear()
@@ -528,14 +540,13 @@ class _Raw:
         parts = [bytes(part) for part in frames]
         with contextlib.suppress(OSError):
             if act.kind == "endless":
-                part = min(1 << 16, self.node.limits.result.part_bytes)
+                part = min(1 << 16, self.node.limits.result.total_bytes)
                 budget = Budget(bytes=act.size, seconds=act.seconds)
                 await endless_multipart(peer, part_bytes=part, opening=parts, budget=budget)
             elif act.kind == "giant":
-                await peer.send_part(parts[0], more=True)
                 await peer.send(frame(bytes(min(act.size, 4096)), declared=act.size, long=True))
             else:
-                sealed = peer.seal(parts[0], more=True) + peer.seal(parts[1])
+                sealed = peer.seal(parts[0])
                 await peer.send(sealed[: len(sealed) // 2])
                 if act.kind == "close_mid":
                     await asyncio.sleep(0.01)  # let it arrive: RST overtakes

@@ -35,7 +35,6 @@ REFUSALS = {
     "accepted": "malformed",
     "magic": "malformed",
     "empty": "malformed",
-    "frames": "malformed",
     "long header": "malformed",
 }
 

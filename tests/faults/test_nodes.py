@@ -75,7 +75,9 @@ REFUSED = {
     "wrong_id": SILENT,
     "wrong_stage": "wrong_bundle",
     "refuse": "overloaded",
-    "truncated": "bytes arrived",
+    "truncated": "its header describes",
+    "wrong_seal": "not sealed with its request.s key",
+    "frames": "message of 2 frames",
     "garbage": "not an edge-runtime message",
     "version": "protocol version 254",
     "no_tensors": "returned tensors none",
@@ -238,7 +240,7 @@ def test_values_of_bfloat16_are_falsified_too(kind: Any) -> None:
 
 
 def asked(number: int) -> Ask:
-    return Ask(number, Request(new_id(), "0" * 64, 1000), (0,))
+    return Ask(number, Request(new_id(), "0" * 64, 1000, bytes(32)), (0,))
 
 
 def test_policies_are_reproducible_and_come_from_json() -> None:

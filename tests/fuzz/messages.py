@@ -1,9 +1,9 @@
 """Messages made from a string of bytes, so that any fuzzing engine can drive them.
 
-`Choices` reads numbers off the string; `frames` builds a message of every type from them and
-damages it where its structure is: a field, a tensor's header, a length, the order of frames. One
-input in four is nothing but bytes. The same string always gives the same frames, and an empty one
-gives a sound message.
+`Choices` reads numbers off the string; `message` builds a message of every type from them and
+damages it where its structure is: a field, a tensor's header, a length, the order of tensors. A
+result is sealed after that, as a lying node would. One input in four is nothing but bytes. The same
+string always gives the same message, and an empty one gives a sound one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from edge_runtime.config import Node
 from engines.bundle import Stage, TensorSpec
@@ -38,6 +39,7 @@ from transport.messages import (
 T = TypeVar("T")
 
 ID = bytes(range(16))
+SEAL = bytes(range(32))
 GEOMETRY = Geometry(image_size=16, patch_size=4, window_size=2, embed_dim=4, out_chans=2)
 STAGE = Stage(
     file="stack.onnx",
@@ -63,7 +65,7 @@ FEEDS = {
 TOKENS = {"tokens": np.arange(WINDOWS * 16, dtype=np.float32).reshape(WINDOWS, 4, 4)}
 _SPECS = tuple(TensorInfo(spec.name, spec.dtype, spec.shape) for spec in STAGE.inputs)
 MESSAGES: dict[str, tuple[Message, dict[str, np.ndarray] | None]] = {
-    "request": (Request(ID, STAGE.sha256, 1500), FEEDS),
+    "request": (Request(ID, STAGE.sha256, 1500, SEAL), FEEDS),
     "result": (Result(ID, 12, 345678), TOKENS),
     "accepted": (Accepted(ID), None),
     "refused": (Refused(ID, "overloaded", "try later", 250), None),
@@ -73,7 +75,18 @@ MESSAGES: dict[str, tuple[Message, dict[str, np.ndarray] | None]] = {
     "versions": (VersionsSpoken((1, 2)), None),
 }
 KINDS = tuple(MESSAGES)
-_SOUND = {name: [bytes(frame) for frame in encode(*made)] for name, made in MESSAGES.items()}
+
+
+def _parts(made: Message, arrays: dict[str, np.ndarray] | None) -> list[bytes]:
+    """Header and tensors of a sound message, one by one."""
+    whole = bytes(encode(made, arrays, SEAL))
+    if not arrays:
+        return [whole]
+    end = 8 + int.from_bytes(whole[4:8], "little")
+    return [whole[:end], *(array.tobytes() for array in arrays.values())]
+
+
+_SOUND = {name: _parts(*made) for name, made in MESSAGES.items()}
 _FIELDS = ("type", "id", "stage", "deadline_ms", "tensors", "code", "retry_ms", "queue_us", "x")
 _TENSOR_FIELDS = ("name", "dtype", "shape", "x")
 _NUMBERS = (0, 1, -1, 2, 7, 8, 9, 255, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**64 - 1)
@@ -123,26 +136,41 @@ class Choices:
         return kinds[self.below(len(kinds) - 2 * (depth > 3))]()
 
 
-def frames(data: bytes, kinds: Sequence[str] = KINDS) -> list[bytes]:
+def message(data: bytes, kinds: Sequence[str] = KINDS) -> bytes:
     """A message of one of `kinds`, damaged as `data` says."""
     choices = Choices(data)
     how = choices.below(4)
-    sound = list(_SOUND[choices.of(kinds)])
+    kind = choices.of(kinds)
+    sound = list(_SOUND[kind])
     if how == 3:
-        prefix = choices.of((b"", b"ERT", b"ERT\0", b"ERT\1"))
-        return [prefix + choices.bytes(200), *(choices.bytes() for _ in range(choices.below(4)))]
+        prefix = choices.of((b"", b"ERT", b"ERT\0", b"ERT\1", b"ERT\2", b"ERT\2\x20\0\0\0"))
+        return prefix + choices.bytes(200)
     if how in (0, 1):
         sound[0] = _structural(choices, sound[0], choices.below(3) + (how == 1))
     for _ in range(choices.below(3)):
         damage(choices, sound)
-    return sound
+    if not sound:
+        return b""
+    header = sound[0]
+    if header[3:4] == b"\2" and choices.below(8) != 7:
+        header = header[:4] + (max(0, len(header) - 8)).to_bytes(4, "little") + header[8:]
+    whole = header
+    for index, part in enumerate(sound[1:]):
+        if kind == "result":
+            part = AESGCM(SEAL).encrypt(index.to_bytes(12, "little"), part, header)
+        whole += bytes(-len(whole) % 64) + part
+    if choices.below(8) == 7:
+        last = [whole]
+        damage(choices, last)
+        whole = b"".join(last)
+    return whole
 
 
 def _structural(choices: Choices, header: bytes, changes: int) -> bytes:
     """The header with fields replaced, added or left out."""
     if not changes or header[3] == 0:
         return header
-    fields: dict[str, Any] = msgspec.msgpack.decode(header[4:])
+    fields: dict[str, Any] = msgspec.msgpack.decode(header[8:])
     for _ in range(changes):
         tensors = fields.get("tensors")
         if choices.below(2) and isinstance(tensors, list) and tensors:
@@ -163,7 +191,7 @@ def _structural(choices: Choices, header: bytes, changes: int) -> bytes:
         else:
             fields.pop(choices.of(_FIELDS), None)
     try:
-        return header[:4] + msgspec.msgpack.encode(fields)
+        return header[:8] + msgspec.msgpack.encode(fields)
     except (OverflowError, ValueError, msgspec.MsgspecError):  # of what can't be written
         return header
 

@@ -26,12 +26,13 @@ from fuzz.messages import (
     ID,
     LIMITS,
     NODE,
+    SEAL,
     STAGE,
     TOKENS,
     WINDOWS,
     Choices,
     damage,
-    frames,
+    message,
 )
 from transport import keys
 from transport.auth import AllowList, Authenticator
@@ -43,25 +44,25 @@ Target = Callable[[bytes], str]
 def decoding(data: bytes) -> str:
     """`decode`, by the limits of either direction."""
     limits = LIMITS.result if data[-1:] > b"\x7f" else LIMITS.request
-    made = frames(data)
+    made = message(data)
     try:
-        _, arrays = decode(made, limits)
+        _, arrays = decode(made, limits, SEAL)
     except ProtocolError as error:
         return type(error).__name__
     # Nothing decoded is larger than what arrived.
-    assert sum(array.nbytes for array in arrays.values()) <= sum(map(len, made[1:]))
+    assert sum(array.nbytes for array in arrays.values()) <= len(made)
     return "ok"
 
 
 def node(data: bytes) -> str:
     """What a node does with a message before it computes."""
-    made = frames(data)
+    made = message(data)
     try:
-        message = decode_header(made[0])
-        if not isinstance(message, Request):
+        request = decode_header(made)
+        if not isinstance(request, Request):
             return "ok"
-        check_stage(message.stage, STAGE, "the stage")
-        feeds = decode_tensors(message, made[1:], LIMITS.request)
+        check_stage(request.stage, STAGE, "the stage")
+        feeds = decode_tensors(request, made, LIMITS.request)
         windows = check_windows(feeds, STAGE, GEOMETRY)
     except (ProtocolError, Refusal) as error:
         return type(error).__name__
@@ -80,7 +81,7 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 def edge(data: bytes) -> str:
     """What an edge does with a message while it waits for a result."""
-    made: Any = frames(data)
+    made: Any = message(data)
 
     async def work() -> str:
         client = NodeClient(None, NODE, STAGE, LIMITS)  # type: ignore[arg-type]
@@ -89,10 +90,10 @@ def edge(data: bytes) -> str:
             client._handle(made, 0.0)
             if not pending.answer.done():
                 return "waits"
-            message, parts = pending.answer.result()
-            if not isinstance(message, Result):
-                return type(message).__name__
-            outputs = decode_tensors(message, parts, LIMITS.result)
+            answer, frame = pending.answer.result()
+            if not isinstance(answer, Result):
+                return type(answer).__name__
+            outputs = decode_tensors(answer, frame, LIMITS.result, SEAL)
             check_reply(outputs, STAGE.outputs, WINDOWS)
         except (ProtocolError, OffloadError) as error:
             return type(error).__name__

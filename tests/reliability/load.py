@@ -42,6 +42,7 @@ from transport.messages import (
     decode_tensors,
     encode,
     new_id,
+    new_seal,
     stage_limits,
 )
 from transport.sockets import client
@@ -77,15 +78,14 @@ class Load:
 
     async def send(self, deadline_s: float) -> None:
         id, now = new_id(), time.monotonic()
-        request = Request(id, self.stage, int(deadline_s * 1000))
+        request = Request(id, self.stage, int(deadline_s * 1000), new_seal())
         self._due[id] = (now, now + deadline_s)
         self.sent += 1
-        await self.socket.send_multipart(encode(request, self.feeds), copy=False)
+        await self.socket.send(encode(request, self.feeds), copy=False)
 
     async def read(self) -> None:
         while True:
-            frames = await self.socket.recv_multipart(copy=False)
-            message = decode_header(frames[0])
+            message = decode_header(await self.socket.recv(copy=False))
             if isinstance(message, Accepted):
                 continue
             begun, due = self._due.pop(getattr(message, "id", b""), (0.0, 0.0))
@@ -341,6 +341,7 @@ class _Edge:
         self.right = self.wrong = self.sent = 0
         self.refused: collections.Counter[str] = collections.Counter()
         self._open: dict[bytes, asyncio.Future[None]] = {}
+        self._seal = new_seal()  # nobody listens here
 
     async def ask(self, seconds: float) -> None:
         """One request; its outcome is counted, and so is that there was none (``lost``)."""
@@ -348,9 +349,9 @@ class _Edge:
         self._open[id] = done = asyncio.get_running_loop().create_future()
         self.sent += 1
         try:
-            request = Request(id, self._stage, int(seconds * 1000))
-            frames = encode(request, self._feeds)
-            await asyncio.wait_for(self._socket.send_multipart(frames, copy=False), seconds)
+            request = Request(id, self._stage, int(seconds * 1000), self._seal)
+            frame = encode(request, self._feeds)
+            await asyncio.wait_for(self._socket.send(frame, copy=False), seconds)
             await asyncio.wait_for(done, seconds)
         except asyncio.TimeoutError:
             self.refused["lost"] += 1
@@ -359,13 +360,13 @@ class _Edge:
 
     async def read(self) -> None:
         while True:
-            frames = await self._socket.recv_multipart(copy=False)
-            message = decode_header(frames[0])
+            frame = await self._socket.recv(copy=False)
+            message = decode_header(frame)
             done = self._open.get(getattr(message, "id", b""))
             if isinstance(message, Accepted) or done is None or done.done():
                 continue
             if isinstance(message, Result):
-                tokens = decode_tensors(message, frames[1:], self._limits.result)["tokens"]
+                tokens = decode_tensors(message, frame, self._limits.result, self._seal)["tokens"]
                 same = np.array_equal(tokens, self._truth)
                 self.right += same
                 self.wrong += not same

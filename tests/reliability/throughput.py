@@ -45,7 +45,17 @@ from reliability.load import Load, write_sized_bundle
 from reliability.rows import Bench, Seen, mb, row, running, workers_of
 from transport.auth import AllowList, Authenticator
 from transport.keys import KeyPair
-from transport.messages import Refused, Request, Result, decode_header, encode, new_id, stage_limits
+from transport.messages import (
+    HEADER_BYTES,
+    Refused,
+    Request,
+    Result,
+    decode_header,
+    encode,
+    new_id,
+    new_seal,
+    stage_limits,
+)
 from transport.process import keep_freed_memory
 from transport.sockets import client, server
 
@@ -101,14 +111,15 @@ def _bare(options: argparse.Namespace) -> None:
     started.wait()
     plain: Any = zmq.Context.shadow(ctx.underlying)
     socket = server(plain, options.bind, prepared.keypair, prepared.limits)
-    reply = encode(Result(new_id(), 1, 1), _whole(prepared.stage.outputs, prepared.bundle.geometry))
+    outputs = _whole(prepared.stage.outputs, prepared.bundle.geometry)
+    reply = encode(Result(new_id(), 1, 1), outputs, new_seal())
     ready = {"endpoint": socket.last_endpoint.decode(), "pid": os.getpid()}
     scratch = options.ready_file.with_suffix(".new")
     scratch.write_text(json.dumps(ready))
     scratch.replace(options.ready_file)
     while True:
         peer, *_ = socket.recv_multipart(copy=False)
-        socket.send_multipart([peer.bytes, *reply], copy=False)
+        socket.send_multipart([peer.bytes, reply], copy=False)
 
 
 class _Load:
@@ -145,14 +156,14 @@ class _Load:
             if not ready:
                 break
             for socket, _ in ready:
-                frames = socket.recv_multipart(copy=False)
+                frame = socket.recv(copy=False)
                 now = time.monotonic()
-                if len(frames) > 1:
-                    assert sum(len(frame) for frame in frames[1:]) == self._size
+                if len(frame) > HEADER_BYTES:
+                    assert 0 <= len(frame) - self._size < HEADER_BYTES
                     results += begin <= now < end
                     every += 1
                 else:
-                    message = decode_header(frames[0])
+                    message = decode_header(frame)
                     if not isinstance(message, Refused):
                         continue
                     refused[message.code] += 1
@@ -169,8 +180,8 @@ class _Load:
         return {"results": results, "all": every, "refused": refused, "lost": lost}
 
     def _ask(self, socket: Any) -> None:
-        request = Request(new_id(), self._stage, 60_000)
-        socket.send_multipart(encode(request, self._feeds), copy=False)
+        request = Request(new_id(), self._stage, 60_000, new_seal())
+        socket.send(encode(request, self._feeds), copy=False)
 
 
 def _edge() -> None:

@@ -33,6 +33,7 @@ import zmq
 import zmq.asyncio
 from faults import sodium
 from faults.asking import connected, feeds
+from faults.edges import FORGETFUL, with_header
 from faults.nodes import FaultyNode
 from faults.zmtp import Peer
 
@@ -47,6 +48,7 @@ from transport.messages import (
     Refused,
     VersionsSpoken,
     decode_header,
+    decode_tensors,
     encode,
     new_id,
 )
@@ -93,8 +95,8 @@ async def _unprotected(endpoint: str, plain: bool) -> str:
             socket.plain_username, socket.plain_password = b"edge", b"secret"
         socket.connect(endpoint)
         with contextlib.suppress(zmq.ZMQError):
-            frames = encode(InfoRequest(new_id()))
-            await asyncio.wait({asyncio.ensure_future(socket.send_multipart(frames))}, timeout=0.2)
+            sending = asyncio.ensure_future(socket.send(encode(InfoRequest(new_id()))))
+            await asyncio.wait({sending}, timeout=0.2)
         return "answered" if await socket.poll(700) else "nothing"
     finally:
         ctx.destroy(linger=0)
@@ -240,18 +242,19 @@ async def no_pickle(bench: Bench) -> Seen:
             good = hostile.request(fed)
             for parts in (
                 [payload],
-                [b"ERT\1" + payload],
-                [good[0], payload, *good[2:]],
+                [b"ERT\2" + len(payload).to_bytes(4, "little") + payload],
+                [good[0][: -len(payload)] + payload],
                 hostile.request({**fed, "pixels": padded}),
             ):
                 await hostile.answer_to(parts)
                 sent += 1
             async with connected(bench.edge(node), bench.bundle) as client:
                 assert await questions.ask(client)
-    for parts in ([payload], [b"ERT\1" + payload], [b"ERT\1\x81\xa4type\xa6result", payload]):
+    start = b"ERT\2" + len(payload).to_bytes(4, "little")
+    for frame in (payload, start + payload, b"ERT\2\x0d\0\0\0\x81\xa4type\xa6result" + payload):
         client = bench.idle_client()
         with contextlib.suppress(ProtocolError):
-            client._handle(parts, 0.0)  # type: ignore[arg-type]
+            client._handle(frame, 0.0)  # type: ignore[arg-type]
         sent += 1
     ran = trap.exists()
     with contextlib.suppress(Exception):
@@ -259,6 +262,47 @@ async def no_pickle(bench: Bench) -> Seen:
     assert trap.exists()
     seen = {"uses": uses, "files scanned": files, "canary ran": ran}
     return Seen({"canaries sent": sent}, seen, not uses and not ran)
+
+
+@row(
+    "stolen routing ids",
+    "10,000 connections that take the routing id of an edge that has just left, of a node that "
+    "notices nothing, under load: 0 results can be read",
+)
+@running
+async def thefts(bench: Bench) -> Seen:
+    if sodium.MISSING is not None:
+        raise Skip(str(sodium.MISSING))
+    count, each = bench.pick(160, 10_000), 80  # a key may connect a hundred times at once
+    questions = Questions(bench)
+    stolen: list[bytes] = []
+    node = bench.node()
+    node.command[1:3] = ["-c", FORGETFUL]
+    with node:
+        async with connected(bench.edge(node), bench.bundle) as client:
+            pairs = [(bench.hostile(node), bench.hostile(node)) for _ in range(count // each)]
+            await questions.until_right(client, 20)
+            turn = asyncio.Semaphore(16)
+
+            async def theft(number: int) -> None:
+                victim, thief = pairs[number % len(pairs)]
+                async with turn:
+                    stolen.extend(await victim.stolen_by(thief, questions.fed[0], number))
+
+            async with questions.going_on(client):
+                await asyncio.gather(*(theft(number) for number in range(count)))
+    readable = 0
+    plain = [array.tobytes()[:16] for array in bench.truth[0].values()]
+    for frame in stolen:
+        message = decode_header(frame)
+        try:
+            decode_tensors(message, frame, bench.limits.result, bytes(32))
+            readable += 1
+        except ProtocolError:
+            readable += any(start in frame for start in plain)
+    seen = {**questions.told(), "results that reached a thief": len(stolen), "readable": readable}
+    held = bool(stolen) and not readable and not questions.wrong and not questions.failed
+    return Seen({"thefts": count}, seen, held)
 
 
 @row("linkability", "no id, key, nonce, routing id or cookie shared between what two nodes see")
@@ -307,8 +351,11 @@ def _record(node: FaultyNode, view: dict[str, set[bytes]]) -> None:
         view["ids"].add(getattr(message, "id", b""))
         view["keys"].add(channel.peer.client_key)
         # Headers hold nothing else of that length but the stack's hash, which all must know.
-        fields = msgspec.msgpack.decode(frames[0][4:])
-        assert set(fields) <= {"type", "id", "stage", "deadline_ms", "tensors"}
+        end = 8 + int.from_bytes(frames[0][4:8], "little")
+        fields = msgspec.msgpack.decode(frames[0][8:end])
+        assert set(fields) <= {"type", "id", "stage", "deadline_ms", "seal", "tensors"}
+        if "seal" in fields:
+            view["ids"].add(fields["seal"])
         take(channel, frames)
 
     async def conversing(peer: Peer) -> None:
@@ -582,45 +629,43 @@ async def skew(bench: Bench) -> Seen:
     stable = [
         name
         for name, (message, arrays) in module.MESSAGES.items()
-        if [bytes(f) for f in encode(message, arrays)] == module._golden(name)
+        if bytes(encode(message, arrays, module.SEAL)) == module._golden(name)
     ]
     told: dict[str, str] = {}
     fed = feeds(bench.bundle)
     with bench.node() as node:
         hostile = bench.hostile(node)
-        good = hostile.request(fed)
-        fields = msgspec.msgpack.decode(good[0][4:])
+        (good,) = hostile.request(fed)
 
-        async def say(name: str, header: bytes) -> None:
-            answer = await hostile.answer_to([header, *good[1:]])
+        async def say(name: str, message: bytes) -> None:
+            answer = await hostile.answer_to([message])
             told[name] = answer.code if isinstance(answer, Refused) else repr(answer)
 
-        await say("newer edge", b"ERT\2" + good[0][4:])
-        newer = msgspec.msgpack.encode({**fields, "priority": 3})
-        await say("edge with a new field", b"ERT\1" + newer)
-        other = msgspec.msgpack.encode({"type": "subscribe", "id": fields["id"]})
-        await say("edge with a new message", b"ERT\1" + other)
-        await say("as it is", good[0])
+        await say("older edge", b"ERT\1" + good[4:])
+        await say("newer edge", b"ERT\3" + good[4:])
+        await say("edge with a new field", with_header(good, priority=3))
+        await say("edge with a new message", with_header(good, type="subscribe"))
+        await say("as it is", good)
 
-    def at_edge(name: str, parts: list[bytes], id: bytes) -> None:
+    def at_edge(name: str, frame: Any, id: bytes) -> None:
         client = bench.idle_client()
         client._pending[id] = pending = _Pending()
         try:
-            client._handle(parts, 0.0)  # type: ignore[arg-type]
+            client._handle(frame, 0.0)
             answer = pending.answer.result() if pending.answer.done() else "waits"
             told[name] = type(answer[0]).__name__ if isinstance(answer, tuple) else answer
         except Exception as error:
             told[name] = str(error).partition("): ")[2] or str(error)
 
     id = new_id()
-    old = {"type": "refused", "id": id, "code": "overloaded", "message": "later"}
-    at_edge("older node: no retry hint", [b"ERT\1" + msgspec.msgpack.encode(old)], id)
-    coded = {**old, "code": "quota_exceeded"}
-    at_edge("newer node: a code unknown here", [b"ERT\1" + msgspec.msgpack.encode(coded)], id)
+    refused = bytes(encode(Refused(id, "overloaded", "later", 250)))
+    at_edge("older node: no retry hint", with_header(refused, retry_ms=None), id)
+    at_edge("newer node: a code unknown here", with_header(refused, code="quota_exceeded"), id)
     at_edge("older node: versions", encode(VersionsSpoken((7,))), id)
-    at_edge("newer node", [b"ERT\2" + msgspec.msgpack.encode(old)], id)
+    at_edge("newer node", b"ERT\3" + refused[4:], id)
     expected = {
-        "newer edge": "VersionsSpoken(versions=(1,))",
+        "older edge": "VersionsSpoken(versions=(2,))",
+        "newer edge": "VersionsSpoken(versions=(2,))",
         "edge with a new field": "malformed",
         "edge with a new message": "malformed",
         "older node: no retry hint": "Refused",

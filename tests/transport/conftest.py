@@ -16,7 +16,7 @@ from transport.messages import Limits, StageLimits
 
 @pytest.fixture
 def limits() -> StageLimits:
-    return StageLimits(Limits(3, 1 << 20, 3 << 20), Limits(2, 1 << 20, 2 << 20))
+    return StageLimits(Limits(3, 3 << 20), Limits(2, 2 << 20))
 
 
 @pytest.fixture

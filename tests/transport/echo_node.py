@@ -37,7 +37,7 @@ from transport.messages import Limits, StageLimits
 from transport.process import raise_file_limit
 
 MIB = 1 << 20
-REQUEST, RESULT = (3, MIB, 3 * MIB), (2, MIB, 2 * MIB)
+REQUEST, RESULT = (3, 3 * MIB), (2, 2 * MIB)
 LIMITS = StageLimits(Limits(*REQUEST), Limits(*RESULT))
 ENVIRONMENT = {
     **os.environ,
@@ -80,20 +80,22 @@ async def serve(options: dict[str, Any]) -> None:
             peak = max(peak, held)
 
     async def echo() -> None:
-        while True:
-            frames = await socket.recv_multipart(copy=False)
-            meter.delivered(frames, routed=True)
-            peer, *parts = frames
+        async for frame, peer, surplus in sockets.received(socket, routed=True):
+            meter.delivered(frame, peer)
             events["messages"] += 1
-            if authenticator.admits(*(str(parts[0].get(name)) for name in ("User-Id", KEY))):
-                # What is asked for, as often as is asked: "3 1000" is three messages of 1000 bytes.
-                times, size = (int(n) for n in parts[0].bytes.split()[:2])
+            if surplus:
+                meter.accuse(frame)
+                events["surplus frames"] += surplus
+            elif authenticator.admits(*(str(frame.get(name)) for name in ("User-Id", KEY))):
+                # What is asked for, as often as is asked: "3 1000" is three messages of 1000 bytes
+                # after the question.
+                times, size = (int(n) for n in frame.bytes[:64].split()[:2])
                 for _ in range(times):
-                    answer = [parts[0].bytes, bytes(size)]
-                    sent = socket.send_multipart([peer.bytes, *answer], flags=zmq.NOBLOCK)
+                    answer = frame.bytes[:64] + bytes(size)
+                    sent = socket.send_multipart([peer, answer], flags=zmq.NOBLOCK)
                     error = sent.exception()
                     if error is None:
-                        meter.handed(answer, time.monotonic(), route=peer.bytes)
+                        meter.handed(len(answer), time.monotonic(), route=peer)
                     elif error.errno in (errno.EHOSTUNREACH, errno.EAGAIN):
                         events["undelivered"] += 1
                     else:
@@ -215,8 +217,8 @@ class Honest:
             client.rcvtimeo = client.sndtimeo = 60_000
             try:
                 while not self._end.is_set():
-                    client.send_multipart([b"1 1000000", bytes(MIB), bytes(MIB)])
-                    client.recv_multipart()
+                    client.send(b"1 1000000 ".ljust(2 * MIB))
+                    client.recv()
                     self.answers += 1
                     time.sleep(0.01)
             except BaseException as error:

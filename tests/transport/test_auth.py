@@ -7,6 +7,7 @@ import contextlib
 import errno
 import logging
 import os
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,10 +19,11 @@ import zmq.asyncio
 from echo_node import LIMITS, EchoNode, Honest
 from faults.zmtp import Peer, PeerError
 
+from engines import trust
 from engines.errors import KeyFileError
-from transport import sockets
+from transport import auth, sockets
 from transport.auth import AllowList, Authenticator, Pace
-from transport.keys import KeyPair, write_public
+from transport.keys import KeyPair, make_directory, write_public
 from transport.messages import StageLimits
 
 NewPair = Callable[[str], KeyPair]
@@ -226,15 +228,160 @@ def test_what_lets_an_edge_in_fits_the_folder(authorized: Path, tmp_path: Path) 
     assert AllowList(elsewhere).command("k.pub") == f"cp k.pub {elsewhere}"
 
 
-def test_folder_must_exist_and_be_closed_to_others(tmp_path: Path) -> None:
+def test_folder_must_exist_and_be_closed_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trust, "_alone", lambda uid, gid: False)  # its group has other members
     with pytest.raises(KeyFileError, match="edge-runtime keys node"):
         AllowList(tmp_path / "nowhere")
-    for mode in (0o770, 0o702, 0o777):
+    for mode in (0o770, 0o702, 0o777, 0o1777):
         folder = tmp_path / f"{mode:o}"
         folder.mkdir()
         folder.chmod(mode)
-        with pytest.raises(KeyFileError, match=f"chmod 700 {folder}"):
+        with pytest.raises(KeyFileError, match=f"chmod go-w {folder}"):
             AllowList(folder)
+
+
+def test_a_way_to_the_folder_that_others_may_change(tmp_path: Path, new_pair: NewPair) -> None:
+    """Who may write to the folder above can put another in its place."""
+    above = tmp_path / "above"
+    folder = make_directory(above / "authorized")
+    write_public(folder / "edge.pub", new_pair("edge").public, "edge")
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    assert len(AllowList(folder)) == len(AllowList(link)) == 1
+    allowed = AllowList(folder)
+    above.chmod(0o777)
+    for path in (folder, link):
+        with pytest.raises(KeyFileError, match=f"chmod go-w {above}"):
+            AllowList(path)
+    with pytest.raises(KeyFileError, match="go-w"):
+        allowed.reload()
+    above.chmod(0o700)
+    assert len(allowed.reload()) == 1
+
+
+def test_a_key_file_that_others_may_write_shuts_out_its_holder_alone(
+    authorized: Path,
+    authorise: Any,
+    new_pair: NewPair,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    kept, loose, linked = map(new_pair, ("kept", "loose", "linked"))
+    authorise(kept)
+    authorise(loose)
+    target = make_directory(tmp_path / "elsewhere") / "linked"
+    write_public(target, linked.public, "linked")
+    (authorized / "linked.pub").symlink_to(target)
+    allowed = AllowList(authorized)
+    assert sorted(allowed.reload().values()) == ["kept", "linked", "loose"]
+    (authorized / "loose.pub").chmod(0o646)
+    with caplog.at_level(logging.WARNING):
+        assert sorted(allowed.reload().values()) == ["kept", "linked"]
+    assert f"chmod go-w {authorized / 'loose.pub'}" in caplog.text
+    target.parent.chmod(0o777)  # nothing about the link or its target has changed
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert sorted(allowed.reload().values()) == ["kept"]
+    assert caplog.text.count(f"chmod go-w {target.parent}") == 1  # told once
+    target.parent.chmod(0o700)
+    (authorized / "loose.pub").chmod(0o644)
+    assert len(allowed.reload()) == 3
+
+
+def test_another_users_key_file_lets_in_nobody(
+    authorized: Path, authorise: Any, new_pair: NewPair
+) -> None:
+    if os.geteuid():
+        pytest.skip("only root can give files away")
+    pair = new_pair("edge")
+    authorise(pair)
+    os.chown(authorized / "edge.pub", 12_345, -1)
+    assert AllowList(authorized).name_of(pair.public) is None
+    assert AllowList(authorized, owner=12_345).name_of(pair.public) == "edge"
+    os.chown(authorized, 12_345, -1)
+    with pytest.raises(KeyFileError, match="belongs to"):
+        AllowList(authorized)
+
+
+def _replace_in_place(file: Path, public: str) -> None:
+    """Write another key over a file and keep its size and time."""
+    before = file.stat()
+    file.write_text(file.read_text().splitlines()[0] + f"\npublic-key {public}\n")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = file.stat()
+    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (
+        before.st_size,
+        before.st_mtime_ns,
+        before.st_ino,
+    )
+
+
+def test_a_key_replaced_in_place_with_size_and_time_kept_is_noticed(
+    authorized: Path, authorise: Any, new_pair: NewPair
+) -> None:
+    old, new = new_pair("edge"), new_pair("edge")
+    authorise(old)
+    file = authorized / "edge.pub"
+    allowed = AllowList(authorized)
+    before = file.stat().st_ctime_ns
+    while file.stat().st_ctime_ns == before:  # the clock of files may tick slowly
+        _replace_in_place(file, new.public)
+    assert allowed.changed("edge")
+    assert allowed.reload() == {new.public: "edge"}
+    assert not allowed.changed("edge")
+    assert allowed.name_of(old.public) is None
+
+
+def test_a_key_replaced_within_one_tick_of_the_clock_of_files_is_noticed(
+    authorized: Path, authorise: Any, new_pair: NewPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then nothing about the file has changed but what is in it."""
+    stamp = auth._stamp
+    second = 1_000_000_000
+    monkeypatch.setattr(
+        auth,
+        "_stamp",
+        lambda entry: tuple(n - n % second if n > second else n for n in stamp(entry)),
+    )
+    old, new = new_pair("edge"), new_pair("edge")
+    file = authorized / "edge.pub"
+    for _ in range(20):
+        authorise(old)
+        allowed = AllowList(authorized)
+        before = auth._stamp(file)
+        _replace_in_place(file, new.public)
+        if auth._stamp(file) == before:  # both within one second
+            break
+        file.unlink()
+    else:
+        pytest.fail("this machine is too slow to write two files in a second")
+    now = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now + 3 * second)
+    assert allowed.reload() == {new.public: "edge"}
+
+
+def test_only_files_that_changed_are_read_again(
+    authorized: Path, authorise: Any, new_pair: NewPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = [new_pair(f"edge{i}") for i in range(20)]
+    for pair in pairs:
+        authorise(pair)
+    later = time.time_ns() + 3_000_000_000
+    monkeypatch.setattr(time, "time_ns", lambda: later)
+    allowed = AllowList(authorized)
+    read: list[Path] = []
+    real = auth.read_public
+    monkeypatch.setattr(auth, "read_public", lambda path: read.append(path) or real(path))
+    for _ in range(3):
+        assert len(allowed.reload()) == 20
+    assert not read
+    (authorized / "edge3.pub").unlink()
+    authorise(new_pair("another"))
+    os.utime(authorized / "edge5.pub")
+    assert len(allowed.reload()) == 20
+    assert sorted(path.name for path in read) == ["another.pub", "edge5.pub"]
 
 
 def test_only_pub_files_count(authorized: Path, authorise: Any, new_pair: NewPair) -> None:
@@ -288,6 +435,60 @@ def test_strangers_do_not_make_it_read_every_key_again(
     authorized.chmod(0o777)
     with pytest.raises(KeyFileError):
         allowed.name_of(stranger.public)
+
+
+def test_of_many_files_each_look_takes_a_part(
+    authorized: Path, authorise: Any, new_pair: NewPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auth, "_LOOK", 10)
+    pairs = [new_pair(f"edge{i}") for i in range(35)]
+    for pair in pairs:
+        authorise(pair)
+    os.utime(authorized, (1, 1))
+    allowed = AllowList(authorized)
+    looks: list[Path] = []
+    stamp = auth._stamp
+    monkeypatch.setattr(auth, "_stamp", lambda entry: looks.append(entry) or stamp(entry))
+    for _ in range(4):
+        allowed.reload()
+    assert sorted(path.name for path in looks) == sorted(f"{pair.name}.pub" for pair in pairs)
+    for loose in ("edge7", "edge33"):  # seen at once, wherever the look is
+        (authorized / f"{loose}.pub").chmod(0o666)
+        assert allowed.changed(loose)
+        assert loose not in allowed.reload().values()
+    (authorized / "edge20.pub").chmod(0o666)
+    assert allowed.name_of(pairs[20].public) is None
+    (authorized / "edge30.pub").unlink()
+    assert len(allowed.reload()) == 31
+    for i in (5, 15, 25, 34):
+        (authorized / f"edge{i}.pub").chmod(0o666)
+    os.utime(authorized, (1, 1))
+    for _ in range(5):
+        allowed.reload()
+    assert len(allowed) == 27
+
+
+def test_strangers_cannot_keep_a_node_busy_with_a_folder_that_just_changed(
+    authorized: Path, new_pair: NewPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another change could hide behind that one, so it is looked at again: but only so often."""
+    allowed = AllowList(authorized)
+    clock, looks = [100.0], []
+    scandir = os.scandir
+
+    def slow(path: Any) -> Any:
+        looks.append(path)
+        clock[0] += 0.02  # as with 5,000 keys
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", slow)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    stranger = new_pair("stranger").public
+    while clock[0] < 102.0:
+        os.utime(authorized)
+        assert allowed.name_of(stranger) is None
+        clock[0] += 0.001
+    assert 5 < len(looks) < 20  # instead of 95
 
 
 def test_a_link_to_nowhere_is_skipped_until_it_leads_somewhere(
@@ -385,7 +586,7 @@ def test_a_folder_not_to_be_trusted_any_more_cuts_off_everybody(
 
     asyncio.run(scene())
     assert "nobody is authorised any more" in node.log
-    assert "chmod 700" in node.log
+    assert "chmod go-w" in node.log
     assert node.stats()["refused"]["folder"] == 1
 
 

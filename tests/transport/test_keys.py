@@ -163,6 +163,52 @@ def test_a_credential_of_systemd_may_look_readable_by_its_group(
             keys.load_secret(path)
 
 
+@pytest.mark.parametrize("mode", [0o662, 0o646, 0o666])
+def test_a_public_key_that_others_may_write_is_refused_with_the_mend(
+    tmp_path: Path, mode: int
+) -> None:
+    """They could put their own in its place."""
+    pair = keys.generate(tmp_path, "alpha")
+    path = tmp_path / "alpha.pub"
+    path.chmod(mode)
+    with pytest.raises(KeyFileError, match=f"chmod go-w {path}"):
+        keys.load_public(path)
+    assert keys.read_public(path) == pair.public  # of a file that was sent to us
+    path.chmod(0o644)
+    assert keys.load_public(path) == pair.public
+
+
+def test_a_folder_of_keys_that_others_may_write_is_refused(tmp_path: Path) -> None:
+    folder = keys.make_directory(tmp_path / "keys")
+    keys.generate(folder, "alpha")
+    keys.generate_secret(folder / "edge.secret")
+    folder.chmod(0o777)
+    for load, name in (
+        (keys.load_public, "alpha.pub"),
+        (keys.load_secret, "alpha.key"),
+        (keys.load_secret_bytes, "edge.secret"),
+    ):
+        with pytest.raises(KeyFileError, match=f"chmod go-w {folder}"):
+            load(folder / name)
+    with pytest.raises(KeyFileError, match=f"chmod go-w {folder}"):
+        keys.generate(folder, "beta")
+    with pytest.raises(KeyFileError, match=f"chmod go-w {folder}"):
+        keys.generate_secret(folder / "other.secret")
+    assert sorted(os.listdir(folder)) == ["alpha.key", "alpha.pub", "edge.secret"]
+
+
+def test_root_makes_keys_in_the_folder_of_another_user(tmp_path: Path) -> None:
+    """As in a container started with a folder of the host's user."""
+    if os.geteuid():
+        pytest.skip("only root can give files away")
+    folder = keys.make_directory(tmp_path / "keys")
+    os.chown(folder, 12_345, -1)
+    keys.generate(folder, "alpha")
+    keys.make_directory(folder / "authorized")
+    with pytest.raises(KeyFileError, match="belongs to"):
+        keys.load_secret(folder / "alpha.key")
+
+
 def _write(path: Path, text: str | bytes) -> Path:
     path.write_bytes(text.encode() if isinstance(text, str) else text)
     path.chmod(0o600)

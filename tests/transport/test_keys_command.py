@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -45,6 +48,74 @@ def test_the_walk(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert keys.load_secret("n/node.key").public == keys.load_public("n/node.pub")
     for path in ("n/node.key", "e/alpha.key", "e/beta.key", "e/edge.secret"):
         assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+
+
+def test_root_lets_an_edge_into_a_node_of_another_user(
+    folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a container that is started once as root, with keys that belong to the node's user."""
+    if os.geteuid():
+        pytest.skip("only root can give files away")
+    main(["keys", "node", "--dir", "n"])
+    main(["keys", "edge", "--dir", "e", "--node", "alpha"])
+    for path in (*Path("n").rglob("*"), Path("n"), Path("e/alpha.pub")):
+        os.chown(path, 12_345, -1)
+    capsys.readouterr()
+    assert main(["keys", "authorize", "--dir", "n", "e/alpha.pub"]) == 0
+    assert keys.read_public("e/alpha.pub") in capsys.readouterr().out  # to compare with the edge's
+
+
+def test_a_public_key_from_a_loose_place_can_be_authorised(folders: Path) -> None:
+    """A memory stick shows all files as open to all. The copy that counts is not."""
+    main(["keys", "node", "--dir", "n"])
+    main(["keys", "edge", "--dir", "e", "--node", "alpha"])
+    os.chmod("e/alpha.pub", 0o777)
+    assert main(["keys", "authorize", "--dir", "n", "e/alpha.pub"]) == 0
+    assert len(AllowList("n/authorized")) == 1
+
+
+def test_a_printed_key_can_be_pasted_into_a_shell(
+    folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["keys", "node", "--dir", "a b"])
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("Public key: ")]
+    pasted = subprocess.run(
+        ["sh", "-c", f"printf %s {line.removeprefix('Public key: ')}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert pasted.stdout == keys.load_public("a b/node.pub")
+
+
+@pytest.mark.parametrize("action", ["node", "edge", "authorize"])
+def test_each_action_shows_examples_that_parse(
+    action: str, folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["keys", "node", "--dir", "keys"])
+    main(["keys", "edge", "--dir", "elsewhere", "--node", "kitchen"])
+    Path("kitchen.pub").write_text(Path("elsewhere/kitchen.pub").read_text())
+    capsys.readouterr()
+    assert main(["keys", action, "--help"]) == 0
+    told = capsys.readouterr().out
+    examples = [
+        shlex.split(line, comments=True)
+        for line in told.partition("examples:")[2].splitlines()
+        if "edge-runtime keys" in line
+    ]
+    assert len(examples) >= 2
+    if action == "node":
+        shutil.rmtree("keys")
+    for words in examples:
+        assert words[:3] == ["edge-runtime", "keys", action]
+        assert main(words[1:]) == 0, words
+
+
+def test_a_removed_edge_needs_no_restart(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["keys", "--help"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "restart" not in told.replace("without a restart", "").replace("No restart", "")
+    assert "authorized" in told
 
 
 def test_json(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:

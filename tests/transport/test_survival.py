@@ -80,7 +80,7 @@ from transport.keys import KeyPair
 from transport.messages import Limits, StageLimits
 from transport.meter import Meter, bounds
 
-some = Limits(1, 1 << 20, 1 << 20)
+some = Limits(1, 1 << 20)
 endpoint, server_key, public, secret = sys.argv[1:]
 
 async def main():
