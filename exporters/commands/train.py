@@ -19,7 +19,7 @@ directory; calling the command again continues it exactly where it stopped. Ctrl
 weights are in stock order: `edge-runtime adapt` is the next step."""
 _EPILOG = """\
 examples:
-  edge-runtime train --out runs/tiny                    about an hour on 2 cores
+  edge-runtime train --out runs/tiny                    about two hours on 2 cores (estimated)
   edge-runtime train --out runs/tiny --steps 8000       continue it with a larger budget
   edge-runtime train --out runs/try --steps 600 --seed 7
   edge-runtime train --out runs/more --weights tiny-stock.pt --steps 6000 --seed 2
