@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import json
 import os
@@ -56,9 +55,9 @@ or, to keep it running:
   cloud-node serve --config node.toml
 
 A bundle is a directory made by `edge-runtime export`; `--for node` leaves out what a node needs
-not. Windows are kept in memory only and appear in no log. Ctrl-C or SIGTERM stops the node once
-what it has admitted is answered, or drain_s is over; again, it stops at once. A key added to or
-taken from DIR/authorized counts within a second. docs/node.md tells the rest.
+not. Windows are kept in memory only and appear in no log. Ctrl-C, SIGTERM or SIGHUP stops the node
+once what it has admitted is answered, or drain_s is over; a second Ctrl-C or SIGTERM stops it at
+once. A key added to or taken from DIR/authorized counts within a second. docs/node.md has the rest.
 """
 
 
@@ -166,7 +165,10 @@ def _main(argv: list[str] | None) -> int:
 
 
 def _serve(file: Path | None, options: Mapping[str, Any]) -> int:
-    for number in (signal.SIGTERM, signal.SIGINT):
+    from transport.process import disable_core_dumps
+
+    disable_core_dumps()  # until then, other processes of this user can look into this one
+    for number in _stop_signals():
         signal.signal(number, _leave)  # until the server can stop in order
 
     from cloud_node.memory import check_room
@@ -176,14 +178,15 @@ def _serve(file: Path | None, options: Mapping[str, Any]) -> int:
     # as many threads as there are cores.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+    import asyncio
     import logging
 
     from cloud_node.config import load, prepare
     from cloud_node.logs import setup
     from cloud_node.notify import Notifier
-    from transport.process import disable_core_dumps, keep_freed_memory
+    from engines.errors import EdgeRuntimeError
+    from transport.process import keep_freed_memory
 
-    disable_core_dumps()
     keep_freed_memory()
     config = load(file, options).config
     setup(config.log_level, config.log_format)
@@ -196,9 +199,22 @@ def _serve(file: Path | None, options: Mapping[str, Any]) -> int:
             "on the CPU this node takes all cores; if several nodes share this machine, give each "
             "its part with --threads"
         )
-    asyncio.run(_run(prepared, pool, notifier))
+    try:
+        asyncio.run(_run(prepared, pool, notifier))
+    except (EdgeRuntimeError, MemoryError):
+        raise
+    except Exception:
+        log.exception("stopped because of a defect")
+        return 1
     log.info("stopped")
     return 0
+
+
+def _stop_signals() -> list[signal.Signals]:
+    """What tells a node to stop. SIGHUP comes when its terminal is closed. nohup has that ignored,
+    and so it stays."""
+    hangup = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *[signal.SIGHUP] * hangup]
 
 
 def _leave(*_: object) -> NoReturn:
@@ -233,6 +249,8 @@ def _end_now(number: int, _: object) -> None:
 
 
 async def _run(prepared: Prepared, pool: Pool, notifier: Notifier) -> None:
+    import asyncio
+
     from cloud_node.server import Server, version
 
     stop = asyncio.Event()
@@ -240,6 +258,8 @@ async def _run(prepared: Prepared, pool: Pool, notifier: Notifier) -> None:
 
     def begin_stop() -> None:
         stop.set()
+        # A second SIGHUP changes nothing: when a terminal is closed, the shell and the system each
+        # send one.
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
             # A second signal ends the process at once. Python's own answer to Ctrl-C, an exception
@@ -248,7 +268,7 @@ async def _run(prepared: Prepared, pool: Pool, notifier: Notifier) -> None:
             first = os.getpid() == 1
             signal.signal(number, _end_now if first else signal.SIG_DFL)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _stop_signals():
         loop.add_signal_handler(number, begin_stop)
     server = Server(prepared, pool)
     async with contextlib.AsyncExitStack() as stack:

@@ -23,11 +23,11 @@ from engines.bundle import Bundle, Stage, shipped_bundle
 from engines.errors import BundleError, ConfigError
 from engines.options import Invalid
 from engines.toml import read_toml, unknown_key
+from engines.trust import danger
 from transport.auth import AllowList
 from transport.keys import AUTHORIZED, KeyPair, load_secret
 from transport.messages import StageLimits, stage_limits
 from transport.sockets import check_endpoint
-from transport.trust import danger
 
 EDGE_SETTINGS = frozenset(("nodes", "secret", "deadline_s", "max_exposure", "fallback"))
 """Settings that only an edge's file has."""

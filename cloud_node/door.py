@@ -204,10 +204,14 @@ class Door:
         if self._socket is None:
             return "lost"
         sent = self._socket.send_multipart([peer, frame], flags=zmq.NOBLOCK, copy=False)
-        error = sent.exception()
+        error = None
+        try:
+            error = sent.exception()
+            if error is None and self._meter is not None:
+                self._meter.handed(frame.nbytes, time.monotonic(), route=peer)
+        except Exception:  # it is on its way all the same: nobody must send it again
+            log.exception("a message that was sent could not be metered")
         if error is None:
-            assert self._meter is not None
-            self._meter.handed(frame.nbytes, time.monotonic(), route=peer)
             return "sent"
         if isinstance(error, zmq.ZMQError) and error.errno in (errno.EHOSTUNREACH, errno.EAGAIN):
             return "lost" if error.errno == errno.EHOSTUNREACH else "unread"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import get_args
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import (
@@ -23,9 +22,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
-from cloud_node.metrics import OUTCOMES, Histogram, Metrics
-from transport.meter import Reason
-from transport.sockets import REFUSALS
+from cloud_node.metrics import Histogram, Metrics
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 PREFIX = "edge_runtime_node_"
@@ -34,14 +31,12 @@ PREFIX = "edge_runtime_node_"
 @dataclass(frozen=True)
 class Family:
     """One metric. `value`: its numbers by label if there is one `label`, a histogram, or one
-    number. What ends in ``_total`` is a counter, which never falls. `known`: labels that are told
-    from the start, as 0: a counter that begins at 1 has not risen, as Prometheus sees it."""
+    number. What ends in ``_total`` is a counter, which never falls."""
 
     name: str
     help: str
     value: Callable[[Metrics], float | Histogram | Mapping[str, float]]
     label: str = ""
-    known: tuple[str, ...] = ()
 
 
 FAMILIES = (
@@ -51,7 +46,6 @@ FAMILIES = (
         "connection had ended) or unread (the edge does not read its replies)",
         lambda m: m.requests,
         "outcome",
-        OUTCOMES,
     ),
     Family("windows_total", "Windows computed and answered", lambda m: m.windows),
     Family("batch_windows", "Windows of each batch that succeeded", lambda m: m.batch_windows),
@@ -76,14 +70,12 @@ FAMILIES = (
         "Connections not let in, by reason",
         lambda m: m.handshakes_refused,
         "reason",
-        tuple(REFUSALS),
     ),
     Family(
         "connections_dropped_total",
         "Connections ended by the node, by reason",
         lambda m: m.connections_dropped,
         "reason",
-        (*get_args(Reason), "full"),
     ),
     Family("workers", "Workers there should be", lambda m: m.lanes),
     Family("workers_ready", "Workers that can compute", lambda m: m.workers_ready),
@@ -136,6 +128,6 @@ def _family(family: Family, metrics: Metrics) -> Metric:
     if not isinstance(value, Mapping):
         return kind(name, family.help, value)
     found = kind(name, family.help, labels=[family.label])
-    for label, number in sorted((dict.fromkeys(family.known, 0) | dict(value)).items()):
+    for label, number in sorted(value.items()):
         found.add_metric([label], number)
     return found

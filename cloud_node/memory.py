@@ -14,17 +14,13 @@ To be imported before anything large: it needs no numpy.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import resource
-import sys
 from dataclasses import dataclass, replace
-from io import FileIO
-from pathlib import Path
 
 from cloud_node.settings import size_text
 from engines.errors import ConfigError
+from transport.limits import Limit, MemoryLimits
 
 log = logging.getLogger(__name__)
 
@@ -39,27 +35,6 @@ _IMPORTS, _LIBRARIES = 64 << 20, 96 << 20
 # What the front takes before it has read its configuration, and the libraries it maps.
 _THREADS = 8
 # Of libzmq and pyzmq, those counted twice that end before others begin: their stacks are kept.
-_GROUPS = Path("/sys/fs/cgroup")
-
-
-@dataclass(frozen=True)
-class Limit:
-    """One limit.
-
-    Args:
-        name: for people. raise_: how they raise it.
-        most: bytes. used: of these, now.
-        promised: whether it counts memory from when it is asked for, used or not.
-        shared: whether memory shared with workers counts when it is used first, or comes again with
-            a new worker.
-    """
-
-    name: str
-    raise_: str
-    most: int
-    used: int
-    promised: bool = False
-    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,79 +146,6 @@ def _up(size: int) -> int:
     return -(-size // (1 << 20)) * (1 << 20)
 
 
-class Limits:
-    """Reads the limits that hold for this process; none where the system doesn't tell what is used.
-
-    Args:
-        groups: where control groups (version 2) are mounted.
-        group: this process's, as in /proc/self/cgroup; None to look there.
-    """
-
-    def __init__(self, groups: Path = _GROUPS, group: str | None = None) -> None:
-        # Kept open, so that they can be read when no descriptors are left.
-        self._statm = _open(Path("/proc/self/statm")) if sys.platform == "linux" else None
-        self._groups: list[tuple[str, FileIO, FileIO, FileIO]] = []
-        name = Path(_own_group() if group is None else group)
-        for each in (name, *name.parents) if name.parts else ():
-            folder = groups / str(each).lstrip("/")
-            files = [_open(folder / f"memory.{what}") for what in ("max", "current", "stat")]
-            if all(files):
-                self._groups.append((str(each), *files))  # type: ignore[arg-type]
-
-    def close(self) -> None:
-        for file in (self._statm, *(file for _, *files in self._groups for file in files)):
-            if file:
-                file.close()
-
-    def own(self) -> list[Limit]:
-        """Of this process alone. Fast."""
-        data = resource.getrlimit(resource.RLIMIT_DATA)[0]
-        space = resource.getrlimit(resource.RLIMIT_AS)[0]
-        none = resource.RLIM_INFINITY
-        if self._statm is None or data == space == none:
-            return []
-        pages = [int(word) for word in os.pread(self._statm.fileno(), 256, 0).split()]
-        size = os.sysconf("SC_PAGE_SIZE")
-        found = []
-        if data != none:
-            text = "raise it (ulimit -d, LimitDATA= of the service)"
-            found.append(Limit("RLIMIT_DATA", text, data, pages[5] * size, promised=True))
-        if space != none:
-            text = "raise it (ulimit -v, LimitAS= of the service)"
-            used = pages[0] * size
-            found.append(Limit("RLIMIT_AS", text, space, used, promised=True, shared=True))
-        return found
-
-    def all(self) -> list[Limit]:
-        """Those of the control groups too, workers included."""
-        found = self.own()
-        for name, most, current, stat in self._groups:
-            with contextlib.suppress(OSError, ValueError):
-                limit = int(os.pread(most.fileno(), 64, 0))  # "max" is none
-                told = os.pread(stat.fileno(), 1 << 16, 0).decode().splitlines()
-                table = dict(line.split() for line in told)
-                # What only caches files goes when it is needed.
-                cached = int(table["active_file"]) + int(table["inactive_file"])
-                used = max(0, int(os.pread(current.fileno(), 64, 0)) - cached)
-                text = "raise it (MemoryMax= of the service, --memory of the container)"
-                found.append(Limit(f"memory.max of {name}", text, limit, used, shared=True))
-        return found
-
-
-def _open(path: Path) -> FileIO | None:
-    with contextlib.suppress(OSError):
-        return FileIO(path)
-    return None
-
-
-def _own_group() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            if line.startswith("0::"):
-                return line[3:]
-    return ""
-
-
 def check_room(size: int = _IMPORTS) -> None:
     """Say so if there is no room for `size` bytes more, which by itself is for what is to be
     imported; libraries fail in words of their own, or by a signal.
@@ -251,7 +153,7 @@ def check_room(size: int = _IMPORTS) -> None:
     Raises:
         TooLittle: how much it takes, and how to give it.
     """
-    limits = Limits(group="")
+    limits = MemoryLimits(group="")
     try:
         for limit in limits.own():
             # Only what maps files counts those that are to be imported.
@@ -284,13 +186,14 @@ class Memory:
         budget: what holds.
     """
 
-    def __init__(self, wanted: Budget, needs: Needs, limits: Limits | None = None) -> None:
+    def __init__(self, wanted: Budget, needs: Needs, limits: MemoryLimits | None = None) -> None:
         self.budget = wanted
         self._wanted, self._needs = wanted, needs
-        self._limits = limits or Limits()
-        self._idle = {limit.name: limit.used for limit in self._limits.all()}
+        self._limits = limits or MemoryLimits()
+        self._found = self._limits.all()
+        self._idle = {limit.name: limit.used for limit in self._found}
         self._seen: list[tuple[str, int]] = []
-        self._scarce = self._above = False
+        self._above = False
 
     @property
     def lowered(self) -> bool:
@@ -303,9 +206,8 @@ class Memory:
         Raises:
             TooLittle: see there; the budget is the least there is.
         """
-        limits = self._limits.all()
+        limits = self._found = self._limits.all()
         seen = [(limit.name, limit.most) for limit in limits]
-        self._scarce = any(self._short(limit, 2) for limit in limits)
         if seen == self._seen:
             return False
         self._seen, before = seen, self.budget
@@ -342,11 +244,11 @@ class Memory:
 
     def scarce(self) -> bool:
         """Whether so little is left that nothing more should be taken in. Fast."""
-        return self._scarce or any(self._short(limit, 2) for limit in self._limits.own())
+        return any(self._short(limit, 2) for limit in (*self._found, *self._limits.own()))
 
     def breached(self) -> Limit | None:
-        """A limit that is all but reached, if none was at the last call."""
-        near = [limit for limit in self._limits.all() if self._short(limit, 6)]
+        """A limit that was all but reached when `look` was called last, if none was before."""
+        near = [limit for limit in self._found if self._short(limit, 6)]
         risen = bool(near) and not self._above
         self._above = bool(near)
         return near[0] if risen else None

@@ -10,7 +10,10 @@ import bisect
 import collections
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
+
+from transport.meter import Reason
+from transport.sockets import REFUSALS
 
 State = Literal["starting", "ready", "degraded", "draining"]
 """``degraded``: some worker is down; ``draining``: told to stop, finishing what was admitted."""
@@ -47,6 +50,12 @@ class Histogram:
         return sum(self.counts)
 
 
+def _counter(*known: str) -> collections.Counter[str]:
+    """Counts by label, the known ones 0 from the start: for Prometheus, a counter that begins
+    at 1 has not risen."""
+    return collections.Counter(dict.fromkeys(known, 0))
+
+
 @dataclass
 class Metrics:
     """Counters (since start), histograms, and gauges (as of now, or a tenth of a second ago).
@@ -69,13 +78,17 @@ class Metrics:
         workers_ready: of `lanes`, how many can compute.
     """
 
-    requests: collections.Counter[str] = field(default_factory=collections.Counter)
+    requests: collections.Counter[str] = field(default_factory=lambda: _counter(*OUTCOMES))
     windows: int = 0
     batch_windows: Histogram = field(default_factory=lambda: Histogram(WINDOWS))
     wait_seconds: Histogram = field(default_factory=lambda: Histogram(SECONDS))
     compute_seconds: Histogram = field(default_factory=lambda: Histogram(SECONDS))
-    handshakes_refused: collections.Counter[str] = field(default_factory=collections.Counter)
-    connections_dropped: collections.Counter[str] = field(default_factory=collections.Counter)
+    handshakes_refused: collections.Counter[str] = field(
+        default_factory=lambda: _counter(*REFUSALS)
+    )
+    connections_dropped: collections.Counter[str] = field(
+        default_factory=lambda: _counter(*get_args(Reason), "full")
+    )
     worker_restarts: int = 0
     rebinds: int = 0
     waiting_requests: int = 0

@@ -163,6 +163,11 @@ class Pool(ABC):
         """
 
     @abstractmethod
+    async def follow(self) -> None:
+        """Wait until whatever looks after the workers has ended, as it does once the pool is
+        closed. Raises what it ended by if that was a defect: nobody replaces workers any more."""
+
+    @abstractmethod
     async def acquire(self) -> Slot:
         """Wait for a slot of the worker that is least busy.
 
@@ -349,6 +354,11 @@ class LocalPool(Pool):
                 if future.done() and not future.cancelled():
                     future.exception()
 
+    async def follow(self) -> None:
+        done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in done:
+            task.result()
+
     async def acquire(self) -> Slot:
         woken = False
         while True:
@@ -507,7 +517,7 @@ class _Lane:
         self._pool.wake()
 
     def _done(self, message: wire.Done) -> None:
-        flight = self.flights.pop(message.id)
+        flight = self.flights[message.id]  # until it is known how it ended
         slot, future = flight.slot, flight.future
         self._slowest_s = max(self._slowest_s, message.compute_us / 1e6)
         self._filling.discard(slot)
@@ -518,6 +528,7 @@ class _Lane:
             outputs = self._lend(slot, flight.rows)
             if not future.done():
                 future.set_result(outputs)
+        del self.flights[message.id]
         self._pool.wake()
         self._pool.landed()
 
@@ -536,10 +547,11 @@ class _Lane:
         return outputs
 
     def _run_failed(self, message: wire.RunFailed) -> None:
-        flight = self.flights.pop(message.id)
+        flight = self.flights[message.id]
         flight.slot.land()
         if not flight.future.done():
             flight.future.set_exception(EngineError(message.text))
+        del self.flights[message.id]
         self._pool.landed()
 
     def _loss(self, *, began: bool) -> EdgeRuntimeError:
@@ -597,33 +609,37 @@ class _Lane:
         loop = asyncio.get_running_loop()
         self._failure, self._readied, self._began = None, 0.0, loop.time()
         try:
-            process = await Process.start(arena.fd, self._environment, self._heard)
+            process = await Process.start(self._request, arena.fd, self._environment, self._heard)
         except OSError as error:
             return EngineError(f"the process cannot be started: {error.strerror or error}")
         self.process = process
         try:
             self._tell("started")
-            process.send(self._request)
             if self._pool.closed.is_set():
                 process.kill("the pool was closed")
             await self._watch(process)
-            lost, self.flights = list(self.flights.values()), {}
-            self.ready = False
-            self._filling.clear()
-            for place, flight in enumerate(lost):
-                if not flight.future.done():
-                    flight.future.set_exception(self._loss(began=place == 0))
-            self._pool.landed()
+            lost = self._lose()
             how = await process.reap(_GRACE_S)
             for flight in lost:  # nobody writes there any more
                 flight.slot.land()
-        except BaseException:  # cancelled: the loop ends without a word to the pool
+        except BaseException:  # cancelled: the loop ends without a word to the pool; or a defect
             process.end_now()
+            self._lose()
             raise
         finally:
-            self.ready = False
             self.process = None
         return self._failure or EngineError(f"the worker {process.reason or how}")
+
+    def _lose(self) -> list[_Flight]:
+        """The worker is no more: neither will what it was given come to anything."""
+        lost, self.flights = list(self.flights.values()), {}
+        self.ready = False
+        self._filling.clear()
+        for place, flight in enumerate(lost):
+            if not flight.future.done():
+                flight.future.set_exception(self._loss(began=place == 0))
+        self._pool.landed()
+        return lost
 
     async def _watch(self, process: Process) -> None:
         """Wait for the end of a worker; kill it when it hangs.
@@ -659,7 +675,7 @@ class _Lane:
             if not (isinstance(kind, type) and issubclass(kind, EdgeRuntimeError)):
                 kind = EngineError
             self._failure = kind(message.text)
-        elif not self._pool.closed.is_set():
+        elif isinstance(message, wire.Ready) and not self._pool.closed.is_set():
             self._get_ready(message)
 
     def _get_ready(self, message: wire.Ready) -> None:

@@ -1,14 +1,15 @@
 """One worker process as the node's front sees it: start it, talk to it, end it.
 
-It promises that the process gets two descriptors of this one's and no others, that its end is
-noticed the moment it comes, and that it leaves no zombie. What is said, and what to do about an
-end, is left to the pool.
+The process gets two descriptors of this one's and no others, the one of the memory only once no
+other process can look into it. Its end is noticed the moment it comes, and it leaves no zombie.
+What is said, and what to do about an end, is left to the pool.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -19,7 +20,9 @@ from pathlib import Path
 
 import msgspec
 
-from cloud_node.worker import FromWorker, ToWorker, Unpacker, pack
+from cloud_node.worker import Closed, FromWorker, Open, Run, Unpacker, pack
+
+log = logging.getLogger(__name__)
 
 _decoder = msgspec.msgpack.Decoder(FromWorker)
 
@@ -33,20 +36,28 @@ class Process(asyncio.Protocol):
     """
 
     def __init__(
-        self, popen: subprocess.Popen[bytes], on_message: Callable[[FromWorker], None]
+        self,
+        popen: subprocess.Popen[bytes],
+        hand_over: Callable[[], None],
+        on_message: Callable[[FromWorker], None],
     ) -> None:
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.reason: str | None = None
         self._popen = popen
+        self._hand_over = hand_over
         self._on_message = on_message
         self._unpacker = Unpacker()
         self._transport: asyncio.Transport | None = None
 
     @classmethod
     async def start(
-        cls, memory: int, environment: Mapping[str, str], on_message: Callable[[FromWorker], None]
+        cls,
+        request: Open,
+        memory: int,
+        environment: Mapping[str, str],
+        on_message: Callable[[FromWorker], None],
     ) -> Process:
-        """Start a worker that inherits the descriptor `memory`.
+        """Start a worker that will be given the request and the descriptor `memory`.
 
         Raises:
             OSError: the system allows no more processes or descriptors.
@@ -57,12 +68,12 @@ class Process(asyncio.Protocol):
                 popen = subprocess.Popen(
                     [
                         sys.executable,
-                        *("-m", "cloud_node.worker"),
-                        *map(str, (theirs.fileno(), memory, os.getpid())),
+                        *("-m", "cloud_node.closed"),
+                        *map(str, (theirs.fileno(), os.getpid())),
                     ],
                     stdin=subprocess.DEVNULL,
                     stdout=2,  # ours may be somebody's input
-                    pass_fds=(theirs.fileno(), memory),
+                    pass_fds=(theirs.fileno(),),
                     # A Ctrl-C at the terminal is the node's to answer.
                     start_new_session=True,
                     # Modules of the same names where the user happens to be are not ours.
@@ -72,7 +83,13 @@ class Process(asyncio.Protocol):
         except BaseException:
             ours.close()
             raise
-        process = cls(popen, on_message)
+
+        def hand_over() -> None:
+            # Nothing was sent before, so that this has room and comes first.
+            with contextlib.suppress(OSError):  # it has ended
+                socket.send_fds(ours, [pack(request)], [memory])
+
+        process = cls(popen, hand_over, on_message)
         try:
             loop = asyncio.get_running_loop()
             await loop.create_unix_connection(lambda: process, sock=ours)
@@ -86,7 +103,7 @@ class Process(asyncio.Protocol):
     def pid(self) -> int:
         return self._popen.pid
 
-    def send(self, message: ToWorker) -> None:
+    def send(self, message: Run) -> None:
         if self._transport is not None:
             self._transport.write(pack(message))
 
@@ -132,9 +149,16 @@ class Process(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         try:
             for body in self._unpacker.feed(data):
-                self._on_message(_decoder.decode(body))
+                message = _decoder.decode(body)
+                if isinstance(message, Closed):
+                    self._hand_over()
+                else:
+                    self._on_message(message)
         except (ValueError, KeyError) as error:  # msgspec's errors are ValueErrors
             self.kill(f"sent what is no message: {type(error).__name__}")
+        except Exception as error:
+            log.exception("a message of a worker could not be handled")
+            self.kill(f"was ended because of a defect of the node: {type(error).__name__}")
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None

@@ -45,8 +45,8 @@ class Job:
         alone: shares no batch.
 
     Attributes:
-        dropped: why nobody waits for the outcome any more, if so; set while it is running:
-            ``cancelled``, ``revoked`` or ``lost``.
+        outcome: how it ended, once that is known: ``cancelled``, ``revoked``, ``lost``, or what its
+            edge was sent. It may still be running then.
     """
 
     client: str
@@ -57,7 +57,7 @@ class Job:
     due: float
     work: Any = None
     alone: bool = False
-    dropped: str = ""
+    outcome: str = ""
     _number: int = 0
 
 
@@ -246,31 +246,27 @@ class Queue:
         return batch
 
     def finish(self, job: Job) -> None:
-        """A running request has had its outcome; its id may be used again."""
-        client = self._clients[job.client]
-        del client.running[job.id]
-        self._running -= 1
-        self.running_windows -= job.windows
+        """A running request has had its outcome; its id may be used again. Others are ignored."""
+        client = self._clients.get(job.client)
+        if client and client.running.get(job.id) is job:
+            del client.running[job.id]
+            self._running -= 1
+            self.running_windows -= job.windows
 
-    def cancel(self, client: str, id: bytes) -> Job | None:
-        """Forget a request: one that waits is removed, one that runs marked as dropped."""
+    def cancel(self, client: str, id: bytes) -> list[Job]:
+        """As `drop`, of the request of this id."""
         found = self._clients.get(client)
-        if not found:
-            return None
-        if job := found.waiting.get(id):
-            self._remove(job)
-        elif job := found.running.get(id):
-            job.dropped = job.dropped or "cancelled"
-        return job
+        job = found and (found.waiting.get(id) or found.running.get(id))
+        return self._drop([job], "cancelled") if job else []
 
-    def revoke(self, client: str) -> list[Job]:
-        """Forget everything of a client; returns what waited."""
+    def drop(
+        self, client: str, outcome: str, whose: Callable[[Job], bool] = lambda job: True
+    ) -> list[Job]:
+        """Forget requests of a client, all or some: those that wait are removed and returned, those
+        that run are marked."""
         found = self._clients.get(client)
-        if not found:
-            return []
-        for job in found.running.values():
-            job.dropped = "revoked"
-        return [self._remove(job) for job in list(found.waiting.values())]
+        jobs = (*found.running.values(), *found.waiting.values()) if found else ()
+        return self._drop([job for job in jobs if whose(job)], outcome)
 
     def expire(self, now: float) -> list[Job]:
         """Remove and return what is too late."""
@@ -286,21 +282,8 @@ class Queue:
         return [self._remove(job) for job in list(self._jobs.values())]
 
     def forget(self) -> list[Job]:
-        """As `clear`, and nobody waits for what is running either."""
-        for client in self._clients.values():
-            for job in client.running.values():
-                job.dropped = job.dropped or "lost"
-        return self.clear()
-
-    def left(self, client: str, whose: Callable[[Job], bool]) -> list[Job]:
-        """Forget those requests of a client whose way back is gone; returns those that waited."""
-        found = self._clients.get(client)
-        if not found:
-            return []
-        for job in found.running.values():
-            if whose(job):
-                job.dropped = job.dropped or "lost"
-        return [self._remove(job) for job in list(found.waiting.values()) if whose(job)]
+        """As `drop`, of everybody's requests, whose connections have ended."""
+        return [job for client in list(self._clients) for job in self.drop(client, "lost")]
 
     def bound(self, most_bytes: int) -> list[Job]:
         """No more than so many bytes wait from now on; removes and returns what is too much, the
@@ -349,6 +332,11 @@ class Queue:
         )
         total = own + ahead + self.running_windows
         return held + total * self._seconds / self._counted / max(1, self.lanes)
+
+    def _drop(self, jobs: list[Job], outcome: str) -> list[Job]:
+        for job in jobs:
+            job.outcome = job.outcome or outcome
+        return [self._remove(job) for job in jobs if job._number in self._jobs]
 
     def _make_room(self, client: _Client, size: int, wait: float) -> list[Job]:
         others = len(self._jobs) > len(client.waiting)

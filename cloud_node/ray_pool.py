@@ -377,6 +377,11 @@ class RayPool(Pool):
 
     # Slots
 
+    async def follow(self) -> None:
+        if self._watching is not None:
+            await asyncio.wait({self._watching})
+            self._watching.result()
+
     async def acquire(self) -> Slot:
         woken = False
         while True:
@@ -427,7 +432,7 @@ class RayPool(Pool):
         outputs: dict[str, np.ndarray] = {}
         failure: Exception | None = None
         try:
-            outputs, slot.compute_us = await self._ask(slot.room, rows)
+            outputs = self._lend(slot, *await self._ask(slot.room, rows))
         except EdgeRuntimeError as error:
             failure = error
         except Exception as error:  # a mistake here or in Ray must not leave anybody waiting
@@ -438,17 +443,6 @@ class RayPool(Pool):
             self._look.set()
             if self._closed.is_set():
                 failure = PoolClosed("the pool of workers is closed")
-        if failure is None:
-            self._filling.discard(slot)
-            self._spare.append(slot.room)
-            slot.room = {}
-            if self._lent < self._results * self.lanes:
-                self._lent += 1
-                slot.lent = True
-            else:
-                outputs = {name: array.copy() for name, array in outputs.items()}
-            for array in outputs.values():
-                array.flags.writeable = False
         slot.land(through=failure is None)
         if not flight.future.done():
             if failure is None:
@@ -457,6 +451,22 @@ class RayPool(Pool):
                 flight.future.set_exception(failure)
         self.wake()
         self._landed()
+
+    def _lend(
+        self, slot: _RaySlot, outputs: dict[str, np.ndarray], compute_us: int
+    ) -> dict[str, np.ndarray]:
+        slot.compute_us = compute_us
+        self._filling.discard(slot)
+        self._spare.append(slot.room)
+        slot.room = {}
+        if self._lent < self._results * self.lanes:
+            self._lent += 1
+            slot.lent = True
+        else:
+            outputs = {name: array.copy() for name, array in outputs.items()}
+        for array in outputs.values():
+            array.flags.writeable = False
+        return outputs
 
     async def _ask(
         self, room: dict[str, np.ndarray], rows: int

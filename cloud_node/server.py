@@ -2,15 +2,14 @@
 
 It never touches an engine, and its event loop waits for nothing longer than the copy of one batch's
 rows: messages that ask for little (info, cancel, whatever has to be refused) are answered while
-workers compute. Promises that every request admitted has exactly one outcome, that what cannot be
-done is refused at once, and that no message stops the node. Window contents live in memory only,
-from arrival to reply, and no log line holds any.
+workers compute. Every request that is admitted has exactly one outcome, whatever raises: until then
+it stays in `Server._open`. Window contents live in memory only, from arrival to reply, and no log
+line holds any.
 """
 
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
 import functools
 import importlib.metadata
@@ -38,6 +37,7 @@ from cloud_node.suspects import Suspects
 from engines.bundle import TensorSpec
 from engines.errors import ConfigError, EngineError, ProtocolError
 from engines.files import write_whole
+from transport.limits import MemoryLimits
 from transport.messages import (
     HEADER_BYTES,
     NO_ID,
@@ -57,7 +57,7 @@ from transport.messages import (
     encode,
     refuse,
 )
-from transport.meter import MemoryWatch, Resident, message_bytes
+from transport.meter import MemoryWatch, message_bytes
 from transport.process import give_freed_memory_back
 from transport.sockets import start_sending
 
@@ -65,6 +65,8 @@ log = logging.getLogger(__name__)
 
 _FLUSH_S = 0.5
 """How long a stopping node lets its last replies leave."""
+_RUNS_S = 5.0
+"""How long it waits for the last runs of a pool that is closed; each should end at once."""
 _TICK_S = 0.1
 _ROOM_S = 0.005
 """How soon to look whether an edge has read something, while none may run."""
@@ -73,6 +75,9 @@ _APART_S = 60.0
 _RESTART_S = 1.0  # of a worker, as long as nothing is known
 _LOG_AGAIN_S = 10.0
 _LOG_KEYS = 1024
+# Told and never raised: each time would add to their tracebacks.
+_STOPPING = Refusal("shutdown", "the node is stopping")
+_FAILED = Refusal("engine", "the node failed; its log says more")
 
 
 @dataclass(frozen=True)
@@ -104,10 +109,12 @@ class Server:
             max_wait_s=prepared.config.max_wait_ms / 1000,
         )
         self._suspects = Suspects()
-        self._again: collections.deque[list[Job]] = collections.deque()  # batches to be run again
+        self._again: list[list[Job]] = []  # batches to be run again
+        self._open: dict[Job, None] = {}  # admitted and without an outcome
         windows = prepared.bundle.geometry.windows
         self._window_bytes = -(-prepared.limits.result.total_bytes // windows)  # of a result
-        self._unread: collections.Counter[str] = collections.Counter()  # bytes sent and not left
+        self._unread: dict[str, int] = {}  # bytes sent and not left, by client
+        self._unread_total = 0
         self._runs: set[asyncio.Task[None]] = set()
         self._told: dict[tuple[str, str], tuple[float, int]] = {}
         self._start_s = _RESTART_S  # of the last worker
@@ -122,6 +129,7 @@ class Server:
                 started, too little memory.
         """
         self._loop = asyncio.get_running_loop()
+        self._broken = self._loop.create_future()  # fails if the node cannot go on
         self._work = asyncio.Event()  # there may be something to dispatch
         self._door = Door(
             self._prepared,
@@ -144,37 +152,44 @@ class Server:
                 return
             starting.result()
             self._door.open()
-            self._watch = MemoryWatch(Resident()() or 0)
+            self._limits = MemoryLimits()
+            self._watch = MemoryWatch(self._held(), self._limits.resident)
             self._measure()
             tasks = {
                 asyncio.create_task(self._dispatch(), name="dispatch"),
                 asyncio.create_task(self._tick(), name="tick"),
+                asyncio.create_task(self._pool.follow(), name="pool"),
                 self._door.broken,
+                self._broken,
             }
             self._bound = True
             self._look()
             with self._announced():
                 await asyncio.wait({*tasks, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            await self._drain(tasks)
             for task in tasks:  # none ends by itself unless something is broken: let it show
                 if task.done():
                     task.result()
-            await self._drain()
         finally:
             self._draining = True
             stopping.cancel()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(stopping, *tasks, return_exceptions=True)
-            self._refuse_all(self._queue.clear(), "shutdown", "the node is stopping")
-            await self._pool.close(0)
-            await asyncio.gather(*self._runs, return_exceptions=True)
-            for job in (job for jobs in self._again for job in jobs):
-                self._finish(job, Refusal("shutdown", "the node is stopping"))
-            await self._door.close(_FLUSH_S if self._bound else 0)
+            try:
+                for job in self._queue.clear():
+                    self._finish(job, _STOPPING)
+                await self._pool.close(0)
+                if self._runs:
+                    await asyncio.wait(self._runs, timeout=_RUNS_S)
+            finally:
+                for job in list(self._open):
+                    self._finish(job, _STOPPING)
+                await self._door.close(_FLUSH_S if self._bound else 0)
 
-    async def _drain(self) -> None:
-        """Finish what was admitted, or as much of it as the limit allows; a reply is finished once
-        its edge has it."""
+    async def _drain(self, tasks: Iterable[asyncio.Future[Any]]) -> None:
+        """Finish what was admitted, or as much of it as the limit allows and as long as all `tasks`
+        run; a reply is finished once its edge has it."""
         self._draining = True
         self._look()
         log.info(
@@ -184,9 +199,9 @@ class Server:
             extra={"event": "stopping"},
         )
         give_up = self._loop.time() + self._prepared.config.drain_s
-        while self._loop.time() < give_up and (
-            len(self._queue) or self._queue.running or self._door.waiting() or self._unread
-        ):
+        while self._open or self._door.waiting() or self._unread:
+            if self._loop.time() >= give_up or any(task.done() for task in tasks):
+                return
             await asyncio.sleep(min(0.02, max(0.0, give_up - self._loop.time())))
 
     # What arrives
@@ -201,9 +216,7 @@ class Server:
             elif isinstance(message, Request):
                 self._admit(to, name, message, frame)
             elif isinstance(message, Cancel):
-                job = self._queue.cancel(name, message.id)
-                if job and not job.dropped:
-                    self.metrics.requests["cancelled"] += 1
+                self._finish_all(self._queue.cancel(name, message.id))
             elif not isinstance(message, VersionsSpoken):  # which is never answered
                 kind = type(message).__name__
                 raise ProtocolError(f"a node takes no {kind} message")
@@ -211,9 +224,17 @@ class Server:
             self._log_refusal(name, "version", str(error))
             self._send(to, name, encode(VersionsSpoken(VERSIONS)))
         except ProtocolError as error:
-            self._refuse(to, name, message_id, Refusal("malformed", str(error)))
+            self._turn_away(to, name, message_id, Refusal("malformed", str(error)))
         except Refusal as refusal:
-            self._refuse(to, name, message_id, refusal)
+            self._turn_away(to, name, message_id, refusal)
+        except Exception:  # a defect, which the door logs
+            if not any((job.client, job.id) == (name, message_id) for job in self._open):
+                self._turn_away(to, name, message_id, _FAILED)
+            raise
+
+    def _turn_away(self, peer: bytes, name: str, id: bytes, refusal: Refusal) -> None:
+        """Refuse what was not admitted."""
+        self.metrics.requests[self._refuse(peer, name, id, refusal)] += 1
 
     def _admit(self, peer: bytes, name: str, request: Request, frame: zmq.Frame) -> None:
         prepared, now = self._prepared, self._loop.time()
@@ -239,27 +260,28 @@ class Server:
         if self._memory.scarce():
             hint = self._queue.retry_ms(self._queue.estimate(name, windows, now))
             raise Refusal("overloaded", "the node is short of memory", hint)
-        self._shed(self._queue.admit(job, now), now)
+        shed = self._queue.admit(job, now)
+        self._open[job] = None
+        self._work.set()
+        self._shed(shed, now)
         if self._send(peer, name, encode(Accepted(request.id))) == "lost":
             self._left_behind(name, frozenset((peer,)))
-        self._work.set()
 
     def _shed(self, jobs: Iterable[Job], now: float) -> None:
         for old in jobs:
             wait = self._queue.estimate(old.client, old.windows, now)
             hint = self._queue.retry_ms(wait)
-            self._refuse_job(old, Refusal("overloaded", "shed: the queue is full", hint))
+            self._finish(old, Refusal("overloaded", "shed: the queue is full", hint))
 
     def _left_behind(self, name: str, routes: frozenset[bytes]) -> None:
         """A connection has ended: nobody can be given what it asked for."""
-        waited = self._queue.left(name, lambda job: job.work.peer in routes)
-        self.metrics.requests["lost"] += len(waited)
+        waited = self._queue.drop(name, "lost", lambda job: job.work.peer in routes)
+        self._finish_all(waited)
         log.debug("%s has left; %d of its requests waited", name, len(waited))
 
     def _revoked(self, names: Iterable[str]) -> None:
         for name in names:
-            for _ in self._queue.revoke(name):
-                self.metrics.requests["revoked"] += 1
+            self._finish_all(self._queue.drop(name, "revoked"))
 
     def _heard(self, event: WorkerEvent) -> None:
         """Something happened to a worker."""
@@ -271,7 +293,6 @@ class Server:
         elif event.kind == "ready":
             self._start_s = event.seconds
             self._queue.hold(-math.inf)
-        self._queue.lanes = max(1, ready)
         self._look()
 
     # Batches
@@ -294,7 +315,17 @@ class Server:
                 continue
             run = asyncio.create_task(self._run(slot, jobs), name="run")
             self._runs.add(run)
-            run.add_done_callback(self._runs.discard)
+            run.add_done_callback(self._ran)
+
+    def _ran(self, run: asyncio.Task[None]) -> None:
+        self._runs.discard(run)
+        if not run.cancelled() and (error := run.exception()):
+            self._break(error)
+
+    def _break(self, error: BaseException) -> None:
+        """The node cannot go on: have it stop, which settles all that is open."""
+        if not self._broken.done():
+            self._broken.set_exception(error)
 
     async def _form(self) -> list[Job]:
         """The next batch; empty if there is none now."""
@@ -302,7 +333,7 @@ class Server:
             now = self._loop.time()
             self._expire(now)
             if self._again:
-                return self._again.popleft()
+                return self._again.pop(0)
             wait = self._queue.wait(now)
             if wait is not None and wait <= 0:
                 if not (jobs := self._queue.take(now, self._may_run)):
@@ -325,8 +356,8 @@ class Server:
     def _has_room(self, client: str, running: int, windows: int) -> bool:
         # What the kernel tells includes what libzmq has encrypted or is writing; where the kernel
         # doesn't tell, what waits in libzmq is known at least.
-        own = max(self._door.waiting(client), self._unread[client])
-        everybody = max(self._door.waiting(), sum(self._unread.values()))
+        own = max(self._door.waiting(client), self._unread.get(client, 0))
+        everybody = max(self._door.waiting(), self._unread_total)
         return has_room(
             windows * self._window_bytes,
             own=own + running * self._window_bytes,
@@ -340,6 +371,19 @@ class Server:
     async def _run(self, slot: Slot, jobs: Sequence[Job]) -> None:
         """See a batch to its end: every one of its requests has its outcome, or is run again."""
         try:
+            await self._compute(slot, jobs)
+        except Exception as error:  # a defect here; the edges get an answer all the same
+            again = {job for waiting in self._again for job in waiting}
+            for job in jobs:
+                if job not in again:
+                    self._finish(job, _FAILED)
+            _log_defect("a batch could not be seen to its end", error)
+        finally:
+            slot.release()
+            self._work.set()
+
+    async def _compute(self, slot: Slot, jobs: Sequence[Job]) -> None:
+        try:
             outputs = await slot.run(_fill(slot.inputs, jobs))
         except EngineError as error:
             self._failed(jobs, error)
@@ -350,17 +394,9 @@ class Server:
                 self._again.append(list(jobs))
         except PoolClosed:
             for job in jobs:
-                self._finish(job, Refusal("shutdown", "the node is stopping"))
-        except Exception as error:  # a defect here; the edges get an answer all the same
-            log.exception("a batch could not be run")
-            self._failed(jobs[:1], error)
-            for job in jobs[1:]:
-                self._finish(job, Refusal("engine", "the node failed; its log says more"))
+                self._finish(job, _STOPPING)
         else:
             self._answer(jobs, outputs, slot.compute_us)
-        finally:
-            slot.release()
-            self._work.set()
 
     def _answer(
         self, jobs: Sequence[Job], outputs: Mapping[str, np.ndarray], compute_us: int
@@ -377,14 +413,15 @@ class Server:
             first += job.windows
             if job.alone:
                 self._suspects.survived(job.client, job.work.feeds)
-            if job.dropped:
+            if job.outcome:
                 self._finish(job)
                 continue
             queue_us = max(0, round((now - job.arrived) * 1e6) - compute_us)
             work: _Work = job.work
             result = Result(job.id, queue_us, compute_us)
             frame = encode(result, {k: v[rows] for k, v in outputs.items()}, work.seal)
-            self._finish(job, outcome=self._send(work.peer, job.client, frame) or "result")
+            job.outcome = self._send(work.peer, job.client, frame) or "result"
+            self._finish(job)
             self.metrics.wait_seconds.observe(queue_us / 1e6)
             log.debug(
                 "%d windows for %s: queued %d us, computed %d us in a batch of %d",
@@ -421,22 +458,31 @@ class Server:
             text = "the process that computed this ended; another one is being started"
             self._finish(job, Refusal("worker_died", text, hint))
 
-    def _finish(self, job: Job, refusal: Refusal | None = None, *, outcome: str = "") -> None:
-        """The one outcome of a request that was running."""
+    def _finish(self, job: Job, refusal: Refusal = _FAILED) -> None:
+        """Give an admitted request the one outcome it has: `job.outcome` if that is known, else its
+        edge is sent `refusal`. Nothing happens the second time."""
+        if job not in self._open:
+            return
+        if not job.outcome:
+            job.outcome = self._refuse(job.work.peer, job.client, job.id, refusal)
         self._queue.finish(job)
-        if job.dropped:
-            self.metrics.requests[job.dropped] += 1
-        elif refusal:
-            self._refuse_job(job, refusal)
-        else:
-            self.metrics.requests[outcome] += 1
+        del self._open[job]
+        self.metrics.requests[job.outcome] += 1
+
+    def _finish_all(self, jobs: Iterable[Job], refusal: Refusal = _FAILED) -> None:
+        for job in jobs:
+            self._finish(job, refusal)
 
     # What has to be done now and then
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(_TICK_S)
+            if len(self._open) != len(self._queue) + self._queue.running:
+                raise RuntimeError("a request that was admitted neither waits nor runs")
             self._expire(self._loop.time())
+            if self._queue or self._again:
+                self._work.set()
             self._look()
             self._fit()
             if held := self._watch.breached():
@@ -446,19 +492,17 @@ class Server:
 
     def _expire(self, now: float) -> None:
         late = Refusal("deadline", "the deadline passed while waiting its turn")
-        for job in self._queue.expire(now):
-            self._refuse_job(job, late)
-        for _ in range(len(self._again)):
-            jobs = self._again.popleft()
-            for job in jobs:
-                if job.dropped or job.due <= now:
-                    self._finish(job, late)
-            if left := [job for job in jobs if not job.dropped and job.due > now]:
-                self._again.append(left)
+        self._finish_all(self._queue.expire(now), late)
+        if self._again:
+            jobs = [job for batch in self._again for job in batch]
+            self._finish_all((job for job in jobs if job.outcome or job.due <= now), late)
+            left = [[job for job in batch if job in self._open] for batch in self._again]
+            self._again = [batch for batch in left if batch]
 
     def _look(self) -> None:
-        """Bring the gauges up to date."""
+        """Bring the gauges up to date, and what follows from the number of workers."""
         metrics, ready = self.metrics, self._pool.ready
+        self._queue.lanes = max(1, ready)
         metrics.waiting_requests, metrics.waiting_bytes = len(self._queue), self._queue.bytes
         metrics.workers_ready, metrics.lanes = ready, self._pool.lanes
         self._door.look()
@@ -487,9 +531,9 @@ class Server:
             batches=2 * pool.lanes * images * (sizes[0] if shared else sum(sizes)),
             shared=shared,
         )
-        self._idle = Resident()() or 0
+        self._idle = self._held()
         wanted = Budget(config.queue_bytes, self._door.total, self._door.connections)
-        self._memory = Memory(wanted, needs)
+        self._memory = Memory(wanted, needs, self._limits)
         self._watch.ceiling = self._ceiling()
         self._fit()
 
@@ -513,6 +557,10 @@ class Server:
         self._door.bound(budget.transit, budget.connections)
         self._watch.ceiling = self._ceiling()
 
+    def _held(self) -> int:
+        """Bytes that this process holds; 0 where the system doesn't tell."""
+        return self._limits.resident() or 0
+
     def _ceiling(self) -> int:
         config, limits = self._prepared.config, self._prepared.limits
         if config.memory_ceiling is not None:
@@ -532,41 +580,40 @@ class Server:
         )
         self.metrics.rebinds += 1
         # Their connections end here, and with them the way back.
-        for _ in self._queue.forget():
-            self.metrics.requests["lost"] += 1
+        self._finish_all(self._queue.forget())
         begun = self._loop.time()
         await self._door.reopen()
         log.info(
             "bound anew after %.2f s, %d MB held",
-            *(self._loop.time() - begun, (Resident()() or 0) >> 20),
+            *(self._loop.time() - begun, self._held() >> 20),
             extra={"event": "rebound"},
         )
 
     # What leaves
 
-    def _refuse_all(self, jobs: Iterable[Job], code: str, text: str) -> None:
-        for job in jobs:
-            self._refuse_job(job, Refusal(code, text))
-
-    def _refuse_job(self, job: Job, refusal: Refusal) -> None:
-        self._refuse(job.work.peer, job.client, job.id, refusal)
-
-    def _refuse(self, peer: bytes, name: str, id: bytes, refusal: Refusal) -> None:
-        self.metrics.requests[refusal.code] += 1
-        message = refuse(id, refusal.code, str(refusal), refusal.retry_ms)
-        self._log_refusal(name, refusal.code, message.message)
-        self._send(peer, name, encode(message))
+    def _refuse(self, peer: bytes, name: str, id: bytes, refusal: Refusal) -> str:
+        """Send a refusal; returns its code."""
+        for words in (refusal, _FAILED):
+            try:
+                message = refuse(id, words.code, str(words), words.retry_ms)
+                self._log_refusal(name, words.code, message.message)
+                self._send(peer, name, encode(message))
+                return words.code
+            except Exception as error:  # then in other words
+                _log_defect("a refusal could not be sent", error)
+        return _FAILED.code
 
     def _send(self, peer: bytes, name: str, frame: memoryview) -> str:
         """Send without waiting; what became of it unless it was sent."""
         size = frame.nbytes
-        if self._unread[name] + size > self._door.unsent:
+        if self._unread.get(name, 0) + size > self._door.unsent:
             outcome: str = "unread"
         else:
             if size > HEADER_BYTES:
-                self._unread[name] += size
                 # libzmq frees it once it has left, in whichever thread.
                 weakref.finalize(frame.obj, self._left_soon, name, size).atexit = False
+                self._unread[name] = self._unread.get(name, 0) + size
+                self._unread_total += size
             outcome = self._door.send(peer, frame)
         if outcome == "sent":
             return ""
@@ -579,26 +626,29 @@ class Server:
             self._loop.call_soon_threadsafe(self._left, name, size)
 
     def _left(self, name: str, size: int) -> None:
-        self._unread[name] -= size
-        if not self._unread[name]:
-            del self._unread[name]
+        before = self._unread.pop(name, 0)
+        if before > size:
+            self._unread[name] = before - size
+        self._unread_total -= min(before, size)
         self._work.set()  # there may be room for more
 
     def _log_refusal(self, client: str, code: str, text: str) -> None:
         self._log_seldom(client, code, f"refused {client} ({code}): {text}")
 
     def _log_seldom(self, client: str, code: str, text: str) -> None:
-        """One line for each client and reason in a while, however often it happens."""
-        key, now = (client, code), self._loop.time()
-        last, skipped = self._told.get(key, (-math.inf, 0))
-        if now - last < _LOG_AGAIN_S:
-            self._told[key] = last, skipped + 1
-            return
-        if key not in self._told and len(self._told) >= _LOG_KEYS:
-            self._told.clear()
-        self._told[key] = now, 0
-        more = f" (and {skipped} more times since the last such line)" if skipped else ""
-        log.info("%s%s", text, more, extra={"event": "refused", "client": client, "code": code})
+        """One line for each client and reason in a while, however often it happens. Never raises:
+        an edge waits for what comes after."""
+        with contextlib.suppress(Exception):
+            key, now = (client, code), self._loop.time()
+            last, skipped = self._told.get(key, (-math.inf, 0))
+            if now - last < _LOG_AGAIN_S:
+                self._told[key] = last, skipped + 1
+                return
+            if key not in self._told and len(self._told) >= _LOG_KEYS:
+                self._told.clear()
+            self._told[key] = now, 0
+            more = f" (and {skipped} more times since the last such line)" if skipped else ""
+            log.info("%s%s", text, more, extra={"event": "refused", "client": client, "code": code})
 
     def _info(self, message: InfoRequest) -> Info:
         stage = self._prepared.stage
@@ -651,6 +701,12 @@ def version() -> str:
 def software() -> str:
     """Name and version of this node, as told to edges."""
     return f"cloud-node {version()}".rstrip()
+
+
+def _log_defect(text: str, error: BaseException) -> None:
+    """Log what nobody foresaw; whoever does so has more to do, whatever becomes of the log."""
+    with contextlib.suppress(Exception):
+        log.error("%s: %s", text, type(error).__name__, exc_info=error)
 
 
 def _fill(inputs: Mapping[str, np.ndarray], jobs: Iterable[Job]) -> int:

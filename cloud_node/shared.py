@@ -2,9 +2,9 @@
 
 An :class:`Arena` is one anonymous file in memory, mapped by both sides: room for a few batches of
 inputs and for results, every tensor at a place that follows from the :class:`Layout` alone. It has
-no name that could outlive the two processes, the worker gets it as an inherited descriptor, and it
-cannot be cut short under the other side. Pages that were never used take no memory. Who may write
-which batch or result when is left to the pool.
+no name that could outlive the two processes, and neither can cut it short under the other. The
+worker is handed its descriptor over a socket. Pages that were never used take no memory. Who may
+write which batch or result when is left to the pool.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Arena:
 
     Attributes:
         batches: for each batch its inputs by name; ``results``: likewise. All writable, all rows.
-        fd: for a worker to inherit; open until :meth:`close`.
+        fd: to hand to workers; open until :meth:`close`.
     """
 
     def __init__(self, layout: Layout, fd: int) -> None:

@@ -1,26 +1,22 @@
-"""The process that holds a node's engine: ``python -m cloud_node.worker``, one per device.
+"""The process that holds a node's engine, one per device; it begins in :mod:`cloud_node.closed`.
 
-Started by :mod:`cloud_node.pool`, which hands it a socket for messages and the memory that batches
-and results lie in. It opens one stage, runs it until it is warm, says so, and then runs one batch
-after another. It promises that a batch that fails costs only that batch as long as the engine
-works afterwards (else the process ends, to be replaced), that it is gone when its parent is, and
-that nothing of what it computes on is logged, dumped or kept. It never opens a network socket.
+Started by :mod:`cloud_node.pool`, which hands it a socket for messages and, once it has closed
+itself, the memory that batches and results lie in. It opens one stage, runs it until it is warm,
+says so, and then runs one batch after another. A batch that fails costs only that batch as long as
+the engine works afterwards; else the process ends, to be replaced. It is gone when its parent is,
+and nothing of what it computes on is logged, dumped or kept. It never opens a network socket.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import logging
 import os
 import signal
 import socket
 import struct
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
@@ -32,7 +28,6 @@ from engines.engine import Device, Engine, check_feeds, check_out
 from engines.errors import BundleError, EdgeRuntimeError
 from engines.opening import open_stage
 from engines.ort import OrtEngine
-from transport.process import disable_core_dumps
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +37,7 @@ _LONG_S = 3.0
 STAGE = "stack"
 _MAX_MESSAGE = 1 << 20
 _MAX_TEXT = 2000
+_CLOEXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 _DAY_US = 86_400_000_000
 """No run takes longer. What a broken worker claims decides what is admitted, and when it hangs."""
 
@@ -72,6 +68,11 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     batch: int
     result: int
     rows: int
+
+
+class Closed(msgspec.Struct, frozen=True, tag="closed"):
+    """No other process of the same user can look into this one any more: it may have the memory,
+    which comes with `Open`."""
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
@@ -111,7 +112,7 @@ class Logged(msgspec.Struct, frozen=True, tag="logged"):
 
 
 ToWorker = Open | Run
-FromWorker = Ready | Failed | Done | RunFailed | Logged
+FromWorker = Closed | Ready | Failed | Done | RunFailed | Logged
 
 _encoder = msgspec.msgpack.Encoder()
 
@@ -147,9 +148,10 @@ class Unpacker:
 
 
 class _Channel:
-    """The worker's end of the socket."""
+    """The worker's end of the socket. `memory`: the last descriptor that came with a message."""
 
     def __init__(self, sock: socket.socket) -> None:
+        self.memory = -1
         self._sock = sock
         self._unpacker = Unpacker()
         self._bodies: list[bytes] = []
@@ -160,9 +162,10 @@ class _Channel:
         """The next message; None when there will be no more."""
         while not self._bodies:
             try:
-                data = self._sock.recv(65536)
+                data, fds, *_ = socket.recv_fds(self._sock, 65536, 1, _CLOEXEC)
             except ConnectionError:
                 return None
+            self.memory = fds[0] if fds else self.memory
             if not data:
                 return None
             self._bodies = list(self._unpacker.feed(data))
@@ -212,25 +215,19 @@ class Noop(Engine):
         pass
 
 
-def main(argv: list[str]) -> int:
-    """Serve until the socket closes. Returns the exit status.
-
-    Args:
-        argv: descriptors of the socket and of the arena, and the parent's pid.
-    """
-    control, memory, parent = map(int, argv)
-    _die_with(parent)
-    disable_core_dumps()
+def work(control: int) -> int:
+    """Serve until the socket of this descriptor closes. Returns the exit status."""
     # Whoever means the node signals the whole group or service: the node says when to stop.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     channel = _Channel(socket.socket(fileno=control))
+    channel.send(Closed())
     request = channel.receive()
-    if not isinstance(request, Open):
+    if not isinstance(request, Open) or channel.memory < 0:
         return 1
     logging.basicConfig(level=request.log_level, handlers=[_Forward(channel)])
     try:
-        arena = Arena.attach(request.layout, memory)
+        arena = Arena.attach(request.layout, channel.memory)
         bundle = Bundle.load(request.bundle)
         log.info("opening %s, %.0f MB", bundle.manifest.model, bundle.size(STAGE) / 1e6)
         engine, kind = open_engine(request, bundle)
@@ -307,19 +304,3 @@ def _serve(channel: _Channel, arena: Arena, engine: Engine, bundle: Bundle) -> i
         else:
             channel.send(Done(message.id, compute_us))
     return 0
-
-
-def _die_with(parent: int) -> None:
-    """End with the parent, even when it is killed; go before it when memory runs out."""
-    if sys.platform != "linux":
-        return  # the closed socket ends it, if a little later
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it was gone before that took effect
-        os._exit(1)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("500")
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

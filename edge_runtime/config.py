@@ -19,7 +19,7 @@ from edge_runtime.placement import DEFAULT_MAX_EXPOSURE
 from engines.engine import Device
 from engines.errors import ConfigError, KeyFileError
 from engines.toml import read_toml, unknown_key
-from transport.trust import danger
+from engines.trust import danger
 
 if TYPE_CHECKING:
     from transport.keys import KeyPair

@@ -26,6 +26,7 @@ from edge_runtime import probes
 from edge_runtime.board import Board, read_board
 from edge_runtime.probes import Answer
 from engines.libraries import Defect, Flavour, defects
+from engines.places import plans_folder
 
 Status = Literal["ok", "warn", "fail", "none"]
 Needed = Literal["cuda", "tensorrt"]
@@ -362,16 +363,19 @@ def _packages(facts: _Facts) -> Check:
     reinstall = f"pip install --force-reinstall {_PACKAGES}"
     if answer.facts is None:
         return Check("packages", "fail", "packages", f"{answer.error}", reinstall)
-    versions = ", ".join(f"{name} {version}" for name, version in answer.facts["versions"].items())
+    found = {name: f"{name} {version}" for name, version in answer.facts["versions"].items()}
     if not answer.facts["curve"]:
         return Check(
             "packages",
             "fail",
             "packages",
-            f"{versions}: this libzmq has no CURVE, without which nothing may leave the machine",
+            f"{', '.join(found.values())}: this libzmq has no CURVE, without which nothing may "
+            "leave the machine",
             "pip install --force-reinstall --only-binary :all: pyzmq",
         )
-    return Check("packages", "ok", "packages", f"{versions} with CURVE")
+    if "libzmq" in found:
+        found["libzmq"] += " with CURVE"
+    return Check("packages", "ok", "packages", ", ".join(found.values()))
 
 
 def _onnxruntime(facts: _Facts) -> Check:
@@ -567,19 +571,23 @@ def _bundle(facts: _Facts) -> Check:
 
 
 def _disk(facts: _Facts) -> Check | None:
-    """Whether plans could be built: they lie inside the bundle."""
-    path = facts.bundle
-    if path is None or not path.is_dir():
+    """Whether plans could be built."""
+    if facts.bundle is None or not facts.bundle.is_dir():
         return None
+    try:
+        folder = plans_folder(facts.bundle)
+    except OSError:
+        return None  # said already
+    path = next(found for found in (folder, *folder.parents) if found.is_dir())
     free = shutil.disk_usage(path).free
     detail = f"{_gigabytes(free)} free where the bundle's plans go"
     if not os.access(path, os.W_OK):
-        copy = f"cp -r {_quoted(path)} ~/bundle && edge-runtime build ~/bundle"
+        copy = f"cp -r {_quoted(facts.bundle)} ~/bundle && edge-runtime build ~/bundle"
         needed = _has_tensorrt(facts)
         detail += ", which this user may not write"
         return Check("disk", "warn" if needed else "none", "disk", detail, copy if needed else None)
     if free < _DISK_BYTES:
-        command = f"du -xsh {_quoted(path)}/plans/*    (plans no longer used may be deleted)"
+        command = f"du -xsh {_quoted(folder)}/*    (plans no longer used may be deleted)"
         return Check(
             "disk", "warn", "disk", f"{detail}; a large model's plans take 1.3 GB", command
         )

@@ -30,10 +30,12 @@ from edge_runtime.config import EdgeConfig, load_nodes
 from edge_runtime.placement import Decision, ExposureLedger, Permit, Placement, place
 from engines.errors import BundleError, OffloadError
 from engines.pipeline import Pipeline
+from engines.stopping import held
 from engines.windows import Windows
 from transport.keys import load_secret_bytes
+from transport.limits import memory_limit
 from transport.messages import stage_limits
-from transport.meter import MemoryWatch, memory_limit
+from transport.meter import MemoryWatch
 from transport.sockets import NOT_AUTHORISED
 
 _NODES_SHARE = 0.5
@@ -239,8 +241,9 @@ class Offloader:
             return future.result()
         except BaseException:
             # The caller was interrupted. Its work ends too, and then reports what was sent.
-            future.cancel()
-            ended.wait(_UNWIND_S)
+            with held():
+                future.cancel()
+                ended.wait(_UNWIND_S)
             raise
 
     def _stop(self) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from edge_runtime.prompts import Prompt, check
 from engines.errors import ConfigError, EdgeRuntimeError, OutputError
 from engines.files import move_folder, scratch_folder, write_whole, writing
-from engines.stopping import if_ended
+from engines.stopping import held, if_ended
 from engines.text import printable
 
 if TYPE_CHECKING:
@@ -351,12 +351,13 @@ def sends_on_record(folder: Path, photo: str, predictor: OffloadPredictor) -> It
             return None
         text = dumps({"photo": photo, "error": why, "exposure": _exposure(sent)})
         try:
-            beside = folder.absolute()
-            with writing(beside):
-                beside.parent.mkdir(parents=True, exist_ok=True)
-            names = numbered(beside.with_name(f"{beside.name}.sends"), ".json")
-            path = next(path for path in names if not os.path.lexists(path))
-            write_whole(path, text, replace=False)
+            with held():
+                beside = folder.absolute()
+                with writing(beside):
+                    beside.parent.mkdir(parents=True, exist_ok=True)
+                names = numbered(beside.with_name(f"{beside.name}.sends"), ".json")
+                path = next(path for path in names if not os.path.lexists(path))
+                write_whole(path, text, replace=False)
         except OutputError as problem:
             seen = "; ".join(f"{node.name}: {node.windows}" for node in sent.nodes if node.windows)
             return f"Nodes have seen windows of {name} ({seen}), which is not on record: {problem}"

@@ -35,6 +35,7 @@ from engines.builder import Began, Built, Event, Failed, Phase, Profile, Request
 from engines.bundle import Bundle, Manifest, Stage, hash_file
 from engines.errors import BuildError, EngineError
 from engines.libraries import Backend
+from engines.places import make_plans_folder, plans_folder
 from engines.plan import Plan, PlanRecord
 from engines.stopping import child, held, undone
 from engines.text import printable
@@ -198,13 +199,13 @@ def _check_options(options: BuildOptions) -> None:
 
 @contextlib.contextmanager
 def _workplace(bundle: Bundle) -> Iterator[Path]:
-    """The bundle's folder of plans, without partial files of builds that were killed.
+    """The folder of the bundle's plans, without partial files of builds that were killed.
 
     Every build holds a shared lock on it; who gets it alone may tidy up.
     """
-    folder = bundle.path / plans.FOLDER
+    folder = plans_folder(bundle.path)
     with _writing(folder):
-        folder.mkdir(exist_ok=True)
+        make_plans_folder(bundle.path)
         lock = os.open(folder, os.O_RDONLY)
 
     def tidy() -> None:

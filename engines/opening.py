@@ -26,7 +26,15 @@ from engines.errors import BundleError, EngineError, PlanError
 from engines.files import write_whole, writing
 from engines.libraries import Library
 from engines.ort import OrtEngine
-from engines.plan import FOLDER, Machine, Plan, Row, find, may_serve, verify_command
+from engines.places import make_plans_folder, plans_folder
+from engines.plan import (
+    Machine,
+    Plan,
+    Row,
+    find,
+    may_serve,
+    verify_command,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +166,7 @@ def _open_tensorrt(bundle: Bundle, stage: str, ordinal: int) -> Engine:
 
 def _has_plans(bundle: Bundle, stage: str) -> bool:
     """Whether there is anything for TensorRT to look at: cheap, and nothing is imported."""
-    return any((bundle.path / FOLDER).glob(f"tensorrt*/{stage}.json"))
+    return any(plans_folder(bundle.path).glob(f"tensorrt*/{stage}.json"))
 
 
 @lru_cache(maxsize=256)
@@ -258,10 +266,11 @@ def write_failure(bundle: Bundle, stage: str, device: OrtKind, failure: Failure 
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 path.unlink()
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_plans_folder(bundle.path)
+        path.parent.mkdir(exist_ok=True)
     data = msgspec.json.format(msgspec.json.encode(failure), indent=2) + b"\n"
     write_whole(path, data, error=EngineError, instead=instead)
 
 
 def _failure_path(bundle: Bundle, stage: str, device: OrtKind) -> Path:
-    return bundle.path / FOLDER / f"onnxruntime-{device}" / f"{stage}.failed.json"
+    return plans_folder(bundle.path) / f"onnxruntime-{device}" / f"{stage}.failed.json"

@@ -1,11 +1,8 @@
 """Plans: serialised TensorRT engines beside a bundle, each with the record of what it is.
 
 ``BUNDLE/plans/<target>/<stage>.plan`` holds the engine, ``<stage>.json`` says what it was built
-from, for which library and GPUs, what was fused, and how exact it was measured to be and where. The
-module promises that a plan which does not fit the bundle, the library or the GPU, or whose bytes
-changed, is refused before it is deserialised, with the command that rebuilds it, and that a plan
-and its record appear whole or not at all. A plan contains code and its record is no signature: use
-only plans of your own making. Building, running and measuring are left to others.
+from and for, what was fused, and how exact it was measured to be. A plan contains code and its
+record is no signature: use only plans of your own making.
 """
 
 from __future__ import annotations
@@ -29,11 +26,12 @@ from engines import libraries
 from engines.bundle import Bundle, Line, Name, Sha256, Tensors
 from engines.errors import BuildError, PlanError
 from engines.libraries import Backend, Defect, Flavour, Library
+from engines.places import bundle_of, cache, plans_folder
+from engines.trust import danger
 
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
-FOLDER = "plans"
 _MAX_RECORD_BYTES = 8 << 20
 _MAX_PLAN_BYTES = 1 << 36
 
@@ -185,8 +183,8 @@ class Plan:
 
     @property
     def bundle_path(self) -> Path:
-        """Directory of the bundle that the plan lies in."""
-        return self.path.parent.parent.parent
+        """Directory of the bundle that the plan is for."""
+        return bundle_of(self.path.parent.parent)
 
     @property
     def rebuild(self) -> str:
@@ -234,8 +232,8 @@ def target(library: Library, compute_capabilities: Iterable[str]) -> str:
 
 
 def directory(bundle_path: str | os.PathLike[str], target: str) -> Path:
-    """Where the plans of ``target`` lie in a bundle."""
-    return Path(bundle_path) / FOLDER / target
+    """Where the plans of ``target`` for a bundle lie."""
+    return plans_folder(bundle_path) / target
 
 
 def rebuild_command(
@@ -464,10 +462,14 @@ def write_parity(plan: Plan, parity: Parity) -> Plan:
 def cannot_write(path: Path, error: OSError) -> str:
     """One line for a place of plans that refused to be written, with what mends it."""
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return (
-            f"{path} cannot be written: {error.strerror}. Plans lie inside the bundle: copy the "
-            "bundle to a directory that you may write, and use the copy"
-        )
+        if cache() in path.parents:
+            mend = "Set XDG_CACHE_HOME to a directory that you may write"
+        else:
+            mend = (
+                "Plans lie inside the bundle: copy the bundle to a directory that you may write, "
+                "and use the copy"
+            )
+        return f"{path} cannot be written: {error.strerror}. {mend}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{path} cannot be written: {error.strerror}. Make room on that disk, then try again"
     return f"{path} cannot be written: {error.strerror or error}"
@@ -539,8 +541,15 @@ def _argument(path: str | os.PathLike[str]) -> str:
 
 
 def _records(bundle: Bundle, stage: str) -> list[Path]:
-    """Records under the folders of TensorRT's plans; other engines may keep theirs beside."""
-    return sorted((bundle.path / FOLDER).glob(f"tensorrt*/{stage}.json"))
+    """Records under the folders of TensorRT's plans; other engines may keep theirs beside.
+
+    Raises:
+        PlanError: others could put plans into the user's cache.
+    """
+    folder = plans_folder(bundle.path)
+    if folder.is_dir() and bundle.path not in folder.parents and (found := danger(folder)):
+        raise PlanError(f"plans contain code, and {found}")
+    return sorted(folder.glob(f"tensorrt*/{stage}.json"))
 
 
 def _read(bundle: Bundle, path: Path) -> Plan:

@@ -98,7 +98,7 @@ def _show_lines(work: Progress, over: threading.Event) -> None:
     wait = _FIRST_LINE_S
     while not over.wait(wait):
         print(f"{work.label}: {work.text(time.monotonic())}", file=sys.stderr, flush=True)
-        wait = _LINE_S
+        wait = max(_LINE_S, (time.monotonic() - work._begun) / 20)  # logs of hours stay readable
 
 
 def _show_bar(work: Progress, over: threading.Event) -> None:

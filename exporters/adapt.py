@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from engines.errors import CheckpointError, ConfigError, ImageError
+from exporters.early import image_files
 from exporters.models import (
     REORDERED,
     ModelSpec,
@@ -39,7 +40,6 @@ from exporters.models import (
     weights_hash,
 )
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 _READERS = min(4, max(1, (os.cpu_count() or 2) // 2))  # threads; the rest of the CPU may compute
 STATE_FORMAT = "edge-runtime-adapt"
 
@@ -65,15 +65,7 @@ class Folder:
     """The readable images under a directory, in a fresh order each epoch."""
 
     def __init__(self, directory: Path | str, seed: int) -> None:
-        directory = Path(directory)
-        if not directory.is_dir():
-            raise ImageError(f"{directory} is not a directory; give a folder of images")
-        found = sorted(p for p in directory.rglob("*") if p.suffix.lower() in SUFFIXES)
-        if not found:
-            raise ImageError(
-                f"no images under {directory}; expected files ending in "
-                f"{', '.join(sorted(SUFFIXES))}"
-            )
+        found = image_files(Path(directory))
         self.paths = [p for p in found if _opens(p)]
         readable = set(self.paths)
         self.unreadable = [p for p in found if p not in readable]
@@ -103,7 +95,9 @@ class Folder:
 
 
 class Scenes:
-    """Procedural training scenes as an endless sequence of images: ``count`` scenes over again."""
+    """Procedural training scenes as an endless sequence of images: ``count`` scenes over again,
+    every other one photo-like.
+    """
 
     def __init__(self, seed: int, size: int, count: int = 2000) -> None:
         self.seed, self.size, self.count = seed, size, count
@@ -111,11 +105,12 @@ class Scenes:
 
     def image(self, number: int) -> np.ndarray:
         """Scene ``number``, uint8 [size, size, 3]."""
-        from exporters.scenes import make_scene
+        from exporters.scenes import PHOTO_LIKE, make_scene
 
         number %= self.count
         if number not in self._made:
-            self._made[number] = make_scene(self.seed * 1_000_000 + number, self.size).image
+            kind = PHOTO_LIKE if number % 2 else None
+            self._made[number] = make_scene(self.seed * 1_000_000 + number, self.size, kind).image
         return self._made[number]
 
 
@@ -213,6 +208,18 @@ def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
     return ((found - wanted).square().sum((1, 2, 3)) / variance.clamp(min=1e-6)).mean()
 
 
+def check(order: str, config: AdaptConfig, ranks: Ranks) -> None:
+    """Raises CheckpointError or ConfigError if weights of this order can't be adapted so."""
+    if order == REORDERED:
+        raise CheckpointError(
+            "these weights are reordered already; adaptation starts from stock-order weights"
+        )
+    if config.batch % ranks.world:
+        raise ConfigError(
+            f"a batch of {config.batch} images can't be divided among {ranks.world} processes"
+        )
+
+
 class Adaptation:
     """A run of distillation: the stock teacher, the reordered student, the optimiser, and where the
     run stands.
@@ -226,16 +233,8 @@ class Adaptation:
         device: torch.device | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        if stock.order == REORDERED:
-            raise CheckpointError(
-                "these weights are reordered already; adaptation starts from stock-order weights"
-            )
         self.ranks = ranks or Ranks()
-        if config.batch % self.ranks.world:
-            raise ConfigError(
-                f"a batch of {config.batch} images can't be divided among "
-                f"{self.ranks.world} processes"
-            )
+        check(stock.order, config, self.ranks)
         self.config, self.source = config, source
         self.device = device or torch.device("cpu")
         self.spec = spec_of(config.model)

@@ -30,9 +30,11 @@ from segment_anything.modeling import (
 
 from engines.errors import CheckpointError
 from engines.files import whole_file
+from exporters.early import check_checkpoint_file
 
 FORMAT = "edge-runtime-sam"
 FORMAT_VERSION = 1
+_ZIP = b"PK\x03\x04"
 STOCK, REORDERED = "stock", "reordered"
 
 
@@ -215,24 +217,21 @@ def save_atomically(content: Any, path: Path | str) -> None:
         torch.save(content, file)
 
 
-def read_torch_file(path: Path | str) -> Any:
+def read_torch_file(path: Path | str, *, lazily: bool = False) -> Any:
     """Load a ``torch.save`` file without executing anything in it; CheckpointError when it can't be
     read.
+
+    Args:
+        lazily: read tensors from the file when they are used.
     """
     path = Path(path)
-    if not path.is_file():
-        what = "is a directory" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"checkpoint {path} {what}; give the path of a .pt or .pth file")
-    if path.stat().st_size == 0:
-        raise CheckpointError(f"checkpoint {path} is empty; download or copy it again")
+    check_checkpoint_file(path)
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == _ZIP  # not before PyTorch 1.6
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
-        raise CheckpointError(f"checkpoint {path} may not be read; check its permissions") from None
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=lazily and is_zip)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as err:
-        with open(path, "rb") as file:
-            zip_magic = file.read(4) == b"PK\x03\x04"
-        if zip_magic and not zipfile.is_zipfile(path):
+        if is_zip and not zipfile.is_zipfile(path):
             raise CheckpointError(
                 f"checkpoint {path} is truncated ({path.stat().st_size:,} bytes); "
                 "download or copy it again"
@@ -256,25 +255,50 @@ def recognise(state: Mapping[str, Any]) -> str | None:
     return None
 
 
-def load_checkpoint(path: Path | str, model: str | None = None) -> Sam:
-    """Load a SAM from a stock ``segment_anything`` checkpoint or from one this project saved.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose weights are all there, but have not been read.
+
+    Attributes:
+        order: ``"stock"`` or ``"reordered"``.
+        adapted: whether the weights were trained for the reordered blocks.
+        made: how they came about.
+        state: the weights, which are read when they are used.
+    """
+
+    path: Path
+    model: str
+    order: str
+    adapted: bool
+    made: dict[str, Any]
+    state: Mapping[str, torch.Tensor]
+
+    def load(self) -> Sam:
+        """The model in eval mode on the CPU, with ``model_name``, ``order``, ``adapted`` and
+        ``made`` set."""
+        sam = build_sam(self.model)
+        if self.order == REORDERED:
+            reorder(sam)
+        sam.load_state_dict({key: value.float() for key, value in self.state.items()})
+        sam.adapted, sam.made = self.adapted, self.made
+        return sam
+
+
+def open_checkpoint(path: Path | str, model: str | None = None) -> Checkpoint:
+    """Look into a stock ``segment_anything`` checkpoint or one that this project saved.
 
     Args:
         path: file written by ``torch.save``: a bare state dict (stock order is assumed) or this
-        project's format.
+            project's format.
         model: the name expected; None takes what the weights look like.
-
-    Returns:
-        The model in eval mode on the CPU, with ``model_name``, ``order`` and ``adapted`` set, and
-        ``made`` (a dict).
 
     Raises:
         CheckpointError: missing, truncated, not a checkpoint, incomplete, or of another model than
-        named.
+            named.
     """
     if model is not None:
         spec_of(model)
-    content = read_torch_file(path)
+    content = read_torch_file(path, lazily=True)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a SAM state dict")
     order: str | None = STOCK
@@ -302,7 +326,8 @@ def load_checkpoint(path: Path | str, model: str | None = None) -> Sam:
         raise CheckpointError(
             f"{path} looks like {looks_like}, not {model}; use --model {looks_like}"
         )
-    sam = build_sam(looks_like)
+    with torch.device("meta"):  # the shapes alone
+        sam = build_sam(looks_like)
     if order == REORDERED:
         reorder(sam)
     expected = sam.state_dict()
@@ -320,9 +345,12 @@ def load_checkpoint(path: Path | str, model: str | None = None) -> Sam:
                 f"{path} looks like {looks_like} ({order} order) but {kind} {len(keys)} weights, "
                 f"first {keys[0]!r}"
             )
-    sam.load_state_dict({k: v.float() for k, v in state.items()})
-    sam.adapted, sam.made = adapted, made
-    return sam
+    return Checkpoint(Path(path), looks_like, str(order), adapted, made, state)
+
+
+def load_checkpoint(path: Path | str, model: str | None = None) -> Sam:
+    """:func:`open_checkpoint` and :meth:`Checkpoint.load` in one."""
+    return open_checkpoint(path, model).load()
 
 
 def shipped_weights(kind: str = "adapted") -> Path:

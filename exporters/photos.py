@@ -27,6 +27,17 @@ def labels() -> np.ndarray:
     return image
 
 
+def demo_photo() -> tuple[np.ndarray, list[np.ndarray]]:
+    """The committed photo as RGB uint8 [303, 384, 3] and one bool mask [303, 384] per coin."""
+    from PIL import Image
+
+    with Image.open(PHOTOS / "coins.png") as file:
+        photo = np.asarray(file.convert("RGB"))
+    with Image.open(PHOTOS / "coins-reference.png") as file:
+        numbers = np.asarray(file)
+    return photo, [numbers == k for k in range(1, int(numbers.max()) + 1)]
+
+
 def main() -> None:
     """Write both files."""
     import skimage

@@ -46,8 +46,10 @@ def curves(steps: list[dict[str, Any]], scores: list[dict[str, Any]], out: Path)
     marks = [r["step"] for r in scores]
     axes.plot(marks, [r["scenes"] for r in scores], "o-", ms=3, label="held-out scenes")
     axes.plot(marks, [r["scenes_best"] for r in scores], "--", lw=1, label="best of three")
-    if scores and "coins" in scores[0]:
-        axes.plot(marks, [r["coins"] for r in scores], "s-", ms=3, label="photo `coins`")
+    for name, label in (("photo_like", "photo-like"), ("coins", "photo `coins`")):
+        rows = [r for r in scores if name in r]
+        if rows:
+            axes.plot([r["step"] for r in rows], [r[name] for r in rows], "s-", ms=3, label=label)
     changes = [(b["step"], b["size"]) for a, b in pairwise(scores) if a["size"] != b["size"]]
     for step, size in changes:
         axes.axvline(step, color="0.7", lw=1)
@@ -64,7 +66,7 @@ def masks_picture(sam: Any, out: Path, scenes: int = 6, clicks: int = 4) -> None
     from segment_anything import SamPredictor
 
     from exporters.coins import coins
-    from exporters.evaluate import held_out_scenes, predict_clicks
+    from exporters.evaluate import held_out_scenes, predict
     from exporters.scenes import click_of
 
     predictor = SamPredictor(sam)
@@ -73,9 +75,9 @@ def masks_picture(sam: Any, out: Path, scenes: int = 6, clicks: int = 4) -> None
         predictor.set_image(image)
         points = np.array([click_of(m) for m in masks])
         panels = []
-        for truth, (x, y), (found, scores) in zip(
-            masks, points, predict_clicks(predictor, points), strict=True
-        ):
+        ones = np.ones((len(points), 1), int)
+        answers = predict(predictor, points[:, None], ones)
+        for truth, (x, y), (found, scores, _) in zip(masks, points, answers, strict=True):
             panel = image.astype(np.float32)
             best = found[int(scores.argmax())]
             panel[best] = panel[best] * 0.45 + np.array(MASK) * 0.55

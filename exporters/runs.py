@@ -9,17 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from engines.errors import ConfigError
+from engines.progress import progress
 from engines.text import printable
 
 STOPPING = "stopping: this step is finished and saved first; once more ends at once, without it"
@@ -27,21 +19,15 @@ STOPPING = "stopping: this step is finished and saved first; once more ends at o
 
 @contextmanager
 def progress_bar(label: str, total: int, done: int = 0, quiet: bool = False) -> Iterator[Any]:
-    """A progress line on stderr; yields ``advance(text="")``, to be called after each step."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task(label, total=total, completed=done, note="")
+    """Progress in steps; yields ``advance(text="")``, to be called after each of them."""
+    with progress(label, total, done=done, quiet=quiet) as work:
+        finished = done
+        work.note = f"{done} of {total}"
 
         def advance(note: str = "") -> None:
-            bar.update(task, advance=1, note=note)
+            nonlocal finished
+            finished += 1
+            work.advance(1, ", ".join(part for part in (f"{finished} of {total}", note) if part))
 
         yield advance
 

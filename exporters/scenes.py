@@ -1,12 +1,11 @@
-"""Procedural scenes with exact masks: what ``tiny`` is trained and judged on.
+"""Procedural scenes with exact masks, on which ``tiny`` is trained and judged.
 
-A scene is an RGB image and a label map, both a pure function of ``(seed, size)``; no photo is
-involved. There are four
-kinds: textured objects that occlude one another on a textured background; partitions of the whole
-image into cells; many small objects alike in colour and texture on a shaded background, often
-grey, where only the place of a click tells them apart; and objects made of parts, whose inside
-varies more than their edge. Labels are drawn without antialiasing, so masks are exact; the image
-is softened afterwards. Sampling of clicks, augmentation and training are left to other modules.
+A scene is an RGB image and a label map, both a pure function of ``(seed, size, kind)``; no photo is
+involved. Four kinds are drawn here: textured objects that occlude one another on a textured
+background; partitions of the whole image into cells; many small objects alike in colour and texture
+on a shaded background, often grey, where only the place of a click tells them apart; and objects
+made of parts, whose inside varies more than their edge. :mod:`exporters.photolike` draws the fifth.
+Labels are drawn without antialiasing, so masks are exact; the image is softened afterwards.
 """
 
 from __future__ import annotations
@@ -18,8 +17,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from scipy import ndimage
 
+from exporters import photolike
+
 KINDS = ("objects", "partition", "alike", "parts")
 SHARES = (0.26, 0.28, 0.34, 0.12)
+PHOTO_LIKE = "photo-like"
 HELD_OUT = 1_000_000_000  # seeds from here on are never trained on
 _BANK = 160
 _TILE = 320
@@ -28,12 +30,13 @@ _TILE = 320
 @dataclass(frozen=True)
 class Scene:
     """image uint8 [s, s, 3]; labels uint8 [s, s]; the background is label 0 and an object like the
-    others.
+    others. Each of ``wholes`` names the labels that are the parts of one larger object.
     """
 
     image: np.ndarray
     labels: np.ndarray
     kind: str
+    wholes: tuple[tuple[int, ...], ...] = ()
 
 
 def _noise(rng: np.random.Generator, size: int, cells: float) -> np.ndarray:
@@ -340,9 +343,13 @@ def make_scene(seed: int, size: int = 192, kind: str | None = None) -> Scene:
     Args:
         seed: any non-negative integer; seeds from :data:`HELD_OUT` on are kept from training.
         size: side in pixels.
-        kind: one of :data:`KINDS`; None draws it with the probabilities :data:`SHARES`.
+        kind: one of :data:`KINDS` or :data:`PHOTO_LIKE`; None draws one of :data:`KINDS` with the
+            probabilities :data:`SHARES`.
     """
     rng = np.random.default_rng([seed, 7])
+    if kind == PHOTO_LIKE:
+        image, labels, wholes = photolike.paint(rng, size)
+        return Scene(image, labels, kind, wholes)
     drawn = KINDS[int(rng.choice(len(KINDS), p=SHARES))]
     kind = drawn if kind is None else kind
     grey = bool(rng.random() < (0.6 if kind == "alike" else 0.2))
@@ -387,6 +394,10 @@ def click_of(mask: np.ndarray) -> tuple[int, int]:
     """(x, y) of the pixel of ``mask`` (bool [h, w]) farthest from its border; the image's edge
     counts as border.
     """
-    depth = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
-    y, x = np.unravel_index(int(depth.argmax()), mask.shape)
-    return int(x), int(y)
+    ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(ys):
+        return 0, 0
+    inside = mask[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1]
+    depth = ndimage.distance_transform_edt(np.pad(inside, 1))[1:-1, 1:-1]
+    y, x = np.unravel_index(int(depth.argmax()), depth.shape)
+    return int(xs[0] + x), int(ys[0] + y)

@@ -1,11 +1,10 @@
-"""How a SAM is trained here: batches of scenes and clicks, losses, and a trainer whose runs resume
+"""How a SAM is trained here: batches of scenes and prompts, losses, and a trainer whose runs resume
 exactly.
 
 Every batch is a pure function of ``(seed, step)``, so a run interrupted and resumed takes the same
-steps as one that was not. The recipe (see ``docs/training.md`` for the reasons): an affinity loss
-warms the encoder up; decoder cross-attentions start with tied and scaled query and key
-projections; class-balanced BCE and dice; half of the scenes leave no background to ignore a click
-in; the single mask is supervised beside the best of three; the last part runs at full resolution.
+steps as one that was not. Each object is prompted several times, as SAM was trained: first with a
+point or a box, then with corrective clicks on the model's own errors. ``docs/training.md`` gives
+the recipe and its reasons.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from segment_anything.modeling import Sam
 from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
@@ -31,10 +31,11 @@ from exporters.models import (
     save_atomically,
     spec_of,
 )
-from exporters.scenes import depth_of, make_scene
+from exporters.prompts import BOX, POINT, correction, embed
+from exporters.scenes import PHOTO_LIKE, Scene, depth_of, make_scene
 
-MODES = ("click", "box", "clicks", "mask")
-MODE_SHARES = (0.76, 0.08, 0.10, 0.06)
+BOX_SHARE = 0.4  # of the first prompts; the others are points
+FIRST_ROUND = 0.4  # weight of the first round's loss; the corrections share the rest
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ class TrainConfig:
     seed: int = 1
     steps: int = 4600
     images: int = 12  # per step
-    clicks: int = 8  # per image
+    clicks: int = 8  # objects prompted per image
+    rounds: int = 4  # prompts of an object at full resolution: the first, then corrections
+    photo_like: float = 0.5  # share of the scenes at full resolution
     warmup_steps: int = 250  # encoder alone, affinity loss
     lr: float = 5e-4
     lr_end: float = 1e-5
@@ -55,7 +58,7 @@ class TrainConfig:
     low_size: int = 144  # pixels of the first phase; 0: full resolution throughout
     low_window: int = 4
     low_until: float = 0.52  # share of the steps
-    fresh_scenes: int = 4  # new scenes a step
+    fresh_scenes: int = 6  # new scenes a step
     pool: int = 3000  # most recent scenes a step draws from
     offset: float = 0.0  # share of the schedules passed before the first step
     amp: bool = True
@@ -83,34 +86,35 @@ class Batch:
     images: Tensor  # f32 [B, 3, s, s], normalised, zero in the padding
     masks: Tensor  # f32 [B*P, m, m]: share of each mask pixel that is the object
     valid: Tensor  # f32 [B, m, m]: 1 where the image is
-    coords: Tensor  # f32 [B*P, k, 2], pixels
-    labels: Tensor  # int [B*P, k]
-    boxes: Tensor | None  # f32 [B*P, 4]
-    mask_input: Tensor | None  # f32 [B*P, 1, m, m] logits
+    coords: Tensor  # f32 [B*P, 2, 2], pixels: a point and nothing, or the corners of a box
+    labels: Tensor  # int [B*P, 2], as exporters.prompts numbers them
+    ambiguous: Tensor  # bool [B*P]: a point that may mean a part or the whole
     tokens: Tensor  # int64 [B, g, g]: label at each token's centre, -1 in the padding
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on ``device``."""
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {k: v if v is None else v.to(device) for k, v in values.items()}
-        return Batch(**moved)
+        return Batch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
 class ScenePool:
-    """Scenes by number, kept in memory: image, labels and depth of each."""
+    """Scenes by number, kept in memory with the depth of each; ``photo_like`` of them are so."""
 
-    def __init__(self, seed: int, size: int, capacity: int) -> None:
+    def __init__(self, seed: int, size: int, capacity: int, photo_like: float = 0.0) -> None:
         self.seed, self.size, self.capacity = seed, size, capacity
-        self._kept: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self.photo_like = photo_like
+        self._kept: dict[int, tuple[Scene, np.ndarray]] = {}
 
-    def get(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """image uint8 [s, s, 3], labels uint8 [s, s], depth uint8 [s, s]."""
-        if number not in self._kept:
-            scene = make_scene(self.seed * 1_000_000 + number, self.size)
-            self._kept[number] = (scene.image, scene.labels, depth_of(scene.labels))
-            if len(self._kept) > self.capacity:
-                del self._kept[min(self._kept)]
-        return self._kept[number]
+    def get(self, number: int) -> tuple[Scene, np.ndarray]:
+        """The scene and its depth, uint8 [s, s]."""
+        if number in self._kept:
+            return self._kept[number]
+        drawn = np.random.default_rng([self.seed, number, 19]).random()
+        kind = PHOTO_LIKE if drawn < self.photo_like else None
+        scene = make_scene(self.seed * 1_000_000 + number, self.size, kind)
+        made = self._kept[number] = (scene, depth_of(scene.labels))
+        if len(self._kept) > self.capacity:
+            del self._kept[min(self._kept)]
+        return made
 
 
 _MEAN = np.array([123.675, 116.28, 103.53], np.float32)
@@ -131,89 +135,92 @@ def _augment_colour(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     return np.clip(out, 0, 255)
 
 
+def _crop(
+    rng: np.random.Generator, image: np.ndarray, label: np.ndarray, depth: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Turn, mirror, zoom into and cut a scene; its longest side stays as it was."""
+    s, turns, flip = len(image), int(rng.integers(4)), rng.random() < 0.5
+    image, label, depth = (np.rot90(a, turns) for a in (image, label, depth))
+    if flip:
+        image, label, depth = image[:, ::-1], label[:, ::-1], depth[:, ::-1]
+    h = w = s
+    if rng.random() < 0.4:
+        short = int(s * rng.uniform(0.5, 1.0))
+        h, w = (short, s) if rng.random() < 0.5 else (s, short)
+    zoom = float(np.exp(rng.uniform(0, np.log(2.2)))) if rng.random() < 0.3 else 1.0
+    ch, cw = max(1, round(h / zoom)), max(1, round(w / zoom))
+    y, x = int(rng.integers(0, s - ch + 1)), int(rng.integers(0, s - cw + 1))
+    image, label, depth = (a[y : y + ch, x : x + cw] for a in (image, label, depth))
+    if zoom > 1:
+        picture = Image.fromarray(np.ascontiguousarray(image))
+        image = np.asarray(picture.resize((w, h), Image.Resampling.BILINEAR))
+        rows, columns = np.arange(h) * ch // h, np.arange(w) * cw // w
+        label, depth = (a[rows[:, None], columns] for a in (label, depth))
+    return image, label, depth
+
+
+def _first_prompt(
+    rng: np.random.Generator, mask: np.ndarray, depth: np.ndarray, box: bool
+) -> list[tuple[float, float]]:
+    """Two points (x, y): one in ``mask``, often its deepest, and nothing; or a jittered box."""
+    ys, xs = np.nonzero(mask)
+    if box:
+        lo, hi = np.array([xs.min(), ys.min()]), np.array([xs.max(), ys.max()])
+        shake = rng.normal(0, 0.05, (2, 2)) * (hi - lo + 1)
+        corners = np.stack([lo, hi + 1]) + shake.clip(-5, 5)
+        return [(float(x), float(y)) for x, y in corners.clip(0, len(mask))]
+    deep = depth[ys, xs].astype(np.int64)
+    if rng.random() < 0.5:
+        at = int(deep.argmax())
+    else:
+        at = int(rng.choice(np.flatnonzero(deep >= min(2, int(deep.max())))))
+    return [(float(xs[at]), float(ys[at])), (0.0, 0.0)]
+
+
 def make_batch(config: TrainConfig, spec: ModelSpec, pool: ScenePool, step: int) -> Batch:
     """The batch of this step, a pure function of the configuration and ``step``."""
     rng = np.random.default_rng([config.seed, step, 11])
     s, g, m = spec.image_size, spec.grid, 4 * spec.grid
     newest = max(config.images * 8, (step + 1) * config.fresh_scenes)
-    mode = MODES[int(rng.choice(4, p=MODE_SHARES))]
     images = np.zeros((config.images, s, s, 3), np.float32)
     valid = np.zeros((config.images, s, s), bool)
     tokens = np.full((config.images, g, g), -1, np.int64)
-    masks, coords, labels, boxes = [], [], [], []
+    masks, coords, labels, ambiguous = [], [], [], []
     for i in range(config.images):
-        number = int(rng.integers(max(0, newest - config.pool), newest))
-        image, label, depth = pool.get(number)
-        turns, flip = int(rng.integers(4)), rng.random() < 0.5
-        image, label, depth = (np.rot90(a, turns) for a in (image, label, depth))
-        if flip:
-            image, label, depth = image[:, ::-1], label[:, ::-1], depth[:, ::-1]
-        h = w = s
-        if rng.random() < 0.4:
-            short = int(s * rng.uniform(0.5, 1.0))
-            h, w = (short, s) if rng.random() < 0.5 else (s, short)
-            y, x = int(rng.integers(0, s - h + 1)), int(rng.integers(0, s - w + 1))
-            image, label, depth = (a[y : y + h, x : x + w] for a in (image, label, depth))
+        scene, depth = pool.get(int(rng.integers(max(0, newest - config.pool), newest)))
+        image, label, depth = _crop(rng, scene.image, scene.labels, depth)
+        h, w = label.shape
         images[i, :h, :w] = (_augment_colour(rng, image) - _MEAN) / _STD
         valid[i, :h, :w] = True
-        padded = np.full((s, s), 255, np.uint8)
-        padded[:h, :w] = label
+        padded, deep = np.full((s, s), 255, np.uint8), np.zeros((s, s), np.uint8)
+        padded[:h, :w], deep[:h, :w] = label, depth
         half = spec.patch_size // 2
         centres = padded[half :: spec.patch_size, half :: spec.patch_size]
         tokens[i] = np.where(centres == 255, -1, centres.astype(np.int64))
         counts = np.bincount(label.ravel(), minlength=256)
-        present = np.flatnonzero(counts >= 0.003 * s * s)
-        if not len(present):
-            present = np.array([int(counts.argmax())])
-        chosen = np.resize(rng.permutation(present), config.clicks)
-        for target in chosen:
-            mask = padded == target
-            ys, xs = np.nonzero(label == target)
-            deep = depth[ys, xs].astype(np.int64)
-            if rng.random() < 0.5:
-                at = int(deep.argmax())
-            else:
-                inside = np.flatnonzero(deep >= min(2, int(deep.max())))
-                at = int(rng.choice(inside))
-            points, kinds = [(xs[at], ys[at])], [1]
-            if mode in ("clicks", "mask"):
-                again = int(rng.integers(len(ys)))
-                if mode == "clicks" and rng.random() < 0.6 and counts[target] < label.size:
-                    oy, ox = np.nonzero(label != target)
-                    near = rng.integers(len(oy), size=24)
-                    near = near[
-                        np.argmin((oy[near] - ys[again]) ** 2 + (ox[near] - xs[again]) ** 2)
-                    ]
-                    points.append((ox[near], oy[near]))
-                    kinds.append(0)
-                else:
-                    points.append((xs[again], ys[again]))
-                    kinds.append(1)
-            coords.append(points)
-            labels.append(kinds)
-            shake = rng.normal(0, 0.04, 4) * np.tile([np.ptp(xs) + 1, np.ptp(ys) + 1], 2)
-            corners = np.array([xs.min(), ys.min(), xs.max(), ys.max()]) + shake.clip(-8, 8)
-            boxes.append(corners.clip(0, s - 1))
+        seen = [int(k) for k in np.flatnonzero(counts >= 0.003 * s * s)] or [int(counts.argmax())]
+        wholes = [tuple(k for k in whole if counts[k]) for whole in scene.wholes]
+        wholes = [whole for whole in wholes if len(whole) > 1]
+        parts = {k for whole in wholes for k in whole}
+        targets = [(k,) for k in seen] + wholes
+        for number in np.resize(rng.permutation(len(targets)), config.clicks):
+            target, box = targets[number], rng.random() < BOX_SHARE
+            mask = np.isin(padded, target) if len(target) > 1 else padded == target[0]
+            coords.append(_first_prompt(rng, mask, deep, box))
+            labels.append(BOX if box else POINT)
+            ambiguous.append(not box and not parts.isdisjoint(target))
             masks.append(mask)
     small = F.interpolate(
         torch.from_numpy(np.stack(masks)).float()[:, None], size=(m, m), mode="area"
     )[:, 0]
     shown = F.interpolate(torch.from_numpy(valid).float()[:, None], size=(m, m), mode="area")[:, 0]
-    mask_input = None
-    if mode == "mask":
-        rough = F.avg_pool2d(small[:, None], 5, 1, 2)
-        noise = torch.from_numpy(rng.standard_normal((len(masks), 1, g, g)).astype(np.float32))
-        rough = rough + 0.25 * F.interpolate(noise, size=(m, m), mode="bilinear")
-        mask_input = (rough - 0.5) * 16
-    prompts = torch.tensor(np.array(coords, np.float32))
     return Batch(
         images=torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
         masks=small,
         valid=(shown > 0.999).float(),
-        coords=prompts,
+        coords=torch.tensor(np.array(coords, np.float32)),
         labels=torch.tensor(np.array(labels)),
-        boxes=torch.tensor(np.array(boxes, np.float32)) if mode == "box" else None,
-        mask_input=mask_input,
+        ambiguous=torch.tensor(ambiguous),
         tokens=torch.from_numpy(tokens),
     )
 
@@ -241,27 +248,29 @@ def tie_cross_attention(sam: Sam, scale: float = 2.5) -> None:
 def decode_batch(
     sam: Sam,
     embeddings: Tensor,
-    coords: Tensor | None,
-    labels: Tensor | None,
-    boxes: Tensor | None = None,
+    coords: Tensor,
+    labels: Tensor,
     mask_input: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``MaskDecoder.predict_masks`` for P prompts on each of B images at once.
 
     Args:
         embeddings: [B, d, g, g].
-        coords, labels: [B*P, k, 2] pixels and [B*P, k]; the prompts of one image lie together.
-        boxes: [B*P, 4] or None. mask_input: [B*P, 1, 4g, 4g] or None.
+        coords, labels: [B*P, k, 2] pixels and [B*P, k], as for :func:`exporters.prompts.embed`;
+            the prompts of one image lie together.
+        mask_input: [B*P, 1, 4g, 4g] logits or None.
 
     Returns:
         Logits [B*P, 4, 4g, 4g] and predicted IoU [B*P, 4].
     """
-    points = None if coords is None or labels is None else (coords, labels)
-    sparse, dense = sam.prompt_encoder(points=points, boxes=boxes, masks=mask_input)
+    sparse = embed(sam.prompt_encoder, coords, labels)
+    _, dense = sam.prompt_encoder(points=None, boxes=None, masks=mask_input)
     decoder = sam.mask_decoder
     prompts = len(sparse) // len(embeddings)
     out = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight], 0)
     tokens = torch.cat([out[None].expand(len(sparse), -1, -1), sparse], 1)
+    if mask_input is None:
+        dense = dense.expand(len(sparse), -1, *embeddings.shape[2:])
     src = embeddings.repeat_interleave(prompts, 0) + dense
     position = sam.prompt_encoder.get_dense_pe().expand(len(src), -1, -1, -1)
     b, _, h, w = src.shape
@@ -351,26 +360,32 @@ def iou_of(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
 
 
 def joint_loss(
-    logits: Tensor, iou: Tensor, target: Tensor, valid: Tensor, balance: float, agree: float
+    logits: Tensor,
+    iou: Tensor,
+    target: Tensor,
+    valid: Tensor,
+    balance: float,
+    agree: Tensor,
 ) -> tuple[Tensor, dict[str, float]]:
     """The training loss of masks and predicted IoU, and figures for the log.
 
-    ``agree``: weight of the mean of the three masks' losses against the least of them.
+    ``agree`` [N]: weight of the mean of the three masks' losses against the least of them.
     """
     logits, iou = logits.float(), iou.float()
     losses = mask_losses(logits, target, valid, balance)
     multi = losses[:, 1:]
     with torch.no_grad():
         true = iou_of(logits, target, valid)
-    predicted = (iou - true).square().mean()
-    shared = (1 - agree) * multi.min(1).values.mean() + agree * multi.mean()
-    loss = losses[:, 0].mean() + shared + 4 * agree * predicted
+    predicted = (iou - true).abs().mean(1)  # not squared: the median, and small errors count
+    shared = (1 - agree) * multi.min(1).values + agree * multi.mean(1)
+    loss = (losses[:, 0] + shared + agree * predicted).mean()
     rows = torch.arange(len(iou), device=iou.device)
-    picked = true[rows, 1 + iou[:, 1:].argmax(1)].mean()
+    picked = 1 + iou[:, 1:].argmax(1)
     return loss, {
         "loss": float(loss.detach()),
-        "iou": float(picked),
+        "iou": float(true[rows, picked].mean()),
         "best": float(true[:, 1:].amax(1).mean()),
+        "gap": float((iou.detach() - true)[rows, picked].abs().mean()),
     }
 
 
@@ -435,7 +450,12 @@ class Trainer:
             lr=self.config.lr,
             betas=(0.9, 0.98),
         )
-        self.pool = ScenePool(self.config.seed, self.spec.image_size, self.config.pool + 500)
+        photo_like = self.config.photo_like if self._at_full_size() else 0.0
+        size, kept = self.spec.image_size, self.config.pool + 500
+        self.pool = ScenePool(self.config.seed, size, kept, photo_like)
+
+    def _at_full_size(self) -> bool:
+        return self.spec.image_size == spec_of(self.config.model).image_size
 
     def _parameters(self) -> list[nn.Parameter]:
         return [*self.sam.parameters(), *self.head.parameters()]
@@ -481,11 +501,11 @@ class Trainer:
     def agreement(self) -> float:
         """Weight of all three masks at this step: they part at first and agree more and more.
 
-        The scenes are hardly ambiguous: with three masks far apart, choosing by predicted IoU lost
-        more than the best of them gained (0.799 chosen, 0.814 for the single mask).
+        Most prompts are hardly ambiguous: with three masks far apart, choosing by predicted IoU
+        lost more than the best of them gained (0.799 chosen, 0.814 for the single mask).
         """
         progress = self.config.progress(self.step)
-        return float(np.interp(progress, (0.45, 0.55, 0.72, 0.78), (0.13, 0.5, 0.5, 0.9)))
+        return float(np.interp(progress, (0.45, 0.6), (0.13, 0.9)))
 
     def train_step(self) -> dict[str, float]:
         """One optimiser step; returns the figures of its batch."""
@@ -503,27 +523,18 @@ class Trainer:
         rate = self.learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.amp):
             embeddings = self.sam.image_encoder(batch.images)
             near = affinity_loss(self.head, embeddings, batch.tokens, index)
             if warming:
-                loss = near
+                near.backward()
             else:
-                logits, iou = decode_batch(
-                    self.sam,
-                    embeddings,
-                    None if batch.boxes is not None else batch.coords,
-                    None if batch.boxes is not None else batch.labels,
-                    batch.boxes,
-                    batch.mask_input,
-                )
-                valid = batch.valid.repeat_interleave(config.clicks, 0)
-                loss, figures = joint_loss(
-                    logits, iou, batch.masks, valid, self.balance(), self.agreement()
-                )
-                loss = loss + 0.3 * near
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+                # the encoder's gradient is that of all rounds, computed once
+                leaf = embeddings.detach().requires_grad_()
+                figures = self._prompt(batch, leaf)
+                assert leaf.grad is not None
+                torch.autograd.backward([embeddings, 0.3 * near], [leaf.grad, None])
         norm = nn.utils.clip_grad_norm_(self._parameters(), 1.0)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient is {norm} at step {self.step}")
@@ -536,6 +547,46 @@ class Trainer:
         spent = time.monotonic() - began
         self.seconds += spent
         return {**figures, "affinity": float(near.detach()), "lr": rate, "seconds": spent}
+
+    def _prompt(self, batch: Batch, embeddings: Tensor) -> dict[str, float]:
+        """Prompt every object of the batch for some rounds and leave the gradients of the loss.
+
+        Each round after the first adds a click on an error of the last mask and, usually, the last
+        logits as mask prompt; some rounds add the mask alone. Returns the first round's figures,
+        and the IoU of the last round.
+        """
+        config = self.config
+        rng = np.random.default_rng([config.seed, self.step, 23])
+        valid = batch.valid.repeat_interleave(config.clicks, 0)
+        rounds = config.rounds if self._at_full_size() else 1
+        rest = (1 - FIRST_ROUND) / max(1, rounds - 1)
+        coords, labels, mask_input = batch.coords, batch.labels, None
+        agree = torch.full((len(coords),), self.agreement(), device=self.device)
+        figures: dict[str, float] = {}
+        for number in range(rounds):
+            logits, iou = decode_batch(self.sam, embeddings, coords, labels, mask_input)
+            apart = batch.ambiguous if number == 0 else torch.zeros_like(batch.ambiguous)
+            weight = torch.where(apart, agree.clamp(max=0.3), agree)
+            loss, found = joint_loss(logits, iou, batch.masks, valid, self.balance(), weight)
+            share = 1.0 if rounds == 1 else FIRST_ROUND if not number else rest
+            (share * loss).backward()
+            figures = figures or found
+            figures["last"] = found["iou"]
+            if number + 1 == rounds:
+                break
+            picked = 1 + iou[:, 1:].argmax(1) if rng.random() < 0.7 else torch.zeros_like(iou[:, 0])
+            rows = torch.arange(len(iou), device=self.device)
+            last = logits.detach().float()[rows, picked.long()]
+            mask_input = last[:, None] if rng.random() < 0.75 else None
+            if mask_input is not None and rng.random() < 0.12:
+                continue
+            scale = self.spec.image_size / last.shape[-1]
+            wrong = ((last > 0) != (batch.masks > 0.5)) & (valid > 0)
+            points, kinds = correction(wrong.cpu().numpy(), batch.masks.cpu().numpy() > 0.5, rng)
+            more = torch.from_numpy(((points + 0.5) * scale - 0.5).astype(np.float32))
+            coords = torch.cat([coords, more[:, None].to(self.device)], 1)
+            labels = torch.cat([labels, torch.from_numpy(kinds)[:, None].to(self.device)], 1)
+        return figures
 
     def averaged(self) -> Sam:
         """A model of the running average, in eval mode on the CPU, at the current resolution."""

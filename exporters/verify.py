@@ -1,17 +1,13 @@
-"""Does what was written compute what the original computes?
+"""Compare what was written with the original model.
 
-Every stage runs in ONNX Runtime, through the engine that will serve it, on samples whose answers
-come from the untouched ``segment_anything`` modules (:mod:`exporters.golden`). A stage is fed the
-reference's inputs, so that its row tells of it alone; its mask IoU is measured by putting its
-output in the place of the original's and letting the original finish. One last row runs the whole
-bundle through :class:`engines.pipeline.Pipeline`. A row that misses its tolerance, or holds a
-NaN, raises; nothing is repaired here.
+Stages run in ONNX Runtime, through the engine that will serve them, on samples whose answers come
+from the untouched ``segment_anything`` modules (:mod:`exporters.golden`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +18,7 @@ from engines.bundle import Bundle, Stage
 from engines.errors import ExportError
 from engines.ort import OrtEngine
 from engines.parity import TOLERANCES as TOLERANCES
-from engines.parity import Comparison, Tolerance, compare
+from engines.parity import Comparison, Pair, Tolerance, compare
 from engines.pipeline import Pipeline
 from engines.wire import from_wire
 
@@ -45,23 +41,94 @@ class Row(Comparison):
 
 
 def verify_stage(
-    name: str, stage: Stage, path: Path, samples: Sequence[Sample], sam: Sam, tolerance: Tolerance
+    name: str,
+    stage: Stage,
+    path: Path,
+    samples: Sequence[Sample],
+    sam: Sam,
+    tolerance: Tolerance,
+    *,
+    unfinished: int = 0,
 ) -> Row:
     """Compare the stage in file ``path`` with the original on every sample.
+
+    The stage is fed the reference's inputs, so that the row tells of this stage alone. For the
+    masks, the original continues from the stage's outputs, which for most stages takes longer than
+    all the rest.
+
+    Args:
+        unfinished: for so many of the first samples, masks are not compared: :func:`verify_bundle`
+            compares them.
 
     Raises:
         EngineError: ONNX Runtime can't open or run it.
     """
-    pairs: list[tuple[np.ndarray, np.ndarray]] = []
-    masks: list[tuple[np.ndarray, np.ndarray]] = []
+    pairs: list[Pair] = []
+    masks: list[Pair] = []
     with OrtEngine(path, device="cpu") as engine:
-        answers = [engine.run(sample.feeds(name, stage)) for sample in samples]
-    for sample, answer in zip(samples, answers, strict=True):
-        got = {s.name: from_wire(answer[s.name], s.dtype) for s in stage.outputs}
-        wanted = sample.expected(name, stage)
-        pairs += [(got[key], wanted[key]) for key in wanted]
-        masks.append((_masks(name, got, sample, sam), sample.arrays["decoder.low_res_logits"]))
+        answers = [_run(engine, name, stage, sample) for sample in samples]
+    for number, (sample, got) in enumerate(zip(samples, answers, strict=True)):
+        pairs += _pairs(name, stage, got, sample)
+        if number >= unfinished:
+            masks.append((_masks(name, got, sample, sam), sample.arrays["decoder.low_res_logits"]))
     return _row(name, pairs, masks, tolerance)
+
+
+def verify_plain(
+    graphs: Mapping[str, tuple[Stage, Path]], sample: Sample, sam: Sam, tolerance: Tolerance
+) -> list[Row]:
+    """Compare the plain forms of all stages with the original, each fed what the one before gave.
+
+    They share the weights of the main forms, so one sample shows whether they compute the same.
+    Errors add up along the way, and every stage but the decoder is charged with the masks at its
+    end, so this is stricter than :func:`verify_stage`.
+
+    Args:
+        graphs: by name, in the order in which they run.
+
+    Raises:
+        EngineError: ONNX Runtime can't open or run one.
+    """
+    fed, found = sample, {}
+    for name, (stage, path) in graphs.items():
+        with OrtEngine(path, device="cpu") as engine:
+            found[name] = _run(engine, name, stage, fed)
+        fed = _fed(fed, name, found[name])
+    last = next(name for name in reversed(found) if name != "decoder")
+    masks = {last: _masks(last, found[last], sample, sam)}
+    masks["decoder"] = found.get("decoder", {}).get("low_res_logits", masks[last])
+    wanted = sample.arrays["decoder.low_res_logits"]
+    return [
+        _row(
+            f"{name} (plain)",
+            _pairs(name, graphs[name][0], got, sample),
+            [(masks.get(name, masks[last]), wanted)],
+            tolerance,
+        )
+        for name, got in found.items()
+    ]
+
+
+def _run(engine: OrtEngine, name: str, stage: Stage, sample: Sample) -> Arrays:
+    answer = engine.run(sample.feeds(name, stage))
+    return {s.name: from_wire(answer[s.name], s.dtype) for s in stage.outputs}
+
+
+def _pairs(name: str, stage: Stage, got: Arrays, sample: Sample) -> list[Pair]:
+    return [(got[key], wanted) for key, wanted in sample.expected(name, stage).items()]
+
+
+def _fed(sample: Sample, name: str, got: Arrays) -> Sample:
+    """The sample with a stage's outputs in the place of the reference's."""
+    if name == "head":
+        new = {"stack.hidden": got["hidden"]}
+    elif name == "stack":
+        tokens = np.zeros_like(sample.arrays["tail.tokens"])
+        tokens[sample.windows.present] = got["tokens"]
+        new = {"tail.tokens": tokens}
+    else:
+        new = {"decoder.embedding": got["embedding"]} if "embedding" in got else {}
+    return replace(sample, arrays={**sample.arrays, **new})
 
 
 def verify_bundle(bundle: Bundle, sample: Sample, tolerance: Tolerance) -> Row:

@@ -29,9 +29,9 @@ import zmq.asyncio
 from zmq.utils import z85
 
 from engines.errors import KeyFileError
+from engines.trust import danger, judge
 from transport.keys import AUTHORIZED, read_public
 from transport.sockets import ZAP_DOMAIN, Seldom
-from transport.trust import danger, judge
 
 log = logging.getLogger(__name__)
 

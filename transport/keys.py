@@ -19,7 +19,7 @@ from zmq.utils import z85
 
 from engines.errors import KeyFileError
 from engines.files import refuse_existing, write_whole
-from transport.trust import danger, judge
+from engines.trust import danger, judge
 
 SECRET_BYTES = 32
 AUTHORIZED = "authorized"

@@ -27,12 +27,11 @@ import termios
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from io import FileIO
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import zmq
 
+from transport.limits import MemoryLimits
 from transport.messages import Limits
 
 Reason = Literal["frames", "endless", "slow", "total", "crowd", "revoked"]
@@ -727,37 +726,6 @@ def _readable(end: socket.socket) -> int:
     return int(struct.unpack("i", buffer)[0])
 
 
-class Resident:
-    """Reads the memory of this process: a number of bytes, None where the system doesn't tell. Kept
-    open, so that it can be read when no descriptors are left."""
-
-    def __init__(self) -> None:
-        self._file: FileIO | None = None
-        with contextlib.suppress(OSError):
-            self._file = FileIO("/proc/self/statm")
-
-    def __call__(self) -> int | None:
-        if self._file is None:
-            return None
-        pages = int(os.pread(self._file.fileno(), 256, 0).split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def memory_limit() -> int | None:
-    """Memory this process may use: the machine's or, if smaller, its control group's."""
-    found = []
-    with contextlib.suppress(OSError, ValueError):
-        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-        path = next(line[3:] for line in lines if line.startswith("0::"))
-        for folder in (Path(path), *Path(path).parents):
-            limit = Path(f"/sys/fs/cgroup{folder}/memory.max")
-            with contextlib.suppress(OSError, ValueError):
-                found.append(int(limit.read_text()))
-    return min(found, default=None)
-
-
 class MemoryWatch:
     """Says when this process holds more than `ceiling` bytes: the last resort before the kernel's.
 
@@ -768,7 +736,7 @@ class MemoryWatch:
     def __init__(self, ceiling: int, read: Callable[[], int | None] | None = None) -> None:
         self.ceiling = ceiling
         self.breaches = 0
-        self._read = read or Resident()
+        self._read = read or MemoryLimits(group="").resident
         self._above = False
 
     def breached(self) -> int | None:

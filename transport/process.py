@@ -16,7 +16,11 @@ _SMALL_BYTES = 128 << 10  # its defaults for both
 
 
 def disable_core_dumps() -> None:
-    """No core file of this process, whether the system writes it or pipes it to a collector."""
+    """No core file of this process, whether the system writes it or pipes it to a collector.
+
+    On Linux other processes of the same user can't look into its memory and descriptors either, so
+    call this before anything that takes time.
+    """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
         # The limit does not hold where core_pattern is a pipe (systemd-coredump, apport); this

@@ -49,7 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.description, parser.epilog = _DESCRIPTION, _EPILOG
     add = parser.add_argument
-    add("bundle", type=Path, help="directory of the bundle; plans go into its folder plans")
+    add(
+        "bundle",
+        type=Path,
+        help="directory of the bundle; plans go into its folder plans, for one "
+        "that comes with the package into your cache folder",
+    )
     add(
         "--stage",
         choices=("all", "stack", "tail", "decoder", "head", "encoder"),

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import ctypes
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,6 @@ from engines.options import Number
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
 
     from engines.bundle import Stage
     from exporters.export import Result
@@ -96,13 +96,20 @@ def run(args: argparse.Namespace) -> int:
     """Export, then print the table of parity and where to go next."""
     from rich.console import Console
 
+    from engines.errors import ExportError
+    from engines.files import refuse_existing
+    from exporters.early import check_checkpoint_file, check_place
+
     started = time.monotonic()
+    refuse_existing(args.out, ExportError, "choose another --out")
+    check_place(args.out, ExportError)
+    check_checkpoint_file(args.checkpoint)
     _give_memory_back()
-    terminal = Console(stderr=True)
-    result = _export(args, terminal)
+    result = _export(args, Console(stderr=True))
     seconds = time.monotonic() - started
     if args.json:
-        print(json.dumps(_facts(result, seconds), indent=2))
+        facts = {**_facts(result, seconds), "next": _following(args)}
+        print(json.dumps(facts, indent=2))
         return 0
     console = Console()
     console.print(_table(result.rows))
@@ -112,49 +119,62 @@ def run(args: argparse.Namespace) -> int:
     console.print(
         f"{args.out}: {size / 1e6:.1f} MB, {seconds:.0f} s", highlight=False, soft_wrap=True
     )
-    following = (
-        f"edge-runtime segment PHOTO --point X,Y --local --bundle {args.out}"
-        if args.only == "all"
-        else f"cloud-node serve --bundle {args.out} --keys DIR   (on the node)"
-    )
-    console.print(f"next: {following}", highlight=False, soft_wrap=True)
+    console.print(f"next: {_following(args)}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
+def _following(args: argparse.Namespace) -> str:
+    bundle = shlex.quote(str(args.out))
+    where = "" if args.only == "all" else "   (on the node)"
+    if args.precision != "fp32":
+        return f"edge-runtime build {bundle}{where}"
+    if args.only == "all":
+        return f"edge-runtime segment PHOTO --point X,Y --local --bundle {bundle}"
+    return f"cloud-node serve --bundle {bundle} --keys DIR{where}"
+
+
 def _export(args: argparse.Namespace, terminal: Console) -> Result:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from engines.progress import progress
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns, TimeElapsedColumn(), console=terminal, disable=not terminal.is_terminal
-    ) as progress:
-        if not terminal.is_terminal:
-            terminal.print("loading PyTorch", highlight=False)
-        return _run_export(args, terminal, progress)
+    missed: list[Row] = []
+    try:
+        with contextlib.ExitStack() as whole:
+            if not terminal.is_terminal:
+                terminal.print("loading PyTorch", highlight=False)
+            whole.enter_context(progress("loading PyTorch"))
+            return _run_export(args, terminal, whole, missed)
+    finally:
+        if missed:
+            terminal.print(_table(missed))
 
 
-def _run_export(args: argparse.Namespace, terminal: Console, progress: Progress) -> Result:
-    task = progress.add_task("loading PyTorch", total=None)
+def _run_export(
+    args: argparse.Namespace, terminal: Console, whole: contextlib.ExitStack, missed: list[Row]
+) -> Result:
+    from engines.progress import progress
     from exporters.export import Watcher, export
 
     class Display(Watcher):
-        """Shows steps as a bar on a terminal, as lines elsewhere; rows as they come."""
+        """Shows steps as a bar on a terminal, as lines elsewhere."""
 
-        def begin(self, steps: int) -> None:
+        def begin(self, steps: int, total: float) -> None:
             self.steps, self.done = steps, 0
-            progress.update(task, total=steps)
+            whole.close()  # PyTorch is there
+            self.work = whole.enter_context(progress("exporting", total))
+            self.piece = whole.enter_context(contextlib.ExitStack())
 
-        def step(self, text: str) -> None:
-            progress.update(task, description=text, completed=self.done)
+        def step(self, text: str, share: float) -> None:
+            self.piece.close()
+            self.piece.enter_context(self.work.piece(share, text))
             self.done += 1
             if not terminal.is_terminal:
                 terminal.print(f"[{self.done}/{self.steps}] {text}", markup=False, highlight=False)
 
         def row(self, row: Row) -> None:
             if not row.passed:
-                terminal.print(_table([row]))
+                missed.append(row)
 
-    result = export(
+    return export(
         args.checkpoint,
         args.out,
         model=args.model,
@@ -164,8 +184,6 @@ def _run_export(args: argparse.Namespace, terminal: Console, progress: Progress)
         node_only=args.only == "node",
         watcher=Display(),
     )
-    progress.update(task, completed=progress.tasks[0].total)
-    return result
 
 
 def _give_memory_back() -> None:

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from engines.options import COUNT, RATE, SEED, THREADS, Number
+from exporters.early import DEVICE_HELP
 
 _NONE = Number(0, 10_000_000, whole=True)
 _DESCRIPTION = """\
-Train the model `tiny` (2.6 M parameters, SAM's architecture) from scratch on procedurally generated
-scenes. No images are needed. The run lives in a directory; calling the command again continues it
-exactly where it stopped. Ctrl-C saves first. The weights are in stock order: `edge-runtime adapt`
-is the next step."""
+Train the model `tiny` (2.6 M parameters, SAM's architecture) on procedurally generated scenes, from
+scratch or from weights. No images are needed. Each object is prompted with a point or a box and
+then, at full resolution, with clicks that correct the model's own errors. The run lives in a
+directory; calling the command again continues it exactly where it stopped. Ctrl-C saves first. The
+weights are in stock order: `edge-runtime adapt` is the next step."""
 _EPILOG = """\
 examples:
-  edge-runtime train --out runs/tiny                    about an hour on 2 cores
+  edge-runtime train --out runs/tiny                    about two hours on 2 cores (estimated)
   edge-runtime train --out runs/tiny --steps 8000       continue it with a larger budget
   edge-runtime train --out runs/try --steps 600 --seed 7
   edge-runtime train --out runs/more --weights tiny-stock.pt --steps 6000 --seed 2
@@ -39,15 +41,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=COUNT, metavar="N", help="optimiser steps in all (default 4600)")
     add("--seed", type=SEED, metavar="N", help="seed of weights and scenes (default 1)")
     add("--images", type=COUNT, metavar="N", help="images a step (default 12)")
-    add("--clicks", type=COUNT, metavar="N", help="objects clicked in each image (default 8)")
+    add("--clicks", type=COUNT, metavar="N", help="objects prompted in each image (default 8)")
     add("--lr", type=RATE, metavar="X", help="highest learning rate (default 5e-4)")
     add(
         "--save-every", type=COUNT, default=150, metavar="N", help="steps between checkpoints (150)"
     )
-    add("--held-out", type=_NONE, default=48, metavar="N", help="scenes scored at checkpoints (48)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add(
+        "--held-out",
+        type=_NONE,
+        default=48,
+        metavar="N",
+        help="scenes a sort scored at checkpoints (48)",
+    )
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help=DEVICE_HELP)
     add("--threads", type=THREADS, metavar="N", help="CPU threads (default: PyTorch's choice)")
     add("--no-amp", action="store_true", help="compute in float32 instead of mixed bfloat16")
+    add("--json", action="store_true", help="print the result as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,9 +67,10 @@ def run(args: argparse.Namespace) -> int:
 
     from engines.errors import ConfigError
     from engines.stopping import finishing
-    from exporters.evaluate import evaluate, held_out_scenes
+    from exporters.evaluate import CORRECTIONS, evaluate, held_out_scenes
     from exporters.models import STOCK, load_checkpoint, save_checkpoint
     from exporters.runs import STOPPING, choose_device, made_with, progress_bar, say
+    from exporters.scenes import PHOTO_LIKE
     from exporters.training import TrainConfig, Trainer
 
     if args.threads:
@@ -94,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
         if begin is not None:
             trainer.begin_from(begin)
     scenes = list(held_out_scenes(args.held_out, first=500_000))
+    photos = list(held_out_scenes(args.held_out, first=500_000, kind=PHOTO_LIKE))
     config = trainer.config
 
     def log(row: dict[str, object]) -> None:
@@ -102,19 +113,25 @@ def run(args: argparse.Namespace) -> int:
 
     def checkpoint() -> None:
         if scenes and trainer.step > config.warmup_steps:
-            score = evaluate(trainer.averaged().to(device), scenes)
+            sam = trainer.averaged().to(device)
+            score = evaluate(sam, scenes, all_prompts=False)
+            photo = evaluate(sam, photos)
             row = {
                 "step": trainer.step,
                 "size": trainer.spec.image_size,
                 "scenes": round(score.miou, 4),
                 "scenes_best": round(score.best_of_three, 4),
+                "photo_like": round(photo.miou, 4),
+                "photo_like_box": round(photo.box or 0.0, 4),
+                "photo_like_corrected": round(photo.corrected.get(CORRECTIONS, 0.0), 4),
                 "seconds": round(trainer.seconds),
             }
             trainer.history.append(row)
             log({"held_out": row})
             say(
                 f"step {trainer.step}: held-out mIoU {score.miou:.3f}, "
-                f"best of three {score.best_of_three:.3f}"
+                f"photo-like {photo.miou:.3f}, by box {row['photo_like_box']:.3f}, "
+                f"after {CORRECTIONS} corrections {row['photo_like_corrected']:.3f}"
             )
         trainer.save(state)
 
@@ -136,5 +153,14 @@ def run(args: argparse.Namespace) -> int:
     command = f"edge-runtime train --out {os.path.relpath(args.out)} --steps {config.steps}"
     facts = {**made_with(command), "steps": trainer.step, "seed": config.seed}
     save_checkpoint(trainer.result(), weights, facts)
+    following = (
+        f"edge-runtime adapt --checkpoint {weights} --scenes --out {config.model}-adapted.pt"
+    )
+    if args.json:
+        scores = trainer.history[-1] if trainer.history else None
+        report = {"weights": str(weights), "steps": trainer.step, "held_out": scores}
+        print(json.dumps({**report, "next": following}, indent=2))
+        return 0
     print(weights)
+    say(f"next: {following}")
     return 0

@@ -217,16 +217,18 @@ def start_node(
     """Start nodes; those still running at the end are stopped."""
     nodes: list[Node] = []
 
-    def start(kind: str = "pixels", *options: str, program: Sequence[str] = ()) -> Node:
-        root = tmp_path_factory.mktemp("node")
-        folder, ready, log = node_keys(root / "keys"), root / "ready.json", root / "log"
+    def start(
+        kind: str = "pixels", *options: str, program: Sequence[str] = (), folder: str = "node"
+    ) -> Node:
+        root = tmp_path_factory.mktemp(folder)
+        keys, ready, log = node_keys(root / "keys"), root / "ready.json", root / "log"
         command = [*(program or (sys.executable, "-m", "cloud_node.cli")), "serve"]
         command += ["--threads", "1"]
         command += ["--bundle", str(bundle_of(kind)), "--bind", "tcp://127.0.0.1:0"]
-        command += ["--keys", str(folder), "--ready-file", str(ready), "--log-level", "debug"]
+        command += ["--keys", str(keys), "--ready-file", str(ready), "--log-level", "debug"]
         with log.open("wb") as out:
             process = subprocess.Popen([*command, *options], stdout=out, stderr=out)
-        node = Node(process, folder, log, ready, Bundle.load(bundle_of(kind)))
+        node = Node(process, keys, log, ready, Bundle.load(bundle_of(kind)))
         nodes.append(node)
         give_up = time.monotonic() + 60
         while not ready.exists():

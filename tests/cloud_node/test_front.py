@@ -420,7 +420,7 @@ import sys
 from transport import meter
 meter._METERED = False  # as where the kernel doesn't tell
 from cloud_node import server
-server.Server._ceiling = lambda self: meter.Resident()() + (64 << 20)
+server.Server._ceiling = lambda self: self._held() + (64 << 20)
 from cloud_node.cli import main
 sys.exit(main(sys.argv[1:]))
 """

@@ -17,8 +17,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from reliability.load import data_bytes, limited, under_load, write_echoing_bundle
 
-from cloud_node.memory import Budget, Limit, Limits, Memory, Needs, TooLittle, check_room, divide
+from cloud_node.memory import Budget, Memory, Needs, TooLittle, check_room, divide
 from transport.keys import generate, make_directory
+from transport.limits import Limit, MemoryLimits
 
 MIB = 1 << 20
 WANTED = Budget(queue=256 * MIB, transit=256 * MIB, connections=4096)
@@ -87,7 +88,7 @@ def test_too_little_says_how_much_is_enough() -> None:
         divide(replace(LIMIT, most=enough - 2 * MIB), 100 * MIB, WANTED, NEEDS)
 
 
-class Told(Limits):
+class Told(MemoryLimits):
     """Limits as a test says."""
 
     def __init__(self, *limits: Limit) -> None:
@@ -133,54 +134,30 @@ def test_what_is_nearly_used_up_is_scarce_and_then_breached_once() -> None:
     assert not memory.scarce()
     told.limits = [replace(LIMIT, used=490 * MIB)]
     assert memory.scarce()
-    assert memory.breached() is None
-    told.limits = [replace(LIMIT, used=508 * MIB)]
-    assert memory.breached() == told.limits[0]
-    assert memory.breached() is None
+    for used, breached in ((490, False), (508, True), (508, False), (100, False), (508, True)):
+        told.limits = [replace(LIMIT, used=used * MIB)]
+        memory.look()
+        assert memory.breached() == (told.limits[0] if breached else None)
     told.limits = [replace(LIMIT, used=100 * MIB)]
-    assert memory.breached() is None
+    memory.look()
     assert not memory.scarce()
     memory.close()
 
 
-@linux
-def test_groups_are_read_from_the_innermost_to_the_outermost(tmp_path: Path) -> None:
-    def group(folder: Path, most: str, current: int) -> None:
-        folder.mkdir(exist_ok=True)
-        (folder / "memory.max").write_text(f"{most}\n")
-        (folder / "memory.current").write_text(f"{current}\n")
-        (folder / "memory.stat").write_text("anon 1\nactive_file 1000\ninactive_file 500\n")
+def test_limits_are_read_once_for_both_questions() -> None:
+    class Counted(Told):
+        read = 0
 
-    group(tmp_path / "system.slice", str(1 << 30), 900_000)
-    group(tmp_path / "system.slice" / "node.service", str(512 * MIB), 800_000)
-    limits = Limits(tmp_path, "/system.slice/node.service")
-    found = {limit.name: limit for limit in limits.all()}
-    service = found["memory.max of /system.slice/node.service"]
-    assert (service.most, service.used) == (512 * MIB, 798_500)  # files can be read again
-    assert found["memory.max of /system.slice"].most == 1 << 30
-    group(tmp_path / "system.slice" / "node.service", "max", 800_000)
-    assert [limit.most for limit in limits.all() if "service" in limit.name] == []
-    limits.close()
+        def all(self) -> list[Limit]:
+            self.read += 1
+            return super().all()
 
-
-@linux
-@pytest.mark.parametrize("name", ["RLIMIT_DATA", "RLIMIT_AS"])
-def test_limits_of_the_process_are_read(name: str) -> None:
-    most = 1 << 30
-    code = (
-        "import resource\n"
-        "from cloud_node.memory import Limits\n"
-        f"resource.setrlimit(resource.{name}, ({most}, {most}))\n"
-        "(limit,) = Limits().own()\n"
-        f"assert limit.name == '{name}', limit\n"
-        "before = limit.used\n"
-        "held = bytearray(64 << 20)\n"
-        "(after,) = Limits().own()\n"
-        "assert 60 << 20 < after.used - before < 70 << 20, (before, after)\n"
-        f"assert after.most == {most}\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    told = Counted(LIMIT)
+    memory = Memory(WANTED, NEEDS, told)
+    before = told.read
+    memory.look()
+    memory.breached()
+    assert told.read == before + 1
 
 
 @linux

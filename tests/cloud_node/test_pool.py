@@ -318,6 +318,59 @@ def test_a_worker_that_dies_fails_its_run_and_is_replaced(
     run(main())
 
 
+def test_a_run_that_the_node_cannot_handle_is_lost_with_its_worker(
+    bundle_of: Any, batch: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with running(bundle_of("pixels"), noop=True) as pool:
+            with monkeypatch.context() as patch:
+                patch.setattr(pool_module._Lane, "_lend", lambda *_: 1 // 0)
+                slot = await pool.acquire()
+                with pytest.raises(WorkerDied):
+                    await slot.run(fill(slot, batch(2)))
+                slot.release()
+            assert "ZeroDivisionError" in caplog.text
+            caplog.clear()  # which keeps the arrays of what it tells
+            assert (await ask(pool, batch(2))).keys() == {"tokens"}
+
+    run(main())
+
+
+def test_a_lane_that_nobody_looks_after_ends_the_pool(
+    bundle_of: Any, batch: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with running(bundle_of("pixels"), devices=["cpu", "cpu"], noop=True) as pool:
+            following = asyncio.ensure_future(pool.follow())
+            (pid, _) = pool.pids()
+            os.kill(pid, signal.SIGSTOP)  # so that the run can't be over before
+            slots = [await pool.acquire() for _ in range(2)]
+            runs = [asyncio.ensure_future(slot.run(fill(slot, batch(2)))) for slot in slots]
+            monkeypatch.setattr(pool_module._Lane, "_lose", _once(pool_module._Lane._lose))
+            os.kill(pid, signal.SIGKILL)
+            with pytest.raises(ZeroDivisionError):
+                await asyncio.wait_for(following, 60)
+            ended = await asyncio.wait_for(asyncio.gather(*runs, return_exceptions=True), 60)
+            assert [isinstance(end, WorkerDied) for end in ended].count(True) == 1
+            for slot in slots:
+                slot.release()
+            caplog.clear()
+
+    run(main())
+
+
+def _once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which fails the first time."""
+    failures = iter([1])
+
+    def failing(*args: Any) -> Any:
+        for number in failures:
+            number // 0
+        return function(*args)
+
+    return failing
+
+
 def test_an_idle_worker_that_dies_is_replaced(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels")) as pool:
@@ -754,7 +807,7 @@ def test_workers_die_with_their_parent(bundle_of: Any) -> None:
         assert all(_command(pid) for pid in pids)
         os.kill(min(pids), signal.SIGSTOP)  # one that can't see for itself
         parent.kill()
-    while any(b"cloud_node.worker" in _command(pid) for pid in pids):
+    while any(b"cloud_node.closed" in _command(pid) for pid in pids):
         time.sleep(0.01)
 
 

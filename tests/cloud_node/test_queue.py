@@ -292,12 +292,13 @@ def test_cancelled_requests_never_run_and_running_ones_are_marked() -> None:
     first, second = job(), job()
     admitted(queue, first, second)
     assert queue.take(0.0) == [first]
-    assert queue.cancel("b", first.id) is None
-    assert queue.cancel("a", b"?" * 16) is None
-    assert queue.cancel("a", second.id) is second
-    assert queue.cancel("a", first.id) is first
-    assert (first.dropped, second.dropped) == ("cancelled", "")
-    queue.finish(first)
+    assert queue.cancel("b", first.id) == []
+    assert queue.cancel("a", b"?" * 16) == []
+    assert queue.cancel("a", second.id) == [second]
+    assert queue.cancel("a", first.id) == []
+    assert (first.outcome, second.outcome) == ("cancelled", "cancelled")
+    for _ in range(2):  # the second time changes nothing
+        queue.finish(first)
     assert queue.take(0.0) == []
     assert (queue.bytes, queue.windows, len(queue), queue.running) == (0, 0, 0, 0)
 
@@ -317,10 +318,10 @@ def test_revoked_clients_leave_nothing_behind() -> None:
     admitted(queue, *mine, theirs)
     running = queue.take(0.0)
     assert running == mine[:1]
-    assert queue.revoke("a") == mine[1:]
-    assert mine[0].dropped == "revoked"
+    assert queue.drop("a", "revoked") == mine[1:]
+    assert {each.outcome for each in mine} == {"revoked"}
     assert queue.take(0.0) == [theirs]
-    assert queue.revoke("nobody") == []
+    assert queue.drop("nobody", "revoked") == []
 
 
 def test_nothing_is_left_when_all_connections_are_gone() -> None:
@@ -329,7 +330,7 @@ def test_nothing_is_left_when_all_connections_are_gone() -> None:
     admitted(queue, *jobs)
     (running,) = queue.take(0.0)
     assert set(queue.forget()) == set(jobs) - {running}
-    assert running.dropped == "lost"
+    assert running.outcome == "lost"
     assert queue.take(0.0) == []
 
 
@@ -399,7 +400,7 @@ def test_every_admitted_request_leaves_exactly_once_and_bounds_hold(steps: list[
             out(queue.expire(now), "expired")
             batch = queue.take(now)
             assert sum(each.windows for each in batch) <= queue.max_batch
-            assert all(each.due > now and not each.dropped for each in batch)
+            assert all(each.due > now and not each.outcome for each in batch)
             assert len(batch) == 1 or not any(each.alone for each in batch)
             out(batch, "taken")
             running += batch
@@ -409,14 +410,12 @@ def test_every_admitted_request_leaves_exactly_once_and_bounds_hold(steps: list[
             queue.finish(done)
         elif kind == "cancel" and every:
             one = every[step[1] % len(every)]
-            found = queue.cancel(one.client, one.id)
-            if found and found not in running:
-                out([found], "cancelled")
-            assert (found is one) == (one in running or outcomes.get(one) == "cancelled") or (
-                found is None
-            )
+            waited = one not in outcomes
+            assert queue.cancel(one.client, one.id) == [one] * waited
+            out([one] * waited, "cancelled")
+            assert (one.outcome == "cancelled") or one not in running
         elif kind == "revoke":
-            out(queue.revoke(step[1]), "revoked")
+            out(queue.drop(step[1], "cancelled"), "revoked")
         elif kind == "apart":
             queue.set_apart(step[1], now + 1)
         elif kind == "pass":

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import pty
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,13 @@ def test_help_is_light() -> None:
     assert "edge-runtime keys authorize" in done.stdout
 
 
+def _until(what: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < give_up
+        time.sleep(0.005)
+
+
 def _admitted(node: Any, client: Any) -> bool:
     """Connect: whether the handshake succeeds (True) or is refused (False)."""
     monitor = client.get_monitor_socket()
@@ -287,14 +295,66 @@ def test_a_malformed_authorised_key_is_skipped_with_a_warning(
     assert "broken.pub" in node.logged()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_stop_the_node_cleanly(start_node: Any, number: signal.Signals) -> None:
+@pytest.fixture
+def hangups(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Children do not ignore SIGHUP, as they would where these tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_stop_the_node_cleanly(
+    start_node: Any, number: signal.Signals, hangups: None
+) -> None:
     node = start_node()
     assert node.ready["pid"] == node.process.pid
     assert node.stop(number) == 0
     assert not node.ready_file.exists()
     assert "Traceback" not in node.logged()
     assert node.logged().rstrip().endswith("stopped")
+
+
+_BROKEN = """
+import sys
+import cloud_node.{module} as module
+kind, name, calls = module.{kind}, "{name}", 0
+works = getattr(kind, name)
+def broken(*args):
+    global calls
+    calls += 1
+    return works(*args) if calls < {calls} else 1 // 0
+setattr(kind, name, broken)
+from cloud_node.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "name", "calls"),
+    [
+        ("server", "Server", "_expire", 20),  # in the tick
+        ("server", "Server", "_form", 1),
+        ("door", "Door", "_count", 1),
+        ("pool", "_Lane", "_lose", 1),
+    ],
+)
+def test_a_node_of_which_a_part_has_died_ends_and_says_so(
+    start_node: Any, connect: Any, feeds: Feeds, module: str, kind: str, name: str, calls: int
+) -> None:
+    code = _BROKEN.format(module=module, kind=kind, name=name, calls=calls)
+    node = start_node(program=[sys.executable, "-c", code])
+    edge = connect(node)
+    if kind == "_Lane":
+        children = Path(f"/proc/{node.process.pid}/task/{node.process.pid}/children")
+        os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+    with contextlib.suppress(zmq.Again):
+        edge.socket.set(zmq.SNDTIMEO, 1000)  # it may be gone before
+        edge.request(feeds)
+    assert node.process.wait(timeout=60) == 1
+    assert not node.ready_file.exists()
+    assert "stopped because of a defect" in node.logged()
+    assert "ZeroDivisionError" in node.logged()
 
 
 def test_stopping_finishes_what_was_admitted_and_refuses_what_comes(
@@ -306,10 +366,7 @@ def test_stopping_finishes_what_was_admitted_and_refuses_what_comes(
     accepted = edge.replies(sent, final=False)
     assert {type(message) for message in accepted.values()} == {Accepted}
     node.process.send_signal(signal.SIGTERM)
-    give_up = time.monotonic() + 60
-    while "stopping" not in node.logged():
-        assert time.monotonic() < give_up
-        time.sleep(0.005)
+    _until(lambda: "stopping" in node.logged())
     assert not node.ready_file.exists()
     late = edge.request(five)
     replies = edge.replies([*sent, late], final=True)
@@ -359,13 +416,49 @@ def test_a_second_signal_stops_at_once(
     edge.request(feeds)
     edge.receive()
     node.process.send_signal(signal.SIGTERM)
-    give_up = time.monotonic() + 60
-    while "stopping" not in node.logged():
-        assert time.monotonic() < give_up
-        time.sleep(0.005)
+    _until(lambda: "stopping" in node.logged())
     node.process.send_signal(number)
     assert node.process.wait(timeout=60) in (-number, 0)  # 0: it was just done
     assert "Traceback" not in node.logged()
+
+
+_ON_TERMINAL = """
+import os, sys
+os.setsid()
+os.open(sys.argv[1], os.O_RDWR)  # from now on its controlling terminal
+os.execv(sys.executable, [sys.executable, "-m", "cloud_node.cli", *sys.argv[2:]])
+"""
+
+
+def test_a_closed_terminal_lets_the_node_finish_what_was_admitted(
+    start_node: Any, connect: Any, five: Feeds, hangups: None
+) -> None:
+    ours, theirs = pty.openpty()
+    program = [sys.executable, "-c", _ON_TERMINAL, os.ttyname(theirs)]
+    node = start_node("slow", program=program)
+    os.close(theirs)
+    edge = connect(node)
+    sent = [edge.request(five) for _ in range(2)]
+    assert {type(m) for m in edge.replies(sent, final=False).values()} == {Accepted}
+    os.close(ours)
+    _until(lambda: "stopping" in node.logged())
+    assert not node.ready_file.exists()
+    node.process.send_signal(signal.SIGHUP)  # shells send one more
+    assert {type(m) for m in edge.replies(sent, final=True).values()} == {Result}
+    assert node.process.wait(timeout=60) == 0
+    assert node.logged().rstrip().endswith("stopped")
+
+
+def test_under_nohup_a_node_outlives_its_terminal(
+    start_node: Any, connect: Any, feeds: Feeds, local: Any, hangups: None
+) -> None:
+    node = start_node(program=["nohup", sys.executable, "-m", "cloud_node.cli"])
+    edge = connect(node)
+    node.process.send_signal(signal.SIGHUP)
+    outputs = edge.ask(feeds)
+    assert outputs["tokens"].tobytes() == local(node, feeds)["tokens"].tobytes()
+    assert "stopping" not in node.logged()
+    assert node.stop() == 0
 
 
 def test_signals_count_for_the_first_process_of_a_container(
@@ -385,10 +478,7 @@ def test_signals_count_for_the_first_process_of_a_container(
     (worker,) = Path(f"/proc/{first}/task/{first}/children").read_text().split()
     os.kill(int(worker), signal.SIGSTOP)  # so that stopping takes drain_s
     os.kill(int(first), signal.SIGTERM)
-    give_up = time.monotonic() + 60
-    while "stopping" not in node.logged():
-        assert time.monotonic() < give_up
-        time.sleep(0.005)
+    _until(lambda: "stopping" in node.logged())
     os.kill(int(first), signal.SIGTERM)
     assert node.process.wait(timeout=60) == 128 + signal.SIGTERM
 

@@ -21,6 +21,7 @@ import pytest
 from cloud_node import worker as worker_module
 from cloud_node.shared import Arena, Layout
 from cloud_node.worker import (
+    Closed,
     Done,
     Failed,
     FromWorker,
@@ -91,20 +92,21 @@ def start(tmp_path: Path, bundle_of: Callable[[str], Path]) -> Iterator[Callable
         arena = Arena.create(request.layout)
         ours, theirs = socket.socketpair()
         ours.settimeout(60)
-        fds = (theirs.fileno(), arena.fd)
         out = tmp_path / f"out-{len(peers)}"
-        command = [sys.executable, "-m", "cloud_node.worker", *map(str, (*fds, os.getpid()))]
+        command = [sys.executable, "-m", "cloud_node.closed"]
+        command += [str(theirs.fileno()), str(os.getpid())]
         with theirs, out.open("wb") as file:
             process = subprocess.Popen(
                 command,
-                pass_fds=fds,
+                pass_fds=(theirs.fileno(),),
                 stdout=file,
                 stderr=file,
                 cwd=Path(worker_module.__file__).parents[1],
             )
         peer = Peer(ours, arena, process, out)
         peers.append(peer)
-        peer.send(request)
+        assert peer.receive() == Closed()
+        socket.send_fds(peer.socket, [pack(request)], [arena.fd])
         return peer
 
     yield start

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -176,10 +178,11 @@ def test_signals_unwind_a_command_and_are_given_back(
         signal.signal(number, before)
 
 
-def test_missing_torch_is_no_traceback_in_a_real_process() -> None:
+def test_missing_torch_is_no_traceback_in_a_real_process(tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_text("some")
     code = (
         "import sys; sys.modules['torch'] = None; sys.argv = ['edge-runtime', 'export', "
-        "'--model', 'tiny', '--checkpoint', 'x.pt', '--out', 'y'];"
+        f"'--model', 'tiny', '--checkpoint', '{tmp_path}/x.pt', '--out', '{tmp_path}/y'];"
         "from edge_runtime.cli import main; sys.exit(main())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -195,3 +198,24 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     done = subprocess.run(shell, shell=True, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("usage:")
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_option_is_explained(name: str) -> None:
+    def options(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+        for action in parser._actions:
+            yield action
+            if isinstance(action, argparse._SubParsersAction):
+                for each in action.choices.values():
+                    yield from options(each)
+
+    parser = argparse.ArgumentParser()
+    importlib.import_module(cli.COMMANDS[name].module).add_arguments(parser)
+    silent = [
+        action.option_strings or action.dest
+        for action in options(parser)
+        if not action.help and not isinstance(action, argparse._SubParsersAction)
+    ]
+    assert not silent
+    assert parser.epilog
+    assert "edge-runtime " + name in parser.epilog

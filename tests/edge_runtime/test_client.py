@@ -25,6 +25,7 @@ from engines.bundle import Bundle
 from engines.errors import OffloadError, PlacementError
 from transport.auth import AllowList, Authenticator
 from transport.keys import generate
+from transport.limits import MemoryLimits
 from transport.messages import (
     NO_ID,
     VERSIONS,
@@ -42,7 +43,6 @@ from transport.messages import (
     refuse,
     stage_limits,
 )
-from transport.meter import Resident
 from transport.sockets import LinkEvent, server
 
 WINDOWS = [0, 4]
@@ -676,7 +676,7 @@ MIB = 1 << 20
 
 
 def resident() -> int:
-    held = Resident()()
+    held = MemoryLimits(group="").resident()
     assert held
     return held
 

@@ -378,6 +378,12 @@ def test_packages_that_are_needed(look: Look, answer: Answer, said: str) -> None
     assert "pip install --force-reinstall" in (check.mend or "")
 
 
+def test_curve_belongs_to_libzmq(look: Look) -> None:
+    versions = {"pyzmq": "27", "libzmq": "4.3.5", "Pillow": "13"}
+    check = look(PC, packages=Answer({"versions": versions, "curve": True}))["packages"]
+    assert check.detail == "pyzmq 27, libzmq 4.3.5 with CURVE, Pillow 13"
+
+
 def test_a_bundle_is_not_blamed_for_missing_packages(look: Look) -> None:
     error = Answer(error="ModuleNotFoundError: No module named 'msgspec'")
     checks = look(PC, packages=error, bundle=error, engines=error)

@@ -281,8 +281,8 @@ def test_a_failed_image_leaves_none_set(shared_fleet: Any, photo: np.ndarray) ->
             predictor.predict(np.array([[1, 1]]), np.array([1]))
 
 
-def test_engines_that_the_deadline_would_bear_are_opened_early(
-    shared_fleet: Any, make_toy_bundle: Callable[..., Path], tmp_path: Path
+def test_engines_are_opened_before_the_deadline_begins(
+    shared_fleet: Any, make_toy_bundle: Callable[..., Path], tmp_path: Path, photo: np.ndarray
 ) -> None:
     for stage, config in (
         ("head", shared_fleet.config()),
@@ -291,8 +291,10 @@ def test_engines_that_the_deadline_would_bear_are_opened_early(
         bundle = make_toy_bundle(tmp_path / stage, head=True)
         (bundle / f"{stage}.onnx").write_bytes(b"broken")
         before = threading.active_count()
-        with pytest.raises(BundleError, match=rf"{stage}\.onnx is damaged"):
-            OffloadPredictor(config, bundle=bundle)
+        with OffloadPredictor(config, bundle=bundle) as predictor:
+            with pytest.raises(BundleError, match=rf"{stage}\.onnx is damaged"):
+                predictor.set_image(photo)
+            assert predictor.report is None  # no node was asked for anything
         assert threading.active_count() == before
 
 

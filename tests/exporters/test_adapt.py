@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -14,7 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
+from edge_runtime.cli import main
 from engines.errors import CheckpointError, ConfigError, ImageError
+from exporters import adapt
 from exporters.adapt import (
     Adaptation,
     AdaptConfig,
@@ -24,7 +27,14 @@ from exporters.adapt import (
     prepare,
     relative_error,
 )
-from exporters.models import MODELS, build_sam, load_checkpoint, reorder, save_checkpoint
+from exporters.models import (
+    MODELS,
+    Checkpoint,
+    build_sam,
+    load_checkpoint,
+    reorder,
+    save_checkpoint,
+)
 
 CONFIG = AdaptConfig("tiny", steps=4, batch=2, lr_warmup=1)
 
@@ -208,10 +218,64 @@ def test_the_command_is_interrupted_continued_and_done(tmp_path, photos):
     sam = load_checkpoint(out, "tiny")
     assert (sam.order, sam.adapted) == ("reordered", True)
     assert len(sam.made["losses"]) == 12
+    assert done.stdout == f"{out}\n"
+    assert f"next: edge-runtime export --model tiny --checkpoint {out}" in done.stderr
     again = run_cli(*options)
     assert again.returncode == 1
     assert again.stderr.strip().startswith("error:")
     assert "--force" in again.stderr
+
+
+def test_the_command_as_json(tmp_path, photos):
+    weights, out = tmp_path / "stock.pt", tmp_path / "adapted.pt"
+    save_checkpoint(stock(), weights)
+    options = ["--checkpoint", weights, "--images", photos, "--out", out, "--batch", 1]
+    done = run_cli(*options, "--threads", 1, "--steps", 1, "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["weights"], told["model"], told["steps"]) == (str(out), "tiny", 1)
+    assert told["relative_error"] > 0
+    assert told["next"].startswith("edge-runtime export ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--out": "nowhere/a.pt"}, "--out nowhere/a.pt does not exist"),
+        ({"--checkpoint": "none.pt"}, "checkpoint none.pt does not exist"),
+        ({"--images": "nowhere"}, "nowhere is not a directory"),
+        ({"--images": "empty"}, "no images under empty"),
+    ],
+)
+def test_paths_are_checked_before_pytorch_is_loaded(tmp_path, photos, changes, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "some.pt").write_text("x")
+    options = {"--out": "a.pt", "--checkpoint": "some.pt", "--images": str(photos), **changes}
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:];"
+        "from edge_runtime.cli import main; sys.exit(main(sys.argv))"
+    )
+    words = [word for pair in options.items() for word in pair]
+    done = subprocess.run(
+        [sys.executable, "-c", code, "adapt", *words],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert message in done.stderr
+
+
+def test_reordered_weights_are_refused_unread(tmp_path, photos, monkeypatch, capsys):
+    """Before the images are looked into, which may be thousands."""
+    weights = tmp_path / "reordered.pt"
+    save_checkpoint(reorder(stock()), weights)
+    monkeypatch.setattr(Checkpoint, "load", lambda _: pytest.fail("the weights were read"))
+    monkeypatch.setattr(adapt, "_opens", lambda _: pytest.fail("an image was opened"))
+    options = ["--checkpoint", str(weights), "--images", str(photos), "--out", str(tmp_path / "a")]
+    assert main(["adapt", *options]) == 1
+    assert "reordered already" in capsys.readouterr().err
 
 
 def test_two_processes_do_what_one_does(tmp_path, photos):

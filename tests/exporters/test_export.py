@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import collections
+import hashlib
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -29,7 +32,7 @@ from exporters import export as export_module
 from exporters import onnx_export, plain, verify
 from exporters.export import GOLDEN, UNADAPTED, Watcher, export
 from exporters.golden import synthetic_image
-from exporters.models import load_checkpoint, reorder, save_checkpoint, weights_hash
+from exporters.models import Checkpoint, load_checkpoint, reorder, save_checkpoint, weights_hash
 from exporters.verify import TOLERANCES, Tolerance
 
 OPERATORS = {  # what TensorRT's parser is known to take; OneHot, Tile, If, Loop and NonZero are not
@@ -163,8 +166,8 @@ def test_decoder_takes_any_number_of_prompts(random_bundle: Path, p: int, k: int
 def test_stock_order_is_the_original_function(random_checkpoint: Path, tmp_path: Path) -> None:
     result = export(random_checkpoint, tmp_path / "stock", order="stock")
     assert list(result.bundle.manifest.stages) == ["encoder", "decoder"]
-    both = ["encoder", "encoder (plain)", "decoder", "decoder (plain)"]
-    assert [row.stage for row in result.rows] == [*both, "end to end"]
+    rows = ["encoder", "decoder", "encoder (plain)", "decoder (plain)", "end to end"]
+    assert [row.stage for row in result.rows] == rows
     assert result.notes == ()
     image = synthetic_image(101, 192, seed=4)
     sam = load_checkpoint(random_checkpoint)
@@ -233,13 +236,16 @@ def test_a_plain_form_that_misses_its_tolerance(
 
 def test_bf16_with_a_head(adapted: Path, tmp_path: Path) -> None:
     steps: list[str] = []
+    shares: list[float] = []
 
     class Recorder(Watcher):
-        def begin(self, steps_to_come: int) -> None:
+        def begin(self, steps_to_come: int, total: float) -> None:
             steps.append(str(steps_to_come))
+            shares.append(total)
 
-        def step(self, text: str) -> None:
+        def step(self, text: str, share: float) -> None:
             steps.append(text)
+            shares.append(share)
 
     result = export(adapted, tmp_path / "b", precision="bf16", head_blocks=1, watcher=Recorder())
     manifest = result.bundle.manifest
@@ -254,10 +260,52 @@ def test_bf16_with_a_head(adapted: Path, tmp_path: Path) -> None:
     assert any("float32 graphs" in note for note in result.notes)
     assert UNADAPTED not in result.notes
     assert len(steps) - 1 == int(steps[0])
+    assert sum(shares[1:]) == shares[0]
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
     with np.load(result.bundle.path / GOLDEN) as golden:
         assert golden["stack.hidden"].dtype == np.uint16
         assert golden["stack.tokens"].dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("options", "finished"),
+    [({}, 1), ({"node_only": True}, 3), ({"order": "stock"}, 0), ({"head_blocks": 1}, 2)],
+)
+def test_everything_is_verified_and_nothing_large_twice(
+    random_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    finished: int,
+) -> None:
+    """Every graph runs on every sample once; both forms; letting PyTorch finish takes longest."""
+    runs: collections.Counter[str] = collections.Counter()
+    answers: set[tuple[str, bytes]] = set()
+    finishes: list[int] = []
+    real_run, real_finish = OrtEngine.run, verify.finish
+
+    def run(self: OrtEngine, feeds: Any) -> Any:
+        runs[self._path.name] += 1
+        key = repr(sorted((k, v.tobytes()) for k, v in feeds.items())).encode()
+        answers.add((self._path.name, hashlib.sha256(key).digest()))
+        return real_run(self, feeds)
+
+    def finish(sam: Any, tokens: Any, done: int) -> Any:
+        finishes.append(done)
+        return real_finish(sam, tokens, done)
+
+    monkeypatch.setattr(OrtEngine, "run", run)
+    monkeypatch.setattr(verify, "finish", finish)
+    result = export(random_checkpoint, tmp_path / "b", **options)
+    names = list(result.bundle.manifest.stages)
+    large = {"tail", "encoder"}
+    for name in names:
+        assert len({a for a in answers if a[0] == f"{name}.onnx"}) >= 2
+        assert runs[f"{name}.plain.onnx"] == 1
+        if name in large:
+            assert runs[f"{name}.onnx"] == 2
+    assert len(finishes) == finished
+    assert all(row.passed for row in result.rows)
 
 
 # The command
@@ -273,15 +321,17 @@ def test_command_prints_parity_and_what_to_do_next(
     for word in ("stack", "tail (plain)", "decoder", "end to end", "cosine", "max abs", "mask IoU"):
         assert word in said.out
     assert "run `edge-runtime adapt`" in said.out
-    assert f"--bundle {out}" in said.out
-    assert "[3/6] writing and verifying stack" in said.err
+    assert f"next: edge-runtime build {out}" in said.out
+    assert "[3/7] writing and verifying stack" in said.err
     bundle = Bundle.load(out)
     assert bundle.manifest.stages["stack"].outputs[0].dtype == "float16"
     assert main(["export", *arguments]) == 1
     assert (
         capsys.readouterr()
         .err.strip()
-        .endswith(f"error: {out} exists; remove it or choose another --out")
+        .endswith(
+            f"error: {out} exists and is never overwritten: move it away, or choose another --out"
+        )
     )
 
 
@@ -296,6 +346,7 @@ def test_command_as_json(adapted: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert facts["stages"]["stack"]["plain"]["file"] == "stack.plain.onnx"
     assert 0 < facts["stages"]["stack"]["plain"]["bytes"] < facts["stages"]["stack"]["bytes"]
     assert facts["verification"][0]["passed"] is True
+    assert facts["next"].startswith(f"cloud-node serve --bundle {out}")
     assert facts["peak_rss_mib"] > 100
 
 
@@ -356,15 +407,64 @@ def test_existing_output_is_left_alone(random_checkpoint: Path, tmp_path: Path, 
         out.write_text("mine")
     else:
         out.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(ExportError, match="exists; remove it or choose another --out"):
+    with pytest.raises(ExportError, match=r"exists and is never .* choose another --out"):
         export(random_checkpoint, out)
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
     assert kind != "file" or out.read_text() == "mine"
 
 
-def test_a_place_that_cannot_be_written_is_told_first(random_checkpoint: Path) -> None:
-    with pytest.raises(ExportError, match=r"cannot write /proc/b: .*choose another --out"):
-        export(random_checkpoint, Path("/proc/b"), node_only=True)
+def test_missing_parent_directory(random_checkpoint: Path, tmp_path: Path) -> None:
+    export(random_checkpoint, tmp_path / "new" / "folder" / "b", node_only=True)
+    assert [p.name for p in (tmp_path / "new" / "folder").iterdir()] == ["b"]
+
+
+def test_a_folder_that_cannot_be_written_to(random_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"cannot write /proc/none/b: .*choose another --out"):
+        export(random_checkpoint, Path("/proc/none/b"), node_only=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--out": "taken"}, "taken exists and is never overwritten"),
+        ({"--out": "taken/b"}, "cannot write taken/b: .*taken is not a folder"),
+        ({"--checkpoint": "none.pt"}, "checkpoint none.pt does not exist"),
+        ({"--checkpoint": "."}, "checkpoint . is a directory"),
+        ({"--checkpoint": "empty.pt"}, "checkpoint empty.pt is empty"),
+    ],
+)
+def test_paths_are_checked_before_pytorch_is_loaded(
+    tmp_path: Path, changes: dict[str, str], message: str
+) -> None:
+    (tmp_path / "taken").write_text("mine")
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "some.pt").write_text("x")
+    options = {"--out": "b", "--checkpoint": "some.pt", **changes}
+    done = without_torch(
+        "export", *(word for pair in options.items() for word in pair), at=tmp_path
+    )
+    assert done.returncode == 1
+    assert re.search(message, done.stderr), done.stderr
+
+
+def without_torch(*words: str, at: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process that can't import PyTorch."""
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:];"
+        "from edge_runtime.cli import main; sys.exit(main(sys.argv))"
+    )
+    command = [sys.executable, "-c", code, *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=at, check=False)
+
+
+def test_a_checkpoint_of_the_wrong_kind_is_refused_unread(
+    adapted: Path, room: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large one would take minutes to read."""
+    monkeypatch.setattr(Checkpoint, "load", lambda _: pytest.fail("the weights were read"))
+    for options in ({"order": "stock"}, {"head_blocks": 9}, {"model": "vit_b"}):
+        with pytest.raises((ExportError, CheckpointError)):
+            export(adapted, room / "b", **options)  # type: ignore[arg-type]
 
 
 def test_stage_that_misses_its_tolerance(
@@ -395,7 +495,7 @@ def test_disk_too_small(
     random_checkpoint: Path, room: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export_module, "_bytes_needed", lambda *_: 1 << 60)
-    with pytest.raises(ExportError, match=r"b needs about 1,152,921,504,606\.8 MB and .* are free"):
+    with pytest.raises(ExportError, match=r"b needs about 1,152,921,504,606.8 MB and .* choose"):
         export(random_checkpoint, room / "b")
 
 
@@ -408,9 +508,7 @@ def test_disk_fills_up(
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
-        with pytest.raises(
-            ExportError, match=r"cannot write .*b: .*; (make room on that disk, or )?choose"
-        ):
+        with pytest.raises(ExportError, match=r"cannot write .*b: .*; .*choose another --out"):
             export(random_checkpoint, room / "b", node_only=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -427,7 +525,7 @@ def test_interrupted(random_checkpoint: Path, room: Path, stop: int, code: int) 
     for line in process.stderr:
         if "writing and verifying tail" in line:  # the stack has been written
             break
-    assert list(room.glob(".b.*/stack.onnx")), "nothing to clean up: test proves nothing"
+    assert list(room.glob(".b.*/bundle/stack.onnx")), "nothing to clean up: test proves nothing"
     process.send_signal(stop)
     time.sleep(0.2)
     process.send_signal(stop)  # impatience must not break the clean-up

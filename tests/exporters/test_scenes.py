@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 
-from exporters.scenes import HELD_OUT, KINDS, click_of, depth_of, make_scene, objects_of
+from exporters.scenes import (
+    HELD_OUT,
+    KINDS,
+    PHOTO_LIKE,
+    click_of,
+    depth_of,
+    make_scene,
+    objects_of,
+)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, PHOTO_LIKE])
 def test_a_scene_is_a_function_of_its_seed(kind):
     a, b, c = make_scene(5, 96, kind), make_scene(5, 96, kind), make_scene(6, 96, kind)
     assert np.array_equal(a.image, b.image)
@@ -73,3 +83,28 @@ def test_small_objects_are_left_out():
     labels[:2, :2] = 1
     labels[50:60, 50:60] = 2
     assert objects_of(labels, 0.005) == [0, 2]
+
+
+def test_the_held_out_scenes_stay_the_scenes_of_the_published_figures():
+    """Figures of different versions are comparable only on the same pictures."""
+    scenes = [make_scene(seed) for seed in range(HELD_OUT, HELD_OUT + 12)]
+    digest = hashlib.sha256(b"".join(scene.labels.tobytes() for scene in scenes))
+    assert digest.hexdigest() == (
+        "ccce191fae94abee547f7c5b3be99d865688c16c0262d4d5c995abdff291959e"
+    )
+    brightness = [137.4, 102.7, 113.1, 104.1, 161.2, 114.7, 95.0, 39.0, 38.5, 64.9, 116.9, 147.7]
+    assert np.allclose([scene.image.mean() for scene in scenes], brightness, atol=0.1)
+
+
+def test_photo_like_scenes_hold_large_objects_and_wholes_made_of_parts():
+    scenes = [make_scene(seed, 96, PHOTO_LIKE) for seed in range(40)]
+    largest = [
+        np.bincount(s.labels[s.labels > 0]).max() / s.labels.size for s in scenes if s.labels.any()
+    ]
+    assert sum(share > 1 / 3 for share in largest) >= 10
+    wholes = [(s, whole) for s in scenes for whole in s.wholes]
+    assert len(wholes) >= 5
+    for scene, whole in wholes:
+        assert len(whole) > 1
+        assert set(whole) <= set(range(1, 256))
+        assert scene.image.shape == (96, 96, 3)

@@ -12,25 +12,27 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from engines.errors import CheckpointError
 from exporters.models import MODELS, build_from_spec, build_sam, load_checkpoint
+from exporters.scenes import PHOTO_LIKE
 from exporters.training import (
     ScenePool,
     TrainConfig,
     Trainer,
+    affinity_loss,
     decode_batch,
     iou_of,
     joint_loss,
     make_batch,
     mask_losses,
     resize_state,
-    spec_at,
     tie_cross_attention,
 )
 
 MINUTE = TrainConfig(
-    steps=4, images=2, clicks=2, warmup_steps=1, low_size=64, low_window=2, low_until=0.75, pool=8
+    steps=4, images=2, clicks=2, warmup_steps=1, low_size=64, low_window=2, low_until=0.5, pool=8
 )
 
 
@@ -91,24 +93,74 @@ def test_a_state_of_another_kind_is_refused(tmp_path):
         Trainer.resume(tmp_path / "state.pt")
 
 
-def test_batches_follow_the_step_and_their_clicks_lie_on_their_masks():
+def test_batches_follow_the_step_and_their_prompts_lie_on_their_masks():
     config = replace(MINUTE, images=4, clicks=3)
-    spec = spec_at(config, 0)
-    modes = set()
-    for step in range(12):
-        batch = make_batch(config, spec, ScenePool(1, spec.image_size, 100), step)
-        again = make_batch(config, spec, ScenePool(1, spec.image_size, 100), step)
-        assert torch.equal(batch.images, again.images)
-        assert torch.equal(batch.coords, again.coords)
-        assert batch.images.shape == (4, 3, 64, 64)
-        assert batch.masks.shape == (12, 32, 32)
-        cell = (batch.coords[:, 0] / 2).long()
-        on = batch.masks[torch.arange(12), cell[:, 1], cell[:, 0]]
-        assert (on > 0).all()
+    spec = MODELS["tiny"]
+    pool, fresh = (ScenePool(1, 192, 100, photo_like=0.5) for _ in range(2))
+    boxes = 0
+    for step in range(6):
+        batch, again = (make_batch(config, spec, p, step) for p in (pool, fresh))
+        for name, value in vars(batch).items():
+            assert torch.equal(value, getattr(again, name)), name
+        assert batch.images.shape == (4, 3, 192, 192)
+        assert batch.masks.shape == (12, 96, 96)
         padded = batch.valid.repeat_interleave(3, 0) == 0
         assert float((batch.masks * padded).max()) < 1
-        modes.add((batch.boxes is not None, batch.mask_input is not None, batch.coords.shape[1]))
-    assert len(modes) >= 2
+        for mask, coords, labels in zip(batch.masks, batch.coords, batch.labels, strict=True):
+            if labels.tolist() == [1, -1]:
+                x, y = (coords[0] / 2).long()
+                assert mask[y, x] > 0
+            else:
+                assert labels.tolist() == [2, 3]
+                boxes += 1
+                ys, xs = torch.nonzero(mask, as_tuple=True)
+                tight = torch.tensor([[xs.min(), ys.min()], [xs.max() + 1, ys.max() + 1]]) * 2
+                assert (coords - tight).abs().max() <= 7
+    assert 10 < boxes < 62
+
+
+def test_points_on_parts_and_wholes_count_as_ambiguous():
+    config, pool = replace(MINUTE, images=8, clicks=6), ScenePool(1, 192, 200, photo_like=1.0)
+    batches = [make_batch(config, MODELS["tiny"], pool, step) for step in range(4)]
+    ambiguous = torch.cat([b.ambiguous for b in batches])
+    boxes = torch.cat([b.labels[:, 0] == 2 for b in batches])
+    assert 0.02 < ambiguous.float().mean() < 0.5
+    assert not (ambiguous & boxes).any()
+
+
+def test_a_pool_mixes_the_two_sorts_of_scenes_by_number():
+    pool, other = ScenePool(3, 48, 100, photo_like=0.5), ScenePool(3, 48, 4, photo_like=0.5)
+    kinds = [pool.get(n)[0].kind for n in range(40)]
+    assert 8 < kinds.count(PHOTO_LIKE) < 32
+    assert [other.get(n)[0].kind for n in reversed(range(40))] == kinds[::-1]
+    assert PHOTO_LIKE not in {ScenePool(3, 48, 100).get(n)[0].kind for n in range(10)}
+
+
+def test_every_round_trains_decoder_and_encoder(monkeypatch):
+    """All rounds are supervised, each with more points or with the last mask."""
+    asked = []
+
+    def recorded(sam, embeddings, coords, labels, mask_input=None):
+        asked.append((coords.shape[1], mask_input is not None))
+        return decode_batch(sam, embeddings, coords, labels, mask_input)
+
+    monkeypatch.setattr("exporters.training.decode_batch", recorded)
+    trainer = Trainer(replace(MINUTE, warmup_steps=0, low_size=0, rounds=4))
+    before = {k: v.clone() for k, v in trainer.sam.state_dict().items()}
+    for _ in range(3):
+        assert "last" in trainer.train_step()
+    assert len(asked) == 12
+    assert {mask for points, mask in asked if points > 2} == {True, False}
+    assert all(asked[i] == (2, False) for i in (0, 4, 8))
+    after = trainer.sam.state_dict()
+    for name in (
+        "image_encoder.patch_embed.proj.weight",
+        "prompt_encoder.mask_downscaling.0.weight",
+    ):
+        assert not torch.equal(before[name], after[name]), name
+    for k in range(4):
+        name = f"prompt_encoder.point_embeddings.{k}.weight"
+        assert not torch.equal(before[name], after[name]), name
 
 
 def test_decoding_in_batches_is_upstreams_decoder():
@@ -118,14 +170,22 @@ def test_decoding_in_batches_is_upstreams_decoder():
     coords, labels = torch.rand(6, 2, 2) * 192, torch.tensor([[1, 0]] * 6)
     masks = torch.randn(6, 1, 96, 96)
     with torch.no_grad():
-        logits, iou = decode_batch(sam, embeddings, coords, labels, mask_input=masks)
+        boxes = coords.reshape(6, 4)
         for k in range(2):
             part = slice(3 * k, 3 * k + 3)
-            sparse, dense = sam.prompt_encoder((coords[part], labels[part]), None, masks[part])
+            prompts = ((coords[part], labels[part]), boxes[part], masks[part])
+            sparse, dense = sam.prompt_encoder(*prompts)
             pe = sam.prompt_encoder.get_dense_pe()
             wanted = sam.mask_decoder.predict_masks(embeddings[k : k + 1], pe, sparse, dense)
+            both = torch.cat([coords, coords], 1), torch.tensor([[1, 0, 2, 3]] * 6)
+            logits, iou = decode_batch(sam, embeddings, *both, masks)
             assert torch.allclose(logits[part], wanted[0], atol=1e-5)
             assert torch.allclose(iou[part], wanted[1], atol=1e-5)
+            sparse, dense = sam.prompt_encoder((coords[part], labels[part]), None, None)
+            wanted = sam.mask_decoder.predict_masks(embeddings[k : k + 1], pe, sparse, dense)
+            padded = torch.cat([coords, coords[:, :1]], 1), torch.tensor([[1, 0, -1]] * 6)
+            logits, iou = decode_batch(sam, embeddings, *padded)
+            assert torch.allclose(logits[part], wanted[0], atol=1e-5)
 
 
 def test_tied_attention_looks_at_the_place_of_the_click():
@@ -158,9 +218,9 @@ def test_padding_has_no_say_in_the_loss():
     logits = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     changed = logits.clone()
     changed[..., 6:] = 50
-    iou = torch.zeros(1, 4)
-    one = joint_loss(logits, iou, target, valid, 0.5, 0.5)[0]
-    two = joint_loss(changed, iou, target, valid, 0.5, 0.5)[0]
+    iou, half = torch.zeros(1, 4), torch.tensor([0.5])
+    one = joint_loss(logits, iou, target, valid, 0.5, half)[0]
+    two = joint_loss(changed, iou, target, valid, 0.5, half)[0]
     assert torch.isclose(one, two)
 
 
@@ -205,8 +265,11 @@ def test_the_command_is_interrupted_continued_and_done(tmp_path):
     assert refused.returncode == 1
     assert "--seed 1" in refused.stderr
 
-    done = run_cli(*options, "--steps", str(reached + 1))
+    done = run_cli(*options, "--steps", str(reached + 1), "--json")
     assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["weights"], told["steps"]) == (str(out / "tiny-stock.pt"), reached + 1)
+    assert told["next"].startswith(f"edge-runtime adapt --checkpoint {out}/tiny-stock.pt")
     assert f"at step {reached} of {reached + 1}" in done.stderr
     sam = load_checkpoint(out / "tiny-stock.pt", "tiny")
     assert (sam.order, sam.adapted) == ("stock", False)
@@ -223,3 +286,36 @@ def test_the_learning_rate_warms_up_and_decays():
     assert rates[0] < rates[5] < rates[9]
     assert int(np.argmax(rates)) < 20
     assert rates[-1] < 0.05 * max(rates)
+
+
+def test_the_encoders_gradient_is_that_of_the_whole_loss(monkeypatch):
+    """Two rounds: against one backward pass through everything."""
+    config = replace(MINUTE, warmup_steps=0, low_size=0, rounds=2, amp=False, seed=4)
+    trainer, plain = Trainer(config), Trainer(config)
+    asked = []
+
+    def recorded(*args):
+        asked.append(args[2:])
+        return decode_batch(*args)
+
+    monkeypatch.setattr("exporters.training.decode_batch", recorded)
+    trainer.train_step()
+    batch = make_batch(config, plain.spec, plain.pool, 0)
+    places = np.random.default_rng([config.seed, 0, 13]).permutation(plain.spec.grid**2)[:144]
+    embeddings = plain.sam.train().image_encoder(batch.images)
+    loss = 0.3 * affinity_loss(
+        plain.head, embeddings, batch.tokens, torch.from_numpy(places.copy())
+    )
+    valid, agree = batch.valid.repeat_interleave(2, 0), torch.full((4,), plain.agreement())
+    unsure = torch.where(batch.ambiguous, agree.clamp(max=0.3), agree)
+    for share, weight, prompt in zip((0.4, 0.6), (unsure, agree), asked, strict=True):
+        answer = decode_batch(plain.sam, embeddings, *prompt)
+        loss = loss + share * joint_loss(*answer, batch.masks, valid, plain.balance(), weight)[0]
+    loss.backward()
+    nn.utils.clip_grad_norm_(plain._parameters(), 1.0)
+    for (name, got), wanted in zip(
+        trainer.sam.named_parameters(), plain.sam.parameters(), strict=True
+    ):
+        assert (got.grad is None) == (wanted.grad is None), name
+        assert got.grad is None or torch.allclose(got.grad, wanted.grad, atol=1e-5), name
+    assert trainer.sam.image_encoder.pos_embed.grad.abs().max() > 0

@@ -16,9 +16,17 @@ from exporters import verify
 from exporters.golden import Sample, make_sample, sample_images
 from exporters.models import load_checkpoint, reorder
 from exporters.stages import geometry_of
-from exporters.verify import TOLERANCES, Row, require, verify_bundle, verify_stage
+from exporters.verify import (
+    TOLERANCES,
+    Row,
+    require,
+    verify_bundle,
+    verify_plain,
+    verify_stage,
+)
 
 FP32 = TOLERANCES["fp32"]
+STAGES = ["stack", "tail", "decoder"]
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +101,47 @@ def test_a_weight_off_by_two_percent_is_noticed(
         require(row, "fp32", FP32)
 
 
+@pytest.mark.parametrize(
+    ("name", "weight"),
+    [
+        ("stack", "blocks.0.attn.rel_h"),
+        ("stack", "blocks.3.norm2.weight"),
+        ("tail", "absent"),
+        ("tail", "blocks.1.attn.rel_w"),
+        ("decoder", "output_tokens"),
+    ],
+)
+def test_a_weight_of_a_plain_form_off_by_two_percent_is_noticed(
+    random_bundle: Path, original: Any, sample: Sample, tmp_path: Path, name: str, weight: str
+) -> None:
+    """In the row of that stage, and nothing before it."""
+    bundle = Bundle.load(random_bundle)
+    graphs = {stage: (bundle.stage(stage), bundle.plain_path(stage)) for stage in STAGES}
+    assert all(row.passed for row in verify_plain(graphs, sample, original, FP32))
+    model = ir.external_data.load_to_model(ir.load(bundle.plain_path(name)))
+    nudge(name, weight)(model)
+    wrong = tmp_path / "wrong.onnx"
+    ir.save(model, wrong)
+    graphs[name] = bundle.stage(name), wrong
+    rows = verify_plain(graphs, sample, original, FP32)
+    assert [row.stage for row in rows] == [f"{stage} (plain)" for stage in STAGES]
+    values = {row.stage.split()[0]: row for row in rows}
+    assert not values[name].passed
+    assert all(values[s].error < FP32.error for s in STAGES[: STAGES.index(name)])
+    if name == "decoder":
+        assert values["tail"].passed
+    else:  # the masks at the end are its own too
+        assert values["tail"].mask_iou == values["stack"].mask_iou
+
+
+@pytest.mark.parametrize("weight", ["blocks.0.attn.rel_w", "absent"])
 def test_end_to_end_notices_stages_of_two_models(
-    random_bundle: Path, original: Any, sample: Sample, tmp_path: Path
+    random_bundle: Path, original: Any, sample: Sample, tmp_path: Path, weight: str
 ) -> None:
     mixed = tmp_path / "mixed"
     shutil.copytree(random_bundle, mixed)
     model = ir.load(mixed / "tail.onnx")
-    nudge("tail", "blocks.0.attn.rel_w")(model)
+    nudge("tail", weight)(model)
     ir.save(model, mixed / "tail.onnx")
     manifest = Bundle.load(mixed).manifest
     tail = manifest.stages["tail"]

@@ -33,6 +33,7 @@ from transport import meter as metering
 from transport import sockets
 from transport.auth import KEY, AllowList, Authenticator
 from transport.keys import KeyPair, generate, load_secret, make_directory, write_public
+from transport.limits import MemoryLimits
 from transport.messages import Limits, StageLimits
 from transport.process import raise_file_limit
 
@@ -59,7 +60,7 @@ async def serve(options: dict[str, Any]) -> None:
     events: collections.Counter[str] = collections.Counter()
     revoked: list[str] = []
     held = peak = 0
-    resident = metering.Resident()
+    resident = MemoryLimits(group="").resident
 
     def on_revoked(names: frozenset[str]) -> None:
         revoked.extend(sorted(names))

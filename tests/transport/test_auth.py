@@ -19,8 +19,9 @@ import zmq.asyncio
 from echo_node import LIMITS, EchoNode, Honest
 from faults.zmtp import Peer, PeerError
 
+from engines import trust
 from engines.errors import KeyFileError
-from transport import auth, sockets, trust
+from transport import auth, sockets
 from transport.auth import AllowList, Authenticator, Pace
 from transport.keys import KeyPair, make_directory, write_public
 from transport.messages import StageLimits

@@ -617,21 +617,6 @@ def test_memory_watch_tells_each_rise_once() -> None:
     assert watch.breaches == 2
 
 
-@linux
-def test_memory_is_read_and_limited_by_something() -> None:
-    read = metering.Resident()
-    before = read()
-    assert before
-    ballast = bytearray(64 * MIB)
-    ballast[::4096] = b"x" * len(ballast[::4096])
-    after = read()
-    assert after
-    assert after - before > 32 * MIB
-    limit = metering.memory_limit()
-    assert limit is not None
-    assert limit > after
-
-
 # -- attacks by authenticated peers on a real process ---------------------------------------------
 
 FLOOD = """

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from transport import trust
-from transport.trust import danger
+from engines import trust
+from engines.trust import danger
 
 OTHER = 12_345
 

@@ -1,4 +1,4 @@
-"""Whether another user could change a file that decides whom to trust: a key or a settings file.
+"""Whether another user could change a file that must be trusted: keys, settings, engines.
 
 The rule is that of OpenSSH's StrictModes: the file, every link and every folder on the way to it
 belong to us or to root, and nobody else may write to them.
@@ -58,7 +58,7 @@ def judge(
         except KeyError:
             name = "a user without a name"
         return (
-            f"{path} belongs to {name} (uid {status.st_uid}), who could change whom it trusts: run "
+            f"{path} belongs to {name} (uid {status.st_uid}), who could replace what it holds: run "
             f"`sudo chown {os.geteuid()} {quoted}`"
         )
     mode = stat.S_IMODE(status.st_mode)
@@ -69,7 +69,7 @@ def judge(
     if not mode & 0o002 and _alone(status.st_uid, status.st_gid) and not _has_acl(path):
         return None
     return (
-        f"others may write to {path} (mode {mode:04o}) and so change whom it trusts: run "
+        f"others may write to {path} (mode {mode:04o}) and could replace what it holds: run "
         f"`chmod go-w {quoted}`"
     )
 

@@ -1,0 +1,542 @@
+"""Every request that was admitted has one outcome, whatever raises on the way to it.
+
+A `Server` runs in a thread, with a real door and real edges; its workers are the test's, so that a
+batch ends when and how the test says. `Fault` then makes each call that the server makes on its way
+raise in turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import zmq
+
+from cloud_node import door, server
+from cloud_node.config import NodeConfig, Prepared, prepare
+from cloud_node.pool import OnEvent, Pool, PoolClosed, Slot, WorkerDied, WorkerEvent
+from cloud_node.queue import Queue
+from cloud_node.server import Server
+from cloud_node.suspects import Suspects
+from engines.errors import EngineError
+from transport import keys, messages
+from transport.messages import (
+    NO_ID,
+    Accepted,
+    Cancel,
+    Info,
+    InfoRequest,
+    Refused,
+    Result,
+    encode,
+)
+
+Feeds = dict[str, np.ndarray]
+Ends = list[Exception | None]
+_FILES = {module.__file__ for module in (server, door)}
+
+
+class Injected(Exception):
+    """Raised by no program."""
+
+
+class Fault:
+    """Makes one call raise that is made under `root`: the first of those not in `tried`, where a
+    call that is made again and again counts `times`.
+
+    To be given to `sys.setprofile`, in the thread that is to have the fault. C functions count too.
+
+    Attributes:
+        at: the call. within: the function that made it.
+    """
+
+    def __init__(self, root: CodeType, tried: set[str], times: int = 1) -> None:
+        self.at = self.within = ""
+        self._root, self._tried, self._times = root, tried, times
+        self._seen: collections.Counter[str] = collections.Counter()
+
+    def __call__(self, frame: FrameType, event: str, what: Any) -> None:
+        if event == "call":
+            caller, name = frame.f_back, frame.f_code.co_name
+        elif event == "c_call":
+            caller, name = frame, what.__name__
+        else:
+            return
+        if caller is None or caller.f_code.co_filename not in _FILES or not self._under(caller):
+            return
+        if name == "__call__":  # a finalizer, which Python calls
+            return
+        place = f"{Path(caller.f_code.co_filename).name}:{caller.f_lineno} {name}"
+        self._seen[place] += 1
+        place = f"{place} #{min(self._times, self._seen[place])}"
+        if place not in self._tried:
+            self._tried.add(place)
+            self.at, self.within = place, caller.f_code.co_name
+            sys.setprofile(None)
+            raise Injected(place)
+
+    def _under(self, frame: FrameType | None) -> bool:
+        while frame is not None and frame.f_code is not Server._left_soon.__code__:
+            if frame.f_code is self._root:
+                return True
+            frame = frame.f_back
+        return False
+
+
+class Worker(Pool):
+    """One worker: its batches wait for `go`, and end as `ends` says, None being success."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.stage = prepared.stage
+        self.max_batch, self.lanes = prepared.bundle.geometry.windows, 1
+        self.ends: Ends = []
+        self.out: set[Batch] = set()
+        self.computing = self.busy = self.closed = False
+
+    @property
+    def ready(self) -> int:
+        return 1
+
+    async def start(self, on_event: OnEvent) -> None:
+        self.on_event = on_event
+        self.go, self.idle = asyncio.Event(), asyncio.Event()
+        self.idle.set()
+        on_event(WorkerEvent("ready", 0, "cpu", 0))
+
+    async def follow(self) -> None:
+        await asyncio.Event().wait()
+
+    async def acquire(self) -> Slot:
+        await self.idle.wait()
+        while self.busy and not self.closed:
+            await asyncio.sleep(0.001)
+        if self.closed:
+            raise PoolClosed("closed")
+        self.idle.clear()
+        return Batch(self)
+
+    async def close(self, drain_s: float) -> None:
+        self.closed = True
+        self.go.set()
+        self.idle.set()
+
+
+class Batch(Slot):
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(_arrays(worker.stage.inputs, worker.max_batch))
+        self.worker = worker
+        worker.out.add(self)
+
+    async def run(self, n: int) -> Feeds:
+        worker = self.worker
+        worker.computing = True
+        try:
+            await worker.go.wait()
+        finally:
+            worker.computing = False
+            worker.idle.set()
+        if worker.closed:
+            raise PoolClosed("closed")
+        if error := (worker.ends.pop(0) if worker.ends else None):
+            raise error
+        self.compute_us = 10
+        return _arrays(worker.stage.outputs, n)
+
+    def _recycle(self) -> None:
+        self.worker.out.discard(self)
+        self.worker.idle.set()
+
+
+def _arrays(specs: Any, rows: int) -> Feeds:
+    return {s.name: np.zeros((rows, *map(int, s.shape[1:])), s.numpy_dtype) for s in specs}
+
+
+class Running:
+    """A server in a thread, and an edge of it.
+
+    Attributes:
+        error: what it ended by.
+        heard: what the edge was sent since the last `attempt`.
+    """
+
+    def __init__(self, prepared: Prepared, connect: Callable[..., Any]) -> None:
+        self.limits, self.stage = prepared.limits, prepared.stage
+        self.error: BaseException | None = None
+        self.heard: list[Any] = []
+        self.fault = Fault(Server.run.__code__, set())
+        self.worker = Worker(prepared)
+        self.server = Server(prepared, self.worker)
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
+        while self.server.metrics.state != "ready":
+            time.sleep(0.001)
+        self.endpoint = self.server._door.endpoint
+        self.ready = {"public_key": prepared.keypair.public}
+        self._keys, self._connect = prepared.config.keys, connect
+        self._rng = np.random.default_rng(0)
+        self.edge, self.other = self.new_edge(), self.new_edge()
+
+    def _work(self) -> None:
+        async def work() -> None:
+            self.loop, self.stop = asyncio.get_running_loop(), asyncio.Event()
+            await self.server.run(self.stop)
+
+        try:
+            asyncio.run(work())
+        except BaseException as error:
+            self.error = error
+        finally:
+            sys.setprofile(None)
+
+    def new_edge(self) -> Any:
+        name = f"edge-{os.urandom(4).hex()}"
+        pair = keys.generate(self._keys.parent / "edges", name)
+        keys.write_public(self._keys / "authorized" / f"{name}.pub", pair.public, name)
+        edge = self._connect(self, pair)
+        edge.name = name
+        edge.send(encode(InfoRequest(messages.new_id())))
+        edge.receive()
+        return edge
+
+    def until(self, what: Callable[[], bool]) -> None:
+        """Wait for it, or for the end of the server. The edge reads meanwhile: what it has not read
+        is lost with its connection."""
+        give_up = time.monotonic() + 20
+        while not what() and self.thread.is_alive():
+            assert time.monotonic() < give_up, (
+                self.fault.at,
+                self.server._open,
+                self.worker.out,
+                self.server._unread,
+                self.heard,
+            )
+            self.hear(1)
+
+    def hear(self, wait_ms: int) -> bool:
+        if not self.edge.socket.poll(wait_ms):
+            return False
+        self.heard.append(self.edge.receive()[0])
+        return True
+
+    def told(self, *kinds: type) -> list[bytes]:
+        return [message.id for message in self.heard if isinstance(message, kinds)]
+
+    def call(self, function: Callable[..., Any], *args: Any) -> None:
+        """In the loop's thread, and wait for it."""
+        done = threading.Event()
+
+        def work() -> None:
+            try:
+                function(*args)
+            finally:
+                done.set()
+
+        with contextlib.suppress(RuntimeError):  # it has ended
+            self.loop.call_soon_threadsafe(work)
+            self.until(done.is_set)
+
+    def arm(self) -> None:
+        """From now on there may be a fault."""
+        self.call(sys.setprofile, self.fault)
+
+    def request(self, windows: int, edge: Any = None, **options: Any) -> bytes:
+        """Other pixels each time: the server knows those again that workers died over."""
+        pixels = self._rng.integers(0, 256, (windows, 8, 8, 3), dtype=np.uint8)
+        extent = np.full((windows, 2), 8)
+        feeds = {"pixels": pixels, "extent": extent, "window": np.arange(windows)}
+        return bytes((edge or self.edge).request(feeds, **options))
+
+    def accepted(self, *requests: bytes) -> list[bytes]:
+        self.until(lambda: set(self.told(Accepted)) >= set(requests))
+        return list(requests)
+
+    def computing(self, *requests: bytes) -> list[bytes]:
+        """See these be accepted and a batch of them be with the worker."""
+        self.accepted(*requests)
+        self.until(lambda: self.worker.computing)
+        return list(requests)
+
+    def ask_info(self) -> None:
+        """Once it has answered, it has read what was sent before, and the edge what it sent."""
+        asked = messages.new_id()
+        self.until(lambda: bool(self.edge.socket.poll(0, zmq.POLLOUT)))
+        if self.thread.is_alive():
+            self.edge.send(encode(InfoRequest(asked)))
+        self.until(lambda: asked in self.told(Info))
+
+    def make_late(self) -> None:
+        """The deadlines of all requests have passed."""
+
+        def work() -> None:
+            queue = self.server._queue
+            for job in self.server._open:
+                job.due = 0.0
+            queue._dues = [(0.0, number) for number in queue._jobs]
+
+        self.call(work)
+
+    def settle(self) -> None:
+        """Let the worker go on, and wait until all is done and all that was sent has been read."""
+        self.call(self.worker.go.set)
+        self.until(lambda: not self.server._open)
+        self.call(sys.setprofile, None)
+        self.until(lambda: not self.worker.out and not self.server._unread)
+        self.ask_info()
+        if self.server._broken.done():
+            self.thread.join(30)
+        while not self.thread.is_alive() and self.hear(100):
+            pass
+
+    def end(self) -> None:
+        """Have it drain, for which it has 60 s: much less than it takes."""
+        with contextlib.suppress(RuntimeError):  # it has ended
+            self.loop.call_soon_threadsafe(self.worker.go.set)
+            self.loop.call_soon_threadsafe(self.stop.set)
+        self.thread.join(30)
+        assert not self.thread.is_alive(), "the drain uses its whole limit"
+
+
+@pytest.fixture
+def start(
+    tmp_path: Path, bundle_of: Callable[[str], Path], connect: Any, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[], Running]]:
+    folder = tmp_path / "keys"
+    keys.generate(folder, "node")
+    keys.make_directory(folder / "authorized")
+    config = NodeConfig(
+        bundle=bundle_of("pixels"),
+        bind="tcp://127.0.0.1:0",
+        keys=folder,
+        drain_s=60,
+        max_wait_ms=10_000,  # so that a batch is formed once it is full, and not before
+        memory_ceiling=1 << 40,  # of this whole process
+        queue_bytes=6 * (5 * 216 + 4096),  # six requests of five windows
+    )
+    made: list[Running] = []
+    logging.disable()  # what was caught there would keep tracebacks, and with them results
+    monkeypatch.setattr(server, "_FLUSH_S", 0.1)
+    monkeypatch.setattr(server, "_TICK_S", 0.01)
+
+    def start() -> Running:
+        made.append(Running(prepare(config), connect))
+        return made[-1]
+
+    yield start
+    for running in made:
+        running.end()
+
+
+class Act(NamedTuple):
+    """Something that a server goes through under `root`: `do` gives the ids of requests that are to
+    have one reply each, and how many more there were."""
+
+    root: Callable[..., Any]
+    do: Callable[[Running], tuple[list[bytes], int]]
+
+
+def batch(*ends: Exception | None, sizes: Sequence[int] = (2, 3, 4)) -> Act:
+    """A batch that ends so; the next ones succeed."""
+
+    def do(running: Running) -> tuple[list[bytes], int]:
+        running.worker.ends = list(ends)
+        sent = running.computing(*(running.request(windows) for windows in sizes))
+        running.arm()
+        return sent, 0
+
+    return Act(Server._run, do)
+
+
+def cancelled(running: Running) -> tuple[list[bytes], int]:
+    first, second, third = running.computing(*(running.request(windows) for windows in (2, 3, 4)))
+    running.edge.send(encode(Cancel(second)))
+    running.ask_info()
+    running.arm()
+    return [first, third], 1
+
+
+def dispatched(running: Running) -> tuple[list[bytes], int]:
+    running.arm()
+    return running.accepted(*(running.request(windows) for windows in (2, 3, 4))), 0
+
+
+def handled(running: Running) -> tuple[list[bytes], int]:
+    running.arm()
+    running.call(running.worker.go.set)
+    sent = running.request(9)
+    running.until(lambda: {sent, NO_ID} & {*running.told(Result, Refused)})
+    return [NO_ID if NO_ID in running.told(Refused) else sent], 0
+
+
+def shed(running: Running) -> tuple[list[bytes], int]:
+    """Requests of an edge have to go for one of another."""
+    while running.other.socket.poll(0):
+        running.other.receive()
+    sent = running.computing(running.request(9))
+    sent += running.accepted(*(running.request(5) for _ in range(6)))
+    running.arm()
+    running.request(5, running.other)
+    running.until(lambda: bool(running.fault.at or running.other.socket.poll(0)))
+    return sent, 1
+
+
+def expired(running: Running) -> tuple[list[bytes], int]:
+    sent = running.computing(running.request(9))
+    late = running.accepted(*(running.request(2) for _ in range(3)))
+    running.arm()
+    running.make_late()
+    running.until(lambda: set(running.told(Refused)) >= set(late))
+    return sent + late, 0
+
+
+def expired_again(running: Running) -> tuple[list[bytes], int]:
+    """Of a batch that is to be run again, but no worker takes it."""
+    running.worker.ends = [WorkerDied("no", began=False)]
+    late = running.computing(*(running.request(windows) for windows in (2, 3, 4)))
+    running.worker.busy = True
+    running.call(running.worker.go.set)
+    running.until(lambda: bool(running.server._again))
+    running.arm()
+    running.make_late()
+    running.until(lambda: set(running.told(Refused)) >= set(late))
+    running.worker.busy = False
+    return late, 0
+
+
+def worker_event(running: Running) -> tuple[list[bytes], int]:
+    sent = running.computing(running.request(9))
+    running.arm()
+    for kind in ("died", "ready"):
+        with contextlib.suppress(Injected):  # as pools do
+            running.call(running.worker.on_event, WorkerEvent(kind, 0, "cpu", 1))  # type: ignore[arg-type]
+    running.until(lambda: running.server.metrics.state == "ready")
+    return sent, 0
+
+
+def left(running: Running) -> tuple[list[bytes], int]:
+    leaver = running.new_edge()
+    running.request(9, leaver)
+    running.until(lambda: running.worker.computing)
+    for _ in range(2):
+        running.request(2, leaver)
+    running.until(lambda: len(running.server._open) == 3)
+    running.arm()
+    leaver.socket.close()
+    running.until(lambda: len(running.server._open) == 1)
+    return [], 3
+
+
+def revoked(running: Running) -> tuple[list[bytes], int]:
+    outcast = running.new_edge()
+    running.request(9, outcast)
+    running.until(lambda: running.worker.computing)
+    for _ in range(2):
+        running.request(2, outcast)
+    running.until(lambda: len(running.server._open) == 3)
+    running.arm()
+    (running._keys / "authorized" / f"{outcast.name}.pub").unlink()
+    running.until(lambda: len(running.server._open) == 1)
+    return [], 3
+
+
+ACTS = {
+    "computed": batch(),
+    "one computed": batch(sizes=[9]),
+    "failed": batch(EngineError("no")),
+    "failed alone": batch(*[EngineError("no")] * 4),
+    "one failed": batch(EngineError("no"), sizes=[9]),
+    "died": batch(WorkerDied("no")),
+    "one died": batch(WorkerDied("no"), sizes=[9]),
+    "not begun": batch(WorkerDied("no", began=False)),
+    "closed": batch(PoolClosed("no")),
+    "one cancelled": Act(Server._run, cancelled),
+    "dispatched": Act(Server._dispatch, dispatched),
+    "handled": Act(Server._handle, handled),
+    "shed": Act(Server._handle, shed),
+    "expired": Act(Server._expire, expired),
+    "expired again": Act(Server._expire, expired_again),
+    "worker event": Act(Server._heard, worker_event),
+    "left": Act(Server._left_behind, left),
+    "revoked": Act(Server._revoked, revoked),
+}
+
+
+@pytest.mark.parametrize("name", ACTS)
+def test_each_request_has_one_outcome_whatever_raises(
+    start: Callable[[], Running], name: str
+) -> None:
+    act, tried = ACTS[name], set[str]()
+    running = start()
+    while not tried or running.fault.at:
+        if not running.thread.is_alive():
+            running = start()
+        running.fault = fault = Fault(act.root.__code__, tried, times=1 + (act.root is Server._run))
+        counted = running.server.metrics.requests.total()
+        running.heard.clear()
+        running.call(running.worker.go.clear)
+        sent, more = act.do(running)
+        running.settle()
+        assert sorted(running.told(Result, Refused)) == sorted(sent), fault.at
+        assert running.server.metrics.requests.total() - counted == len(sent) + more, fault.at
+        if running.thread.is_alive():
+            assert running.server._queue.running == len(running.server._queue) == 0, fault.at
+            assert running.server._unread_total == 0, fault.at
+            continue
+        # It cannot go on, and says so: where a batch was, only if the very end of it raised.
+        assert isinstance(running.error, (Injected, RuntimeError)), fault.at
+        assert act.root is not Server._run or fault.within == "_run", fault.at
+    assert len(tried) > 3
+
+
+class Deaf(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        raise Injected("log")
+
+
+BROKEN: dict[str, tuple[str, Any, str]] = {
+    "sending": ("computed", door.Door, "send"),
+    "encoding": ("computed", server, "encode"),
+    "estimating": ("computed", Queue, "measured"),
+    "logging results": ("computed", server.log, "filters"),
+    "refusing": ("one failed", server, "refuse"),
+    "logging failures": ("failed alone", server.log, "filters"),
+    "suspecting": ("died", Suspects, "died"),
+    "logging deaths": ("died", server.log, "filters"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_raises_again_and_again_keeps_nothing_open(
+    start: Callable[[], Running], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    running, (end, place, what) = start(), BROKEN[name]
+    counted = running.server.metrics.requests.total()
+    sent, _ = ACTS[end].do(running)
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise Injected(name)
+
+    if what == "filters":
+        logging.disable(logging.NOTSET)
+    with monkeypatch.context() as patch:
+        patch.setattr(place, what, [Deaf()] if what == "filters" else fail)
+        running.call(running.worker.go.set)
+        running.until(lambda: not running.server._open)
+    logging.disable()
+    running.settle()
+    assert running.thread.is_alive()
+    assert running.server.metrics.requests.total() - counted == len(sent)
+    assert running.server._queue.running == 0
+    told = running.told(Result, Refused)
+    assert sorted(told) == (sorted(sent) if what not in ("send", "encode", "refuse") else [])
