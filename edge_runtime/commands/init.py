@@ -72,7 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=SHARE,
         default=DEFAULT_MAX_EXPOSURE,
         metavar="SHARE",
-        help="largest share of a picture's area one node may see (default: %(default)g)",
+        help="largest share of a picture's area one node may see, such as 0.37 or 37%% (default: "
+        "%(default)g)",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
