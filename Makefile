@@ -11,6 +11,8 @@ PYTHON ?= python3
 DEMO_VENV ?= .venv-demo
 VENV ?= .venv
 OUT ?= out/demo
+# Files of tests that run at a time. Many wait more than they compute: one more than there are cores.
+JOBS ?= $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )))
 PACKAGES := engines transport cloud_node edge_runtime exporters
 
 # $(call venv,DIRECTORY): make a virtual environment there unless one exists; say what is missing if it can't be made.
@@ -32,7 +34,7 @@ demo: $(DEMO_VENV)/.ready ## Segment a photo through three cloud nodes on this m
 
 .PHONY: test
 test: lint types ## Lint, types and all tests, in the full environment
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: lint
 lint: $(VENV)/.ready ## Lint and format check

@@ -16,27 +16,42 @@ import errno
 import logging
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, Literal
 
 import zmq
-import zmq.asyncio
 
 from cloud_node.config import Prepared
 from cloud_node.metrics import Metrics
-from transport.auth import KEY, Authenticator
+from transport.auth import KEY, Authenticator, Pace, Penalties
 from transport.meter import Meter, bounds, message_bytes
 from transport.process import raise_file_limit
-from transport.sockets import BACKLOG, PeerEvent, peers, received
+from transport.sockets import BACKLOG, Bell, PeerEvent, peers, received
 from transport.sockets import server as server_socket
 
 log = logging.getLogger(__name__)
 
 _REOPEN_S = 2.0
 _RETRY_S = 0.02
+MESSAGES_PER_S = 3000.0
+"""Messages that one edge may send in a second: twice as many as an edge needs that sends a frame of
+25 windows in as many requests, thirty times a second, and cancels each of them. A message that is
+refused, or answered without work, counts for more (`in_vain`)."""
+_BURST = 4000
+_TURN_S = 0.002
+"""How long messages are read before others in the event loop have their turn."""
+_BREACHES = {
+    "endless": "it sent more than may wait, or a message without end",
+    "slow": "it asked for more than it reads",
+}
 
 Sent = Literal["sent", "lost", "unread"]
 """``lost``: the connection has ended; ``unread``: the edge does not read what it asked for."""
+
+
+def in_vain(size: int) -> float:
+    """What a message of so many bytes that was of no use counts for, besides itself."""
+    return 2 + size / (1 << 16)
 
 
 class Door:
@@ -46,10 +61,11 @@ class Door:
         prepared: address, keys and limits.
         metrics: counts handshakes and connections.
         on_message: is called with a message's frame, the routing id of its connection and the name
-            of its key. What it raises is logged and forgotten.
+            of its key. What it raises is logged and forgotten. If it returns nothing true, the
+            message was of no use and counts for more (`MESSAGES_PER_S`).
         on_revoked: is called with names whose keys have been taken away; their connections have
             been dropped.
-        on_left: is called with the name and the routing ids of a connection that has ended.
+        on_left: is called with the name and the routing id of a connection that has ended.
         lanes: batches that compute at the same time; an edge may have all of them.
 
     Attributes:
@@ -61,9 +77,9 @@ class Door:
         self,
         prepared: Prepared,
         metrics: Metrics,
-        on_message: Callable[[zmq.Frame, bytes, str], None],
+        on_message: Callable[[zmq.Frame, bytes, str], object],
         on_revoked: Callable[[frozenset[str]], None],
-        on_left: Callable[[str, frozenset[bytes]], None] = lambda name, routes: None,
+        on_left: Callable[[str, bytes], None] = lambda name, route: None,
         *,
         lanes: int = 1,
     ) -> None:
@@ -86,10 +102,12 @@ class Door:
             results=2 * lanes + 2,
         )
         self._wide = self._bounds
-        self._ctx: zmq.asyncio.Context | None = None
+        self._ctx: zmq.Context[Any] | None = None
         self._socket: Any = None
+        self._bell: Bell | None = None
         self._authenticator: Authenticator | None = None
         self._meter: Meter | None = None
+        self._pace, self._penalties = Pace(_BURST, MESSAGES_PER_S), Penalties()
         self._tasks: list[asyncio.Task[None]] = []
 
     def try_address(self) -> None:
@@ -108,18 +126,27 @@ class Door:
             ConfigError: the address can't be bound; `close` all the same.
         """
         prepared = self._prepared
-        self._ctx = zmq.asyncio.Context()
-        self._authenticator = Authenticator(self._ctx, prepared.allowed, self._revoke, self._broke)
+        self._ctx = zmq.Context()
+        self._meter = meter = Meter(self._bounds)
+        self._authenticator = Authenticator(
+            self._ctx,
+            prepared.allowed,
+            self._revoke,
+            self._broke,
+            before_each=lambda: meter.catch_up(),
+            refused=self._metrics.handshakes_refused,
+            penalties=self._penalties,
+        )
         self._authenticator.start()
         self._socket = server_socket(
             self._ctx, self.endpoint, prepared.keypair, prepared.limits, monitor=True
         )
         self.endpoint = self._socket.last_endpoint.decode()
-        self._meter = Meter(self._bounds)
+        self._bell = Bell(self._socket)
         loop = asyncio.get_running_loop()
         self._tasks = [
-            loop.create_task(self._follow(self._socket, self._meter), name="peers"),
-            loop.create_task(self._read(self._socket, self._meter), name="read"),
+            loop.create_task(self._follow(peers(self._socket, meter)), name="peers"),
+            loop.create_task(self._read(self._socket, self._bell, meter), name="read"),
         ]
         for task in self._tasks:
             task.add_done_callback(self._ended)
@@ -170,10 +197,12 @@ class Door:
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._authenticator:
             await self._authenticator.stop()
+        if self._bell:
+            self._bell.close()
         if self._socket:
             self._socket.close(linger=round(flush_s * 1000))
         self._ctx.destroy()
-        self._ctx = self._socket = None
+        self._ctx = self._socket = self._bell = None
 
     async def reopen(self) -> None:
         """Close and open, which frees all that libzmq held.
@@ -198,24 +227,51 @@ class Door:
         """Whether this key is authorised, under this name."""
         return self._authenticator is not None and self._authenticator.admits(name, key)
 
+    def banish(self, name: str, reason: str) -> None:
+        """Drop the connections of an edge that broke a rule, and keep it out for a while, twice as
+        long each time. What it has sent and nobody has read yet is thrown away.
+
+        Args:
+            name: of its key.
+            reason: for the log: what it did, and what is allowed.
+        """
+        assert self._authenticator is not None
+        assert self._meter is not None
+        if self._authenticator.banished(name, time.monotonic()):
+            return
+        seconds = self._authenticator.banish(name)
+        log.warning("%s is kept out for %.0f s: %s", name, seconds, reason)
+        for breach in self._meter.banish(name):
+            self._metrics.connections_dropped[breach.reason] += 1
+
+    def _spend(self, name: str, messages: float) -> bool:
+        """Count so many messages of an edge; False if these were too many, and it is banished."""
+        if self._pace(name, time.monotonic(), messages):
+            return True
+        self.banish(name, f"it sent more than {MESSAGES_PER_S:,.0f} messages a second")
+        return False
+
     def send(self, peer: bytes, frame: memoryview) -> Sent:
         """Send to this edge's connection without ever waiting. The frame is not copied and must not
         change until freed."""
         if self._socket is None:
             return "lost"
-        sent = self._socket.send_multipart([peer, frame], flags=zmq.NOBLOCK, copy=False)
-        error = None
+        assert self._meter is not None
+        assert self._bell is not None
+        self._bell.ring()
         try:
-            error = sent.exception()
-            if error is None and self._meter is not None:
-                self._meter.handed(frame.nbytes, time.monotonic(), route=peer)
+            self._socket.send_multipart([peer, frame], flags=zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return "unread"
+        except zmq.ZMQError as error:
+            if error.errno == errno.EHOSTUNREACH:
+                return "lost"
+            raise
+        try:
+            self._meter.handed(frame.nbytes, time.monotonic(), route=peer)
         except Exception:  # it is on its way all the same: nobody must send it again
             log.exception("a message that was sent could not be metered")
-        if error is None:
-            return "sent"
-        if isinstance(error, zmq.ZMQError) and error.errno in (errno.EHOSTUNREACH, errno.EAGAIN):
-            return "lost" if error.errno == errno.EHOSTUNREACH else "unread"
-        raise error
+        return "sent"
 
     def waiting(self, name: str | None = None) -> int:
         """Bytes sent to an edge, or to all, and not read yet; 0 where that is unknown."""
@@ -236,30 +292,41 @@ class Door:
             self._metrics.connections = self._meter.connections
             self._metrics.clients = len(self._meter.users())
 
-    async def _read(self, socket: Any, meter: Meter) -> None:
-        async for message in received(socket, routed=True):
-            frame, route, surplus = message
-            meter.delivered(frame, route)
+    async def _read(self, socket: Any, bell: Bell, meter: Meter) -> None:
+        turn = 0.0
+        async for frame, route, surplus in received(socket, routed=True, bell=bell):
+            now = time.monotonic()
             try:
-                name = str(frame.get("User-Id"))
-                if surplus:
-                    meter.accuse(frame)
-                elif self.admits(name, str(frame.get(KEY))):
-                    self._on_message(frame, route, name)
+                self._take(frame, route, surplus, meter, now)
             except Exception as error:  # a peer's message must not stop the node
                 # Where, but not the exception's text, which may quote what arrived.
                 where = "".join(traceback.format_tb(error.__traceback__))
                 log.error("message dropped: %s at\n%s", type(error).__name__, where)
-            # Receiving what is there already doesn't yield; replies and handshakes want their turn.
-            await asyncio.sleep(0)
+            if now > turn:
+                await asyncio.sleep(0)
+                turn = time.monotonic() + _TURN_S
 
-    async def _follow(self, socket: Any, meter: Meter) -> None:
-        events: Any = peers(socket, meter)
+    def _take(self, frame: zmq.Frame, route: bytes, surplus: int, meter: Meter, now: float) -> None:
+        name = str(frame.get("User-Id"))
+        if self._authenticator is None or self._authenticator.banished(name, now):
+            meter.unwanted(frame)
+            return
+        meter.delivered(frame, route)
+        if surplus:
+            self.banish(name, "it sent a message of several frames, and ours have one")
+        elif self._spend(name, 1) and self.admits(name, str(frame.get(KEY))):
+            useful = self._on_message(frame, route, name)
+            if not useful:
+                self._spend(name, in_vain(len(frame)))
+
+    async def _follow(self, events: AsyncGenerator[PeerEvent, None]) -> None:
         async with contextlib.aclosing(events):
             async for event in events:
                 self._count(event)
-                if event.routes:
-                    self._on_left(event.user, event.routes)
+                if event.reason in ("endless", "slow") and event.user:
+                    self.banish(event.user, _BREACHES[event.reason])
+                if event.route:
+                    self._on_left(event.user, event.route)
 
     def _count(self, event: PeerEvent) -> None:
         if event.kind == "refused":

@@ -31,6 +31,8 @@ _SLACK = 16 << 20
 _COPIES = 3
 # A frame under encryption: what comes, what goes and one between.
 _CONNECTIONS = 4
+_CONNECTION = 20 << 10
+# What libzmq and this process hold of a connection, unfinished handshakes included.
 _IMPORTS, _LIBRARIES = 64 << 20, 96 << 20
 # What the front takes before it has read its configuration, and the libraries it maps.
 _THREADS = 8
@@ -81,7 +83,7 @@ class Needs:
 
     def each(self, limit: Limit) -> int:
         """Of a connection: a message that is announced has its memory before its bytes."""
-        return self.request if limit.promised else 0
+        return self.request if limit.promised else _CONNECTION
 
 
 class TooLittle(ConfigError):
@@ -124,8 +126,7 @@ def divide(limit: Limit, used: int, wanted: Budget, needs: Needs) -> Budget:
     transit = min(transit, both - least.queue)
     queue = min(wanted.queue, both - transit)
     transit = min(wanted.transit, both - queue)
-    connections = (left - both) // each if each else wanted.connections
-    return Budget(queue, transit, min(wanted.connections, connections))
+    return Budget(queue, transit, min(wanted.connections, (left - both) // each))
 
 
 def _reserve(room: int) -> int:

@@ -206,7 +206,8 @@ class Server:
 
     # What arrives
 
-    def _handle(self, frame: zmq.Frame, to: bytes, name: str) -> None:
+    def _handle(self, frame: zmq.Frame, to: bytes, name: str) -> bool:
+        """Take in a message; whether it asked for something that is done, or that need not be."""
         message_id = NO_ID
         try:
             message = decode_header(frame)
@@ -215,8 +216,10 @@ class Server:
                 self._send(to, name, encode(self._info(message)))
             elif isinstance(message, Request):
                 self._admit(to, name, message, frame)
+                return True
             elif isinstance(message, Cancel):
                 self._finish_all(self._queue.cancel(name, message.id))
+                return True
             elif not isinstance(message, VersionsSpoken):  # which is never answered
                 kind = type(message).__name__
                 raise ProtocolError(f"a node takes no {kind} message")
@@ -231,6 +234,7 @@ class Server:
             if not any((job.client, job.id) == (name, message_id) for job in self._open):
                 self._turn_away(to, name, message_id, _FAILED)
             raise
+        return False
 
     def _turn_away(self, peer: bytes, name: str, id: bytes, refusal: Refusal) -> None:
         """Refuse what was not admitted."""
@@ -265,7 +269,7 @@ class Server:
         self._work.set()
         self._shed(shed, now)
         if self._send(peer, name, encode(Accepted(request.id))) == "lost":
-            self._left_behind(name, frozenset((peer,)))
+            self._left_behind(name, peer)
 
     def _shed(self, jobs: Iterable[Job], now: float) -> None:
         for old in jobs:
@@ -273,9 +277,9 @@ class Server:
             hint = self._queue.retry_ms(wait)
             self._finish(old, Refusal("overloaded", "shed: the queue is full", hint))
 
-    def _left_behind(self, name: str, routes: frozenset[bytes]) -> None:
+    def _left_behind(self, name: str, route: bytes) -> None:
         """A connection has ended: nobody can be given what it asked for."""
-        waited = self._queue.drop(name, "lost", lambda job: job.work.peer in routes)
+        waited = self._queue.drop(name, "lost", lambda job: job.work.peer == route)
         self._finish_all(waited)
         log.debug("%s has left; %d of its requests waited", name, len(waited))
 

@@ -18,6 +18,7 @@ import msgspec
 from edge_runtime.placement import DEFAULT_MAX_EXPOSURE
 from engines.engine import Device
 from engines.errors import ConfigError, KeyFileError
+from engines.options import COUNT, SECONDS, SHARE, Invalid
 from engines.toml import read_toml, unknown_key
 from engines.trust import danger
 
@@ -35,6 +36,8 @@ NODE_SETTINGS = frozenset(
     ("bind", "keys", "secret_key", "authorized", "threads", "workers", "queue_bytes", "metrics")
 )
 """Settings that only a node's file has."""
+
+_NUMBERS = {"deadline_s": SECONDS, "max_exposure": SHARE, "windows_per_request": COUNT}
 
 
 class NodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -78,21 +81,15 @@ class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def __post_init__(self) -> None:
         if not self.nodes:
             raise ConfigError("there are no nodes: add a [[nodes]] table for each of yours")
-        if not 0 < self.deadline_s <= 86_400:
-            raise ConfigError(
-                f"deadline_s is {self.deadline_s}; expected seconds, above 0 and at most 86400"
-            )
-        if not 0 < self.max_exposure <= 1:
-            raise ConfigError(
-                f"max_exposure is {self.max_exposure}; expected a share above 0 and at most 1"
-            )
+        for name, bounds in _NUMBERS.items():
+            value = getattr(self, name)
+            try:
+                if value is not None:
+                    bounds.check(value)
+            except Invalid as error:
+                raise ConfigError(f"{name} is {value}; {error}") from None
         if self.fallback not in get_args(Fallback):
             raise ConfigError(f'fallback is {self.fallback!r}; expected "error" or "local"')
-        if self.windows_per_request is not None and self.windows_per_request < 1:
-            raise ConfigError(
-                f"windows_per_request is {self.windows_per_request}; expected at least 1, or leave "
-                "it out"
-            )
         if self.device not in get_args(Device):
             raise ConfigError(
                 f"device is {self.device!r}; expected one of {', '.join(get_args(Device))}"

@@ -73,7 +73,7 @@ class Share(Number):
     above: bool = True
 
     def __str__(self) -> str:
-        return "a share above 0, at most 1, such as 0.37 or 37%"
+        return "a share above 0, at most 1, such as 0.37"
 
     def parse(self, text: str) -> float:
         number = text.strip()

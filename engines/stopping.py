@@ -266,7 +266,7 @@ def _end(number: int) -> None:
     limit.daemon = True
     limit.start()
     _undo_all()
-    if number == signal.SIGINT:
+    if number == signal.SIGINT and _came is None:  # else the main thread says it
         _say_interrupted()
     os._exit(128 + number)
 

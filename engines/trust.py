@@ -124,5 +124,5 @@ def _has_acl(path: Path) -> bool:
     """Whether permissions of single users are hidden behind those of the group."""
     try:
         return "system.posix_acl_access" in os.listxattr(path)
-    except OSError:
+    except (OSError, AttributeError):  # macOS has no such function
         return False

@@ -23,15 +23,16 @@ import struct
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import zmq
-import zmq.asyncio
 from zmq.utils import z85
 
 from engines.errors import KeyFileError
 from engines.trust import danger, judge
 from transport.keys import AUTHORIZED, read_public
-from transport.sockets import ZAP_DOMAIN, Seldom
+from transport.meter import SINCE
+from transport.sockets import ZAP_DOMAIN, Bell, Seldom
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,11 @@ _BURST, _PER_S = 100, 10.0
 """Handshakes of one key: so many at once, so many a second in the long run. libzmq waits a tenth of
 a second at least before it connects again, so that no edge comes oftener by itself; the burst is
 for many processes of one key that start together."""
+_FIRST_S, _MOST_S = 2.0, 300.0
+"""Seconds for which an edge is kept out after breaking a rule: at first, and at most."""
+# Status codes of ZAP. libzmq passes on 400 and 500 to the client, which tells them apart; after 300
+# it would say nothing until the client gives up.
+_NEVER, _LATER = b"400", b"500"
 _COARSE_NS = 2_000_000_000  # no file system's clock is coarser
 _LOOK = 1000  # files: a few milliseconds
 _Stamp = tuple[int, ...]
@@ -249,7 +255,7 @@ def _is_fresh(stamp: _Stamp | None) -> bool:
 
 
 class Pace:
-    """How often a key may come: a token bucket each, of `burst` tokens, refilled by `per_s`.
+    """How much each key may do: a token bucket each, of `burst` tokens, refilled by `per_s`.
 
     Times are passed in, in seconds of a clock that doesn't jump.
     """
@@ -259,12 +265,12 @@ class Pace:
         self._most = (burst - 0.9) / per_s  # a tenth of a token for rounding
         self._full: dict[str, float] = {}  # when each key's bucket is full again
 
-    def __call__(self, key: str, now: float) -> bool:
-        """Whether it may come now; counts only if it may."""
+    def __call__(self, key: str, now: float, tokens: float = 1) -> bool:
+        """Whether it may do this now; takes the tokens only if it may."""
         full = max(now, self._full.get(key, now))
         if full - now > self._most:
             return False
-        self._full[key] = full + self._each
+        self._full[key] = full + tokens * self._each
         return True
 
     def keep(self, keys: Iterable[str]) -> None:
@@ -273,10 +279,40 @@ class Pace:
         self._full = {key: at for key, at in self._full.items() if key in kept}
 
 
-def _told(credential: bytes) -> bytes:
-    """The properties of a connection that got in with this key, as ZMTP writes them."""
-    value = z85.encode(credential)
-    return bytes([len(KEY)]) + KEY.encode() + struct.pack(">I", len(value)) + value
+class Penalties:
+    """Which edges are kept out for breaking a rule: for `first_s` seconds, twice as long each time,
+    up to `most_s`. An edge that has behaved for `most_s` starts anew.
+
+    Times are passed in, in seconds of a clock that doesn't jump.
+    """
+
+    def __init__(self, first_s: float = _FIRST_S, most_s: float = _MOST_S) -> None:
+        self._first_s, self._most_s = first_s, most_s
+        self._kept: dict[str, tuple[float, float]] = {}  # until when, and for how long that was
+
+    def add(self, name: str, now: float) -> float:
+        """Keep this edge out from now on; for how many seconds."""
+        until, before = self._kept.get(name, (now, 0.0))
+        if now - until > self._most_s:
+            before = 0.0
+        seconds = min(self._most_s, 2 * before or self._first_s)
+        self._kept[name] = now + seconds, seconds
+        return seconds
+
+    def __call__(self, name: str, now: float) -> bool:
+        """Whether this edge is kept out."""
+        kept = self._kept.get(name)
+        return kept is not None and now < kept[0]
+
+    def forget(self, names: Iterable[str]) -> None:
+        """These edges have other keys now, or none."""
+        for name in names:
+            self._kept.pop(name, None)
+
+
+def _property(name: str, value: bytes) -> bytes:
+    """As ZMTP writes it."""
+    return bytes([len(name)]) + name.encode() + struct.pack(">I", len(value)) + value
 
 
 class Authenticator:
@@ -289,36 +325,45 @@ class Authenticator:
             with the same key; that may be all of them.
         on_broken: called in the event loop if it can't go on: nobody is let in, or nobody revoked,
             any more.
+        before_each: called before anybody is let in: has a `meter.Meter` catch up, which needs to
+            know when (`SINCE`).
+        refused: to count in. penalties: of an authenticator before this one.
 
     Attributes:
-        refused: handshakes refused, by reason: ``not_authorised``, ``too_often`` (an authorised key
-            beyond its `Pace`), ``not_curve``, ``malformed``, ``folder`` (it can't be read or
-            trusted), ``internal``.
+        refused: handshakes refused, by reason, see `sockets.REFUSALS`.
     """
 
     def __init__(
         self,
-        ctx: zmq.asyncio.Context,
+        ctx: zmq.Context[Any],
         allowed: AllowList,
         on_revoked: Callable[[frozenset[str]], None] | None = None,
         on_broken: Callable[[asyncio.Task[None]], None] | None = None,
+        before_each: Callable[[], None] | None = None,
+        refused: collections.Counter[str] | None = None,
+        penalties: Penalties | None = None,
     ) -> None:
-        self.refused: collections.Counter[str] = collections.Counter()
+        self.refused = collections.Counter[str]() if refused is None else refused
         self._ctx = ctx
         self._allowed = allowed
         self._on_revoked = on_revoked
         self._on_broken = on_broken
+        self._before_each = before_each
         self._known = {name: key for key, name in allowed.reload().items()}
-        self._socket: zmq.asyncio.Socket | None = None
+        self._socket: zmq.Socket[bytes] | None = None
+        self._bell: Bell | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._seldom = Seldom()
         self._pace = Pace()
+        self._penalties = penalties or Penalties()
 
     def start(self) -> None:
         """Begin answering; needs a running event loop. Call before binding any server on `ctx`."""
-        self._socket = self._ctx.socket(zmq.REP)
+        plain: zmq.Context[Any] = zmq.Context.shadow(self._ctx.underlying)
+        self._socket = plain.socket(zmq.REP)
         self._socket.linger = 0
         self._socket.bind(_ZAP_ENDPOINT)
+        self._bell = Bell(self._socket)
         loop = asyncio.get_running_loop()
         self._tasks = [
             loop.create_task(self._serve(), name="zap"),
@@ -333,9 +378,10 @@ class Authenticator:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._socket:
+        if self._bell and self._socket:
+            self._bell.close()
             self._socket.close()
-        self._socket = None
+        self._socket = self._bell = None
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if task in self._tasks and self._on_broken:
@@ -348,6 +394,14 @@ class Authenticator:
         if self._known.get(name) == key and self._allowed.changed(name):
             self._look()
         return self._known.get(name) == key
+
+    def banish(self, name: str) -> float:
+        """Keep out this edge because it broke a rule; for how many seconds."""
+        return self._penalties.add(name, time.monotonic())
+
+    def banished(self, name: str, now: float) -> bool:
+        """Whether this edge is kept out at this time (of `time.monotonic`)."""
+        return self._penalties(name, now)
 
     async def _watch(self) -> None:
         """Look at the folder again and again: no notification works on every file system."""
@@ -370,6 +424,7 @@ class Authenticator:
         self._known = now
         if gone:
             self._pace.keep(now.values())
+            self._penalties.forget(gone)
         if come:
             log.info("authorised now: %s", ", ".join(come))
         if gone:
@@ -379,8 +434,13 @@ class Authenticator:
 
     async def _serve(self) -> None:
         assert self._socket is not None
+        assert self._bell is not None
         while True:
-            request = await self._socket.recv_multipart()
+            try:
+                request = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                await self._bell.wait()
+                continue
             try:
                 status, text, name = self._judge(request)
                 user = name.encode()
@@ -389,36 +449,47 @@ class Authenticator:
                 self.refused[reason] += 1
                 if self._seldom(reason):
                     log.error("authenticator failed, client refused: %s", error)
-                status, text, user = b"500", b"internal error", b""
+                status, text, user = _LATER, b"internal error", b""
             request_id = request[1] if len(request) > 1 else b""
-            reply = [b"1.0", request_id, status, text, user, _told(request[6]) if user else b""]
+            told = b""
+            if user:
+                told = _property(KEY, z85.encode(request[6]))
+                if self._before_each:
+                    self._before_each()
+                    told += _property(SINCE, str(time.monotonic()).encode())
+            reply = [b"1.0", request_id, status, text, user, told]
             try:
-                await self._socket.send_multipart(reply)
+                self._socket.send_multipart(reply, zmq.NOBLOCK)
             except zmq.ZMQError as error:
                 log.error("authenticator could not answer: %s", error)
+            await asyncio.sleep(0)  # a flood of questions must not hold up everything else
 
     def _judge(self, request: list[bytes]) -> tuple[bytes, bytes, str]:
         """(status, text, user id) for one ZAP question. https://rfc.zeromq.org/spec/27/"""
         if len(request) != 7 or request[0] != b"1.0":
-            self.refused["malformed"] += 1
-            return b"500", b"malformed question", ""
+            self.refused["protocol"] += 1
+            return _NEVER, b"malformed question", ""
         _, _, domain, address, _, mechanism, credential = request
         if domain != ZAP_DOMAIN or mechanism != b"CURVE" or len(credential) != 32:
-            self.refused["not_curve"] += 1
-            return b"400", b"only CURVE clients", ""
+            self.refused["protocol"] += 1
+            return _NEVER, b"only CURVE clients", ""
         public = z85.encode(credential).decode()
         name = self._allowed.name_of(public)
         if name is None:
             self.refused["not_authorised"] += 1
             self._log_refusal(public, address.decode("ascii", "replace"))
-            return b"400", b"key not authorised", ""
+            return _NEVER, b"key not authorised", ""
         # Each connection may give itself a routing id, and each takes the next of libzmq's: who
         # comes without end meets, in the end, one that is due to another edge.
-        if not self._pace(public, time.monotonic()):
+        now = time.monotonic()
+        if self._penalties(name, now):
+            self.refused["banished"] += 1
+            return _LATER, b"kept out, try again", ""
+        if not self._pace(public, now):
             self.refused["too_often"] += 1
             if self._seldom(("too_often", name)):
                 log.warning("%s connects too often, some connections are refused", name)
-            return b"300", b"too often, try again", ""
+            return _LATER, b"too often, try again", ""
         if self._known.get(name) != public:
             self._look()  # sooner than it would be due, so that `admits` knows of it
         return b"200", b"OK", name

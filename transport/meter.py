@@ -26,7 +26,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import zmq
@@ -34,12 +34,13 @@ import zmq
 from transport.limits import MemoryLimits
 from transport.messages import Limits
 
-Reason = Literal["frames", "endless", "slow", "total", "crowd", "revoked"]
-"""Why a connection was dropped. ``frames``: it sent a message of several frames. ``endless``: it
-sent more than the largest legal messages without ending one, or without pausing until they were
-read. ``slow``: it doesn't read what it asked for. ``total``: it held the most when all together
-held too much. ``crowd``: there were too many connections, in all or of one party, or handshakes
-under way. ``revoked``: its key was revoked."""
+Reason = Literal["endless", "slow", "total", "crowd", "revoked", "banished"]
+"""Why a connection was dropped. ``endless``: it sent more than the largest legal messages without
+ending one, or without pausing until they were read, or too much in its handshake. ``slow``: it
+doesn't read what it asked for. ``total``: it held the most when all together held too much.
+``crowd``: there were too many connections, in all or of one party, or handshakes under way.
+``revoked``: its key was revoked. ``banished``: its key is kept out for a while because it broke a
+rule."""
 
 SLOWEST_LINK = 1_000_000
 """Bytes per second of the slowest link that must not be taken for a dead one (8 Mbit/s)."""
@@ -52,15 +53,21 @@ _SLACK = 1 << 20
 _HANDSHAKE_SENT = 280
 # A server that has let its client in has sent a greeting, WELCOME and READY, 301 bytes; one that
 # has refused it, 246.
+_HANDSHAKE_RECEIVED = 64 << 10
+# Either side of a handshake sends less than a kilobyte.
+_AT_ONCE = 256  # unfinished handshakes looked at in one poll: the loop has other work
 _PACE_S = 5.0  # over which a reader's pace is taken
 _HANDSHAKE_S = 4.0  # libzmq itself ends those that take longer (HANDSHAKE_IVL)
+_HANDSHAKES = 8192
+# Each takes about 10 kB while it lasts.
 _TCP_INFO_BYTES = 208
-_ESTABLISHED = 1  # TCP_ESTABLISHED
 _RATE_S = 1.0  # over which the rate of all is taken
-_EARLY_S = 0.5  # twice this long, what overtook the news of its connection is kept
 _LOOK_S = 0.002  # between looks out of turn
-_EARLY = 64  # credits kept for connections whose opening has not been told yet
 _TCP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
+SINCE = "X-Since"
+"""Name of the property under which every message tells when its connection was let in, as
+`time.monotonic` does. Only an authenticator can set it: it goes before what a peer says of itself.
+"""
 _METERED = sys.platform == "linux" and hasattr(socket, "TCP_INFO")
 
 
@@ -80,12 +87,14 @@ class Bounds:
 
     Args:
         unseen: bytes received from one connection and not delivered.
+        unheard: the same before its first message, when nobody knows yet whose it is.
         unsent: bytes handed to one connection and not acknowledged.
         total: both, of all connections.
         stall_s: how long what was handed over may go without any of it being acknowledged.
         pace: bytes a second that a connection must acknowledge while much waits: while the `unsent`
             of all is above a quarter of `total`, so that who trickles holds up nobody else.
-        handshakes: connections that have not finished theirs.
+        handshakes: connections that have not finished theirs; half of these of one address. Beyond
+            that the oldest is dropped.
         connections: all of them.
         each: connections of one user, and of one address those that have not said anything: an edge
             has one, or a few where it has several processes, and behind one address there may be
@@ -94,11 +103,12 @@ class Bounds:
     """
 
     unseen: int
+    unheard: int
     unsent: int
     total: int
     stall_s: float = 10.0
     pace: float = SLOWEST_LINK / 4
-    handshakes: int = 128
+    handshakes: int = 2048
     connections: int = 4096
     each: int = 64
 
@@ -130,10 +140,11 @@ def bounds(
     spare = 4096 if files is None else max(16, (files - min(128, files // 4)) // 2)
     return Bounds(
         unseen=(backlog + 1) * one_in + _SLACK,
+        unheard=one_in + _SLACK,
         unsent=max(32 << 20, 4 * one_out, min(results * one_out, total // 2)),
         total=total,
         stall_s=stall_s,
-        handshakes=min(128, spare // 2),
+        handshakes=min(_HANDSHAKES, spare // 2),
         connections=spare,
     )
 
@@ -155,17 +166,17 @@ class Breach:
         return (
             f"connection of {who} dropped: "
             + {
-                "frames": "it sent a message of several frames, and this protocol's have one",
                 "endless": f"it sent {held} without ending a message, or too fast to be read",
                 "slow": f"it does not read its replies, or too slowly; {held} wait",
                 "total": f"all connections together hold too much, and its share is {held}",
                 "crowd": "there are too many connections, of all or of this one's",
                 "revoked": "its key is no longer authorised",
+                "banished": "its key is kept out for a while",
             }[self.reason]
         )
 
 
-@dataclass
+@dataclass(slots=True)
 class Account:
     """One connection's bytes. `unseen` and `unsent` as of the last sample; `paced`: since when its
     pace is taken, what it had acknowledged then, and what waited for it."""
@@ -184,9 +195,9 @@ class Account:
     moved: float = 0.0
     sampled: float = 0.0
     paced: tuple[float, int, int] = (0.0, 0, 0)
-    surplus: bool = False
+    heard: bool = False
     dropped: bool = False
-    routes: set[bytes] = field(default_factory=set)
+    route: bytes = b""
 
     @property
     def inside(self) -> float:
@@ -202,10 +213,6 @@ class Account:
         """Whom to hold responsible: the user or, while unknown, the address."""
         return f"user {self.user}" if self.user else network(self.address)
 
-    def pending(self, now: float) -> bool:
-        """Whether its handshake may still be under way."""
-        return not self.established and now - self.opened < _HANDSHAKE_S
-
 
 @functools.lru_cache(4096)
 def network(address: str) -> str:
@@ -220,22 +227,11 @@ def network(address: str) -> str:
     return str(mapped or ipaddress.ip_network((int(parsed), 64), strict=False))
 
 
-class _Early(NamedTuple):
-    """Of a connection before the news of it: what it delivered, and what it was answered."""
-
-    size: int = 0
-    user: str = ""
-    route: bytes | None = None
-    unsent: int = 0
-
-
 class Accounts:
     """The arithmetic: openings, samples, deliveries and hand-overs in, breaches out.
 
     Times are passed in, in seconds of any one clock. Descriptor numbers are reused: an account
-    lives from `open` to `close` or the next `open` of its number. A message that was waiting in
-    libzmq when its connection ended may be credited to a successor of the same number; since no
-    connection can have been delivered more than it received, such credit ends with the next sample.
+    lives from `open` to `close` or the next `open` of its number.
 
     Attributes:
         unsent, unsent_of: bytes handed over and not acknowledged, of all and by user.
@@ -245,70 +241,61 @@ class Accounts:
     def __init__(self, bounds: Bounds) -> None:
         self.bounds = bounds
         self.accounts: dict[int, Account] = {}
+        # Handshakes under way, the oldest first: all, and by address.
+        self.pending: dict[int, Account] = {}
+        self._parties: dict[str, dict[int, Account]] = {}
+        self._talkative: list[Account] = []  # said more than a handshake takes
         self.unsent = 0
         self.unsent_of: collections.Counter[str] = collections.Counter()
         self.routes: dict[bytes, int] = {}
         self.rate = 0.0
         self._rated, self._read, self._idle = -math.inf, 0, False
-        # What overtook the news of its connection, lately and a little before.
-        self._early: dict[int, _Early] = {}
-        self._earlier: dict[int, _Early] = {}
-        self._aged = -math.inf
 
     def open(self, fd: int, address: str, now: float) -> None:
         self.close(fd)
         account = Account(fd, address, opened=now, moved=now, sampled=now)
-        self.accounts[fd] = account
-        for early in (self._earlier.pop(fd, None), self._early.pop(fd, None)):
-            if early:
-                self.delivered(fd, early.size, early.user, early.route)
-                self.handed(fd, early.unsent, now)
+        self.accounts[fd] = self.pending[fd] = account
+        self._parties.setdefault(account.whose, {})[fd] = account
 
     def close(self, fd: int) -> None:
         account = self.accounts.pop(fd, None)
         if account is None:
             return
+        self.settle(account)
         self._owe(account, 0)
-        for route in account.routes:
-            if self.routes.get(route) == fd:
-                del self.routes[route]
+        if self.routes.get(account.route) == fd:
+            del self.routes[account.route]
 
-    def delivered(self, fd: int, size: int, user: str = "", route: bytes | None = None) -> None:
+    def settle(self, account: Account) -> None:
+        """Its handshake is over, one way or the other."""
+        if self.pending.pop(account.fd, None) is not None:
+            party = network(account.address)
+            del self._parties[party][account.fd]
+            if not self._parties[party]:
+                del self._parties[party]
+
+    def surplus(self, address: str) -> Account | None:
+        """The handshake that is one too many after a connection from this address, if any."""
+        party = self._parties.get(network(address), {})
+        if len(party) > max(1, self.bounds.handshakes // 2):
+            return next(iter(party.values()))
+        if len(self.pending) > self.bounds.handshakes:
+            return next(iter(self.pending.values()))
+        return None
+
+    def name(self, account: Account, user: str, route: bytes) -> None:
+        """A message has told whose connection this is, and its routing id."""
+        waiting = account.unsent
+        self._owe(account, 0)
+        account.user, account.route = user, route
+        self._owe(account, waiting)
+        self.routes[route] = account.fd
+
+    def delivered(self, account: Account, size: int) -> None:
         """`size` bytes received on this connection have reached the program."""
-        account = self.accounts.get(fd)
-        if account is None:
-            self.overtook(fd, size, user, route)
-            return
         account.credit += size
-        account.established = True
-        if user and user != account.user:
-            waiting = account.unsent
-            self._owe(account, 0)
-            account.user = user
-            self._owe(account, waiting)
-        if route is not None:
-            self.routes[route] = fd
-            account.routes.add(route)
-
-    def overtook(self, fd: int, size: int, user: str = "", route: bytes | None = None) -> None:
-        """As `delivered`, of a connection whose opening is told later. The number may still be that
-        of one whose end isn't told yet either."""
-        if len(self._early) < _EARLY:
-            before = self._early.get(fd, _Early())
-            self._early[fd] = _Early(before.size + size, user, route, before.unsent)
-            if route is not None:
-                self.routes[route] = fd
-
-    def early(self, fd: int) -> _Early | None:
-        """What overtook the news of this connection, lately."""
-        return self._early.get(fd) or self._earlier.get(fd)
-
-    def forget_early(self, fd: int) -> None:
-        """The connection of what was early has ended."""
-        for entries in (self._early, self._earlier):
-            early = entries.pop(fd, None)
-            if early and early.route is not None and self.routes.get(early.route) == fd:
-                del self.routes[early.route]
+        account.heard = True
+        self._establish(account)
 
     def handed(self, fd: int, size: int, now: float) -> None:
         """`size` bytes are to leave by this connection."""
@@ -317,8 +304,6 @@ class Accounts:
                 account.moved = now
                 account.paced = now, account.acked, size
             self._owe(account, account.unsent + size)
-        elif early := self._early.get(fd):
-            self._early[fd] = early._replace(unsent=early.unsent + size)
 
     def sample(
         self, fd: int, received: int, acked: int, queued: int, now: float, sent: int = 0
@@ -337,8 +322,15 @@ class Accounts:
         if not account.unsent:
             account.moved = now
         if sent >= _HANDSHAKE_SENT:
-            account.established = True
+            self._establish(account)
+        elif received > _HANDSHAKE_RECEIVED and not account.established:
+            self._talkative.append(account)
         account.sampled = now
+
+    def _establish(self, account: Account) -> None:
+        if not account.established:
+            account.established = True
+            self.settle(account)
 
     def _owe(self, account: Account, size: int) -> None:
         """So much now waits for this connection to read it."""
@@ -371,11 +363,6 @@ class Accounts:
 
     def judge(self, now: float) -> list[Breach]:
         """Who has to go; each is told once. The caller drops the connections."""
-        if now - self._aged >= _EARLY_S:
-            for fd, early in self._earlier.items():  # no news came: it had ended before
-                if early.route is not None and self.routes.get(early.route) == fd:
-                    del self.routes[early.route]
-            self._earlier, self._early, self._aged = self._early, {}, now
         self._take_rate(now)
         found: list[Breach] = []
 
@@ -383,11 +370,18 @@ class Accounts:
             account.dropped = True
             found.append(Breach(account.fd, account.address, account.user, reason, int(size)))
 
-        live = [account for account in self.accounts.values() if not account.dropped]
+        while self.pending:
+            oldest = next(iter(self.pending.values()))
+            if now - oldest.opened <= _HANDSHAKE_S:
+                break
+            self._establish(oldest)  # libzmq has ended all others
+        for account in self._talkative:
+            if not account.dropped:
+                drop(account, "endless", account.received)
+        self._talkative.clear()
+        live = [a for a in self.accounts.values() if a.established and not a.dropped]
         for account in live:
-            if account.surplus:
-                drop(account, "frames")
-            elif account.inside > self.bounds.unseen:
+            if account.inside > (self.bounds.unseen if account.heard else self.bounds.unheard):
                 drop(account, "endless", account.inside)
             elif account.unsent > self.bounds.unsent or (
                 account.unsent and now - account.moved > self.bounds.stall_s
@@ -409,21 +403,19 @@ class Accounts:
             largest = max((a for a in live if a.whose == worst), key=lambda a: a.held)
             drop(largest, "total", largest.held)
             live.remove(largest)
-        pending = [account for account in live if account.pending(now)]
-        self._thin(pending, self.bounds.handshakes, drop)
-        live = [account for account in live if not account.dropped]
         groups: dict[str, list[Account]] = collections.defaultdict(list)
         for account in live:
-            if account.established:
-                groups[account.whose].append(account)
+            groups[account.whose].append(account)
         for group in groups.values():
             self._thin(group, self.bounds.each, drop)
-        # Who shows no key goes first, then who says nothing.
+        # Handshakes go first, then connections that have said nothing.
         goes: Callable[[Account], bool]
         for goes in (lambda a: not a.established, lambda a: not a.user, lambda a: True):
-            live = [account for account in live if not account.dropped]
+            if len(self.accounts) - len(found) <= self.bounds.connections:
+                break
+            live = [account for account in self.accounts.values() if not account.dropped]
             excess = len(live) - self.bounds.connections
-            group = [account for account in live if goes(account)] if excess > 0 else []
+            group = [account for account in live if goes(account)]
             self._thin(group, max(0, len(group) - excess), drop)
         return found
 
@@ -440,16 +432,15 @@ class Accounts:
 
 
 class Ended(NamedTuple):
-    """A connection that is no more: whose, whether its handshake was done (None: not known) and, if
-    it was not, the bytes of it; the routing ids that lead nowhere now, as far as that is certain.
-    """
+    """A connection that is no more: whose, whether its handshake was done and, if it was not, the
+    bytes of it; its routing id, if it said anything."""
 
     address: str
-    established: bool | None
+    established: bool
     received: int = 0
     sent: int = 0
     user: str = ""
-    routes: frozenset[bytes] = frozenset()
+    route: bytes = b""
 
 
 class Meter:
@@ -461,6 +452,7 @@ class Meter:
     Attributes:
         metered: whether the kernel tells bytes; if not, only connections are counted.
         dropped: connections dropped, by reason.
+        catch_up: reads the news of connections that there are already; set by `sockets.peers`.
     """
 
     def __init__(self, bounds: Bounds) -> None:
@@ -468,9 +460,11 @@ class Meter:
         self.dropped: collections.Counter[str] = collections.Counter()
         self._accounts = Accounts(bounds)
         self._ends: dict[int, socket.socket] = {}
-        self._late: set[int] = set()
+        self._surplus: list[Breach] = []  # dropped since the last look
+        self._turn = 0
         self._port = 0
         self._look_at = 0.0
+        self.catch_up: Callable[[], None] = lambda: None
 
     def bound(self, bounds: Bounds) -> None:
         """Other bounds from the next look on."""
@@ -480,10 +474,6 @@ class Meter:
     def connections(self) -> int:
         """How many are open."""
         return len(self._ends)
-
-    def pending(self, now: float) -> int:
-        """Connections whose handshake may still be under way."""
-        return sum(account.pending(now) for account in self._accounts.accounts.values())
 
     def users(self) -> set[str]:
         """Users of the open connections, as far as they have said anything."""
@@ -502,7 +492,6 @@ class Meter:
         """
         if fd in self._ends:
             self.closed(fd)
-        self._late.discard(fd)
         try:
             # A duplicate stays the connection's, whatever becomes of the number.
             copy = os.dup(fd)
@@ -521,11 +510,19 @@ class Meter:
             self._port = self._port or end.getsockname()[1]
         self._ends[fd] = end
         self._accounts.open(fd, address, now)
+        while surplus := self._accounts.surplus(address):
+            self._look_at_one(surplus, now)
+            if not surplus.established:
+                surplus.dropped = True
+                self._accounts.settle(surplus)
+                self._surplus.append(
+                    Breach(surplus.fd, surplus.address, "", "crowd", surplus.received)
+                )
+                self._drop(self._surplus[-1])
         return True
 
     def _shut_unseen(self, fd: int) -> bool:
-        """End a connection that there is no descriptor left to follow by, unless it has proven to
-        be an authorised edge's; then it is followed as soon as may be. Whether it may stay.
+        """End a connection that there is no descriptor left to follow by. Whether it may stay.
 
         Its number may have gone to another one in this very instant: of this socket's at worst, and
         then a peer has to come again.
@@ -534,93 +531,61 @@ class Meter:
             borrowed = socket.socket(fileno=fd)
             try:
                 if borrowed.family in _TCP_FAMILIES and borrowed.getsockname()[1] == self._port:
-                    counts = _counts(borrowed) if self.metered else None
-                    if counts and counts[2] >= _HANDSHAKE_SENT:
-                        self._late.add(fd)
-                        return True
                     self.dropped["crowd"] += 1
                     _cut(borrowed)
             finally:
                 borrowed.detach()
         return False
 
-    def _follow_late(self, now: float) -> None:
-        late, self._late = self._late, set()
-        for fd in late:
-            self.opened(fd, now)
-
     def closed(self, fd: int) -> Ended:
         """The monitor told of a connection's end."""
         account = self._accounts.accounts.get(fd)
         self._accounts.close(fd)
-        self._late.discard(fd)
-        gone = not self._still(fd)  # libzmq has closed it: as when heartbeats stay out
         end = self._ends.pop(fd, None)
-        if end is None or account is None:
-            return self._ended_early(fd)
-        established: bool | None = account.established or None
+        if end is None or account is None:  # it had ended before anybody looked
+            return Ended("", False)
+        established = account.established or not self.metered
         received = sent = 0
-        routes: frozenset[bytes] = frozenset()
         with end, contextlib.suppress(OSError):
-            if not established and self.metered and (counts := _counts(end)):
+            if not established and (counts := _counts(end)):
                 received, _, sent = counts
                 established = sent >= _HANDSHAKE_SENT
-            # Else what we follow may be a successor, whose number this news came with.
-            if self.metered and (gone or not _up(end)):
-                routes = frozenset(account.routes)
-        return Ended(account.address, established, received, sent, account.user, routes)
-
-    def _ended_early(self, fd: int) -> Ended:
-        """Of one that had ended before the news of its beginning was read."""
-        early = self._accounts.early(fd)
-        if early is None or early.route is None or not self.metered:
-            return Ended("", None)
-        ours = any(end.fileno() == fd for end in self._ends.values())  # a duplicate of another one
-        with contextlib.suppress(OSError):
-            borrowed = socket.socket(fileno=fd)
-            try:
-                if _up(borrowed) and not ours:  # a successor's, and maybe what was early too
-                    return Ended("", None)
-            finally:
-                borrowed.detach()
-        self._accounts.forget_early(fd)
-        return Ended("", True, user=early.user, routes=frozenset((early.route,)))
+        return Ended(account.address, established, received, sent, account.user, account.route)
 
     def close(self) -> None:
         """Forget all connections, because their socket closes or disconnects: then libzmq tells
         nothing."""
         for fd in list(self._ends):
             self.closed(fd)
-        self._late.clear()
 
-    def delivered(self, frame: zmq.Frame, route: bytes | None = None) -> None:
+    def delivered(self, frame: zmq.Frame, route: bytes = b"") -> None:
         """A message was received with ``copy=False``, by a ROUTER on the connection of `route`."""
         try:
-            fd = int(frame.get(zmq.SRCFD))
-        except (zmq.ZMQError, IndexError, TypeError, ValueError):
+            number = int(frame.get(zmq.SRCFD))
+        except (zmq.ZMQError, TypeError, ValueError):
             return  # not by TCP
-        user = ""
-        with contextlib.suppress(zmq.ZMQError):  # a server has none
-            user = str(frame.get("User-Id") or "")
-        account = self._accounts.accounts.get(fd)
-        known = account is None or route is None or route in account.routes or self._still(fd)
-        book = self._accounts.delivered if known else self._accounts.overtook
-        book(fd, frame_bytes(len(frame)), user, route)
+        account = self._accounts.accounts.get(number)
+        if account is None or account.route != route:
+            account = self._sender(number, frame)
+            if account is None:
+                return
+            self._accounts.name(account, str(frame.get("User-Id")), route)
+        self._accounts.delivered(account, frame_bytes(len(frame)))
 
-    def accuse(self, frame: zmq.Frame) -> None:
-        """A message had more frames than this one: the next `poll` drops its connection."""
-        with contextlib.suppress(zmq.ZMQError, TypeError, ValueError):
-            account = self._accounts.accounts.get(int(frame.get(zmq.SRCFD)))
-            if account:
-                account.surplus = True
+    def _sender(self, number: int, frame: zmq.Frame) -> Account | None:
+        """The connection that a message came by; None if it has ended.
 
-    def _still(self, fd: int) -> bool:
-        """Whether this number is the connection's that is followed by it, and not a successor's."""
-        end = self._ends.get(fd)
-        try:
-            return end is not None and os.path.samestat(os.fstat(fd), os.fstat(end.fileno()))
-        except OSError:
-            return False
+        Another connection may have its number by now. The authenticator, before it lets in
+        anybody, has this meter `catch_up`, so that a connection is let in after its account was
+        opened, and before the account of the next one with its number is.
+        """
+        self.catch_up()
+        account = self._accounts.accounts.get(number)
+        if account is not None:
+            with contextlib.suppress(zmq.ZMQError):  # let in by another authenticator than ours
+                if float(frame.get(SINCE)) < account.opened:
+                    return None
+        return account
 
     def handed(self, size: int, now: float, *, route: bytes) -> None:
         """A message of so many bytes was given to the socket, for this routing id."""
@@ -651,42 +616,68 @@ class Meter:
 
     def poll(self, now: float) -> list[Breach]:
         """Look at all connections and drop those that break the bounds."""
-        self._follow_late(now)
         self._sample(now)
         found = self._accounts.judge(now)
         for breach in found:
             self._drop(breach)
+        found, self._surplus = self._surplus + found, []
         return found
 
     def _sample(self, now: float) -> None:
-        if self.metered:
-            for fd, end in self._ends.items():
-                try:
-                    counts = _counts(end)
-                    if counts is None:
-                        self.metered = False
-                        break
-                    received, acked, sent = counts
-                    account = self._accounts.accounts[fd]
-                    much = account.unseen + received - account.received > _SLACK // 4
-                    queued = _readable(end) if much else 0
-                    self._accounts.sample(fd, received, acked, queued, now, sent)
-                except OSError:
-                    continue
+        """Look at what has changed; of many unfinished handshakes, only at some each time."""
+        if not self.metered:
+            return
+        accounts, pending = self._accounts.accounts, self._accounts.pending
+        parts = 1 + len(pending) // _AT_ONCE
+        self._turn = (self._turn + 1) % parts
+        for fd in self._ends:
+            if parts == 1 or fd not in pending or fd % parts == self._turn:
+                self._look_at_one(accounts[fd], now)
+
+    def _look_at_one(self, account: Account, now: float) -> None:
+        end = self._ends.get(account.fd)
+        if end is None or not self.metered:
+            return
+        with contextlib.suppress(OSError):
+            counts = _counts(end)
+            if counts is None:
+                self.metered = False
+                return
+            received, acked, sent = counts
+            much = account.unseen + received - account.received > _SLACK // 4
+            queued = _readable(end) if much else 0
+            self._accounts.sample(account.fd, received, acked, queued, now, sent)
 
     def revoke(self, users: Iterable[str]) -> list[Breach]:
         """Drop the connections of these users, and those that have not said yet whose they are:
         an honest one comes back at once."""
         gone = {*users, ""}
+        accounts = self._accounts.accounts.values()
+        return self._drop_all([a for a in accounts if a.user in gone], "revoked")
+
+    def banish(self, user: str) -> list[Breach]:
+        """Drop the connections of this user."""
+        accounts = self._accounts.accounts.values()
+        return self._drop_all([a for a in accounts if a.user == user], "banished")
+
+    def unwanted(self, frame: zmq.Frame) -> None:
+        """A message of a banished user was received: its connection has to go too, if it had said
+        nothing before."""
+        with contextlib.suppress(zmq.ZMQError, TypeError, ValueError):
+            number = int(frame.get(zmq.SRCFD))
+            account = self._accounts.accounts.get(number)
+            if account and not account.dropped and (account := self._sender(number, frame)):
+                self._drop_all([account], "banished")
+
+    def _drop_all(self, accounts: Iterable[Account], reason: Reason) -> list[Breach]:
         found = []
-        for account in self._accounts.accounts.values():
-            if account.user in gone and not account.dropped:
+        for account in accounts:
+            if not account.dropped:
                 account.dropped = True
-                found.append(
-                    Breach(account.fd, account.address, account.user, "revoked", int(account.held))
-                )
-        for breach in found:
-            self._drop(breach)
+                held = int(account.held)
+                breach = Breach(account.fd, account.address, account.user, reason, held)
+                self._drop(breach)
+                found.append(breach)
         return found
 
     def _drop(self, breach: Breach) -> None:
@@ -712,11 +703,6 @@ def _counts(end: socket.socket) -> tuple[int, int, int] | None:
     acked, received = struct.unpack_from("=QQ", info, 120)
     sent = struct.unpack_from("=Q", info, 200)[0] if len(info) >= 208 else acked
     return received, acked, sent
-
-
-def _up(end: socket.socket) -> bool:
-    """Whether neither side has ended this connection."""
-    return end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)[0] == _ESTABLISHED
 
 
 def _readable(end: socket.socket) -> int:

@@ -11,13 +11,16 @@ in is decided in `auth`.
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import ctypes
 import errno
+import itertools
 import logging
 import os
 import re
 import secrets
+import struct
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -231,7 +234,7 @@ def server(
         socket.set(zmq.SNDHWM, send_mark(limits.result))
         # What connects while the loop is busy or descriptors are short waits in the kernel, which
         # allows so many (net.core.somaxconn) and answers no more.
-        socket.set(zmq.BACKLOG, 1024)
+        socket.set(zmq.BACKLOG, 4096)
         if monitor:
             socket.get_monitor_socket(_SERVER_WATCHED)
         try:
@@ -249,6 +252,33 @@ def server(
     return socket
 
 
+class Bell:
+    """Wakes a task when a plain socket may have something to receive, in an event loop.
+
+    pyzmq's asyncio sockets do this too, with futures that take longer than a small message. libzmq
+    signals a socket's descriptor once, until everything is received, and sending may take the
+    signal away: call `ring` after sending.
+    """
+
+    def __init__(self, socket: Any) -> None:
+        self._loop, self._file = asyncio.get_running_loop(), socket.get(zmq.FD)
+        self._rung = asyncio.Event()
+        self._loop.add_reader(self._file, self._rung.set)
+
+    def ring(self) -> None:
+        """Have the task look again."""
+        self._rung.set()
+
+    async def wait(self) -> None:
+        """Call when there was nothing to receive; returns when there may be something."""
+        self._rung.clear()
+        await self._rung.wait()
+
+    def close(self) -> None:
+        """Call before the socket is closed."""
+        self._loop.remove_reader(self._file)
+
+
 class Received(NamedTuple):
     """A message as it arrived: its frame, the routing id of the connection (of a ROUTER), and how
     many more frames there were. All of those are thrown away: a legal message has one."""
@@ -258,21 +288,28 @@ class Received(NamedTuple):
     surplus: int
 
 
-async def received(socket: Any, *, routed: bool = False) -> AsyncGenerator[Received, None]:
-    """Every message of an asyncio socket, for as long as it lives.
+async def received(
+    socket: Any, *, routed: bool = False, bell: Bell | None = None
+) -> AsyncGenerator[Received, None]:
+    """Every message of a socket, for as long as it lives. It doesn't yield to other tasks between
+    messages that are there already.
 
     A message may have any number of frames, and libzmq hands them over one by one. So surplus
     frames are counted and dropped as they come, and other tasks get their turn in between.
 
     Args:
-        socket: from `client` or `server`. routed: whether a routing id comes first.
+        socket: from `client` or `server`, for asyncio or plain.
+        routed: whether a routing id comes first.
+        bell: of a plain socket.
     """
     plain: zmq.Socket[bytes] = zmq.Socket.shadow(socket)
     while True:
-        frame = await socket.recv(copy=False)
-        route = b""
-        if routed:
-            route, frame = frame.bytes, plain.recv(zmq.NOBLOCK, copy=False)
+        try:
+            route = plain.recv(zmq.NOBLOCK) if routed else b""
+            frame = plain.recv(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            await (bell.wait() if bell else socket.poll())
+            continue
         surplus, more = 0, frame.more
         while more:
             more = plain.recv(zmq.NOBLOCK, copy=False).more
@@ -308,6 +345,10 @@ WRONG_SERVER_KEY = (
 NOT_A_NODE = "handshake refused: what listens there is not a CURVE node"
 NO_ANSWER = (
     "handshake not answered: the node is frozen or overloaded, or what listens there is not one"
+)
+REFUSED_FOR_NOW = (
+    "handshake refused for now: this edge connected too often, or broke one of the node's limits "
+    "and is kept out for a while, or the node can't read its keys; its log says which"
 )
 UNREACHABLE = (
     "unreachable: no TCP connection (name not found, port closed or filtered, or node not running)"
@@ -417,7 +458,7 @@ async def watch(
 
 def _explain(kind: int, value: int) -> str:
     if kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-        return NOT_AUTHORISED
+        return REFUSED_FOR_NOW if value == 500 else NOT_AUTHORISED
     return NO_ANSWER if value == errno.EAGAIN else WRONG_SERVER_KEY
 
 
@@ -435,29 +476,32 @@ class PeerEvent:
     """What became of a connection to a server.
 
     `kind`: ``opened`` (TCP alone), ``ready`` (handshake done: an authorised edge), ``refused``
-    (handshake failed), ``closed``, ``dropped`` (by the meter), ``full`` (dropped at once, for want
-    of descriptors). `reason`: of ``refused``, one of `REFUSALS`; of ``dropped``, a `meter.Reason`.
-    `address`: the peer's, as far as known. `user`, `routes`: of ``closed``, whose it was and the
-    routing ids that lead nowhere now.
+    (handshake failed, other than by the authenticator, which counts and logs its own), ``closed``,
+    ``dropped`` (by the meter), ``full`` (dropped at once, for want of descriptors). `reason`: of
+    ``refused``, one of `REFUSALS`; of ``dropped``, a `meter.Reason`. `address`, `user`: the peer's,
+    as far as known. `route`: of ``closed``, the routing id that leads nowhere now, if the peer had
+    said anything.
     """
 
     kind: Peering
     reason: str = ""
     address: str = ""
     user: str = ""
-    routes: frozenset[bytes] = frozenset()
+    route: bytes = b""
 
 
 REFUSALS = {
     "not_authorised": "its key is not authorised",
     "too_often": "its key is authorised, but connects too often",
+    "banished": "its key is authorised, but kept out for a while because it broke a limit",
+    "folder": "the folder of authorised keys can't be read or trusted",
+    "internal": "the authenticator failed: see the errors before this line",
     "wrong_key": "it does not encrypt for this node's key: the server_key in its edge.toml is "
     "another node's, or damaged on the way",
     "protocol": "it does not speak this protocol, or not with this node's key: another program, a "
     "scan, or an edge without keys or with another node's server_key",
     "timeout": "it did not finish its handshake in time: a scan, a frozen edge or a very slow link",
     "left": "it left in the middle of its handshake",
-    "authenticator": "the authenticator did not answer: see the errors before this line",
 }
 """Reasons of refused handshakes, as far as a server can know them."""
 
@@ -465,7 +509,8 @@ REFUSALS = {
 _SERVER_WATCHED = (
     _FAILED | zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 )
-_GREETING_BYTES, _HELLO_BYTES, _WELCOME_BYTES = 64, 202, 170
+_GREETING_BYTES, _HELLO_BYTES, _WELCOMED_BYTES = 64, 202, 64 + 170
+_NEWS = struct.Struct("=Hi")  # of a monitor: event, value
 _EVENTS_AT_ONCE = 100  # then others in the loop have their turn, the authenticator above all
 
 
@@ -490,9 +535,7 @@ class Seldom:
         return True
 
 
-async def peers(
-    socket: Any, meter: Meter, *, every_s: float = 0.02
-) -> AsyncGenerator[PeerEvent, None]:
+def peers(socket: Any, meter: Meter, *, every_s: float = 0.02) -> AsyncGenerator[PeerEvent, None]:
     """Follow a server's connections, and have `meter` bound them.
 
     Iterate for as long as the socket lives (one task per socket), then `aclose` the iterator before
@@ -500,105 +543,93 @@ async def peers(
     minute.
 
     Args:
-        socket: an asyncio socket from `server`, made with ``monitor=True``.
+        socket: from `server`, made with ``monitor=True``.
         meter: fed, polled and, at the end, closed here.
         every_s: how often to look; seldomer, down to ten times a second, if there is much to see.
     """
-    monitor = socket.get_monitor_socket(_SERVER_WATCHED)
-    seldom = Seldom()
-    failed: PeerEvent | None = None  # the end of its connection is told next, with its address
-    ready = 0  # handshakes done
-    paced = 0  # refused as too often: these libzmq doesn't end, but leaves without an answer
-    since: dict[int, int] = {}  # of each connection, how many were when it came
+    follower = _Peers(socket, meter)
+    meter.catch_up = follower.read
+    return follower.events(every_s)
 
-    def tell(event: PeerEvent) -> PeerEvent:
-        if event.kind == "refused" and event.reason not in (
-            "not_authorised",
-            "too_often",
-        ):  # `auth` does
-            if seldom(("refused", event.reason, event.address)):
-                whom = event.address or "a connection"
-                log.warning("handshake of %s failed: %s", whom, REFUSALS[event.reason])
-        elif event.kind == "full" and seldom("full"):
+
+class _Peers:
+    def __init__(self, socket: Any, meter: Meter) -> None:
+        self._socket, self._meter = socket, meter
+        self._monitor = socket.get_monitor_socket(_SERVER_WATCHED)
+        self._plain: zmq.Socket[bytes] = zmq.Socket.shadow(self._monitor)
+        self._seldom = Seldom()
+        self._untold: collections.deque[PeerEvent] = collections.deque()
+        self._failed = ""  # why the connection failed whose end libzmq tells next
+        self._judged = 0  # connections that the authenticator refused, whose end comes later
+
+    async def events(self, every_s: float) -> AsyncGenerator[PeerEvent, None]:
+        due = 0.0
+        try:
+            while True:
+                self.read(_EVENTS_AT_ONCE)
+                more = bool(self._untold)
+                begun = time.monotonic()
+                if begun >= due:
+                    self._poll(begun)
+                    # Many connections are a lot to look at; a fifth of the time is enough for it.
+                    now = time.monotonic()
+                    due = now + max(every_s, min(0.1, 5 * (now - begun)))
+                while self._untold:
+                    yield self._untold.popleft()
+                await asyncio.sleep(0 if more else max(0.0, due - time.monotonic()))
+        finally:
+            self._meter.catch_up = lambda: None
+            self._meter.close()
+            if not self._socket.closed:
+                self._socket.disable_monitor()
+            self._monitor.close(linger=0)
+
+    def read(self, most: int | None = None) -> None:
+        """Read what libzmq tells of connections, all there is or so many events."""
+        with contextlib.suppress(zmq.Again):
+            for _ in itertools.repeat(None) if most is None else range(most):
+                kind, value = _NEWS.unpack(self._plain.recv_multipart(zmq.NOBLOCK)[0])
+                self._take(kind, value, time.monotonic())
+
+    def _take(self, kind: int, value: int, now: float) -> None:
+        if kind == zmq.EVENT_ACCEPTED:
+            kept = self._meter.opened(value, now)
+            self._tell(PeerEvent("opened" if kept else "full"))
+        elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._tell(PeerEvent("ready"))
+        elif kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            self._judged += 1
+        elif kind == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+            self._failed = "timeout" if value in (errno.EAGAIN, errno.ETIMEDOUT) else "left"
+        else:
+            ended = self._meter.closed(value)
+            if self._failed or ended.established:
+                reason = "" if ended.established else self._failed
+            elif self._judged and (not ended.sent or ended.sent >= _WELCOMED_BYTES):
+                self._judged, reason = self._judged - 1, ""
+            else:
+                reason = _mismatch(ended)
+            self._failed = ""
+            if reason:
+                self._tell(PeerEvent("refused", reason, ended.address))
+            self._tell(PeerEvent("closed", "", ended.address, ended.user, ended.route))
+
+    def _poll(self, now: float) -> None:
+        for breach in self._meter.poll(now):
+            if self._seldom((breach.reason, breach.address, breach.user)):
+                log.warning("%s", breach)
+            self._tell(PeerEvent("dropped", breach.reason, breach.address, breach.user))
+
+    def _tell(self, event: PeerEvent) -> None:
+        self._untold.append(event)
+        if event.kind == "refused" and self._seldom(("refused", event.reason, event.address)):
+            whom = event.address or "a connection"
+            log.warning("handshake of %s failed: %s", whom, REFUSALS[event.reason])
+        elif event.kind == "full" and self._seldom("full"):
             log.error(
                 "connections dropped: no file descriptors are left; raise the limit (ulimit -n, or "
                 "LimitNOFILE= of the service)"
             )
-        return event
-
-    due = 0.0
-    try:
-        while True:
-            begun = time.monotonic()
-            raw: list[bytes] | None = None
-            for _ in range(_EVENTS_AT_ONCE):
-                raw = _waiting(monitor)
-                if raw is None:
-                    break
-                event = parse_monitor_message(raw)
-                kind, value = event["event"], int(event["value"])
-                if failed and kind != zmq.EVENT_DISCONNECTED:
-                    yield tell(failed)
-                    failed = None
-                if kind == zmq.EVENT_ACCEPTED:
-                    since[value] = ready
-                    kept = meter.opened(value, begun)
-                    yield PeerEvent("opened") if kept else tell(PeerEvent("full"))
-                elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                    ready += 1
-                    yield PeerEvent("ready")
-                elif kind & _FAILED:
-                    failed = PeerEvent("refused", _refusal(kind, value))
-                    if failed.reason == "too_often":
-                        paced += 1
-                        yield tell(failed)
-                        failed = None
-                else:
-                    ended = meter.closed(value)
-                    done = since.pop(value, -1) != ready
-                    if ended.established is not None:  # it was there when somebody looked
-                        done = ended.established
-                    if paced and not done and (ended.established is None or _welcomed(ended)):
-                        paced -= 1  # told already
-                    elif failed:
-                        yield tell(PeerEvent("refused", failed.reason, ended.address))
-                    elif not done:
-                        yield tell(PeerEvent("refused", _mismatch(ended), ended.address))
-                    failed = None
-                    yield PeerEvent("closed", "", ended.address, ended.user, ended.routes)
-            if begun >= due or raw:  # in a rush, at once: descriptors run out fast
-                for breach in meter.poll(begun):
-                    if seldom((breach.reason, breach.address, breach.user)):
-                        log.warning("%s", breach)
-                    yield PeerEvent("dropped", breach.reason, breach.address)
-                # Many connections are a lot to look at; a fifth of the time is enough for it.
-                due = begun + max(every_s, min(0.1, 5 * (time.monotonic() - begun)))
-            await asyncio.sleep(0 if raw else max(0.0, due - time.monotonic()))
-    finally:
-        meter.close()
-        if not socket.closed:
-            socket.disable_monitor()
-        monitor.close(linger=0)
-
-
-def _waiting(monitor: Any) -> list[bytes] | None:
-    """The next event if one is there already."""
-    got = monitor.recv_multipart(flags=zmq.NOBLOCK)
-    if got.exception():
-        return None
-    frames: list[bytes] = got.result()
-    return frames
-
-
-def _refusal(kind: int, value: int) -> str:
-    if kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-        return {300: "too_often", 400: "not_authorised"}.get(value, "authenticator")
-    return "timeout" if value in (errno.EAGAIN, errno.ETIMEDOUT) else "left"
-
-
-def _welcomed(ended: Ended) -> bool:
-    """Whether it got as far as to tell its key."""
-    return ended.sent >= _GREETING_BYTES + _WELCOME_BYTES
 
 
 def _mismatch(ended: Ended) -> str:

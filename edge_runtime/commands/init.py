@@ -72,32 +72,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=SHARE,
         default=DEFAULT_MAX_EXPOSURE,
         metavar="SHARE",
-        help="largest share of a picture's area one node may see (default: %(default)g)",
+        help="largest share of a picture's area one node may see, such as 0.37 or 37%% (default: "
+        "%(default)g)",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Raises ConfigError or KeyFileError, before anything is written."""
-    from edge_runtime.config import EdgeConfig, NodeConfig, is_key, load_nodes, refuse_own_keys
+    from edge_runtime.config import EdgeConfig, NodeConfig, load_nodes, refuse_own_keys
     from engines.bundle import Bundle
-    from engines.errors import ConfigError
+    from engines.errors import ConfigError, KeyFileError
     from engines.files import refuse_existing, write_whole
-    from transport.keys import check_new, check_public, generate, generate_secret, load_secret
+    from engines.trust import danger
+    from transport.keys import check_new, generate, generate_secret, load_secret
     from transport.sockets import check_endpoint
 
     out: Path = args.out
     refuse_existing(out, ConfigError, "name another file with --out")
     if not out.parent.is_dir():
         raise ConfigError(f"the folder {out.parent} does not exist")
+    if found := danger(out.parent, owner=out.parent.stat().st_uid):
+        raise ConfigError(found)
     if args.bundle is not None:
         Bundle.load(args.bundle)
     nodes = []
     server_keys = {}
     for text in args.node:
         name, endpoint, key = _split(text)
-        check_endpoint(endpoint)
-        server_keys[name] = check_public(key) if is_key(key) else _public(text, key)
+        try:
+            check_endpoint(endpoint)
+            server_keys[name] = _public(key)
+        except (ConfigError, KeyFileError) as error:
+            raise type(error)(f"--node {text!r}: {error}") from None
         nodes.append(
             NodeConfig(
                 name=name,
@@ -161,16 +168,19 @@ def _split(text: str) -> tuple[str, str, str]:
     return name, endpoint, key
 
 
-def _public(text: str, file: str) -> str:
-    """The key in a file that ``--node text`` names."""
+def _public(key: str) -> str:
+    """The public key that the KEY of ``--node`` is or names."""
+    from edge_runtime.config import is_key
     from engines.errors import KeyFileError
-    from transport.keys import load_public
+    from transport.keys import check_public, load_public
 
+    if is_key(key):
+        return check_public(key)
     try:
-        return load_public(file)
+        return load_public(key)
     except KeyFileError as error:
-        quotes = "" if os.path.lexists(file) else "; a key itself goes in single quotes"
-        raise KeyFileError(f"--node {text!r}: {error}{quotes}") from None
+        quotes = "" if os.path.lexists(key) else "; a key itself goes in single quotes"
+        raise KeyFileError(f"{error}{quotes}") from None
 
 
 def _warning(config: EdgeConfig) -> str | None:

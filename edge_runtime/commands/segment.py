@@ -30,8 +30,8 @@ folder of them, each is segmented at the same prompts.
 The folder of a photo then holds mask-1.png, mask-2.png, ... (white on black), masks.png (all in
 colours; a pixel's palette index is the object's number), overlay.png, result.json and, if nodes
 took part, what-each-node-saw.png. It is out/photo.jpg for photo.jpg, and out/photo.jpg-2 the next
-time. --out names another folder: for one photo the very folder, which must be new; for several the
-one in which each has a folder of its own.
+time. --out names another folder: that of the photo itself (new or empty, unless --overwrite), or of
+several photos the one in which each has its folder.
 
 --json prints result.json, and in "folder" where it is: for one photo as one document, for several
 as one line each. Of a photo that cannot be read, or on which a prompt does not lie, the line holds
@@ -100,7 +100,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-exposure",
         type=SHARE,
         metavar="SHARE",
-        help="largest share of the photo's area any node may see (default: edge.toml's)",
+        help="largest share of the photo's area any node may see, such as 0.37 or 37%% (default: "
+        "edge.toml's)",
     )
     where.add_argument(
         "--deadline",

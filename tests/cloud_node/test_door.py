@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ import zmq
 import zmq.asyncio
 from faults import sodium, zmtp
 from faults.edges import HostileEdge
+from faults.zmtp import PeerError
 
+from cloud_node import door as door_module
 from cloud_node.config import NodeConfig, Prepared, prepare
 from cloud_node.door import Door
 from cloud_node.metrics import Metrics
 from engines.errors import ConfigError
 from transport import auth, keys, sockets
+from transport.auth import Pace
 
 needs_sodium = pytest.mark.skipif(sodium.MISSING is not None, reason=str(sodium.MISSING))
 
@@ -251,3 +255,137 @@ def test_a_key_replaced_under_its_name_is_admitted_no_more_not_even_for_a_moment
         await door.close()
 
     asyncio.run(asyncio.wait_for(work(), 60))
+
+
+# Floods
+
+
+def test_an_edge_may_send_all_windows_one_by_one_thirty_times_a_second() -> None:
+    """SAM's 25 windows in as many requests, each cancelled, and those refused that are more than a
+    node takes at once; after a pause of the network all of a second's at once."""
+    pace, window = Pace(door_module._BURST, door_module.MESSAGES_PER_S), 3 * 224 * 224 + 100
+    refused = 25 - NodeConfig(bundle=Path()).client_requests
+    for frame in range(30 * 60):
+        now = max(1.0, frame / 30) if frame < 30 * 30 else frame / 30
+        for _ in range(50):
+            assert pace("edge", now)
+        for _ in range(refused):
+            assert pace("edge", now, door_module.in_vain(window))
+
+
+@contextlib.asynccontextmanager
+async def opened(prepared: Prepared, metrics: Metrics, *called: Any) -> AsyncIterator[Door]:
+    door = Door(prepared, metrics, *called)
+    door.open()
+    try:
+        yield door
+    finally:
+        await door.close()
+
+
+async def kept_out(edge: HostileEdge) -> None:
+    with pytest.raises(PeerError, match="500"):
+        await edge.connect()
+
+
+@needs_sodium
+def test_an_edge_that_floods_is_kept_out_and_what_it_sent_is_thrown_away(
+    prepared: Prepared,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(door_module, "_BURST", 50)
+    monkeypatch.setattr(door_module, "MESSAGES_PER_S", 0.001)
+    handled: list[str] = []
+    left: list[str] = []
+    metrics = Metrics()
+
+    def take(frame: zmq.Frame, route: bytes, name: str) -> bool:
+        handled.append(name)
+        return True
+
+    async def work() -> None:
+        called = take, lambda names: None, lambda name, route: left.append(name)
+        async with opened(prepared, metrics, *called) as door:
+            bad, good = (hostile(prepared, door, tmp_path, name) for name in ("bad", "good"))
+            other = await good.connect()
+            silent = await bad.connect()
+            peer = await bad.connect()
+            await peer.send(b"".join(peer.seal(b"x") for _ in range(200)))  # all of it at once
+            assert await peer.wait_closed(30)
+            await silent.send_message([b"x"])  # the first that is heard of it
+            assert await silent.wait_closed(30)
+            await kept_out(bad)
+            await other.send_message([b"x"])
+            while "good" not in handled or not left or not metrics.handshakes_refused:
+                await asyncio.sleep(0.01)
+            for each in (peer, silent, other):
+                await each.close()
+
+    asyncio.run(asyncio.wait_for(work(), 60))
+    assert (handled.count("bad"), handled.count("good")) == (50, 1)
+    assert left == ["bad"]
+    assert +metrics.connections_dropped == {"banished": 1}
+    assert +metrics.handshakes_refused == {"banished": 1}
+    assert caplog.text.count("bad is kept out for 2 s: it sent more than") == 1
+
+
+@needs_sodium
+@pytest.mark.parametrize(("useful", "handled"), [(True, 60), (False, 20)])
+def test_messages_of_no_use_count_for_more(
+    prepared: Prepared,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    useful: bool,
+    handled: int,
+) -> None:
+    monkeypatch.setattr(door_module, "_BURST", 60)
+    monkeypatch.setattr(door_module, "MESSAGES_PER_S", 0.001)
+    seen: list[str] = []
+
+    def take(frame: zmq.Frame, route: bytes, name: str) -> bool:
+        seen.append(name)
+        return useful
+
+    async def work() -> None:
+        async with opened(prepared, Metrics(), take, lambda names: None) as door:
+            peer = await hostile(prepared, door, tmp_path, "bad").connect()
+            await peer.send(b"".join(peer.seal(b"x") for _ in range(200)))
+            assert await peer.wait_closed(30)
+            await peer.close()
+
+    asyncio.run(asyncio.wait_for(work(), 60))
+    assert len(seen) == handled
+
+
+@needs_sodium
+@pytest.mark.parametrize("breach", ["frames", "endless"])
+def test_whoever_breaks_a_limit_loses_all_connections_and_is_kept_out(
+    prepared: Prepared, tmp_path: Path, breach: str
+) -> None:
+    metrics, doors = Metrics(), list[Door]()
+
+    async def work() -> None:
+        async with opened(prepared, metrics, echo(doors), lambda names: None) as door:
+            doors.append(door)
+            edge = hostile(prepared, door, tmp_path, "bad")
+            peers = [await edge.connect() for _ in range(2)]
+            for peer in peers:
+                await peer.send_message([b"x"])
+                assert await peer.read_message() == [b"bad x"]
+            if breach == "frames":
+                await peers[0].send_message([b"x"] * 1000)
+            else:
+                await zmtp.endless_multipart(peers[0], part_bytes=1000)
+            for peer in peers:
+                assert await peer.wait_closed(30)
+            await kept_out(edge)
+            await door.reopen()
+            await kept_out(edge)
+            for peer in peers:
+                await peer.close()
+
+    asyncio.run(asyncio.wait_for(work(), 60))
+    whole = {"banished": 2} if breach == "frames" else {"endless": 1, "banished": 1}
+    assert +metrics.connections_dropped == whole

@@ -86,7 +86,7 @@ def test_integers_do_for_numbers(tmp_path: Path) -> None:
         ("deadline_s = inf\n" + NODE, "deadline_s is inf"),
         (
             "deadline_s = 100000\n" + NODE,
-            "is 100000.0; expected seconds, above 0 and at most 86400",
+            "is 100000.0; expected a number above 0, at most 86,400 seconds",
         ),
         ('secret = "~nosuchuser/x"\n' + NODE, "path '~nosuchuser/x' cannot be used"),
         ('bundle = "a\\u0000b"\n' + NODE, "holds a NUL"),

@@ -74,6 +74,7 @@ def test_existing_keys_are_used_and_an_existing_file_is_kept(
     [
         (["--node=alpha"], "expected NAME=ENDPOINT,KEY"),
         (["--node=alpha=tcp://a:5555"], "expected NAME=ENDPOINT,KEY"),
+        (["--node=alpha=a:5555,theirs/alpha-node.pub"], "--node 'alpha=a:5555,"),
         (["--node=alpha=a:5555,theirs/alpha-node.pub"], "tcp://HOST:PORT"),
         (["--node=alpha=tcp://a:5555,nowhere.pub"], "cannot read the key file nowhere.pub"),
         (["--node=alpha=tcp://a:5555,theirs/alpha-node.key"], "secret key"),
@@ -115,6 +116,17 @@ def test_this_edges_own_key_is_not_taken_for_a_nodes(capsys: pytest.CaptureFixtu
 def test_a_key_that_the_shell_changed_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["init", node("alpha", KEY.replace("$R", "")[:30])]) == 1
     assert "single quotes" in capsys.readouterr().err
+
+
+def test_a_folder_that_others_may_write_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No command would take the file."""
+    tmp_path.chmod(0o777)
+    assert cli.main(["init", node("alpha", KEY)]) == 1
+    assert f"chmod go-w {tmp_path}" in capsys.readouterr().err
+    assert not Path("edge.toml").exists()
+    assert not Path("keys").exists()
 
 
 def test_what_it_writes_is_closed_to_others_whatever_the_umask() -> None:

@@ -276,7 +276,7 @@ def test_a_failed_image_leaves_none_set(shared_fleet: Any, photo: np.ndarray) ->
         with pytest.raises(OffloadError):
             predictor.set_image(photo)
         assert not predictor.is_image_set
-        assert predictor.report is None
+        assert predictor.features is None
         with pytest.raises(RuntimeError):
             predictor.predict(np.array([[1, 1]]), np.array([1]))
 

@@ -39,7 +39,7 @@ def test_values_within_bounds(number: Number, text: str, value: float) -> None:
         (SECONDS, "nan", "above 0"),
         (SECONDS, "inf", "at most"),
         (SECONDS, "ten", "a number"),
-        (SHARE, "37", "expected a share above 0, at most 1, such as 0.37 or 37%, not '37'"),
+        (SHARE, "37", "expected a share above 0, at most 1, such as 0.37, not '37'"),
         (SHARE, "0%", "above 0"),
         (SHARE, "101%", "at most 1"),
         (SHARE, "37%%", "a share"),

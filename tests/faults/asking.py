@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import numpy as np
@@ -18,14 +18,14 @@ from transport.messages import stage_limits
 WINDOWS = [0, 4]
 
 
-def feeds(bundle: Bundle, seed: int = 0) -> dict[str, np.ndarray]:
-    """Two windows of a random picture."""
-    side = bundle.geometry.window_pixels
+def feeds(bundle: Bundle, seed: int = 0, windows: Sequence[int] = WINDOWS) -> dict[str, np.ndarray]:
+    """These windows of a random picture."""
+    side, count = bundle.geometry.window_pixels, len(windows)
     rng = np.random.default_rng(seed)
     return {
-        "pixels": rng.integers(0, 256, (2, side, side, 3), dtype=np.uint8),
-        "extent": np.full((2, 2), side, np.int64),
-        "window": np.array(WINDOWS),
+        "pixels": rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8),
+        "extent": np.full((count, 2), side, np.int64),
+        "window": np.array(windows),
     }
 
 

@@ -35,6 +35,8 @@ from engines.geometry import Geometry
 from reliability.rows import Bench, Seen, mb, quantile, row, running
 from transport.messages import (
     Accepted,
+    Info,
+    InfoRequest,
     Refused,
     Request,
     Result,
@@ -71,12 +73,17 @@ class Load:
         self.late = self.sent = 0
         self._due: dict[bytes, tuple[float, float]] = {}
         self._room = asyncio.Event()
+        self._heard: asyncio.Event | None = None
 
     @property
     def open(self) -> int:
         return len(self._due)
 
     async def send(self, deadline_s: float) -> None:
+        if self._heard is None:  # as an edge does, before it sends anything large
+            self._heard = asyncio.Event()
+            await self.socket.send(encode(InfoRequest(new_id())))
+        await self._heard.wait()
         id, now = new_id(), time.monotonic()
         request = Request(id, self.stage, int(deadline_s * 1000), new_seal())
         self._due[id] = (now, now + deadline_s)
@@ -87,6 +94,10 @@ class Load:
         while True:
             message = decode_header(await self.socket.recv(copy=False))
             if isinstance(message, Accepted):
+                continue
+            if isinstance(message, Info):
+                assert self._heard
+                self._heard.set()
                 continue
             begun, due = self._due.pop(getattr(message, "id", b""), (0.0, 0.0))
             now = time.monotonic()
@@ -342,6 +353,7 @@ class _Edge:
         self.refused: collections.Counter[str] = collections.Counter()
         self._open: dict[bytes, asyncio.Future[None]] = {}
         self._seal = new_seal()  # nobody listens here
+        self._heard: asyncio.Event | None = None
 
     async def ask(self, seconds: float) -> None:
         """One request; its outcome is counted, and so is that there was none (``lost``)."""
@@ -349,6 +361,10 @@ class _Edge:
         self._open[id] = done = asyncio.get_running_loop().create_future()
         self.sent += 1
         try:
+            if self._heard is None:  # as an edge does, before it sends anything large
+                self._heard = asyncio.Event()
+                await self._socket.send(encode(InfoRequest(new_id())))
+            await asyncio.wait_for(self._heard.wait(), seconds)
             request = Request(id, self._stage, int(seconds * 1000), self._seal)
             frame = encode(request, self._feeds)
             await asyncio.wait_for(self._socket.send(frame, copy=False), seconds)
@@ -362,6 +378,9 @@ class _Edge:
         while True:
             frame = await self._socket.recv(copy=False)
             message = decode_header(frame)
+            if isinstance(message, Info):
+                assert self._heard
+                self._heard.set()
             done = self._open.get(getattr(message, "id", b""))
             if isinstance(message, Accepted) or done is None or done.done():
                 continue

@@ -98,6 +98,18 @@ _HOSTILE = {
         "a newcomer is served within 5 s",
         ("newcomer served after s, worst during", "connected edge: wrong", "node lived"),
     ),
+    "flood of small messages": Telling(
+        "honest edges keep their throughput and lose nothing",
+        ("share kept, %", "honest requests lost", "memory of the front, most MB more"),
+    ),
+    "flood of requests": Telling(
+        "honest edges keep their throughput and lose nothing",
+        ("share kept, %", "honest requests lost", "memory of the front, most MB more"),
+    ),
+    "newcomers under half-open connections": Telling(
+        "all are served within 5 s",
+        ("served", "served after s, worst", "memory, most MB more"),
+    ),
     "values and messages that show at once": Telling(
         "each refused at its first reply", ("refused", "wrong")
     ),
@@ -129,6 +141,9 @@ _TRUST = {
         ("umask 000", "umask 022", "start with 0640, umask 000", "start with 0604, umask 000"),
     ),
     "no pickle": Telling("0 uses, a pickle never runs", ("uses", "canary ran")),
+    "stolen routing ids": Telling(
+        "0 results can be read", ("results that reached a thief", "readable", "wrong")
+    ),
     "linkability": Telling("nothing shared between what two nodes see", ("shared",)),
     "log hygiene": Telling(
         "0 hits in logs, metrics and files", ("hits", "files searched", "bytes of logs")

@@ -41,12 +41,13 @@ from cloud_node.pool import LocalPool
 from cloud_node.server import Server
 from engines.bundle import Bundle, TensorSpec
 from engines.geometry import Geometry
-from reliability.load import Load, write_sized_bundle
+from reliability.load import Load, limited, write_sized_bundle
 from reliability.rows import Bench, Seen, mb, row, running, workers_of
 from transport.auth import AllowList, Authenticator
 from transport.keys import KeyPair
 from transport.messages import (
     HEADER_BYTES,
+    InfoRequest,
     Refused,
     Request,
     Result,
@@ -138,6 +139,9 @@ class _Load:
         told, pair = self._told, KeyPair("edge", public, secret)
         socket = client(self._ctx, told["endpoint"], told["public"], pair, self._limits)
         socket.set(zmq.SNDTIMEO, round(_LOST_S * 1000))
+        if told["asks"]:  # as an edge does, before it sends anything large
+            socket.send(encode(InfoRequest(new_id())))
+            socket.recv()
         self._poller.register(socket, zmq.POLLIN)
         return socket
 
@@ -158,8 +162,8 @@ class _Load:
             for socket, _ in ready:
                 frame = socket.recv(copy=False)
                 now = time.monotonic()
-                if len(frame) > HEADER_BYTES:
-                    assert 0 <= len(frame) - self._size < HEADER_BYTES
+                if len(frame) >= self._size:  # nothing else is as long
+                    assert len(frame) - self._size < HEADER_BYTES
                     results += begin <= now < end
                     every += 1
                 else:
@@ -200,6 +204,7 @@ class _Side:
     Attributes:
         rates: results a second, by window. cpu_ms: of the processes for each request, likewise.
         refused, lost: requests without a result.
+        node: it.
     """
 
     def __init__(self, node: NodeProcess, edge: subprocess.Popen[str]) -> None:
@@ -207,7 +212,7 @@ class _Side:
         self.cpu_ms: dict[str, list[float]] = collections.defaultdict(list)
         self.refused: collections.Counter[str] = collections.Counter()
         self.lost = 0
-        self._node, self._edge = node, edge
+        self.node, self._edge = node, edge
 
     def measure(self, seconds: float, *, keep: bool = True) -> None:
         before = self._cpu_s()
@@ -226,11 +231,11 @@ class _Side:
 
     def logged(self) -> str:
         """What the node has said so far."""
-        return self._node.log.read_text(errors="replace")
+        return self.node.log.read_text(errors="replace")
 
     def _cpu_s(self) -> dict[str, float]:
-        used = {"front": sample(self._node.pid).cpu_s, "edges": sample(self._edge.pid).cpu_s}
-        if workers := workers_of(self._node.pid):
+        used = {"front": sample(self.node.pid).cpu_s, "edges": sample(self._edge.pid).cpu_s}
+        if workers := workers_of(self.node.pid):
             used["worker"] = sum(sample(pid).cpu_s for pid in workers)
         return used
 
@@ -250,17 +255,20 @@ def _command(role: str) -> list[str]:
     return [sys.executable, "-c", _MAIN, str(Path(__file__).parents[1]), role]
 
 
-def _in_this_role(role: str) -> Callable[..., subprocess.Popen[bytes]]:
+def _in_this_role(role: str, limit: int | None = None) -> Callable[..., subprocess.Popen[bytes]]:
     def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([*_command(role), *command[4:]], **options)
+        return limited(limit)([*_command(role), *command[4:]], **options)
 
     return start
 
 
 @contextmanager
-def sided(bench: Bench, bundle: Path, role: str, edges: int) -> Iterator[_Side]:
-    """A node (``serve`` or ``bare``) of `bundle` and so many edges, in one process, to load it."""
-    with bench.node(bundle=bundle, popen=_in_this_role(role)) as node:
+def sided(
+    bench: Bench, bundle: Path, role: str, edges: int, *, limit: int | None = None
+) -> Iterator[_Side]:
+    """A node (``serve`` or ``bare``) of `bundle` and so many edges, in one process, to load it.
+    `limit`: bytes of the node's data."""
+    with bench.node(bundle=bundle, popen=_in_this_role(role, limit)) as node:
         pairs = [node.authorise(f"edge{number}") for number in range(edges)]
         edge = subprocess.Popen(
             _command("edge"),
@@ -274,6 +282,7 @@ def sided(bench: Bench, bundle: Path, role: str, edges: int) -> Iterator[_Side]:
                 "bundle": str(bundle),
                 "endpoint": node.endpoint,
                 "public": node.keypair.public,
+                "asks": role == "serve",
                 "keys": [(pair.public, pair.secret) for pair in pairs],
             }
             print(json.dumps(told), file=edge.stdin, flush=True)

@@ -27,10 +27,12 @@ from hypothesis import strategies as st
 from transport import meter as metering
 from transport import sockets
 from transport.messages import Limits
-from transport.meter import Accounts, Bounds, MemoryWatch, Meter, bounds, message_bytes
+from transport.meter import SINCE, Accounts, Bounds, MemoryWatch, Meter, bounds, message_bytes
 
 MIB = 1 << 20
-BOUNDS = Bounds(unseen=1000, unsent=1000, total=10_000, stall_s=10, handshakes=3, connections=5)
+BOUNDS = Bounds(
+    unseen=1000, unheard=500, unsent=1000, total=10_000, stall_s=10, handshakes=3, connections=5
+)
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="metering is by Linux's TCP_INFO")
 
@@ -40,8 +42,15 @@ def opened(number: int = 1, address: str = "10.0.0.{}", **changes: Any) -> Accou
     accounts = Accounts(Bounds(**{**vars(BOUNDS), **changes}))
     for fd in range(1, number + 1):
         accounts.open(fd, address.format(fd), 0.0)
-        accounts.delivered(fd, 0, f"user{fd}")
+        speak(accounts, fd, f"user{fd}")
     return accounts
+
+
+def speak(accounts: Accounts, fd: int, user: str = "", route: bytes = b"", size: int = 0) -> None:
+    """The first message of a connection."""
+    account = accounts.accounts[fd]
+    accounts.name(account, user, route or b"%d" % fd)
+    accounts.delivered(account, size)
 
 
 def told(accounts: Accounts, now: float = 1.0) -> list[tuple[int, str]]:
@@ -51,7 +60,7 @@ def told(accounts: Accounts, now: float = 1.0) -> list[tuple[int, str]]:
 def test_what_is_delivered_is_not_held() -> None:
     accounts = opened()
     for turn in range(1, 100):
-        accounts.delivered(1, 900)
+        accounts.delivered(accounts.accounts[1], 900)
         accounts.sample(1, 900 * turn, 0, 0, turn / 1000)
         assert not told(accounts)
     accounts.sample(1, 900 * 99 + 900, 0, 0, 0.1)
@@ -59,6 +68,17 @@ def test_what_is_delivered_is_not_held() -> None:
     accounts.sample(1, 900 * 99 + 1200, 0, 0, 0.1)
     assert told(accounts) == [(1, "endless")]
     assert not told(accounts)  # once
+
+
+def test_before_its_first_message_a_connection_may_hold_less() -> None:
+    accounts = Accounts(BOUNDS)
+    for fd in (1, 2, 3):
+        accounts.open(fd, "10.0.0.1", 0.0)
+        accounts.sample(fd, 300, 0, 0, 0.0, 300)
+    speak(accounts, 1)
+    for fd, size in ((1, 900), (2, 490), (3, 510)):
+        accounts.sample(fd, size, 0, 0, 0.0, 300)
+    assert told(accounts) == [(3, "endless")]
 
 
 def test_what_the_kernel_still_queues_is_not_held_here() -> None:
@@ -85,52 +105,6 @@ def test_hours_of_silence_cover_no_attack() -> None:
     assert told(accounts, 86_400.1) == [(1, "endless")]
 
 
-def test_credit_that_is_not_ones_own_ends_with_the_next_sample() -> None:
-    accounts = opened()
-    accounts.close(1)
-    accounts.open(1, "10.0.0.9", 1.0)
-    accounts.delivered(1, 1_000_000)  # was waiting when the first connection ended
-    accounts.sample(1, 300, 0, 0, 1.0)
-    accounts.sample(1, 1301, 0, 0, 1.0)
-    assert told(accounts) == [(1, "endless")]
-
-
-def test_a_message_may_overtake_the_news_of_its_connection() -> None:
-    accounts = Accounts(BOUNDS)
-    accounts.delivered(7, 900)
-    accounts.open(7, "10.0.0.1", 0.0)
-    accounts.sample(7, 900 + 900, 0, 0, 0.0)
-    assert not told(accounts)
-    accounts.delivered(8, 900, "edge", b"route")
-    assert not told(accounts)
-    accounts.open(8, "10.0.0.1", 0.0)
-    assert accounts.accounts[8].user == "edge"
-    assert accounts.routes == {b"route": 8}
-
-
-def test_an_answer_may_overtake_it_too() -> None:
-    accounts = Accounts(BOUNDS)
-    accounts.delivered(8, 900, "edge", b"route")
-    accounts.handed(accounts.routes[b"route"], 700, 0.0)
-    accounts.open(8, "10.0.0.1", 0.0)
-    assert accounts.accounts[8].unsent == 700
-    accounts.delivered(9, 900, "edge", b"another")  # no news of this one ever comes
-    for second in range(2):
-        accounts.judge(second)
-    assert accounts.routes == {b"route": 8}
-
-
-def test_deliveries_that_no_news_follow_are_forgotten() -> None:
-    accounts = Accounts(BOUNDS)
-    for fd in range(1000):
-        accounts.delivered(fd, 1, "edge")
-    assert len(accounts._early) < 100
-    accounts.judge(0.0)
-    accounts.judge(1.0)
-    accounts.open(0, "10.0.0.1", 1.0)
-    assert accounts.accounts[0].user == ""
-
-
 def test_a_slow_reader() -> None:
     accounts = opened(2)
     for fd in (1, 2):
@@ -144,7 +118,7 @@ def test_a_slow_reader() -> None:
 
 def test_what_waits_is_known_of_each_user_and_of_all() -> None:
     accounts = opened(3)
-    accounts.delivered(3, 0, "user1")  # a second connection of the same
+    speak(accounts, 3, "user1")  # a second connection of the same
     for fd in (1, 2, 3):
         accounts.handed(fd, 500, 0.0)
     assert (accounts.unsent, dict(accounts.unsent_of)) == (1500, {"user1": 1000, "user2": 500})
@@ -263,26 +237,59 @@ def test_together_too_much_costs_whoever_holds_most() -> None:
 
 def test_replies_are_booked_where_requests_came_from() -> None:
     accounts = opened(2)
-    accounts.delivered(1, 1, "user1", b"route")
+    assert accounts.routes == {b"1": 1, b"2": 2}
+    accounts.close(1)
+    accounts.open(1, "10.0.0.1", 0.0)
+    speak(accounts, 1, "user1", b"route")
+    accounts.close(2)
     assert accounts.routes == {b"route": 1}
-    accounts.delivered(2, 1, "user1", b"route")  # the same edge, connected anew
+    accounts.open(2, "10.0.0.1", 0.0)
+    speak(accounts, 2, "user1", b"route")  # the same edge, connected anew
     accounts.close(1)
     assert accounts.routes == {b"route": 2}
     accounts.close(2)
     assert accounts.routes == {}
 
 
-def test_too_many_handshakes_cost_the_oldest_of_the_busiest_address() -> None:
-    accounts = Accounts(BOUNDS)
+def opening(accounts: Accounts, fd: int, address: str, now: float = 0.0) -> int | None:
+    """The handshake that is one too many after this connection, which is then over."""
+    accounts.open(fd, address, now)
+    surplus = accounts.surplus(address)
+    if surplus:
+        accounts.settle(surplus)
+    return surplus.fd if surplus else None
+
+
+def test_too_many_handshakes_of_one_address_cost_its_oldest() -> None:
+    accounts = Accounts(dataclasses.replace(BOUNDS, handshakes=6, connections=100))
+    assert [opening(accounts, fd, "2001:db8::1") for fd in range(3)] == [None] * 3
+    assert opening(accounts, 10, "10.0.0.1") is None
+    assert opening(accounts, 3, "2001:db8::2") == 0, "a /64 is one address"
+    accounts.sample(1, 0, 300, 0, 1.0, 300)  # is through
+    assert opening(accounts, 4, "2001:db8::1") is None
+    speak(accounts, 2, "user")  # too
+    accounts.close(3)
+    assert [opening(accounts, fd, "2001:db8::1") for fd in range(5, 8)] == [None, None, 4]
+    assert opening(accounts, 11, "10.0.0.1") is None
+
+
+def test_too_many_handshakes_in_all_cost_the_oldest() -> None:
+    accounts = Accounts(dataclasses.replace(BOUNDS, handshakes=6, connections=100))
+    found = [opening(accounts, fd, f"10.0.0.{fd // 2}") for fd in range(10)]
+    assert found == [None] * 6 + [0, 1, 2, 3]
+    accounts.judge(60.0)  # libzmq itself ends handshakes: what is there after that is through
+    assert not accounts.pending
+    assert [opening(accounts, fd, f"10.0.0.{fd}", 60.0) for fd in range(10, 16)] == [None] * 6
+
+
+def test_a_handshake_that_takes_too_many_bytes() -> None:
+    accounts = Accounts(dataclasses.replace(BOUNDS, unheard=MIB, total=MIB))
     accounts.open(1, "10.0.0.1", 0.0)
-    for fd in range(2, 8):
-        accounts.open(fd, "10.6.6.6", fd / 10)
-    accounts.open(8, "10.0.0.2", 1.0)
-    accounts.sample(4, 0, 300, 0, 1.0, 300)  # is through
-    assert told(accounts) == [(2, "crowd"), (3, "crowd"), (5, "crowd"), (6, "crowd")]
+    accounts.open(2, "10.0.0.2", 0.0)
+    accounts.sample(1, 70_000, 0, 0, 0.1, 64)
+    accounts.sample(2, 70_000, 0, 0, 0.1, 300)  # had finished it
+    assert told(accounts) == [(1, "endless")]
     assert not told(accounts)
-    # libzmq itself ends handshakes: what is still there after that is through.
-    assert not told(accounts, 60.0)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +310,7 @@ def test_too_many_connections() -> None:
     accounts = Accounts(BOUNDS)
     for fd in range(1, 8):
         accounts.open(fd, "10.0.0.1", fd / 10)
-        accounts.delivered(fd, 0, "" if fd == 5 else "many" if fd > 2 else f"one{fd}")
+        speak(accounts, fd, "" if fd == 5 else "many" if fd > 2 else f"one{fd}")
     assert told(accounts) == [(5, "crowd"), (3, "crowd")]
 
 
@@ -311,7 +318,7 @@ def test_too_many_connections_of_one_party_cost_its_oldest() -> None:
     accounts = Accounts(dataclasses.replace(BOUNDS, handshakes=10, connections=100, each=3))
     for fd in range(1, 8):
         accounts.open(fd, f"10.0.0.{fd}", fd / 10)
-        accounts.delivered(fd, 0, "many" if fd != 4 else "other")
+        speak(accounts, fd, "many" if fd != 4 else "other")
     for fd in range(11, 17):  # through, and silent
         accounts.open(fd, "10.6.6.6" if fd != 13 else "10.0.0.1", fd / 10)
         accounts.sample(fd, 0, 300, 0, 2.0, 300)
@@ -321,7 +328,7 @@ def test_too_many_connections_of_one_party_cost_its_oldest() -> None:
     assert not told(accounts, 3.0)
     accounts.close(7)  # whose place may be taken
     accounts.open(7, "10.0.0.9", 3.0)
-    accounts.delivered(7, 0, "many")
+    speak(accounts, 7, "many")
     assert not told(accounts, 3.0)
 
 
@@ -357,6 +364,7 @@ def test_an_honest_peer_is_never_at_fault(data: st.DataObject) -> None:
     limits, backlog = Limits(2, 9000), 4
     accounts = Accounts(bounds(limits, limits, backlog=backlog))
     accounts.open(1, "10.0.0.1", 0.0)
+    speak(accounts, 1)
     largest, received, now = message_bytes(limits), 0, 0.0
     waiting: list[int] = []
     for _ in range(data.draw(st.integers(1, 60))):
@@ -370,7 +378,7 @@ def test_an_honest_peer_is_never_at_fault(data: st.DataObject) -> None:
         received += size
         waiting.append(size)
         while len(waiting) > backlog or (waiting and data.draw(st.booleans())):
-            accounts.delivered(1, waiting.pop(0))
+            accounts.delivered(accounts.accounts[1], waiting.pop(0))
         accounts.sample(1, received, 0, 0, now)
         assert not accounts.judge(now)
 
@@ -453,13 +461,10 @@ def test_a_reused_number_is_another_connection(pairs: Any) -> None:
 
 
 class Frame:
-    """Of a message that came by this descriptor, from this user."""
+    """Of a message that came by this descriptor, from this user, let in at this time."""
 
-    nbytes = 100
-
-    def __init__(self, fd: int, user: str = "", data: bytes = b"") -> None:
-        self._told = {zmq.SRCFD: fd, "User-Id": user}
-        self.bytes = data
+    def __init__(self, fd: int, user: str = "", since: float = 9.0) -> None:
+        self._told = {zmq.SRCFD: fd, "User-Id": user, SINCE: str(since)}
 
     def __len__(self) -> int:
         return 100
@@ -468,29 +473,52 @@ class Frame:
         return self._told[option]
 
 
-def delivered(meter: Meter, fd: int, route: bytes, user: str) -> None:
-    meter.delivered(Frame(fd, user), route)  # type: ignore[arg-type]
+def delivered(meter: Meter, fd: int, route: bytes, user: str, since: float = 9.0) -> None:
+    meter.delivered(Frame(fd, user, since), route)  # type: ignore[arg-type]
 
 
 @linux
-@pytest.mark.parametrize("had", [True, False], ids=["that had spoken", "that was silent"])
-def test_a_successors_routes_do_not_end_with_its_predecessor(pairs: Any, had: bool) -> None:
-    """Its message comes before the news that one ended and the other began."""
-    first, first_client = pairs()
+def test_a_message_may_be_read_before_the_news_of_its_connection(pairs: Any) -> None:
+    first, _ = pairs()
+    number = first.fileno()
+    second, _ = pairs()
+    meter = Meter(BOUNDS)
+    news = [lambda: meter.opened(number, 1.0)]
+    meter.catch_up = lambda: [tell() for tell in news] and news.clear()
+    delivered(meter, number, b"first", "one", since=2.0)
+    assert (meter.users(), meter._accounts.routes) == ({"one"}, {b"first": number})
+    os.dup2(second.fileno(), number)
+    news += [lambda: meter.closed(number), lambda: meter.opened(number, 3.0)]
+    delivered(meter, number, b"second", "another", since=4.0)
+    assert (meter.users(), meter._accounts.routes) == ({"another"}, {b"second": number})
+    ended = meter.closed(number)
+    assert (ended.user, ended.route) == ("another", b"second")
+    meter.close()
+
+
+@linux
+def test_what_a_connection_has_left_is_not_booked_to_the_next_one_of_its_number(
+    pairs: Any,
+) -> None:
+    first, _ = pairs()
     number = first.fileno()
     meter = Meter(BOUNDS)
-    meter.opened(number, 0.0)
-    if had:
-        delivered(meter, number, b"first", "one")
-    first_client.close()
-    second, second_client = pairs()
-    os.dup2(second.fileno(), number)
-    delivered(meter, number, b"second", "another")
-    assert meter.closed(number).routes == ({b"first"} if had else set())
     meter.opened(number, 1.0)
-    assert meter.users() == {"another"}
-    second_client.close()
-    assert meter.closed(number).routes == {b"second"}
+    delivered(meter, number, b"first", "one", since=2.0)
+    meter.closed(number)
+    delivered(meter, number, b"first", "one", since=2.0)
+    assert not meter.users()
+    meter.opened(number, 3.0)
+    for route in (b"first", b"other"):
+        delivered(meter, number, route, "one", since=2.0)
+    meter.unwanted(Frame(number, "one", since=2.0))  # type: ignore[arg-type]
+    assert not meter.users()
+    assert not meter._accounts.accounts[number].dropped
+    delivered(meter, number, b"second", "another", since=4.0)
+    delivered(meter, number, b"first", "one", since=2.0)
+    assert (meter.users(), meter._accounts.routes) == ({"another"}, {b"second": number})
+    assert meter._accounts.accounts[number].credit == metering.frame_bytes(100)
+    meter.close()
 
 
 @linux
@@ -498,43 +526,11 @@ def test_a_connection_that_had_ended_before_its_beginning_was_told(pairs: Any) -
     first, _ = pairs()
     number = first.fileno()
     meter = Meter(BOUNDS)
-    delivered(meter, number, b"first", "one")
     first.close()
     assert meter.opened(number, 0.0)
-    ended = meter.closed(number)
-    assert (ended.user, ended.routes) == ("one", {b"first"})
+    delivered(meter, number, b"first", "one", since=2.0)
+    assert meter.closed(number) == ("", False, 0, 0, "", b"")
     assert not meter._accounts.routes
-    assert meter.closed(number).routes == set()
-
-
-@linux
-def test_a_connection_that_libzmq_has_given_up(pairs: Any) -> None:
-    """Because heartbeats stay out: nobody has ended it, and our duplicate keeps it open."""
-    first, _ = pairs()
-    number = first.fileno()
-    meter = Meter(BOUNDS)
-    meter.opened(number, 0.0)
-    delivered(meter, number, b"first", "one")
-    first.close()
-    assert meter.closed(number).routes == {b"first"}
-
-
-@linux
-def test_routes_of_a_successor_known_by_its_predecessors_news(pairs: Any) -> None:
-    """Both its message and its descriptor come with the other's news."""
-    first, first_client = pairs()
-    number = first.fileno()
-    second, _ = pairs()
-    first_client.close()
-    os.dup2(second.fileno(), number)
-    meter = Meter(BOUNDS)
-    delivered(meter, number, b"second", "another")
-    meter.opened(number, 0.0)
-    assert meter.closed(number).routes == set()  # the first's end
-    meter.opened(number, 0.0)
-    delivered(meter, number, b"second", "another")
-    assert meter._accounts.routes == {b"second": number}
-    meter.close()
 
 
 @linux
@@ -596,17 +592,71 @@ def test_without_descriptors_newcomers_are_shut(pairs: Any) -> None:
 
 
 def test_where_the_kernel_tells_nothing_connections_are_still_counted(pairs: Any) -> None:
-    meter = Meter(BOUNDS)
+    meter = Meter(dataclasses.replace(BOUNDS, handshakes=20, connections=3))
     meter.metered = False
     ends = [pairs() for _ in range(5)]
     for served, _ in ends:
         meter.opened(served.fileno(), 0.0)
     meter.handed(10_000, 0.0, route=b"route")
-    assert [breach.reason for breach in meter.poll(100.0)] == []
+    assert [breach.reason for breach in meter.poll(0.0)] == ["crowd", "crowd"]
     meter.close()
+
+
+@linux
+def test_too_many_handshakes_cost_the_oldest_that_is_under_way(pairs: Any) -> None:
+    meter = Meter(dataclasses.replace(BOUNDS, handshakes=4))
+    ends = [pairs() for _ in range(5)]
+    for served, _ in ends:
+        if served is ends[1][0]:
+            served.sendall(bytes(300))  # is through, though nobody has looked
+        meter.opened(served.fileno(), 0.0)
+    assert [breach.fd for breach in meter.poll(0.0)] == [ends[0][0].fileno(), ends[2][0].fileno()]
+    for number in (0, 2):
+        assert ends[number][1].recv(1) == b""
+    assert meter.dropped == {"crowd": 2}
+    assert not meter.poll(0.0)
+    meter.close()
+
+
+@linux
+def test_many_handshakes_are_looked_at_in_turns(
+    pairs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metering, "_AT_ONCE", 2)
+    looked: list[int] = []
+    counts = metering._counts
+    monkeypatch.setattr(metering, "_counts", lambda end: looked.append(end) or counts(end))
+    meter = Meter(dataclasses.replace(BOUNDS, handshakes=100, connections=100))
+    ends = [pairs() for _ in range(9)]
     for served, _ in ends:
         meter.opened(served.fileno(), 0.0)
-    assert [breach.reason for breach in meter.poll(0.0)] == ["crowd", "crowd"]
+    for _ in range(4 * 5):
+        meter.poll(0.0)
+    assert len(looked) == 4 * 9  # each as often as any other
+    ends[0][0].sendall(bytes(300))
+    while len(meter._accounts.pending) == 9:
+        meter.poll(0.0)
+    looked.clear()
+    meter.poll(0.0)
+    assert ends[0][0].getpeername() in [end.getpeername() for end in looked]  # always, from now on
+    meter.close()
+
+
+@linux
+def test_a_banished_user_loses_its_connections_and_nobody_else(pairs: Any) -> None:
+    meter = Meter(BOUNDS)
+    ends = [pairs() for _ in range(4)]
+    for number, (served, _) in enumerate(ends):
+        meter.opened(served.fileno(), 0.0)
+        if number < 3:
+            delivered(meter, served.fileno(), b"%d" % number, "bad" if number < 2 else "good")
+    assert [breach.fd for breach in meter.banish("bad")] == [ends[n][0].fileno() for n in (0, 1)]
+    assert not meter.banish("bad")
+    assert [client.recv(1) for _, client in ends[:2]] == [b"", b""]
+    # The fourth had said nothing until now.
+    meter.unwanted(Frame(ends[3][0].fileno(), "bad"))  # type: ignore[arg-type]
+    assert ends[3][1].recv(1) == b""
+    assert meter.dropped == {"banished": 3}
     meter.close()
 
 
@@ -683,7 +733,7 @@ def test_a_connection_that_breaks_while_its_inbox_is_full_stops_nothing(
     start: Callable[..., EchoNode],
 ) -> None:
     """libzmq would abort, had it a mark at which to stop reading, at the next heartbeat."""
-    node = start(deaf=True)
+    node = start(deaf=True, bounds={"unheard": 1 << 30})
     mark = 4
     with zmq.Context() as ctx:
         pair = node.authorise("hostile")
@@ -734,7 +784,7 @@ def test_an_edge_that_freezes_loses_its_connection(start: Callable[..., EchoNode
 
 @linux
 def test_many_endless_messages_together_are_bounded(start: Callable[..., EchoNode]) -> None:
-    node = start(bounds={"total": 64 * MIB})
+    node = start(bounds={"total": 64 * MIB, "unheard": 1 << 30})
     honest = Honest(node)
     hostile = node.authorise("hostile")
 
