@@ -416,7 +416,7 @@ def test_a_node_with_workers_on_ray(
         found = connect(node).ask(feeds)
         np.testing.assert_array_equal(found["tokens"], local(node, feeds)["tokens"])
     finally:
-        status = node.stop()
+        status = node.end()
     assert status == 0, node.logged()
     assert "SIGTERM received" not in node.logged()
     for line in node.logged().splitlines():
