@@ -30,15 +30,15 @@ from transport.keys import KeyPair
 
 GEOMETRY = Geometry(image_size=24, patch_size=4, window_size=2, embed_dim=8, out_chans=4)
 W, T, C = GEOMETRY.window_pixels, GEOMETRY.tokens_per_window, GEOMETRY.embed_dim
-SLOW_TURNS = 100
+SLOW_TURNS = {"slow": 100, "slower": 400}
 
 
 def _stack_model(kind: str) -> onnx.ModelProto:
     """A stack that mixes its inputs, with random weights.
 
-    `kind`: ``pixels`` or ``hidden`` (what it is fed); ``slow`` takes a quarter of a second or so;
-    ``broken`` has a table one row short, so that ONNX Runtime fails on the last window; ``other``
-    has other weights.
+    `kind`: ``pixels`` or ``hidden`` (what it is fed); ``slow`` takes a quarter of a second or so,
+    ``slower`` a good second; ``broken`` has a table one row short, so that ONNX Runtime fails on
+    the last window; ``other`` has other weights.
     """
     rng = np.random.default_rng(1 if kind == "other" else 0)
     rows = GEOMETRY.windows - (kind == "broken")
@@ -77,10 +77,10 @@ def _stack_model(kind: str) -> onnx.ModelProto:
             helper.make_node("Add", ["sum", "extent_t"], ["summed"]),
         ]
         last = "summed"
-    if kind == "slow":
+    if kind in SLOW_TURNS:
         side = 512
         tables["square"] = np.eye(side, dtype=np.float32)
-        tables["turns"] = np.array(SLOW_TURNS, np.int64)
+        tables["turns"] = np.array(SLOW_TURNS[kind], np.int64)
         tables["go"] = np.array(True)
         tables["zero_at"] = np.array([[0]], np.int64)
         body = helper.make_graph(
