@@ -126,7 +126,7 @@ _BAR = (
 
 @row("flood of small messages", _BAR, short_s=120, long_s=900)
 def small_messages(bench: Bench) -> Seen:
-    rounds, seconds = bench.pick((7, 1.0), (60, 2.0))
+    rounds, seconds = bench.pick((20, 0.5), (100, 1.0))
     return message_flood(bench, bench.toy, "cancel", rounds=rounds, seconds=seconds)
 
 
@@ -134,7 +134,7 @@ def small_messages(bench: Bench) -> Seen:
     "flood of requests", f"16 connections, data limited to 250 MiB: {_BAR}", short_s=180, long_s=900
 )
 def requests(bench: Bench) -> Seen:
-    rounds, seconds = bench.pick((7, 1.0), (60, 2.0))
+    rounds, seconds = bench.pick((20, 0.5), (100, 1.0))
     return message_flood(
         bench,
         bench.toy,
