@@ -326,7 +326,7 @@ class Authenticator:
         ctx: context of the servers.
         allowed: who gets in.
         on_revoked: called in the event loop with the names that were authorised and are not, or not
-            with the same key; that may be all of them.
+            with the same key; that may be all of them. Where it raises, it is called again soon.
         on_broken: called in the event loop if it can't go on: nobody is let in, or nobody revoked,
             any more.
         before_each: called before anybody is let in: has a `meter.Meter` catch up, which needs to
@@ -354,6 +354,7 @@ class Authenticator:
         self._on_broken = on_broken
         self._before_each = before_each
         self._known = {name: key for key, name in allowed.reload().items()}
+        self._gone: frozenset[str] = frozenset()  # revoked, and `on_revoked` has not taken it in
         self._socket: zmq.Socket[bytes] | None = None
         self._bell: Bell | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -433,8 +434,10 @@ class Authenticator:
             log.info("authorised now: %s", ", ".join(come))
         if gone:
             log.warning("no longer authorised: %s", ", ".join(sorted(gone)))
-            if self._on_revoked:
-                self._on_revoked(gone)
+        self._gone |= gone
+        if self._gone and self._on_revoked:
+            self._on_revoked(self._gone)
+        self._gone = frozenset()
 
     async def _serve(self) -> None:
         assert self._socket is not None

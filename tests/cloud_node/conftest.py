@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +12,10 @@ import numpy as np
 import onnx
 import pytest
 import zmq
+from faults.nodes import NodeProcess
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.bundle import (
-    Bundle,
     Manifest,
     Stage,
     TensorSpec,
@@ -31,19 +26,19 @@ from engines.bundle import (
 from engines.geometry import Geometry
 from engines.ort import OrtEngine
 from transport import messages, sockets
-from transport.keys import KeyPair, generate, make_directory, write_public
+from transport.keys import KeyPair
 
 GEOMETRY = Geometry(image_size=24, patch_size=4, window_size=2, embed_dim=8, out_chans=4)
 W, T, C = GEOMETRY.window_pixels, GEOMETRY.tokens_per_window, GEOMETRY.embed_dim
-SLOW_TURNS = 400
+SLOW_TURNS = {"slow": 100, "slower": 400}
 
 
 def _stack_model(kind: str) -> onnx.ModelProto:
     """A stack that mixes its inputs, with random weights.
 
-    `kind`: ``pixels`` or ``hidden`` (what it is fed); ``slow`` takes a good second; ``broken`` has
-    a table one row short, so that ONNX Runtime fails on the last window; ``other`` has other
-    weights.
+    `kind`: ``pixels`` or ``hidden`` (what it is fed); ``slow`` takes a quarter of a second or so,
+    ``slower`` a good second; ``broken`` has a table one row short, so that ONNX Runtime fails on
+    the last window; ``other`` has other weights.
     """
     rng = np.random.default_rng(1 if kind == "other" else 0)
     rows = GEOMETRY.windows - (kind == "broken")
@@ -82,10 +77,10 @@ def _stack_model(kind: str) -> onnx.ModelProto:
             helper.make_node("Add", ["sum", "extent_t"], ["summed"]),
         ]
         last = "summed"
-    if kind == "slow":
+    if kind in SLOW_TURNS:
         side = 512
         tables["square"] = np.eye(side, dtype=np.float32)
-        tables["turns"] = np.array(SLOW_TURNS, np.int64)
+        tables["turns"] = np.array(SLOW_TURNS[kind], np.int64)
         tables["go"] = np.array(True)
         tables["zero_at"] = np.array([[0]], np.int64)
         body = helper.make_graph(
@@ -165,87 +160,25 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     return make
 
 
-@dataclass
-class Node:
-    """A running `cloud-node serve`."""
-
-    process: subprocess.Popen[bytes]
-    keys: Path
-    log: Path
-    ready_file: Path
-    bundle: Bundle
-    ready: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def endpoint(self) -> str:
-        return str(self.ready["endpoint"])
-
-    @property
-    def stage(self) -> Stage:
-        return self.bundle.stage("stack")
-
-    @property
-    def limits(self) -> messages.StageLimits:
-        stage = self.stage
-        return messages.stage_limits(stage.inputs, stage.outputs, GEOMETRY.windows)
-
-    def logged(self) -> str:
-        return self.log.read_text()
-
-    def authorise(self, name: str) -> KeyPair:
-        pair = generate(self.keys.parent / f"{self.keys.name}-edges", name)
-        write_public(self.keys / "authorized" / f"{name}.pub", pair.public, name)
-        return pair
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        return self.process.wait(timeout=30)
-
-
-def node_keys(folder: Path) -> Path:
-    """A node's key folder as `edge-runtime keys node` makes it."""
-    generate(folder, "node")
-    make_directory(folder / "authorized")
-    return folder
-
-
 @pytest.fixture(scope="session")
 def start_node(
     tmp_path_factory: pytest.TempPathFactory, bundle_of: Callable[[str], Path]
-) -> Iterator[Callable[..., Node]]:
-    """Start nodes; those still running at the end are stopped."""
-    nodes: list[Node] = []
+) -> Iterator[Callable[..., NodeProcess]]:
+    """Start nodes; those still running at the end are killed."""
+    with contextlib.ExitStack() as stack:
 
-    def start(
-        kind: str = "pixels", *options: str, program: Sequence[str] = (), folder: str = "node"
-    ) -> Node:
-        root = tmp_path_factory.mktemp(folder)
-        keys, ready, log = node_keys(root / "keys"), root / "ready.json", root / "log"
-        command = [*(program or (sys.executable, "-m", "cloud_node.cli")), "serve"]
-        command += ["--threads", "1"]
-        command += ["--bundle", str(bundle_of(kind)), "--bind", "tcp://127.0.0.1:0"]
-        command += ["--keys", str(keys), "--ready-file", str(ready), "--log-level", "debug"]
-        with log.open("wb") as out:
-            process = subprocess.Popen([*command, *options], stdout=out, stderr=out)
-        node = Node(process, keys, log, ready, Bundle.load(bundle_of(kind)))
-        nodes.append(node)
-        give_up = time.monotonic() + 60
-        while not ready.exists():
-            assert process.poll() is None, node.logged()
-            assert time.monotonic() < give_up, node.logged()
-            time.sleep(0.02)
-        node.ready = json.loads(ready.read_text())
-        return node
+        def start(
+            kind: str = "pixels", *options: str, folder: str = "node", **more: Any
+        ) -> NodeProcess:
+            root = tmp_path_factory.mktemp(folder)
+            node = NodeProcess(bundle_of(kind), root / "node", options=options, **more)
+            return stack.enter_context(node)
 
-    yield start
-    for node in nodes:
-        node.process.kill()
-        node.process.wait()
+        yield start
 
 
 @pytest.fixture(scope="session")
-def node(start_node: Callable[..., Node]) -> Node:
+def node(start_node: Callable[..., NodeProcess]) -> NodeProcess:
     """The node most tests share: none of them may be able to harm it."""
     return start_node()
 
@@ -253,7 +186,7 @@ def node(start_node: Callable[..., Node]) -> Node:
 class Edge:
     """A bare synchronous edge: sends frames, returns what comes back."""
 
-    def __init__(self, ctx: zmq.Context[Any], node: Node, pair: KeyPair) -> None:
+    def __init__(self, ctx: zmq.Context[Any], node: NodeProcess, pair: KeyPair) -> None:
         self.limits = node.limits
         self.stage = node.stage
         self.socket = sockets.client(
@@ -325,7 +258,7 @@ def connect(zmq_context: zmq.Context[Any]) -> Iterator[Callable[..., Edge]]:
     """Connect authorised edges, closed after the test."""
     edges: list[Edge] = []
 
-    def make(node: Node, pair: KeyPair | None = None) -> Edge:
+    def make(node: NodeProcess, pair: KeyPair | None = None) -> Edge:
         pair = pair or node.authorise(f"edge-{os.urandom(4).hex()}")
         edges.append(Edge(zmq_context, node, pair))
         return edges[-1]
@@ -336,7 +269,7 @@ def connect(zmq_context: zmq.Context[Any]) -> Iterator[Callable[..., Edge]]:
 
 
 @pytest.fixture
-def edge(node: Node, connect: Callable[..., Edge]) -> Edge:
+def edge(node: NodeProcess, connect: Callable[..., Edge]) -> Edge:
     """An authorised edge of the shared node."""
     return connect(node)
 
@@ -363,10 +296,10 @@ def make_feeds(count: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture
-def local() -> Callable[[Node, Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
+def local() -> Callable[[NodeProcess, Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
     """What the same stack gives in this process."""
 
-    def run(node: Node, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(node: NodeProcess, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         with OrtEngine(node.bundle.stage_path("stack"), threads=1, device="cpu") as engine:
             return engine.run(feeds)
 

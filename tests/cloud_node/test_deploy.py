@@ -152,7 +152,7 @@ def test_a_node_works_under_the_units_restrictions(
     said = node.logged()
     assert "sockets restricted" in said
     assert "memory restricted" in said or "no PR_SET_MDWE" in said
-    assert node.stop() == 0
+    assert node.end() == 0
     assert "Traceback" not in node.logged()
 
 

@@ -7,7 +7,6 @@ a request is being computed, or waits.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import re
 import signal
@@ -41,32 +40,12 @@ Feeds = dict[str, np.ndarray]
 needs_sodium = pytest.mark.skipif(sodium.MISSING is not None, reason=str(sodium.MISSING))
 
 
-def workers(node: Any) -> list[int]:
-    found = []
-    for task in Path(f"/proc/{node.process.pid}/task").iterdir():
-        with contextlib.suppress(OSError):
-            found += [int(pid) for pid in (task / "children").read_text().split()]
-    return found
-
-
 def until(what: Callable[[], Any]) -> Any:
     give_up = time.monotonic() + 60
     while not (found := what()):
         assert time.monotonic() < give_up
         time.sleep(0.01)
     return found
-
-
-@contextlib.contextmanager
-def stopped(node: Any) -> Iterator[int]:
-    """The worker computes nothing meanwhile, unless it is killed."""
-    (pid,) = until(lambda: workers(node))
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield pid
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
 
 
 def kill_worker(node: Any, pid: int) -> None:
@@ -107,19 +86,26 @@ def some(feeds: Feeds, count: int, seed: int) -> Feeds:
 
 
 @pytest.fixture
+def shared(node: Any) -> Any:
+    """The node that most tests share, with a fresh log."""
+    node.forget_log()
+    return node
+
+
+@pytest.fixture
 def mine(start_node: Any) -> Iterator[Any]:
     """A node of this test's own."""
     node = start_node()
     yield node
-    node.stop(signal.SIGKILL)
+    node.end(signal.SIGKILL)
 
 
 def test_requests_that_waited_are_computed_together(
-    mine: Any, connect: Any, feeds: Feeds, local: Any
+    shared: Any, connect: Any, feeds: Feeds, local: Any
 ) -> None:
-    edges = [connect(mine) for _ in range(3)]
+    edges = [connect(shared) for _ in range(3)]
     work = [some(feeds, count, count) for count in (2, 3, 4)]
-    with stopped(mine):
+    with shared.stopped():
         first = computing(edges[0], some(feeds, 9, 0))
         sent = [accepted(edge, fed) for edge, fed in zip(edges, work, strict=True)]
     assert first in edges[0].replies([first], final=True)
@@ -127,16 +113,16 @@ def test_requests_that_waited_are_computed_together(
         message, outputs = edge.receive()
         assert isinstance(message, Result)
         assert message.id == id
-        assert same(mine, local, fed, outputs)
-    until(lambda: mine.logged().count("in a batch of 9") == 4)
+        assert same(shared, local, fed, outputs)
+    until(lambda: shared.logged().count("in a batch of 9") == 4)
 
 
 def test_a_modest_client_does_not_wait_behind_a_flooder(
-    mine: Any, connect: Any, five: Feeds
+    shared: Any, connect: Any, five: Feeds
 ) -> None:
-    flooder, modest = connect(mine), connect(mine)
+    flooder, modest = connect(shared), connect(shared)
     ask_info(modest)
-    with stopped(mine):
+    with shared.stopped():
         flood = [flooder.request(five) for _ in range(40)]
         first = flooder.replies(flood, final=False)
         let_in = [id for id in flood if isinstance(first[id], Accepted)]
@@ -148,7 +134,7 @@ def test_a_modest_client_does_not_wait_behind_a_flooder(
     flooder.replies(let_in, final=True)
 
     def computed() -> list[str]:
-        return re.findall(r"5 windows for (edge-\w+): queued", mine.logged())
+        return re.findall(r"5 windows for (edge-\w+): queued", shared.logged())
 
     until(lambda: len(computed()) == 17)  # a line is written after its reply has gone
     order = computed()
@@ -156,16 +142,16 @@ def test_a_modest_client_does_not_wait_behind_a_flooder(
     assert [order.count(name) for name in order].index(1) <= 2
 
 
-def test_a_busy_node_answers_what_costs_nothing(mine: Any, connect: Any, five: Feeds) -> None:
-    edge, other = connect(mine), connect(mine)
-    with stopped(mine):
+def test_a_busy_node_answers_what_costs_nothing(shared: Any, connect: Any, five: Feeds) -> None:
+    edge, other = connect(shared), connect(shared)
+    with shared.stopped():
         sent = [accepted(edge, five) for _ in range(16)]
         ask_info(edge)
         refused = edge.ask(five)
         assert isinstance(refused, Refused)
         assert refused.code == "overloaded"
         assert refused.retry_ms > 0
-        duplicate = messages.Request(sent[3], mine.stage.sha256, 60_000, messages.new_seal())
+        duplicate = messages.Request(sent[3], shared.stage.sha256, 60_000, messages.new_seal())
         edge.send(encode(duplicate, five))
         message, _ = edge.receive()
         assert isinstance(message, Refused)
@@ -180,10 +166,10 @@ def test_a_busy_node_answers_what_costs_nothing(mine: Any, connect: Any, five: F
 
 
 def test_cancelled_requests_are_not_computed_or_not_answered(
-    mine: Any, connect: Any, five: Feeds
+    shared: Any, connect: Any, five: Feeds
 ) -> None:
-    edge = connect(mine)
-    with stopped(mine):
+    edge = connect(shared)
+    with shared.stopped():
         running = computing(edge, some(five, 9, 0))
         waiting, last = accepted(edge, five), accepted(edge, five)
         for id in (running, waiting, messages.new_id()):
@@ -193,27 +179,29 @@ def test_cancelled_requests_are_not_computed_or_not_answered(
     assert isinstance(message, Result)
     assert message.id == last
     assert not edge.socket.poll(300)
-    assert len(re.findall(r"\d windows for", mine.logged())) == 1
-    again = encode(messages.Request(waiting, mine.stage.sha256, 60_000, messages.new_seal()), five)
+    assert len(re.findall(r"\d windows for", shared.logged())) == 1
+    again = encode(
+        messages.Request(waiting, shared.stage.sha256, 60_000, messages.new_seal()), five
+    )
     edge.send(again)  # and their ids are free
     assert edge.receive()[0] == Accepted(waiting)
 
 
 def test_what_an_edge_asked_before_it_left_is_not_computed(
-    mine: Any, connect: Any, five: Feeds
+    shared: Any, connect: Any, five: Feeds
 ) -> None:
-    left, other = connect(mine), connect(mine)
-    with stopped(mine):
+    left, other = connect(shared), connect(shared)
+    with shared.stopped():
         computing(left, some(five, 9, 0))
         accepted(left, five)
         sent = accepted(other, five)
         left.socket.close(linger=0)
-        until(lambda: "has left; 1 of its requests waited" in mine.logged())
+        until(lambda: "has left; 1 of its requests waited" in shared.logged())
     message, _ = other.receive()
     assert isinstance(message, Result)
     assert message.id == sent
-    until(lambda: "windows for" in mine.logged())
-    assert len(re.findall(r"\d windows for", mine.logged())) == 1
+    until(lambda: "windows for" in shared.logged())
+    assert len(re.findall(r"\d windows for", shared.logged())) == 1
 
 
 def test_one_bad_request_fails_alone_whoever_shares_its_batch(
@@ -227,7 +215,7 @@ def test_one_bad_request_fails_alone_whoever_shares_its_batch(
         "window": np.array([0]),
     }
     bad = {**good, "window": np.array([8])}  # legal, but the graph's table is a row short
-    with stopped(node):
+    with node.stopped():
         before = computing(edges[0], {name: np.repeat(a, 9, 0) for name, a in good.items()})
         sent = [accepted(edge, fed) for edge, fed in zip(edges, (good, bad, good), strict=True)]
     assert isinstance(edges[0].replies([before], final=True)[before], Result)
@@ -249,7 +237,7 @@ def test_a_killed_worker_costs_what_it_was_at_and_nothing_else(
     edge, other = connect(mine), connect(mine)
     lost, kept = some(feeds, 9, 0), some(feeds, 9, 1)
     for _ in range(2):
-        with stopped(mine) as pid:
+        with mine.stopped() as pid:
             running, waiting = computing(edge, lost), accepted(other, kept)
             kill_worker(mine, pid)
         message, _ = edge.receive()
@@ -269,7 +257,7 @@ def test_a_request_that_two_workers_died_over_is_refused_for_good(
     edge, other = connect(mine), connect(mine)
     nine = some(feeds, 9, 0)
     for code in ("worker_died", "engine"):
-        with stopped(mine) as pid:
+        with mine.stopped() as pid:
             running = computing(edge, nine)
             kill_worker(mine, pid)
         refused = edge.replies([running], final=True)[running]
@@ -282,25 +270,25 @@ def test_a_request_that_two_workers_died_over_is_refused_for_good(
 
 
 def test_revoked_edges_lose_their_connection_their_place_and_their_replies(
-    mine: Any, connect: Any, five: Feeds, local: Any
+    shared: Any, connect: Any, five: Feeds, local: Any
 ) -> None:
-    revoked, other = connect(mine, mine.authorise("mallory")), connect(mine)
-    with stopped(mine):
+    revoked, other = connect(shared, shared.authorise("mallory")), connect(shared)
+    with shared.stopped():
         computing(revoked, some(five, 9, 0))
         accepted(revoked, five)
         sent = accepted(other, five)
-        (mine.keys / "authorized" / "mallory.pub").unlink()
-        until(lambda: "no longer authorised: mallory" in mine.logged())
+        (shared.allowed / "mallory.pub").unlink()
+        until(lambda: "no longer authorised: mallory" in shared.logged())
     message, outputs = other.receive()
     assert isinstance(message, Result)
     assert message.id == sent
-    assert same(mine, local, five, outputs)
+    assert same(shared, local, five, outputs)
     assert not revoked.socket.poll(500)
-    assert "windows for mallory" not in mine.logged()
+    assert "windows for mallory" not in shared.logged()
 
 
-def test_sixteen_clients_get_their_own_answers(mine: Any, connect: Any, local: Any) -> None:
-    edges = [connect(mine) for _ in range(16)]
+def test_sixteen_clients_get_their_own_answers(shared: Any, connect: Any, local: Any) -> None:
+    edges = [connect(shared) for _ in range(16)]
     rng = np.random.default_rng(0)
     asked: list[dict[bytes, Feeds]] = [{} for _ in edges]
     base = {"pixels": np.zeros((1, 8, 8, 3), np.uint8)}
@@ -313,17 +301,17 @@ def test_sixteen_clients_get_their_own_answers(mine: Any, connect: Any, local: A
             message, outputs = edge.receive()
             if not isinstance(message, Accepted):
                 assert isinstance(message, Result), message
-                assert same(mine, local, sent.pop(message.id), outputs)
+                assert same(shared, local, sent.pop(message.id), outputs)
 
 
 def test_a_stop_within_the_drain_limit_ends_all_the_same(
     start_node: Any, connect: Any, five: Feeds
 ) -> None:
-    node = start_node()
+    node = start_node("pixels", "--drain-s", "1")
     edge = connect(node)
-    with stopped(node):  # so nothing will ever be finished
+    with node.stopped():  # so nothing will ever be finished
         sent = [accepted(edge, five) for _ in range(3)]
-        node.process.send_signal(signal.SIGTERM)
+        node.term()
         replies = edge.replies(sent, final=True)
         assert {getattr(message, "code", "") for message in replies.values()} == {"shutdown"}
         assert node.process.wait(timeout=60) == 0
@@ -369,7 +357,7 @@ def test_nobody_can_read_the_results_of_an_edge_whose_routing_id_it_takes(
     async def work() -> list[bytes]:
         await asyncio.sleep(0.5)  # the new keys are known
         thefts = []
-        with stopped(node):
+        with node.stopped():
             for number in range(20):
                 thefts.append(asyncio.create_task(victim.stolen_by(thief, feeds, number)))
                 await asyncio.sleep(0.03)
@@ -406,13 +394,13 @@ def test_a_message_of_many_frames_costs_its_sender_the_connection(
     assert same(mine, local, five, edge.ask(five))
 
 
-def test_refused_requests_do_not_fill_the_log(mine: Any, connect: Any, five: Feeds) -> None:
-    edge = connect(mine)
+def test_refused_requests_do_not_fill_the_log(shared: Any, connect: Any, five: Feeds) -> None:
+    edge = connect(shared)
     bad = {**five, "window": five["window"] * 0 - 1}
     for _ in range(500):
         refused = edge.ask(bad)
         assert refused.code == "invalid"
-    assert mine.logged().count("(invalid)") < 20
+    assert shared.logged().count("(invalid)") < 20
 
 
 _UNMETERED = """

@@ -216,7 +216,7 @@ def test_a_node_for_which_nothing_fits_says_what_does(
     assert "error: RLIMIT_DATA is " in said
     enough = int(said.partition("expected at least ")[2].split()[0]) * MIB
     with NodeProcess(echoing, tmp_path, popen=limited(enough + 2 * MIB)) as node:
-        assert "may wait in the queue, not 256 MiB" in node.log.read_text()
+        assert "may wait in the queue, not 256 MiB" in node.logged()
 
 
 @linux
@@ -229,7 +229,7 @@ def test_a_node_follows_a_limit_that_is_set_while_it_runs(
             hard = resource.RLIM_INFINITY
             resource.prlimit(node.pid, resource.RLIMIT_DATA, (most, hard))
             give_up = time.monotonic() + 30
-            while expected not in node.log.read_text():
+            while expected not in node.logged():
                 assert node.running
                 assert time.monotonic() < give_up
                 time.sleep(0.02)

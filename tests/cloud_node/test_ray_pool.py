@@ -148,7 +148,7 @@ def gone(before: dict[int, str]) -> dict[int, str]:
 @pytest.fixture(scope="module")
 def bundle(bundle_of: Callable[[str], Path]) -> Bundle:
     """Takes a good second for a batch: time to be killed in."""
-    return Bundle.load(bundle_of("slow"))
+    return Bundle.load(bundle_of("slower"))
 
 
 @pytest.fixture(scope="module")
@@ -410,13 +410,13 @@ def test_a_node_with_workers_on_ray(
 ) -> None:
     """The front over real sockets; a cluster that it starts ends with it."""
     before, before_folders = ray_processes(), folders()
-    options = ("--workers", "ray", "--ray-address", "local", "--ray-replicas", "2")
+    options = ("--workers", "ray", "--ray-address", "local")
     node = start_node("pixels", *options, "--device", "cpu", "--log-format", "json")
     try:
         found = connect(node).ask(feeds)
         np.testing.assert_array_equal(found["tokens"], local(node, feeds)["tokens"])
     finally:
-        status = node.stop()
+        status = node.end()
     assert status == 0, node.logged()
     assert "SIGTERM received" not in node.logged()
     for line in node.logged().splitlines():

@@ -277,7 +277,7 @@ def test_keys_come_and_go_without_a_restart(
     edge.send(encode(InfoRequest(messages.new_id())))
     assert isinstance(edge.receive()[0], Info)
 
-    (node.keys / "authorized" / "kitchen.pub").unlink()
+    (node.allowed / "kitchen.pub").unlink()
     again = _client(zmq_context, node, pair)
     assert not _admitted(node, again)
     again.close()
@@ -287,7 +287,7 @@ def test_a_malformed_authorised_key_is_skipped_with_a_warning(
     start_node: Any, connect: Any
 ) -> None:
     node = start_node()
-    (node.keys / "authorized" / "broken.pub").write_text("public-key not-a-key\n")
+    (node.allowed / "broken.pub").write_text("public-key not-a-key\n")
     edge = connect(node)
     edge.send(encode(InfoRequest(messages.new_id())))
     assert isinstance(edge.receive()[0], Info)
@@ -309,7 +309,7 @@ def test_signals_stop_the_node_cleanly(
 ) -> None:
     node = start_node()
     assert node.ready["pid"] == node.process.pid
-    assert node.stop(number) == 0
+    assert node.end(number) == 0
     assert not node.ready_file.exists()
     assert "Traceback" not in node.logged()
     assert node.logged().rstrip().endswith("stopped")
@@ -346,8 +346,7 @@ def test_a_node_of_which_a_part_has_died_ends_and_says_so(
     node = start_node(program=[sys.executable, "-c", code])
     edge = connect(node)
     if kind == "_Lane":
-        children = Path(f"/proc/{node.process.pid}/task/{node.process.pid}/children")
-        os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+        os.kill(node.workers()[0], signal.SIGKILL)
     with contextlib.suppress(zmq.Again):
         edge.socket.set(zmq.SNDTIMEO, 1000)  # it may be gone before
         edge.request(feeds)
@@ -360,19 +359,20 @@ def test_a_node_of_which_a_part_has_died_ends_and_says_so(
 def test_stopping_finishes_what_was_admitted_and_refuses_what_comes(
     start_node: Any, connect: Any, five: Feeds
 ) -> None:
-    node = start_node("slow")
+    node = start_node()
     edge = connect(node)
-    sent = [edge.request(five) for _ in range(3)]
-    accepted = edge.replies(sent, final=False)
-    assert {type(message) for message in accepted.values()} == {Accepted}
-    node.process.send_signal(signal.SIGTERM)
-    _until(lambda: "stopping" in node.logged())
-    assert not node.ready_file.exists()
-    late = edge.request(five)
-    replies = edge.replies([*sent, late], final=True)
+    with node.stopped():
+        sent = [edge.request(five) for _ in range(3)]
+        accepted = edge.replies(sent, final=False)
+        assert {type(message) for message in accepted.values()} == {Accepted}
+        node.term()
+        _until(lambda: "stopping" in node.logged())
+        assert not node.ready_file.exists()
+        late = edge.request(five)
+        assert edge.replies([late], final=True)[late].code == "shutdown"
+    replies = edge.replies(sent, final=True)
     assert node.process.wait(timeout=60) == 0
     assert [type(replies[id]) for id in sent] == [Result] * 3
-    assert replies[late].code == "shutdown"
 
 
 def test_stopping_waits_until_slow_links_have_carried_the_last_replies(tmp_path: Path) -> None:
@@ -411,14 +411,14 @@ def test_stopping_waits_until_slow_links_have_carried_the_last_replies(tmp_path:
 def test_a_second_signal_stops_at_once(
     number: signal.Signals, start_node: Any, connect: Any, feeds: Feeds
 ) -> None:
-    node = start_node("slow")
+    node = start_node("pixels", "--drain-s", "60")
     edge = connect(node)
-    edge.request(feeds)
-    edge.receive()
-    node.process.send_signal(signal.SIGTERM)
-    _until(lambda: "stopping" in node.logged())
-    node.process.send_signal(number)
-    assert node.process.wait(timeout=60) in (-number, 0)  # 0: it was just done
+    with node.stopped():
+        edge.request(feeds)
+        edge.receive()
+        node.term()
+        _until(lambda: "stopping" in node.logged())
+        assert node.end(number) == -number
     assert "Traceback" not in node.logged()
 
 
@@ -435,15 +435,16 @@ def test_a_closed_terminal_lets_the_node_finish_what_was_admitted(
 ) -> None:
     ours, theirs = pty.openpty()
     program = [sys.executable, "-c", _ON_TERMINAL, os.ttyname(theirs)]
-    node = start_node("slow", program=program)
+    node = start_node(program=program)
     os.close(theirs)
     edge = connect(node)
-    sent = [edge.request(five) for _ in range(2)]
-    assert {type(m) for m in edge.replies(sent, final=False).values()} == {Accepted}
-    os.close(ours)
-    _until(lambda: "stopping" in node.logged())
-    assert not node.ready_file.exists()
-    node.process.send_signal(signal.SIGHUP)  # shells send one more
+    with node.stopped():
+        sent = [edge.request(five) for _ in range(2)]
+        assert {type(m) for m in edge.replies(sent, final=False).values()} == {Accepted}
+        os.close(ours)
+        _until(lambda: "stopping" in node.logged())
+        assert not node.ready_file.exists()
+        node.signal(signal.SIGHUP)  # shells send one more
     assert {type(m) for m in edge.replies(sent, final=True).values()} == {Result}
     assert node.process.wait(timeout=60) == 0
     assert node.logged().rstrip().endswith("stopped")
@@ -454,11 +455,11 @@ def test_under_nohup_a_node_outlives_its_terminal(
 ) -> None:
     node = start_node(program=["nohup", sys.executable, "-m", "cloud_node.cli"])
     edge = connect(node)
-    node.process.send_signal(signal.SIGHUP)
+    node.signal(signal.SIGHUP)
     outputs = edge.ask(feeds)
     assert outputs["tokens"].tobytes() == local(node, feeds)["tokens"].tobytes()
     assert "stopping" not in node.logged()
-    assert node.stop() == 0
+    assert node.end() == 0
 
 
 def test_signals_count_for_the_first_process_of_a_container(
@@ -468,34 +469,30 @@ def test_signals_count_for_the_first_process_of_a_container(
     unshare = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"]
     if not shutil.which("unshare") or subprocess.run([*unshare, "true"], check=False).returncode:
         pytest.skip("needs util-linux's unshare and user namespaces")
-    node = start_node("slow", program=[*unshare, sys.executable, "-m", "cloud_node.cli"])
+    node = start_node(program=[*unshare, sys.executable, "-m", "cloud_node.cli"])
     assert node.ready["pid"] == 1
-    outside = node.process.pid
-    (first,) = Path(f"/proc/{outside}/task/{outside}/children").read_text().split()
+    (first,) = node.workers()
     edge = connect(node)
-    edge.request(feeds)
-    edge.receive()
     (worker,) = Path(f"/proc/{first}/task/{first}/children").read_text().split()
     os.kill(int(worker), signal.SIGSTOP)  # so that stopping takes drain_s
-    os.kill(int(first), signal.SIGTERM)
+    edge.request(feeds)
+    edge.receive()
+    os.kill(first, signal.SIGTERM)
     _until(lambda: "stopping" in node.logged())
-    os.kill(int(first), signal.SIGTERM)
+    os.kill(first, signal.SIGTERM)
     assert node.process.wait(timeout=60) == 128 + signal.SIGTERM
 
 
 def test_an_edge_that_leaves_does_no_harm(
-    start_node: Any, connect: Any, feeds: Feeds, local: Any
+    node: Any, connect: Any, feeds: Feeds, local: Any
 ) -> None:
-    node = start_node("slow")
-    stayer = connect(node)
-    expected = local(node, feeds)["tokens"].tobytes()
-    for turn in range(5):  # again if this machine was so busy that the run was over before it left
-        name = f"leaver{turn}"
-        leaver = connect(node, node.authorise(name))
+    stayer, name = connect(node), f"leaver-{os.urandom(4).hex()}"
+    leaver = connect(node, node.authorise(name))
+    with node.stopped():
         leaver.request(feeds)
         leaver.receive()
         leaver.socket.close()
-        assert stayer.ask(feeds)["tokens"].tobytes() == expected
-        if f"{name} has left" in node.logged() and f"windows for {name}" not in node.logged():
-            return
-    pytest.fail(node.logged())
+        _until(lambda: f"{name} has left" in node.logged())
+    outputs = stayer.ask(feeds)
+    assert outputs["tokens"].tobytes() == local(node, feeds)["tokens"].tobytes()
+    assert f"windows for {name}" not in node.logged()

@@ -2,54 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
+from faults.nodes import NodeProcess
 
 from edge_runtime.config import EdgeConfig, NodeConfig
-from transport.keys import generate, generate_secret, make_directory, write_public
-
-
-@dataclass
-class Node:
-    """A node process; the edge's key for it is ``keys/NAME.key`` of the fleet."""
-
-    name: str
-    folder: Path
-    process: subprocess.Popen[bytes]
-    endpoint: str = ""
-
-    def signal(self, number: int) -> None:
-        self.process.send_signal(number)
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    @property
-    def log(self) -> str:
-        return (self.folder / "log").read_text()
+from transport.keys import generate, generate_secret, write_public
 
 
 @dataclass
 class Fleet:
-    """Nodes on this machine and one edge that may use them."""
+    """Nodes on this machine and one edge that may use them, with ``keys/NAME.key`` for each."""
 
     root: Path
     bundle: Path
-    nodes: dict[str, Node] = field(default_factory=dict)
-    environment: dict[str, str] = field(
-        default_factory=lambda: {**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    nodes: dict[str, NodeProcess] = field(default_factory=dict)
 
     @property
     def keys(self) -> Path:
@@ -61,39 +32,26 @@ class Fleet:
         if not secret.exists():
             generate_secret(secret)
         for name in names:
-            folder = self.root / name
-            allowed = make_directory(make_directory(folder) / "authorized")
-            node_key, edge_key = generate(folder, "node"), generate(self.keys, name)
-            write_public(self.keys / f"{name}-node.pub", node_key.public, name)
+            node = NodeProcess(bundle or self.bundle, self.root / name, wait=False)
+            self.nodes[name] = node
+            write_public(self.keys / f"{name}-node.pub", node.keypair.public, name)
+            pair = generate(self.keys, name)
             if authorise:
-                write_public(allowed / "edge.pub", edge_key.public, "edge")
-            command = [sys.executable, "-m", "cloud_node.cli", "serve"]
-            command += ["--bundle", str(bundle or self.bundle), "--keys", str(folder)]
-            command += ["--bind", "tcp://127.0.0.1:0", "--threads", "1"]
-            command += ["--ready-file", str(folder / "ready.json"), "--log-level", "debug"]
-            with open(folder / "log", "wb") as log:
-                process = subprocess.Popen(command, stdout=log, stderr=log, env=self.environment)
-            self.nodes[name] = Node(name, folder, process)
+                write_public(node.allowed / "edge.pub", pair.public, "edge")
         for name in names:
-            node = self.nodes[name]
-            give_up = time.monotonic() + 60
-            while not (node.folder / "ready.json").exists():
-                assert node.process.poll() is None, node.log
-                assert time.monotonic() < give_up, node.log
-                time.sleep(0.02)
-            node.endpoint = json.loads((node.folder / "ready.json").read_text())["endpoint"]
+            self.nodes[name].wait_ready()
 
     def config(self, **changes: object) -> EdgeConfig:
         """A configuration of all nodes of the fleet."""
         settings: dict[str, object] = {
             "nodes": tuple(
                 NodeConfig(
-                    name=node.name,
+                    name=name,
                     endpoint=node.endpoint,
-                    server_key=str(self.keys / f"{node.name}-node.pub"),
-                    client_key=str(self.keys / f"{node.name}.key"),
+                    server_key=str(self.keys / f"{name}-node.pub"),
+                    client_key=str(self.keys / f"{name}.key"),
                 )
-                for node in self.nodes.values()
+                for name, node in self.nodes.items()
             ),
             "bundle": str(self.bundle),
             "secret": str(self.keys / "edge.secret"),
@@ -103,10 +61,7 @@ class Fleet:
 
     def stop(self) -> None:
         for node in self.nodes.values():
-            node.signal(signal.SIGCONT)
-            node.process.kill()
-        for node in self.nodes.values():
-            node.process.wait()
+            node.kill()
 
 
 @pytest.fixture(scope="session")

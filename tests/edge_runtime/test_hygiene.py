@@ -52,13 +52,14 @@ def test_no_log_or_temporary_file_holds_the_canary(
     ending: str,
     tmp_path: Path,
     make_fleet: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     photo, out, scratch = tmp_path / "photo.ppm", tmp_path / "out" / "result", tmp_path / "tmp"
     out.parent.mkdir()
     scratch.mkdir()
     Image.fromarray(np.tile(np.frombuffer(PIXEL, np.uint8), (40, 40, 1))).save(photo)
     fleet = make_fleet()
-    fleet.environment["TMPDIR"] = str(scratch)
+    monkeypatch.setenv("TMPDIR", str(scratch))
     fleet.start("alpha", "beta", "gamma")  # they log at debug level
     config = fleet.config()
     lines = [f'bundle = "{config.bundle}"', f'secret = "{config.secret}"', "deadline_s = 10"]
@@ -75,7 +76,6 @@ def test_no_log_or_temporary_file_holds_the_canary(
     edge = subprocess.Popen(
         command,
         cwd=scratch,
-        env={**os.environ, "TMPDIR": str(scratch)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
@@ -98,9 +98,9 @@ def test_no_log_or_temporary_file_holds_the_canary(
     assert leaks(photo.read_bytes(), wanted)  # what is searched for can be found
     assert leaks(fleet.keys.joinpath("alpha.key").read_bytes(), wanted)
     assert leaks(said, wanted) == []
-    assert "windows for" in fleet.nodes["alpha"].log
+    assert "windows for" in fleet.nodes["alpha"].logged()
     for node in fleet.nodes.values():
-        assert leaks(node.log.encode(), wanted) == []
+        assert leaks(node.logged().encode(), wanted) == []
     assert os.listdir(scratch) == []
     if ending == "success":
         assert leaks((out / "result.json").read_bytes(), wanted) == [p.encode() for p in POINT]

@@ -263,7 +263,7 @@ def test_nodes_of_another_bundle_are_named_and_sent_nothing(
 ) -> None:
     other = make_toy_bundle(tmp_path / "other", head=True)
     digests = [Bundle.load(b).stage("stack").sha256[:12] for b in (shared_fleet.bundle, other)]
-    logs = {name: len(node.log) for name, node in shared_fleet.nodes.items()}
+    logs = {name: len(node.logged()) for name, node in shared_fleet.nodes.items()}
     with pytest.raises(OffloadError, match=r"it serves toy fp32.*this edge has") as caught:
         offload(shared_fleet.config(), photo, other)
     assert all(digest in str(caught.value) for digest in digests)
@@ -271,7 +271,7 @@ def test_nodes_of_another_bundle_are_named_and_sent_nothing(
     assert (report.windows_sent, len(report.home), report.bytes_up) == (0, 6, 0)
     assert all("it serves toy fp32" in str(node.failure) for node in report.nodes)
     for name, node in shared_fleet.nodes.items():  # a node logs each request that it refuses
-        assert "refused" not in node.log[logs[name] :]
+        assert "refused" not in node.logged()[logs[name] :]
 
 
 # -- budget, deadline, set-up -------------------------------------------------------------------

@@ -119,7 +119,7 @@ def test_what_nodes_have_seen_is_on_record_though_the_tail_never_ends(
     toml.chmod(0o644)
     command = ["edge_runtime.cli", "segment", str(photo), "--point", "5,6"]
     process = start(*command, "--config", str(toml), "--out", "result", cwd=tmp_path)
-    wait_for(lambda: "windows for" in fleet.nodes["gamma"].log, process)
+    wait_for(lambda: "windows for" in fleet.nodes["gamma"].logged(), process)
     wait_for(busy(process), process)
     said = ended(process, signal.SIGTERM).decode()
     assert "What nodes have seen of photo.png is on record in" in said

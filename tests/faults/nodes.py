@@ -22,7 +22,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -32,7 +33,7 @@ import zmq
 import zmq.asyncio
 
 from edge_runtime.config import Node
-from engines.bundle import Bundle, TensorSpec
+from engines.bundle import Bundle, Stage, TensorSpec
 from engines.errors import ProtocolError
 from engines.ort import OrtEngine
 from faults.background import Service, cancel_all
@@ -49,6 +50,7 @@ from transport.messages import (
     Request,
     Result,
     StageInfo,
+    StageLimits,
     TensorInfo,
     VersionsSpoken,
     decode_header,
@@ -618,7 +620,11 @@ class NodeProcess(Child):
         policy: as `policy_from` takes it, for a `FaultyNode`; None is a real ``cloud-node serve``.
         bind: endpoint; port 0 is any free one, kept by restarts.
         options: more arguments of the command.
-        popen: see `Child`.
+        program: what to run in place of ``cloud-node``.
+        wait, popen: see `Child`.
+
+    Attributes:
+        ready: what it wrote once it was ready.
     """
 
     def __init__(
@@ -629,28 +635,31 @@ class NodeProcess(Child):
         policy: Any = None,
         bind: str = "tcp://127.0.0.1:0",
         options: Sequence[str] = (),
+        program: Sequence[str] = (sys.executable, "-m", "cloud_node.cli"),
+        wait: bool = True,
         popen: Callable[..., Any] = subprocess.Popen,
     ) -> None:
+        self.ready: dict[str, Any] = {}
         self.bundle = Bundle.load(bundle)
         self.folder = make_directory(folder)
         self.allowed = make_directory(self.folder / "authorized")
         secret = self.folder / "node.key"
         self.keypair = load_secret(secret) if secret.exists() else generate(self.folder, "node")
         self.endpoint = bind
-        self._ready_file = self.folder / "ready.json"
-        command = [sys.executable, "-m"]
+        self.ready_file = self.folder / "ready.json"
         if policy is None:
-            command += ["cloud_node.cli", "serve", "--threads", "1", "--log-level", "debug"]
+            command = [*program, "serve", "--threads", "1", "--log-level", "debug"]
             command += ["--keys", str(self.folder)]
         else:
-            command += ["faults.nodes", "--policy", json.dumps(policy)]
+            command = [sys.executable, "-m", "faults.nodes", "--policy", json.dumps(policy)]
             command += ["--folder", str(self.folder)]
-        command += ["--bundle", str(bundle), "--ready-file", str(self._ready_file), *options]
+        command += ["--bundle", str(bundle), "--ready-file", str(self.ready_file), *options]
         paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         super().__init__(
             [*command, "--bind", bind],
             log=self.folder / "log",
             ready=self._is_ready,
+            wait=wait,
             popen=popen,
             environment={
                 **os.environ,
@@ -659,22 +668,55 @@ class NodeProcess(Child):
             },
         )
 
+    @property
+    def stage(self) -> Stage:
+        return self.bundle.stage("stack")
+
+    @property
+    def limits(self) -> StageLimits:
+        return stage_limits(self.stage.inputs, self.stage.outputs, self.bundle.geometry.windows)
+
     def authorise(self, name: str = "edge", folder: Path | None = None) -> KeyPair:
         """A new key pair that this node lets in, written to `folder` (default: beside its own)."""
         return _authorise(self.allowed, name, folder or self.folder / "edges")
+
+    def workers(self) -> list[int]:
+        """Processes that it has started."""
+        found: list[int] = []
+        for task in Path(f"/proc/{self.pid}/task").iterdir():
+            with contextlib.suppress(OSError):
+                found += [int(pid) for pid in (task / "children").read_text().split()]
+        return found
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[int]:
+        """Its one worker computes nothing meanwhile, unless it is killed."""
+        give_up = time.monotonic() + 60
+        while len(found := self.workers()) != 1:
+            assert time.monotonic() < give_up, found
+            time.sleep(0.01)
+        os.kill(found[0], signal.SIGSTOP)
+        try:
+            yield found[0]
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(found[0], signal.SIGCONT)
 
     def node(self, pair: KeyPair, *, name: str = "node", endpoint: str | None = None) -> Node:
         """This node as an edge's client wants it; `endpoint` is a proxy's before it."""
         return Node(name, endpoint or self.endpoint, self.keypair.public, pair)
 
+    def start(self, *, wait: bool = True) -> None:
+        if not self.running:
+            self.ready_file.unlink(missing_ok=True)  # of one that was killed
+        super().start(wait=wait)
+
     def _is_ready(self) -> bool:
         try:
-            ready = json.loads(self._ready_file.read_text())
+            self.ready = json.loads(self.ready_file.read_text())
         except (OSError, ValueError):
             return False
-        if ready["pid"] != self.pid:  # of one that was killed
-            return False
-        self.endpoint = self.command[-1] = ready["endpoint"]
+        self.endpoint = self.command[-1] = self.ready["endpoint"]
         return True
 
 

@@ -41,6 +41,7 @@ class Child:
         command: to run.
         log: file for what it prints; appended to by restarts.
         ready: called until it returns True, before the constructor and `restart` return.
+        wait: False: the constructor does not wait for that; call `wait_ready`.
         timeout_s: for becoming ready.
         popen: what to start it with; a `Netns` offers one.
         environment: its environment; None is this process's.
@@ -55,33 +56,42 @@ class Child:
         *,
         log: Path,
         ready: Callable[[], bool] | None = None,
+        wait: bool = True,
         timeout_s: float = 60.0,
         popen: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.command, self.log = list(command), log
-        self.starts = 0
+        self.starts = self._forgotten = 0
         self._ready, self._timeout_s, self._popen = ready, timeout_s, popen
         self._environment = environment
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self.start()
+        self.start(wait=wait)
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        assert self._process is not None
+        return self._process
 
     @property
     def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
+        return self.process.pid
+
+    def logged(self) -> str:
+        """What it has printed, since `forget_log` if that was called."""
+        return self.log.read_bytes()[self._forgotten :].decode(errors="replace")
+
+    def forget_log(self) -> None:
+        """Have `logged` leave out what has been printed so far."""
+        self._forgotten = self.log.stat().st_size
 
     @property
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
-    def start(self) -> None:
-        """Start it and wait until it is ready.
-
-        Raises:
-            RuntimeError: it ended, or was not ready in time.
-        """
+    def start(self, *, wait: bool = True) -> None:
+        """Start it, and `wait_ready` unless told not to."""
         with self._lock, self.log.open("ab") as out:
             if self.running:
                 return
@@ -93,13 +103,27 @@ class Child:
                 env=self._environment,
             )
             self.starts += 1
+        if wait:
+            self.wait_ready()
+
+    def wait_ready(self) -> None:
+        """Wait until it is ready.
+
+        Raises:
+            RuntimeError: it ended, or was not ready in time.
+        """
         give_up = time.monotonic() + self._timeout_s
         while self._ready and not self._ready():
             if not self.running or time.monotonic() > give_up:
-                text = self.log.read_text(errors="replace")[-2000:]
+                text = self.logged()[-2000:]
                 self.kill()
                 raise RuntimeError(f"{self.command[0]} did not become ready: {text}")
             time.sleep(0.01)
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal and wait; its exit status."""
+        self.signal(number)
+        return self.process.wait(60)
 
     def signal(self, number: int) -> bool:
         """Send a signal; False if it runs no more. Never to another process of the same pid."""
