@@ -237,9 +237,11 @@ class Door:
         """
         assert self._authenticator is not None
         assert self._meter is not None
-        if self._authenticator.banished(name, time.monotonic()):
+        now = time.monotonic()
+        if self._authenticator.banished(name, now):
             return
         seconds = self._authenticator.banish(name)
+        self._pace.drain(name, now + seconds)  # if it goes on as before, that shows sooner
         log.warning("%s is kept out for %.0f s: %s", name, seconds, reason)
         for breach in self._meter.banish(name):
             self._metrics.connections_dropped[breach.reason] += 1

@@ -139,7 +139,9 @@ class OffloadPredictor:
         stages = [stage for stage in ("head", "stack", "tail", "encoder") if self.bundle.has(stage)]
         if self.offloader and self.offloader.config.fallback != "local":
             stages.remove("stack")
-        stages.append("decoder")
+        stages = [stage for stage in (*stages, "decoder") if not self.pipeline.is_open(stage)]
+        if not stages:
+            return
         size = sum(map(self.bundle.size, stages))
         with progress(f"loading {self.bundle.manifest.model}", size, quiet=quiet) as work:
             for stage in stages:

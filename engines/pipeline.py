@@ -45,10 +45,13 @@ class Pipeline:
         self._lock = threading.Lock()
         self._closed = False
         self.work = Progress()
+        self._costs: dict[str, float] = {}
 
     def cost(self, stage: str) -> float:
         """About how much there is to compute in one run of a stage on a whole image, in a unit of
         its own; 0 for those that take little."""
+        if stage in self._costs:  # the files need not be there once the engine is open
+            return self._costs[stage]
         geometry = self.bundle.geometry
         # Every weight is used once for each token; attention over the whole image is as much again,
         # and slower.
@@ -57,7 +60,12 @@ class Pipeline:
             "tail": 3 * geometry.grid**2,
             "encoder": 2 * geometry.grid**2,
         }
-        return float(self.bundle.size(stage) * tokens.get(stage, 0))
+        self._costs[stage] = float(self.bundle.size(stage) * tokens.get(stage, 0))
+        return self._costs[stage]
+
+    def is_open(self, stage: str) -> bool:
+        """Whether the stage's engine is open."""
+        return stage in self._engines
 
     def engine(self, stage: str) -> Engine:
         """The opened engine of a stage. Opening takes seconds, so do it early if that matters.
@@ -74,6 +82,7 @@ class Pipeline:
                 self._engines[stage] = open_stage(
                     self.bundle, stage, device=self._device, threads=self._threads
                 )
+                self.cost(stage)
             return self._engines[stage]
 
     def leave_home(self, windows: Windows) -> dict[str, np.ndarray]:

@@ -117,13 +117,25 @@ def _show_bar(work: Progress, over: threading.Event) -> None:
     console = Console(stderr=True)
     with (
         undone(lambda: console.control(Control.show_cursor(True))),
-        Bar(*columns, console=console, auto_refresh=False, transient=True) as bar,
+        Bar(
+            *columns,
+            console=console,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=sys.stdout.isatty(),  # else what goes to a file would go to stderr
+        ) as bar,
     ):
         task = bar.add_task(work.label, total=None, text="")
         while True:
             now = time.monotonic()
             share, _ = work.state(now)
-            bar.update(task, total=share and 1.0, completed=share or 0.0, text=work.text(now))
+            bar.update(
+                task,
+                description=work.label,
+                total=share and 1.0,
+                completed=share or 0.0,
+                text=work.text(now),
+            )
             bar.refresh()
             if over.wait(_REFRESH_S):
                 return

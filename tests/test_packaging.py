@@ -16,7 +16,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("engines", "transport", "cloud_node", "edge_runtime", "exporters")
 LOCKS = ("cpu", "gpu", "jetson", "dev")
-RUNTIME = {"numpy", "pyzmq", "onnxruntime", "pillow", "msgspec", "rich", "prometheus-client"}
+RUNTIME = {
+    "numpy",
+    "pyzmq",
+    "cryptography",
+    "onnxruntime",
+    "pillow",
+    "msgspec",
+    "rich",
+    "prometheus-client",
+}
 
 
 def locked(kind: str) -> dict[str, dict[str, str]]:
@@ -126,7 +135,7 @@ def test_the_installed_wheel_segments_a_photo(wheel: Path, tmp_path: Path) -> No
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["objects"][0]["masks"][0]["area"] > 0
-    assert (tmp_path / "out" / "coins" / "overlay.png").is_file()
+    assert (tmp_path / "out" / "coins.png" / "overlay.png").is_file()
 
 
 @pytest.mark.parametrize("kind", LOCKS)

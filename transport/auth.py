@@ -273,6 +273,10 @@ class Pace:
         self._full[key] = full + tokens * self._each
         return True
 
+    def drain(self, key: str, now: float) -> None:
+        """Leave it a tenth of a full bucket."""
+        self._full[key] = now + 0.9 * self._most
+
     def keep(self, keys: Iterable[str]) -> None:
         """Forget all other keys."""
         kept = set(keys)

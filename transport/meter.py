@@ -59,7 +59,7 @@ _AT_ONCE = 256  # unfinished handshakes looked at in one poll: the loop has othe
 _PACE_S = 5.0  # over which a reader's pace is taken
 _HANDSHAKE_S = 4.0  # libzmq itself ends those that take longer (HANDSHAKE_IVL)
 _HANDSHAKES = 8192
-# Each takes about 10 kB while it lasts.
+# Each takes up to 20 kB while it lasts.
 _TCP_INFO_BYTES = 208
 _RATE_S = 1.0  # over which the rate of all is taken
 _LOOK_S = 0.002  # between looks out of turn
@@ -92,14 +92,13 @@ class Bounds:
         total: both, of all connections.
         stall_s: how long what was handed over may go without any of it being acknowledged.
         pace: bytes a second that a connection must acknowledge while much waits: while the `unsent`
-            of all is above a quarter of `total`, so that who trickles holds up nobody else.
+            of all is above a quarter of `total`, so that slow readers hold up nobody else.
         handshakes: connections that have not finished theirs; half of these of one address. Beyond
             that the oldest is dropped.
         connections: all of them.
         each: connections of one user, and of one address those that have not said anything: an edge
             has one, or a few where it has several processes, and behind one address there may be
-            many edges. Who has more only keeps others from theirs, and each connection may have
-            given itself a routing id.
+            many edges. More than this starves other clients.
     """
 
     unseen: int

@@ -185,6 +185,7 @@ def run(args: argparse.Namespace) -> int:
         total = len(photos) * predictor.cost
         with progress("segmenting", total, quiet=args.json) as predictor.pipeline.work:
             for photo in photos:
+                predictor.pipeline.work.label = printable(photo.name)
                 folder = (args.out or Path("out")) / photo.name
                 named = args.out is not None and not several
                 try:

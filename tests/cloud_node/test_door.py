@@ -228,12 +228,14 @@ def test_a_key_replaced_under_its_name_is_admitted_no_more_not_even_for_a_moment
         door.open()
         edge = hostile(prepared, door, tmp_path, "changing")
         with monkeypatch.context() as patch:  # what a peer says of itself does not count
-            lies = {"User-Id": b"another", "X-Key": new.public.encode()}
+            lies = {"User-Id": b"another", "X-Key": new.public.encode(), "X-Since": b"0"}
             honest = zmtp.metadata
             patch.setattr(zmtp, "metadata", lambda *args, **more: honest(*args, **more, **lies))
             peer = await edge.connect()
         await peer.send_message([b"old"])
         assert await asyncio.wait_for(seen.get(), 30) == [b"changing", b"old"]
+        assert door._meter
+        assert door._meter.users() == {"changing"}
         # Its connection is not cut, as if that had not taken effect yet.
         assert door._meter
         monkeypatch.setattr(door._meter, "revoke", lambda names: [])

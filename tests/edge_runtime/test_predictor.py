@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -185,6 +186,16 @@ def test_what_is_no_rgb_image_is_refused_and_leaves_none_set(
     with pytest.raises(ImageError):
         predictor.set_image(image)
     assert not predictor.is_image_set
+
+
+def test_once_loaded_it_needs_no_file_of_the_bundle(toy_bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(toy_bundle, copy)
+    with OffloadPredictor(bundle=copy, threads=1) as predictor:
+        predictor.load()
+        shutil.rmtree(copy)
+        predictor.set_image(picture(30, 40))
+        predictor.predict(np.array([[5, 6]]), np.array([1]))
 
 
 def test_the_error_says_what_to_pass(predictor: OffloadPredictor) -> None:

@@ -676,6 +676,8 @@ def test_a_pace_of_more_than_one_token() -> None:
     assert [pace("a", 5.0, 4.0) for _ in range(4)] == [True] * 3 + [False]
     assert not pace("a", 5.2)
     assert pace("a", 5.3001)  # twelve were taken: what was too much has to be made up for
+    pace.drain("a", 9.0)
+    assert [pace("a", 9.0) for _ in range(2)] == [True, False]
 
 
 def test_whoever_breaks_rules_is_kept_out_for_twice_as_long_each_time() -> None:
