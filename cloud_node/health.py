@@ -92,6 +92,9 @@ class Endpoint:
             await asyncio.wait_for(self._serve(reader, writer), REQUEST_S)
         except (OSError, asyncio.TimeoutError, asyncio.IncompleteReadError):
             writer.transport.abort()
+        except Exception:  # no connection outlives whoever is to end it
+            log.exception("a request for health or metrics could not be answered")
+            writer.transport.abort()
         except asyncio.CancelledError:
             # Only `close` does that. (A task that ends as cancelled would be reported as an error.)
             writer.transport.abort()

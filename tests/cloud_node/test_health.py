@@ -201,6 +201,24 @@ def test_who_resets_the_connection_does_no_harm(caplog: pytest.LogCaptureFixture
     assert not [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
 
 
+def test_a_defect_costs_one_connection(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(health, "exposition", lambda registry: 1 // 0)
+
+    async def test() -> None:
+        async with serving() as endpoint:
+            reader, writer = await connect(endpoint)
+            writer.write(get("/metrics"))
+            with contextlib.suppress(ConnectionError):
+                assert await asyncio.wait_for(reader.read(), 30) == b""
+            writer.close()
+            assert (await ask(endpoint, get("/healthz")))[0] == 200
+
+    run(test())
+    assert {record.name for record in caplog.records} == {"cloud_node.health"}
+
+
 def test_closing_ends_open_connections_and_frees_the_port() -> None:
     async def test() -> None:
         async with serving() as endpoint:
