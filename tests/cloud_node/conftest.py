@@ -187,6 +187,7 @@ class Edge:
     """A bare synchronous edge: sends frames, returns what comes back."""
 
     def __init__(self, ctx: zmq.Context[Any], node: NodeProcess, pair: KeyPair) -> None:
+        self.name = pair.name
         self.limits = node.limits
         self.stage = node.stage
         self.socket = sockets.client(

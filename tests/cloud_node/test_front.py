@@ -69,6 +69,11 @@ def computing(edge: Any, nine: Feeds) -> bytes:
     return sent
 
 
+def computed(node: Any, edge: Any) -> int:
+    """How many requests of this edge, as far as logged: a line is written after its reply left."""
+    return len(re.findall(rf"\d windows for {edge.name}: queued", node.logged()))
+
+
 def ask_info(edge: Any) -> None:
     edge.send(encode(InfoRequest(messages.new_id())))
     assert isinstance(edge.receive()[0], Info)
@@ -179,12 +184,13 @@ def test_cancelled_requests_are_not_computed_or_not_answered(
     assert isinstance(message, Result)
     assert message.id == last
     assert not edge.socket.poll(300)
-    assert len(re.findall(r"\d windows for", shared.logged())) == 1
+    until(lambda: computed(shared, edge) == 1)
     again = encode(
         messages.Request(waiting, shared.stage.sha256, 60_000, messages.new_seal()), five
     )
     edge.send(again)  # and their ids are free
     assert edge.receive()[0] == Accepted(waiting)
+    assert isinstance(edge.receive(tensors=False)[0], Result)
 
 
 def test_what_an_edge_asked_before_it_left_is_not_computed(
@@ -200,8 +206,8 @@ def test_what_an_edge_asked_before_it_left_is_not_computed(
     message, _ = other.receive()
     assert isinstance(message, Result)
     assert message.id == sent
-    until(lambda: "windows for" in shared.logged())
-    assert len(re.findall(r"\d windows for", shared.logged())) == 1
+    until(lambda: computed(shared, other) == 1)
+    assert computed(shared, left) == 0
 
 
 def test_one_bad_request_fails_alone_whoever_shares_its_batch(
