@@ -3,8 +3,8 @@
 :class:`Pool` and :class:`Slot` are all that the server knows of workers, whether they are processes
 of this machine or replicas elsewhere. A pool promises that a batch ends in outputs, in an
 :class:`~engines.errors.EngineError` (the batch failed, the worker lives) or in a
-:class:`WorkerDied` (the worker did not survive it, and is replaced without being asked), and that
-it never waits for whoever reads the outputs. Which requests make a batch is left to the server.
+:class:`WorkerDied` (the worker did not survive it, and is replaced without being asked). Which
+requests make a batch is left to the server.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ class Pool(ABC):
         """Wait for a slot of the worker that is least busy.
 
         A busy worker gives out one more slot than it computes where that keeps its device from
-        waiting. Slots whose outputs are not released yet do not count against it.
+        waiting. A slot counts until it is released: use its outputs at once, or copy them.
 
         Raises:
             PoolClosed: the pool was closed, before or while waiting.
@@ -256,8 +256,6 @@ class LocalPool(Pool):
         devices: one worker for each, as :func:`parse_device` reads them.
         threads: CPU threads of each worker; None means all cores.
         max_batch: most rows of a batch, at least the windows of an image; None: just as many.
-        results: how many results of a worker may be out, unreleased, without a copy. Beyond that
-            `Slot.run` returns copies, so that slow readers never stop the others.
         hang_s: a worker that is silent for this long while it has work is killed, unless its
             slowest run so far took more than a tenth of it: then ten times as long as that.
         start_s: how long opening and warm-up may take.
@@ -278,7 +276,6 @@ class LocalPool(Pool):
         devices: Sequence[str] = ("auto",),
         threads: int | None = None,
         max_batch: int | None = None,
-        results: int = 8,
         hang_s: float = 30.0,
         start_s: float = 600.0,
         retry_s: tuple[float, float] = (0.5, 30.0),
@@ -296,7 +293,7 @@ class LocalPool(Pool):
         if threads is not None and threads < 1:
             raise ConfigError(f"threads is {threads}, expected at least 1, or none for all cores")
         stage = bundle.stage(wire.STAGE)
-        layout = Layout(stage.inputs, stage.outputs, self.max_batch, _DEPTH, _DEPTH + results)
+        layout = Layout(stage.inputs, stage.outputs, self.max_batch, _DEPTH, _DEPTH)
         self.shared_bytes = layout.size * len(devices)
         self.hang_s, self.start_s, self.retry_s = hang_s, start_s, retry_s
         self._lanes: list[_Lane] = []
@@ -462,11 +459,9 @@ class _Lane:
         self._name = f"worker {number} ({device})"
         self._ids = itertools.count(1)
         self._arena: Arena | None = None
-        self._batches = list(range(request.layout.batches))
-        self._results = list(range(request.layout.results))
+        self._places = list(range(_DEPTH))  # that no slot has
         self._depth = _DEPTH
-        self._filling: set[_LocalSlot] = set()
-        self._lent = 0
+        self._out: set[_LocalSlot] = set()  # of the process that runs now
         self._warm: asyncio.Future[None] | None = None
         self._failure: EdgeRuntimeError | None = None
         self._restarts = 0
@@ -480,14 +475,14 @@ class _Lane:
         """How many more slots of the worker may be out."""
         if not self.ready:
             return 0
-        return min(self._depth - len(self._filling), len(self._batches), len(self._results))
+        return min(self._depth - len(self._out), len(self._places))
 
     def slot(self) -> _LocalSlot:
         assert self._arena is not None
         assert self.process is not None
-        batch, result = self._batches.pop(), self._results.pop()
-        slot = _LocalSlot(self, self.process, batch, result, self._arena.batches[batch])
-        self._filling.add(slot)
+        place = self._places.pop()
+        slot = _LocalSlot(self, self.process, place, self._arena.batches[place])
+        self._out.add(slot)
         return slot
 
     def check(self, slot: _LocalSlot) -> None:
@@ -502,56 +497,35 @@ class _Lane:
         if not self.flights:
             self._silent_s = 0.0
         self.flights[number] = _Flight(slot, rows, future)
-        self.process.send(wire.Run(number, slot.batch, slot.result, rows))
+        self.process.send(wire.Run(number, slot.place, slot.place, rows))
         return future
 
     def recycle(self, slot: _LocalSlot) -> None:
-        """What a released slot still holds is free again."""
-        self._filling.discard(slot)
-        if slot.batch >= 0:
-            self._batches.append(slot.batch)
-        if slot.result >= 0:
-            self._results.append(slot.result)
-            self._lent -= slot.lent
-        slot.batch = slot.result = -1
+        """The place of a released slot is free again."""
+        self._out.discard(slot)
+        self._places.append(slot.place)
         self._pool.wake()
 
     def _done(self, message: wire.Done) -> None:
-        flight = self.flights[message.id]  # until it is known how it ended
-        slot, future = flight.slot, flight.future
-        self._slowest_s = max(self._slowest_s, message.compute_us / 1e6)
-        self._filling.discard(slot)
-        self._batches.append(slot.batch)
-        slot.batch = -1
-        slot.land(message.compute_us)
-        if slot.result >= 0:
-            outputs = self._lend(slot, flight.rows)
-            if not future.done():
-                future.set_result(outputs)
-        del self.flights[message.id]
-        self._pool.wake()
-        self._pool.landed()
-
-    def _lend(self, slot: _LocalSlot, rows: int) -> dict[str, np.ndarray]:
         assert self._arena is not None
-        outputs = {name: a[:rows] for name, a in self._arena.results[slot.result].items()}
-        if self._lent < self._request.layout.results - _DEPTH:
-            slot.lent = True
-            self._lent += 1
-        else:
-            outputs = {name: array.copy() for name, array in outputs.items()}
-            self._results.append(slot.result)
-            slot.result = -1
+        flight = self.flights[message.id]  # until it is known how it ended
+        self._slowest_s = max(self._slowest_s, message.compute_us / 1e6)
+        outputs = {n: a[: flight.rows] for n, a in self._arena.results[flight.slot.place].items()}
         for array in outputs.values():
             array.flags.writeable = False
-        return outputs
+        flight.slot.compute_us, flight.slot.through = message.compute_us, True
+        if not flight.future.done():
+            flight.future.set_result(outputs)
+        del self.flights[message.id]
+        flight.slot.land()
+        self._pool.landed()
 
     def _run_failed(self, message: wire.RunFailed) -> None:
         flight = self.flights[message.id]
-        flight.slot.land()
         if not flight.future.done():
             flight.future.set_exception(EngineError(message.text))
         del self.flights[message.id]
+        flight.slot.land()
         self._pool.landed()
 
     def _loss(self, *, began: bool) -> EdgeRuntimeError:
@@ -634,7 +608,7 @@ class _Lane:
         """The worker is no more: neither will what it was given come to anything."""
         lost, self.flights = list(self.flights.values()), {}
         self.ready = False
-        self._filling.clear()
+        self._out.clear()
         for place, flight in enumerate(lost):
             if not flight.future.done():
                 flight.future.set_exception(self._loss(began=place == 0))
@@ -713,28 +687,22 @@ class _Lane:
 
 
 class _LocalSlot(Slot):
-    """A batch and a result of a lane, for one worker process.
+    """A place for a batch and its result in a lane's memory, for one worker process.
 
-    `batch` and `result` are -1 once given back; `lent`: its result counts as out.
+    `through`: it has outputs.
     """
 
     def __init__(
-        self,
-        lane: _Lane,
-        process: Process,
-        batch: int,
-        result: int,
-        inputs: dict[str, np.ndarray],
+        self, lane: _Lane, process: Process, place: int, inputs: dict[str, np.ndarray]
     ) -> None:
         super().__init__(inputs)
-        self.process = process
-        self.batch, self.result = batch, result
-        self.lent = False
+        self.process, self.place = process, place
+        self.through = False
         self._lane = lane
         self._rows = len(next(iter(inputs.values())))
 
     async def run(self, n: int) -> dict[str, np.ndarray]:
-        if self._released or self.batch < 0:
+        if self._released or self.through:
             raise RuntimeError("a slot runs nothing more after success or release")
         if not 1 <= n <= self._rows:
             raise ValueError(f"{n} rows, expected 1 to {self._rows}")
@@ -745,10 +713,9 @@ class _LocalSlot(Slot):
         self._running = True
         return await future
 
-    def land(self, compute_us: int = 0) -> None:
+    def land(self) -> None:
         """The worker is through with it, successfully or not."""
         self._running = False
-        self.compute_us = compute_us
         if self._released:
             self._recycle()
 

@@ -99,7 +99,6 @@ class RayPool(Pool):
         threads: CPU threads of each replica, which are reserved with Ray; None: one is reserved,
             all cores are used.
         max_batch: most rows of a batch, at least the windows of an image; None: just as many.
-        results: how many results may be out, unreleased, for each replica without a copy.
         hang_s: a replica that computes for this long is replaced, unless its slowest run so far
             took more than a tenth of it: then ten times as long as that.
         start_s: how long start-up may take, on all hosts together.
@@ -125,7 +124,6 @@ class RayPool(Pool):
         replicas: int | tuple[int, int] = 1,
         threads: int | None = None,
         max_batch: int | None = None,
-        results: int = 8,
         hang_s: float = 30.0,
         start_s: float = 600.0,
         name: str | None = None,
@@ -162,7 +160,7 @@ class RayPool(Pool):
         self._outputs: Tensors = stage.outputs
         self._address, self._device, self._threads = address, device, threads
         self._least, self._most = least, most
-        self._results, self._hang_s, self._start_s = results, hang_s, start_s
+        self._hang_s, self._start_s = hang_s, start_s
         self._layout = Layout(stage.inputs, stage.outputs, self.max_batch, 1, 1)
         _ = self._layout.size  # refuses a stack whose rows have no fixed size
         self._depth = 1
@@ -224,7 +222,7 @@ class RayPool(Pool):
 
     def _deploy(self) -> str:
         """Connect, deploy, wait for every replica; returns what they compute on."""
-        self._cluster.join(self._address, self._layout, self._least, self._most, self._results)
+        self._cluster.join(self._address, self._layout, self._least, self._most)
         if self._called_off.is_set():
             raise PoolClosed("the pool of workers was closed while it started")
         import ray
@@ -459,11 +457,8 @@ class RayPool(Pool):
         self._filling.discard(slot)
         self._spare.append(slot.room)
         slot.room = {}
-        if self._lent < self._results * self.lanes:
-            self._lent += 1
-            slot.lent = True
-        else:
-            outputs = {name: array.copy() for name, array in outputs.items()}
+        self._lent += 1
+        slot.lent = True
         for array in outputs.values():
             array.flags.writeable = False
         return outputs
@@ -634,7 +629,7 @@ class _Cluster:
         self._folders: list[str] = []
         self._lock = threading.Lock()
 
-    def join(self, address: str, layout: Layout, least: int, most: int, results: int) -> None:
+    def join(self, address: str, layout: Layout, least: int, most: int) -> None:
         """Connect to a cluster, or start one.
 
         Raises:
@@ -655,14 +650,14 @@ class _Cluster:
             raise RuntimeError("this process is part of a Ray cluster already")
         if address == "local":
             self.ours = True
-            self._start(layout, least, most, results)
+            self._start(layout, least, most)
         else:
             self.place = address
             self._connect(address)
         self._joined = True
         self._check_spilling()
 
-    def _start(self, layout: Layout, least: int, most: int, results: int) -> None:
+    def _start(self, layout: Layout, least: int, most: int) -> None:
         import ray
 
         # With spilling off Ray still puts objects that don't fit its store into files of this
@@ -670,7 +665,7 @@ class _Cluster:
         memory = tempfile.mkdtemp(prefix="edge-runtime-ray-", dir="/dev/shm")
         session = tempfile.mkdtemp(prefix="edge-runtime-ray-")
         self._folders = [memory, session]
-        store = most * (results + 4) * layout.size * 5 // 4
+        store = most * 4 * layout.size * 5 // 4
         try:
             ray.init(
                 address="local",
