@@ -137,7 +137,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is None:
         return stopping.as_process(lambda: _main(sys.argv[1:]))
-    return _main(list(argv))
+    try:
+        return _main(list(argv))
+    finally:
+        stopping.forget()
 
 
 def _main(arguments: list[str]) -> int:

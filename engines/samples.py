@@ -31,7 +31,7 @@ STAGES = ("head", "stack", "tail", "encoder", "decoder")
 
 _ORIGINAL = "PyTorch"
 _RANDOM_WINDOWS = 8
-"""Most windows in a random sample: ONNX Runtime computes them too, in fp16 slowly."""
+"""Most windows in a random sample: ONNX Runtime computes them too, on the CPU."""
 _MAX_PROMPTS = 64
 
 

@@ -71,6 +71,12 @@ def came() -> int | None:
     return _came
 
 
+def forget() -> None:
+    """The signal has been dealt with, and the process lives on."""
+    global _came
+    _came = None
+
+
 @contextlib.contextmanager
 def unwound_by_signals() -> Iterator[None]:
     """Signals raise in the main thread during the block, so that every clean-up runs.

@@ -237,7 +237,6 @@ def test_a_key_replaced_under_its_name_is_admitted_no_more_not_even_for_a_moment
         assert door._meter
         assert door._meter.users() == {"changing"}
         # Its connection is not cut, as if that had not taken effect yet.
-        assert door._meter
         monkeypatch.setattr(door._meter, "revoke", lambda names: [])
         keys.write_public(authorized / "next", new.public, "changing")
         (authorized / "next").rename(authorized / "changing.pub")

@@ -77,7 +77,6 @@ def test_a_nodes_bundle_is_built_for_fewer_windows(
     [
         (["--stage", "encoder"], "has no encoder"),
         (["--max-windows", "26"], "expected 1 to 25"),
-        (["--workspace", "-1"], "--workspace is -1 MiB"),
         (["--backend", "tensorrt-rtx", "--timing-cache", "x"], "TensorRT-RTX builds without"),
     ],
 )
@@ -88,6 +87,14 @@ def test_what_cannot_be_is_one_line(
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: ")
     assert message in last
+    assert not (tiny / "plans").exists()
+
+
+def test_a_workspace_out_of_bounds_is_refused(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["build", str(tiny), "--workspace", "-1"]) == 2
+    assert "--workspace" in capsys.readouterr().err
     assert not (tiny / "plans").exists()
 
 

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from edge_runtime import cli
+from engines import stopping
 from engines.errors import ConfigError
 from engines.options import SECONDS, SEED, SHARE, THREADS, Parser
 
@@ -172,6 +173,7 @@ def test_signals_unwind_a_command_and_are_given_back(
         assert stop.value.code == 128 + number
         assert unwound == [number]
         assert signal.getsignal(number) == signal.SIG_DFL
+        assert stopping.came() is None  # or the next command's errors would end as this signal
         signal.signal(number, signal.SIG_IGN)  # as under nohup
         assert cli.main(["info"]) == 0
     finally:
