@@ -708,7 +708,7 @@ def software() -> str:
 
 
 def _log_defect(text: str, error: BaseException) -> None:
-    """Log what nobody foresaw; whoever does so has more to do, whatever becomes of the log."""
+    """Log a defect. Never raises: the caller has more to do, even if logging fails."""
     with contextlib.suppress(Exception):
         log.error("%s: %s", text, type(error).__name__, exc_info=error)
 
