@@ -13,7 +13,7 @@ VENV ?= .venv
 OUT ?= out/demo
 # Files of tests that run at a time. Many wait more than they compute: one more than there are cores.
 JOBS ?= $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )))
-PACKAGES := engines transport cloud_node edge_runtime exporters
+PACKAGES := edge_common engines transport cloud_node edge_runtime exporters
 
 # $(call venv,DIRECTORY): make a virtual environment there unless one exists; say what is missing if it can't be made.
 define venv

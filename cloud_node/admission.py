@@ -11,9 +11,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from edge_common.errors import EngineError
 from engines.bundle import Stage
 from engines.engine import check_feeds
-from engines.errors import EngineError
 from engines.geometry import Geometry
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from cloud_node.settings import BY_NAME, GROUPS, SETTINGS, Setting
-from engines import stopping
-from engines.options import Invalid, Parser
-from engines.text import printable
+from edge_common import signals
+from edge_common.options import Invalid, Parser
+from edge_common.text import printable
 
 if TYPE_CHECKING:
     from cloud_node.config import Loaded, Prepared
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
             command alone.
     """
     if argv is None:
-        return stopping.as_process(lambda: _main(None))
+        return signals.as_process(lambda: _main(None))
     return _main(argv)
 
 
@@ -142,7 +142,7 @@ def _main(argv: list[str] | None) -> int:
     if args.command is None:
         parser.print_help()
         return 2
-    from engines.errors import EdgeRuntimeError
+    from edge_common.errors import EdgeRuntimeError
 
     options = {name: value for name, value in vars(args).items() if name in BY_NAME}
     try:
@@ -165,7 +165,7 @@ def _main(argv: list[str] | None) -> int:
 
 
 def _serve(file: Path | None, options: Mapping[str, Any]) -> int:
-    from transport.process import disable_core_dumps
+    from edge_common.process import disable_core_dumps
 
     disable_core_dumps()  # until then, other processes of this user can look into this one
     for number in _stop_signals():
@@ -184,8 +184,8 @@ def _serve(file: Path | None, options: Mapping[str, Any]) -> int:
     from cloud_node.config import load, prepare
     from cloud_node.logs import setup
     from cloud_node.notify import Notifier
-    from engines.errors import EdgeRuntimeError
-    from transport.process import keep_freed_memory
+    from edge_common.errors import EdgeRuntimeError
+    from edge_common.process import keep_freed_memory
 
     keep_freed_memory()
     config = load(file, options).config
@@ -331,8 +331,8 @@ def _table(loaded: Loaded) -> list[str]:
 
 def _init(out: Path, options: Mapping[str, Any]) -> int:
     from cloud_node.config import load
-    from engines.errors import ConfigError
-    from engines.files import refuse_existing, write_whole
+    from edge_common.errors import ConfigError
+    from edge_common.files import refuse_existing, write_whole
 
     refuse_existing(out, ConfigError, "name another file with --out")
     config = load(None, options).config

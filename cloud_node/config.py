@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from cloud_node.settings import BY_NAME, Setting, size_text, split_address
+from edge_common.errors import BundleError, ConfigError
+from edge_common.options import Invalid
+from edge_common.permissions import danger
+from edge_common.toml import read_toml, unknown_key
 from engines.bundle import Bundle, Stage, shipped_bundle
-from engines.errors import BundleError, ConfigError
-from engines.options import Invalid
-from engines.toml import read_toml, unknown_key
-from engines.trust import danger
 from transport.auth import AllowList
 from transport.keys import AUTHORIZED, KeyPair, load_secret
 from transport.messages import StageLimits, stage_limits

@@ -14,7 +14,7 @@ import logging
 from cloud_node.exposition import CONTENT_TYPE, exposition, registry
 from cloud_node.metrics import Metrics
 from cloud_node.settings import split_address
-from engines.errors import ConfigError
+from edge_common.errors import ConfigError
 
 log = logging.getLogger(__name__)
 

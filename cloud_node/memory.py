@@ -19,8 +19,8 @@ import resource
 from dataclasses import dataclass, replace
 
 from cloud_node.settings import size_text
-from engines.errors import ConfigError
-from transport.limits import Limit, MemoryLimits
+from edge_common.errors import ConfigError
+from edge_common.memory_limits import Limit, MemoryLimits
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 :class:`Pool` and :class:`Slot` are all that the server knows of workers, whether they are processes
 of this machine or replicas elsewhere. A pool promises that a batch ends in outputs, in an
-:class:`~engines.errors.EngineError` (the batch failed, the worker lives) or in a
+:class:`~edge_common.errors.EngineError` (the batch failed, the worker lives) or in a
 :class:`WorkerDied` (the worker did not survive it, and is replaced without being asked). Which
 requests make a batch is left to the server.
 """
@@ -25,12 +25,12 @@ from typing import Literal, cast, get_args
 import numpy as np
 
 from cloud_node import worker as wire
-from cloud_node.process import Process
-from cloud_node.shared import Arena, Layout
-from engines import errors
+from cloud_node.shared_memory import Arena, Layout
+from cloud_node.worker_process import Process
+from edge_common import errors
+from edge_common.errors import ConfigError, EdgeRuntimeError, EngineError
 from engines.bundle import Bundle
 from engines.engine import Device
-from engines.errors import ConfigError, EdgeRuntimeError, EngineError
 
 log = logging.getLogger(__name__)
 

@@ -42,12 +42,12 @@ import numpy as np
 
 from cloud_node import worker as wire
 from cloud_node.pool import OnEvent, Pool, PoolClosed, Slot, WorkerDied, WorkerEvent
-from cloud_node.shared import Layout
-from engines import errors
+from cloud_node.shared_memory import Layout
+from edge_common import errors
+from edge_common.errors import ConfigError, EdgeRuntimeError, EngineError
+from edge_common.process import disable_core_dumps
 from engines.bundle import Bundle, Tensors
 from engines.engine import Device
-from engines.errors import ConfigError, EdgeRuntimeError, EngineError
-from transport.process import disable_core_dumps
 
 log = logging.getLogger(__name__)
 

@@ -26,18 +26,19 @@ import numpy as np
 import zmq
 
 from cloud_node.admission import Refusal, check_stage, check_windows
+from cloud_node.backpressure import has_room
 from cloud_node.config import Prepared
-from cloud_node.door import Door
+from cloud_node.listener import Door
 from cloud_node.memory import Budget, Memory, Needs, TooLittle, check_threads
 from cloud_node.metrics import Metrics
+from cloud_node.poison import Suspects
 from cloud_node.pool import Pool, PoolClosed, Slot, WorkerDied, WorkerEvent
 from cloud_node.queue import Job, Queue
-from cloud_node.room import has_room
-from cloud_node.suspects import Suspects
+from edge_common.errors import ConfigError, EngineError, ProtocolError
+from edge_common.files import write_whole
+from edge_common.memory_limits import MemoryLimits
+from edge_common.process import give_freed_memory_back
 from engines.bundle import TensorSpec
-from engines.errors import ConfigError, EngineError, ProtocolError
-from engines.files import write_whole
-from transport.limits import MemoryLimits
 from transport.messages import (
     HEADER_BYTES,
     NO_ID,
@@ -58,7 +59,6 @@ from transport.messages import (
     refuse,
 )
 from transport.meter import MemoryWatch, message_bytes
-from transport.process import give_freed_memory_back
 from transport.sockets import start_sending
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engines.options import THREADS, Invalid, Number
+from edge_common.options import THREADS, Invalid, Number
 
 DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 

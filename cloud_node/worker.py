@@ -1,4 +1,4 @@
-"""The process that holds a node's engine, one per device; it begins in :mod:`cloud_node.closed`.
+"""The process that holds a node's engine, one per device. :mod:`cloud_node.worker_start` starts it.
 
 Started by :mod:`cloud_node.pool`, which hands it a socket for messages and, once it has closed
 itself, the memory that batches and results lie in. It opens one stage, runs it until it is warm,
@@ -22,12 +22,12 @@ from typing import Annotated, Literal
 import msgspec
 import numpy as np
 
-from cloud_node.shared import Arena, Layout
+from cloud_node.shared_memory import Arena, Layout
+from edge_common.errors import BundleError, EdgeRuntimeError
 from engines.bundle import Bundle, Sha256, TensorSpec
 from engines.engine import Device, Engine, check_feeds, check_out
-from engines.errors import BundleError, EdgeRuntimeError
-from engines.opening import open_stage
 from engines.ort import OrtEngine
+from engines.selection import open_stage
 
 log = logging.getLogger(__name__)
 

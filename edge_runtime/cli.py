@@ -18,10 +18,10 @@ import traceback
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from engines import stopping
-from engines.errors import EdgeRuntimeError
-from engines.options import Parser
-from engines.text import printable
+from edge_common import signals
+from edge_common.errors import EdgeRuntimeError
+from edge_common.options import Parser
+from edge_common.text import printable
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -136,11 +136,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             command alone: a signal ends it within a second, even inside an engine.
     """
     if argv is None:
-        return stopping.as_process(lambda: _main(sys.argv[1:]))
+        return signals.as_process(lambda: _main(sys.argv[1:]))
     try:
         return _main(list(argv))
     finally:
-        stopping.forget()
+        signals.forget()
 
 
 def _main(arguments: list[str]) -> int:
@@ -159,7 +159,7 @@ def _main(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if (number := stopping.came()) is not None:  # a library made another error of it
+        if (number := signals.came()) is not None:  # a library made another error of it
             if number == signal.SIGINT:
                 print("interrupted", file=sys.stderr)
             return 128 + number
@@ -199,7 +199,7 @@ def _dispatch(arguments: list[str]) -> int:
 def _run(name: str, arguments: list[str]) -> int:
     command = COMMANDS[name]
     if not command.module.startswith("exporters."):
-        from transport.process import disable_core_dumps
+        from edge_common.process import disable_core_dumps
 
         disable_core_dumps()  # this process will hold pictures and keys
     module = importlib.import_module(command.module)
@@ -214,7 +214,7 @@ def _run(name: str, arguments: list[str]) -> int:
         args = parser.parse_args(arguments)
     except SystemExit as stop:  # argparse has printed its help or what is wrong
         return stop.code if isinstance(stop.code, int) else EXIT_USAGE
-    with stopping.unwound_by_signals():
+    with signals.unwound_by_signals():
         return int(module.run(args) or 0)
 
 

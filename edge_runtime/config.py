@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 import msgspec
 
-from edge_runtime.placement import DEFAULT_MAX_EXPOSURE
+from edge_common.errors import ConfigError, KeyFileError
+from edge_common.options import COUNT, SECONDS, SHARE, Invalid
+from edge_common.permissions import danger
+from edge_common.toml import read_toml, unknown_key
+from edge_runtime.offload.placement import DEFAULT_MAX_EXPOSURE
 from engines.engine import Device
-from engines.errors import ConfigError, KeyFileError
-from engines.options import COUNT, SECONDS, SHARE, Invalid
-from engines.toml import read_toml, unknown_key
-from engines.trust import danger
 
 if TYPE_CHECKING:
     from transport.keys import KeyPair

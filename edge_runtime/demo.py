@@ -19,13 +19,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge_runtime.prompts import Point, Prompt
-from edge_runtime.segmentation import ANOTHER_FOLDER, Object, check_folder, dumps, png, segment
-from engines.errors import EdgeRuntimeError, OffloadError
-from engines.files import move_folder, scratch_folder, writing
-from engines.progress import progress
-from engines.stopping import child
-from engines.text import printable, table
+from edge_common.errors import EdgeRuntimeError, OffloadError
+from edge_common.files import move_folder, scratch_folder, writing
+from edge_common.progress import progress
+from edge_common.signals import child
+from edge_common.text import printable, table
+from edge_runtime.imaging.prompts import Point, Prompt
+from edge_runtime.imaging.segmentation import (
+    ANOTHER_FOLDER,
+    Object,
+    check_folder,
+    dumps,
+    png,
+    segment,
+)
 
 if TYPE_CHECKING:
     from edge_runtime.config import EdgeConfig
@@ -165,8 +172,8 @@ def _offloaded(config: EdgeConfig, bundle: Path) -> tuple[Run, dict[str, Any], d
     """Segment through the nodes: what to compare, the report so far, and the pictures."""
     from PIL import Image
 
-    from edge_runtime import render
-    from edge_runtime.images import load_image
+    from edge_runtime.imaging import render
+    from edge_runtime.imaging.images import load_image
     from edge_runtime.predictor import OffloadPredictor
 
     image = load_image(PHOTO)
@@ -346,7 +353,7 @@ def _alone(scratch: Path, bundle: Path) -> Run:
 
 def compute_alone(bundle: Path) -> Run:
     """Segment the demo's photo in this process, all windows in one batch."""
-    from edge_runtime.images import load_image
+    from edge_runtime.imaging.images import load_image
     from edge_runtime.predictor import OffloadPredictor
 
     masks: list[np.ndarray] = []

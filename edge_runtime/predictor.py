@@ -14,14 +14,20 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
+from edge_common.errors import ConfigError, ImageError, PromptError
+from edge_common.progress import progress
 from edge_runtime.config import EdgeConfig, Fallback, load_config
-from edge_runtime.images import as_rgb, resize_longest, transform_coords, upscale, upscale_mask
-from edge_runtime.offload import Offloader, OffloadReport
+from edge_runtime.imaging.images import (
+    as_rgb,
+    resize_longest,
+    transform_coords,
+    upscale,
+    upscale_mask,
+)
+from edge_runtime.offload.offloader import Offloader, OffloadReport
 from engines.bundle import Bundle, shipped_bundle
 from engines.engine import Device
-from engines.errors import ConfigError, ImageError, PromptError
 from engines.pipeline import Pipeline
-from engines.progress import progress
 from engines.windows import Windows, cut
 
 if TYPE_CHECKING:
@@ -159,7 +165,7 @@ class OffloadPredictor:
 
         Args:
             image: uint8 ``[H, W, 3]``, values 0 to 255; or a Pillow image, as it lies in memory:
-                :func:`edge_runtime.images.load_image` also turns photos upright.
+                :func:`edge_runtime.imaging.images.load_image` also turns photos upright.
             image_format: ``RGB`` or ``BGR``, of an array.
 
         Raises:
@@ -362,7 +368,7 @@ def _pixels(image: object) -> np.ndarray:
         found = f"array {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise ImageError(
             f"set_image was given {found}; expected a uint8 array (height, width, 3) in RGB order, "
-            "or a Pillow image (edge_runtime.images.load_image reads a file)"
+            "or a Pillow image (edge_runtime.imaging.images.load_image reads a file)"
         )
     return image
 

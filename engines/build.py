@@ -1,11 +1,10 @@
 """Building TensorRT plans of a bundle, one stage at a time, each in a process of its own.
 
-:func:`build_stage` starts :mod:`engines.builder`, follows it, and puts the finished plan and its
-record in place. It promises that nothing half-done is left in the bundle, whether the build fails,
-its process dies or this one is told to stop (a stop is answered at once: the builder is killed);
-that what a killed parent left behind, the next build removes; and that a plan whose attention was
-not fused is never taken for one where it was. Which engines serve is left to
-:mod:`engines.opening`, exactness to :mod:`engines.parity`.
+:func:`build_stage` starts :mod:`engines.build_process`, follows it, and puts the finished plan and
+its record in place. Nothing half-done is left in the bundle, whether the build fails,
+its process dies or this one is told to stop (a stop kills the builder at once). The next build
+removes what a killed parent left behind. A plan whose attention was not fused is never taken for
+one where it was.
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ from typing import IO, Any
 
 import msgspec
 
+from edge_common.errors import BuildError, EngineError
+from edge_common.signals import child, held, undone
+from edge_common.text import printable
 from engines import libraries
 from engines import plan as plans
-from engines.builder import Began, Built, Event, Failed, Phase, Profile, Request, Warned
+from engines.build_process import Began, Built, Event, Failed, Phase, Profile, Request, Warned
 from engines.bundle import Bundle, Manifest, Stage, hash_file
-from engines.errors import BuildError, EngineError
 from engines.libraries import Backend
-from engines.places import make_plans_folder, plans_folder
 from engines.plan import Plan, PlanRecord
-from engines.stopping import child, held, undone
-from engines.text import printable
+from engines.plan_paths import make_plans_folder, plans_folder
 
 MAX_PROMPTS = 16
 """Prompts decoded at once, and points of one prompt, that a decoder's plan is built for."""
@@ -274,7 +273,7 @@ def _follow(request: Request, watcher: Watcher) -> tuple[Began, Built]:
     last_words: deque[str] = deque(maxlen=3)
     # From this directory: modules of the same names where the user happens to be are not ours.
     with child(
-        [sys.executable, "-m", "engines.builder"],
+        [sys.executable, "-m", "engines.build_process"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

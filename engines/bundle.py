@@ -21,10 +21,10 @@ from typing import Annotated, Literal
 import msgspec
 import numpy as np
 
-from engines.errors import BundleError
-from engines.files import move_folder, scratch_folder, write_whole, writing
+from edge_common.errors import BundleError
+from edge_common.files import move_folder, scratch_folder, write_whole, writing
+from edge_common.text import UNPRINTABLE
 from engines.geometry import Geometry
-from engines.text import UNPRINTABLE
 
 SCHEMA = 1
 MANIFEST = "manifest.json"

@@ -2,8 +2,7 @@
 
 :func:`facts` asks the driver itself (through ctypes), so that whoever only wants to know which GPU
 is here needs no pycuda. What a GPU *does* goes through pycuda, imported when first needed. Every
-failure is one :class:`~engines.errors.EngineError` that says what was missing and what mends it.
-What is computed is left to :mod:`engines.trt`.
+failure is an :class:`~edge_common.errors.EngineError` that says what is missing and how to get it.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from edge_common.errors import EngineError
 from engines.driver import driver_version
-from engines.errors import EngineError
 
 # cuda.h: CUresult and CUdevice_attribute.
 _NO_DEVICE = 100

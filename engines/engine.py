@@ -14,8 +14,8 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
+from edge_common.errors import EngineError
 from engines.bundle import TensorSpec
-from engines.errors import EngineError
 
 Device = Literal["auto", "cpu", "cuda", "tensorrt"]
 """Where a stage runs. ``auto``: a TensorRT plan of the bundle that may serve on this machine, else

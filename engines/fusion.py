@@ -20,9 +20,9 @@ from typing import Any
 
 import msgspec
 
+from edge_common.text import printable
 from engines.libraries import Library
 from engines.plan import AttentionReport, LayerReport
-from engines.text import printable
 
 Attentions = Mapping[str, Sequence[frozenset[str]]]
 """The name of each attention → for each of its blocks of queries, the ONNX nodes at its core: one

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from engines.errors import EngineError
+from edge_common.errors import EngineError
 
 Version = tuple[int, int, int]
 Flavour = Literal["tensorrt", "tensorrt-rtx"]

@@ -16,10 +16,10 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from edge_common.errors import EngineError
+from edge_common.options import THREADS, Invalid
 from engines.bundle import TensorSpec
 from engines.engine import Engine, check_feeds, check_out
-from engines.errors import EngineError
-from engines.options import THREADS, Invalid
 
 OrtDevice = Literal["auto", "cpu", "cuda"]
 

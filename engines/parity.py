@@ -5,7 +5,7 @@ on fresh random inputs, whose answers are ONNX Runtime's on the CPU (where it ca
 stage is fed the reference's inputs, so that its rows tell of it alone; then the stages that passed
 are chained, and the masks at the end compared. The gate promises that a NaN, an infinity or a miss
 is a failure, and so is whatever an engine raises; that a failure is kept, at once and in place of
-an older pass, where :mod:`engines.opening` finds it, so that what failed does not serve; and that
+an older pass, where :mod:`engines.selection` finds it, so that what failed does not serve; and that
 the same seed draws the same inputs. It needs no torch: what it measures with is what the exporters
 verify with. Building, opening and displaying are left to others.
 """
@@ -21,15 +21,15 @@ from typing import Literal
 
 import numpy as np
 
-from engines import cuda, libraries, opening
+from edge_common.errors import BundleError, EngineError
+from edge_common.text import one_line
+from engines import cuda, libraries, selection
 from engines import plan as plans
 from engines.bundle import Bundle, Stage
+from engines.dtypes import from_wire
 from engines.engine import Engine, check_feeds
-from engines.errors import BundleError, EngineError
 from engines.plan import Machine, Parity, Plan, Row
 from engines.samples import Arrays, Sample, golden_samples, linked, order, random_sample
-from engines.text import one_line
-from engines.wire import from_wire
 
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -300,7 +300,7 @@ class _Run:
         self.threads = threads
         self.watcher = watcher
         self.tolerance = TOLERANCES[bundle.manifest.precision]
-        self.stand_in: dict[str, opening.OrtKind] = {
+        self.stand_in: dict[str, selection.OrtKind] = {
             name: "cpu" for name in order(bundle) if name not in selected
         }
         self.verdicts: list[Verdict] = []
@@ -489,7 +489,7 @@ class _Chain:
             return
         self._run.watcher.step(f"{self._contender.name}: {name}, by ONNX Runtime in its stead")
         try:
-            with opening.open_onnx(
+            with selection.open_onnx(
                 self._run.bundle, name, device=kind, threads=self._run.threads
             ) as engine:
                 done = {
@@ -645,22 +645,22 @@ def _cuda_offered() -> bool:
 
 
 def _onnx(
-    bundle: Bundle, stages: Sequence[str], device: opening.OrtKind, threads: int | None
+    bundle: Bundle, stages: Sequence[str], device: selection.OrtKind, threads: int | None
 ) -> _Contender:
-    engine, machine = opening.onnx_identity(device)
+    engine, machine = selection.onnx_identity(device)
 
     def keep(name: str, passed: bool, rows: tuple[Row, ...]) -> None:
         failure = None
         if not passed:
             digest = bundle.stage(name).sha256
-            failure = opening.Failure(engine, machine, digest, _now(), rows)
-        opening.write_failure(bundle, name, device, failure)
+            failure = selection.Failure(engine, machine, digest, _now(), rows)
+        selection.write_failure(bundle, name, device, failure)
 
     return _Contender(
         name=engine,
         kind=device,
         openers={
-            name: partial(opening.open_onnx, bundle, name, device=device, threads=threads)
+            name: partial(selection.open_onnx, bundle, name, device=device, threads=threads)
             for name in stages
         },
         keep=keep,
@@ -696,8 +696,8 @@ def _folder(
         except EngineError as error:
             not_run.append(Verdict(target, name, "not run", str(error)))
             continue
-        machine = opening.this_machine(library, gpu)
-        openers[name] = partial(opening.open_plan, bundle, plan, library, ordinal=ordinal)
+        machine = selection.this_machine(library, gpu)
+        openers[name] = partial(selection.open_plan, bundle, plan, library, ordinal=ordinal)
         here[name] = plan
 
     def keep(name: str, passed: bool, rows: tuple[Row, ...]) -> None:

@@ -2,7 +2,7 @@
 
 Local mode, the predictor, the exporters' verification and every "offloaded equals local" check use
 it; an offloaded run differs only in who computed the stack. Stages are opened by
-:func:`engines.opening.open_stage` when first needed and kept until :meth:`Pipeline.close`; one
+:func:`engines.selection.open_stage` when first needed and kept until :meth:`Pipeline.close`; one
 caller at a time.
 """
 
@@ -13,14 +13,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from edge_common.errors import EngineError
+from edge_common.progress import Progress
 from engines.bundle import Bundle
+from engines.dtypes import all_finite
 from engines.engine import Device, Engine
-from engines.errors import EngineError
-from engines.opening import open_stage
 from engines.plan import verify_command
-from engines.progress import Progress
+from engines.selection import open_stage
 from engines.windows import Windows
-from engines.wire import all_finite
 
 
 class Pipeline:

@@ -22,12 +22,12 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from edge_common.errors import BuildError, PlanError
+from edge_common.permissions import danger
 from engines import libraries
 from engines.bundle import Bundle, Line, Name, Sha256, Tensors
-from engines.errors import BuildError, PlanError
 from engines.libraries import Backend, Defect, Flavour, Library
-from engines.places import bundle_of, cache, plans_folder
-from engines.trust import danger
+from engines.plan_paths import bundle_of, cache, plans_folder
 
 logger = logging.getLogger(__name__)
 

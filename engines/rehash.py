@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import msgspec
 
+from edge_common.errors import EdgeRuntimeError
 from engines.bundle import Bundle, hash_file, write_manifest
-from engines.errors import EdgeRuntimeError
 from engines.samples import golden_samples
 
 

@@ -18,11 +18,11 @@ from typing import Literal
 
 import numpy as np
 
+from edge_common.errors import BundleError, EngineError
 from engines.bundle import UNREADABLE, Bundle, Stage, TensorSpec
+from engines.dtypes import from_wire, to_wire
 from engines.engine import check_feeds
-from engines.errors import BundleError, EngineError
 from engines.geometry import Geometry
-from engines.wire import from_wire, to_wire
 
 Arrays = dict[str, np.ndarray]
 

@@ -5,7 +5,7 @@ opened, for the greatest shapes the plan was built for, and given back by :meth:
 in whatever order engines are closed; that every refusal of the library is an error with the
 library's own words; and that a batch larger than the plan allows runs in parts. A shape that recurs
 is captured as a CUDA graph where cuda-python is installed and memory suffices. Which plan may serve
-is decided in :mod:`engines.opening`, what differs between the library's versions in
+is decided in :mod:`engines.selection`, what differs between the library's versions in
 :mod:`engines.libraries`.
 """
 
@@ -25,13 +25,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from edge_common.errors import EngineError, PlanError
+from edge_common.text import one_line
 from engines import cuda, libraries
 from engines.bundle import TensorSpec
 from engines.engine import Engine, check_feeds, check_out
-from engines.errors import EngineError, PlanError
 from engines.libraries import Library
 from engines.plan import Plan
-from engines.text import one_line
 
 _logger = logging.getLogger(__name__)
 

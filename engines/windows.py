@@ -47,7 +47,7 @@ def cut(image: np.ndarray, geometry: Geometry) -> Windows:
     """Cut an image whose longest side is ``geometry.image_size``.
 
     Args:
-        image: uint8 ``[h, w, 3]``, as :func:`edge_runtime.images.resize_longest` returns it.
+        image: uint8 ``[h, w, 3]``, as :func:`edge_runtime.imaging.images.resize_longest` makes it.
         geometry: of the bundle the windows are for.
 
     Raises:

@@ -28,7 +28,7 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from engines.errors import CheckpointError, ConfigError, ImageError
+from edge_common.errors import CheckpointError, ConfigError, ImageError
 from exporters.early import image_files
 from exporters.models import (
     REORDERED,

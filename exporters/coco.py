@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from engines.errors import ConfigError, ImageError
+from edge_common.errors import ConfigError, ImageError
 from exporters.evaluate import Sample
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from engines.errors import CheckpointError, EdgeRuntimeError, ImageError
+from edge_common.errors import CheckpointError, EdgeRuntimeError, ImageError
 
 DEVICE_HELP = "what computes: cpu, cuda, or auto, which is cuda where PyTorch finds a GPU (auto)"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}

@@ -18,10 +18,10 @@ import msgspec
 from segment_anything.modeling import Sam
 from torch import nn
 
+from edge_common.errors import ExportError
+from edge_common.files import move_folder, refuse_existing, scratch_folder, writing
+from edge_common.text import printable
 from engines.bundle import Bundle, Manifest, Stage, hash_file, write_manifest
-from engines.errors import ExportError
-from engines.files import move_folder, refuse_existing, scratch_folder, writing
-from engines.text import printable
 
 from . import models, stages, verify
 from .golden import make_sample, sample_images, write_sample

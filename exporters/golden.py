@@ -20,10 +20,10 @@ from segment_anything.modeling import Sam
 from torch import Tensor
 
 from engines.bundle import Stage
+from engines.dtypes import to_wire
 from engines.geometry import Geometry
 from engines.samples import Arrays, synthetic_image
 from engines.windows import Windows, cut
-from engines.wire import to_wire
 
 from .models import is_window_block
 from .stages import from_windows, geometry_of, to_windows

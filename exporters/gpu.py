@@ -31,7 +31,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from engines.files import write_whole
+from edge_common.files import write_whole
 
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engines.errors import EdgeRuntimeError
+from edge_common.errors import EdgeRuntimeError
 from engines.geometry import Geometry
 
 from . import flops

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from engines.errors import EdgeRuntimeError, PlanError
+from edge_common.errors import EdgeRuntimeError, PlanError
 from engines.geometry import Geometry
 
 from . import shipped, stages
@@ -385,8 +385,8 @@ def open_trt(flavour: Any) -> Callable[[Worker, Case, Tensors, Geometry], Loaded
         from engines import libraries, plan
         from engines.bundle import Bundle
         from engines.cuda import facts
+        from engines.dtypes import to_wire
         from engines.trt import TrtEngine
-        from engines.wire import to_wire
 
         bundle, library, gpu = Bundle.load(worker.bundle), libraries.load(flavour), facts()
         built = plan.find(bundle, case.stage, library, gpu.compute_capability, gpu.name)

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from engines.errors import EdgeRuntimeError
+from edge_common.errors import EdgeRuntimeError
 from engines.geometry import Geometry
 from engines.parity import TOLERANCES
 from engines.windows import cut

@@ -28,8 +28,8 @@ from segment_anything.modeling import (
     TwoWayTransformer,
 )
 
-from engines.errors import CheckpointError
-from engines.files import whole_file
+from edge_common.errors import CheckpointError
+from edge_common.files import whole_file
 from exporters.early import check_checkpoint_file
 
 FORMAT = "edge-runtime-sam"

@@ -22,8 +22,8 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from edge_common.errors import ExportError
 from engines.bundle import Stage, TensorSpec, hash_file, stage_digest
-from engines.errors import ExportError
 from engines.geometry import Geometry
 
 from .plain import share_weights, weight_places

@@ -28,8 +28,8 @@ from typing import Any
 import msgspec
 import onnx_ir as ir
 
+from edge_common.errors import ExportError
 from engines.bundle import PlainForm, Stage, hash_file
-from engines.errors import ExportError
 
 OPSET = 17
 """Lowest opset with all operators needed (LayerNormalization came last).

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from engines.errors import ConfigError
-from engines.progress import progress
-from engines.text import printable
+from edge_common.errors import ConfigError
+from edge_common.progress import progress
+from edge_common.text import printable
 
 STOPPING = "stopping: this step is finished and saved first; once more ends at once, without it"
 

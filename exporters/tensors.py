@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engines.errors import ExportError
+from edge_common.errors import ExportError
 
 if TYPE_CHECKING:
     import onnx

@@ -23,7 +23,7 @@ from segment_anything.modeling import Sam
 from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 
-from engines.errors import CheckpointError
+from edge_common.errors import CheckpointError
 from exporters.models import (
     ModelSpec,
     build_from_spec,

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from segment_anything.modeling import Sam
 
+from edge_common.errors import ExportError
 from engines.bundle import Bundle, Stage
-from engines.errors import ExportError
+from engines.dtypes import from_wire
 from engines.ort import OrtEngine
 from engines.parity import TOLERANCES as TOLERANCES
 from engines.parity import Comparison, Pair, Tolerance, compare
 from engines.pipeline import Pipeline
-from engines.wire import from_wire
 
 from .golden import Arrays, Sample, decode, finish
 from .precision import Precision

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines import cuda, libraries, opening
+from edge_common.errors import EngineError
+from engines import cuda, libraries, selection
 from engines import plan as plans
 from engines.bundle import Bundle
 from engines.engine import Engine
-from engines.errors import EngineError
 from engines.libraries import Library
 from engines.ort import OrtEngine
 from engines.plan import Plan, PlanRecord
@@ -141,11 +141,11 @@ def write_plan(bundle: Bundle, stage: str, library: Library, **changes: Any) -> 
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> SimulatedMachine:
-    """Let :mod:`engines.opening` and :mod:`engines.parity` find a simulated machine."""
+    """Let :mod:`engines.selection` and :mod:`engines.parity` find a simulated machine."""
     machine = SimulatedMachine()
     monkeypatch.setattr(cuda, "facts", machine.facts)
     monkeypatch.setattr(libraries, "installed", machine.installed)
     monkeypatch.setattr(libraries, "load", machine.load)
-    monkeypatch.setattr(opening, "open_plan", machine.open_plan)
-    opening._say.cache_clear()
+    monkeypatch.setattr(selection, "open_plan", machine.open_plan)
+    selection._say.cache_clear()
     return machine

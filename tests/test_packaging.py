@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("engines", "transport", "cloud_node", "edge_runtime", "exporters")
+PACKAGES = ("edge_common", "engines", "transport", "cloud_node", "edge_runtime", "exporters")
 LOCKS = ("cpu", "gpu", "jetson", "dev")
 RUNTIME = {
     "numpy",

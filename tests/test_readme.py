@@ -31,7 +31,7 @@ PROGRAMS = ("edge-runtime", "cloud-node", "make", "pip", "python", "torchrun")
 CHECKED_ONLY = ("make", "pip", "git", "cloud-node")  # run by other tests; nodes run already
 PRELUDE = """\
 import numpy as np
-from edge_runtime.images import load_image
+from edge_runtime.imaging.images import load_image
 image = load_image("photo.jpg")
 """
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "jetson").glob("*.md"))]

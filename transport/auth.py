@@ -28,8 +28,8 @@ from typing import Any
 import zmq
 from zmq.utils import z85
 
-from engines.errors import KeyFileError
-from engines.trust import danger, judge
+from edge_common.errors import KeyFileError
+from edge_common.permissions import danger, judge
 from transport.keys import AUTHORIZED, read_public
 from transport.meter import SINCE
 from transport.sockets import ZAP_DOMAIN, Bell, Seldom

@@ -17,9 +17,9 @@ from pathlib import Path
 import zmq
 from zmq.utils import z85
 
-from engines.errors import KeyFileError
-from engines.files import refuse_existing, write_whole
-from engines.trust import danger, judge
+from edge_common.errors import KeyFileError
+from edge_common.files import refuse_existing, write_whole
+from edge_common.permissions import danger, judge
 
 SECRET_BYTES = 32
 AUTHORIZED = "authorized"

@@ -19,7 +19,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from msgspec import Meta, Struct
 
-from engines.errors import ProtocolError
+from edge_common.errors import ProtocolError
 
 MAGIC = b"ERT"
 VERSION = 2

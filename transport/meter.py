@@ -31,7 +31,7 @@ from typing import Any, Literal, NamedTuple
 
 import zmq
 
-from transport.limits import MemoryLimits
+from edge_common.memory_limits import MemoryLimits
 from transport.messages import Limits
 
 Reason = Literal["endless", "slow", "total", "crowd", "revoked", "banished"]

@@ -29,7 +29,7 @@ from typing import Any, Literal, NamedTuple
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from engines.errors import ConfigError
+from edge_common.errors import ConfigError
 from transport.keys import KeyPair
 from transport.messages import Limits, StageLimits
 from transport.meter import SLOWEST_LINK, Ended, Meter, message_bytes

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from edge_common.options import COUNT
 from engines import plan as plans
 from engines.build import BuildOptions, Watcher, build_stage
 from engines.bundle import Bundle
-from engines.options import COUNT
 from engines.plan import Plan, PlanRecord
 
 if TYPE_CHECKING:

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Raises any EdgeRuntimeError; the nodes are ended in any case."""
     from edge_runtime.demo import print_report, run_demo, verdict
-    from edge_runtime.segmentation import dumps
+    from edge_runtime.imaging.segmentation import dumps
 
     report = run_demo(args.out, bundle=args.bundle, quiet=args.json)
     if args.json:

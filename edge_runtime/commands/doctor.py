@@ -1,7 +1,7 @@
 """``edge-runtime doctor``: what is usable here, and the command that mends what is not.
 
 One line for each thing looked at, or JSON, and an exit code for scripts. Nothing is changed. The
-judging is left to :mod:`edge_runtime.diagnosis`.
+judging is left to :mod:`edge_runtime.machine.diagnosis`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from edge_runtime.diagnosis import Check, Status, examine
-from engines.options import SECONDS
+from edge_common.options import SECONDS
+from edge_runtime.machine.diagnosis import Check, Status, examine
 
 _COLOURS: dict[Status, str] = {"ok": "32", "warn": "33", "fail": "31", "none": "2"}
 DESCRIPTION = """\

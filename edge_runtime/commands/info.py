@@ -13,8 +13,8 @@ from typing import Any
 
 import msgspec
 
+from edge_common.text import printable
 from engines.bundle import Bundle, Stage, TensorSpec, shipped_bundle
-from engines.text import printable
 
 _RUNS_ON = {
     "head": "edge",

@@ -35,8 +35,8 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from edge_runtime.placement import DEFAULT_MAX_EXPOSURE
-    from engines.options import SHARE
+    from edge_common.options import SHARE
+    from edge_runtime.offload.placement import DEFAULT_MAX_EXPOSURE
 
     parser.description = DESCRIPTION
     parser.epilog = EPILOG
@@ -80,11 +80,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Raises ConfigError or KeyFileError, before anything is written."""
+    from edge_common.errors import ConfigError, KeyFileError
+    from edge_common.files import refuse_existing, write_whole
+    from edge_common.permissions import danger
     from edge_runtime.config import EdgeConfig, NodeConfig, load_nodes, refuse_own_keys
     from engines.bundle import Bundle
-    from engines.errors import ConfigError, KeyFileError
-    from engines.files import refuse_existing, write_whole
-    from engines.trust import danger
     from transport.keys import check_new, generate, generate_secret, load_secret
     from transport.sockets import check_endpoint
 
@@ -156,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _split(text: str) -> tuple[str, str, str]:
-    from engines.errors import ConfigError
+    from edge_common.errors import ConfigError
 
     name, equals, rest = text.partition("=")
     endpoint, comma, key = rest.partition(",")
@@ -170,8 +170,8 @@ def _split(text: str) -> tuple[str, str, str]:
 
 def _public(key: str) -> str:
     """The public key that the KEY of ``--node`` is or names."""
+    from edge_common.errors import KeyFileError
     from edge_runtime.config import is_key
-    from engines.errors import KeyFileError
     from transport.keys import check_public, load_public
 
     if is_key(key):
@@ -187,9 +187,9 @@ def _warning(config: EdgeConfig) -> str | None:
     """What the budget refuses with so few nodes; None if ordinary photos can be placed."""
     import math
 
-    from edge_runtime.placement import best_share
+    from edge_common.errors import BundleError
+    from edge_runtime.offload.placement import best_share
     from engines.bundle import Bundle, shipped_bundle
-    from engines.errors import BundleError
 
     try:
         geometry = Bundle.load(config.bundle or shipped_bundle()).geometry

@@ -134,7 +134,7 @@ Next:
 
 
 def _edge(args: argparse.Namespace) -> tuple[dict[str, object], str]:
-    from engines.errors import KeyFileError
+    from edge_common.errors import KeyFileError
     from transport.keys import check_new, generate, generate_secret
 
     folder: Path = args.dir
@@ -181,7 +181,7 @@ Next:
 
 
 def _authorize(args: argparse.Namespace) -> tuple[dict[str, object], str]:
-    from engines.errors import KeyFileError
+    from edge_common.errors import KeyFileError
     from transport.auth import AllowList
     from transport.keys import AUTHORIZED, check_name, read_public, write_public
 

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines.options import SECONDS
-from engines.text import printable, table
+from edge_common.options import SECONDS
+from edge_common.text import printable, table
 
 if TYPE_CHECKING:
-    from edge_runtime.offload import NodeStatus
+    from edge_runtime.offload.offloader import NodeStatus
 
 DESCRIPTION = """\
 Check every node of an edge.toml: is it reachable, is this edge authorised there, does it serve the
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Raises ConfigError, KeyFileError or BundleError; a node that fails is part of the result."""
     from edge_runtime.config import load_config
-    from edge_runtime.offload import Offloader
+    from edge_runtime.offload.offloader import Offloader
     from engines.bundle import Bundle, shipped_bundle
     from engines.pipeline import Pipeline
 

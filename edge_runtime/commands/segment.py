@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engines.options import SECONDS, SHARE, THREADS
-from engines.text import printable
+from edge_common.options import SECONDS, SHARE, THREADS
+from edge_common.text import printable
 
 if TYPE_CHECKING:
     from edge_runtime.config import EdgeConfig
@@ -151,11 +151,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Raises any EdgeRuntimeError; then no folder of the photo at hand is left behind."""
-    from edge_runtime import prompts as prompting
-    from edge_runtime import segmentation
-    from edge_runtime.images import load_image
-    from engines.errors import ImageError, PromptError
-    from engines.progress import progress
+    from edge_common.errors import ImageError, PromptError
+    from edge_common.progress import progress
+    from edge_runtime.imaging import prompts as prompting
+    from edge_runtime.imaging import segmentation
+    from edge_runtime.imaging.images import load_image
 
     prompts = prompting.group([_parsed(option, text) for option, text in args.prompts])
     config = _config(args)
@@ -225,8 +225,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _photos(paths: Sequence[Path]) -> list[Path]:
     """The photos that are named, and those in the folders that are named."""
-    from edge_runtime.images import is_photo
-    from engines.errors import ImageError
+    from edge_common.errors import ImageError
+    from edge_runtime.imaging.images import is_photo
 
     found = []
     for path in paths:
@@ -238,7 +238,7 @@ def _photos(paths: Sequence[Path]) -> list[Path]:
 
 
 def _parsed(option: str, text: str | None) -> Any:
-    from edge_runtime.prompts import parse_box, parse_point
+    from edge_runtime.imaging.prompts import parse_box, parse_point
 
     if text is None:
         return None
@@ -247,8 +247,8 @@ def _parsed(option: str, text: str | None) -> Any:
 
 def _config(args: argparse.Namespace) -> EdgeConfig | None:
     """The nodes to use and how; None computes here."""
+    from edge_common.errors import ConfigError
     from edge_runtime.config import load_config
-    from engines.errors import ConfigError
 
     if args.local:
         given = {

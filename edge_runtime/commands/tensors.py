@@ -12,10 +12,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_common.errors import ExportError
+from edge_common.options import Number
+from edge_common.text import printable
 from engines.bundle import Bundle
-from engines.errors import ExportError
-from engines.options import Number
-from engines.text import printable
 
 if TYPE_CHECKING:
     from exporters.tensors import Report

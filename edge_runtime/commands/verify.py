@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from engines.options import SEED, THREADS, Number
+from edge_common.options import SEED, THREADS, Number
 
 if TYPE_CHECKING:
     from rich.console import Console

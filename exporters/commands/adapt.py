@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines.options import COUNT, RATE, SEED, THREADS
+from edge_common.options import COUNT, RATE, SEED, THREADS
 from exporters.early import DEVICE_HELP
 
 if TYPE_CHECKING:
-    from engines.progress import Progress
+    from edge_common.progress import Progress
     from exporters.adapt import Adaptation
 
 _DESCRIPTION = """\
@@ -61,8 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Adapt until the budget of steps is spent, or until interrupted."""
-    from engines.errors import ConfigError
-    from engines.progress import progress
+    from edge_common.errors import ConfigError
+    from edge_common.progress import progress
     from exporters.early import check_checkpoint_file, check_place, image_files
 
     if args.out.exists() and not args.force:
@@ -180,7 +180,7 @@ def _steps(adaptation: Adaptation, state: Path, save_every: int) -> bool:
     """Step until done (True) or interrupted (False, saved). All stop together."""
     import torch
 
-    from engines.stopping import finishing
+    from edge_common.signals import finishing
     from exporters.adapt import smoothed
     from exporters.runs import STOPPING, progress_bar, say
 

@@ -7,11 +7,11 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engines.options import COUNT, THREADS
+from edge_common.options import COUNT, THREADS
 from exporters.early import DEVICE_HELP, check_checkpoint_file
 
 if TYPE_CHECKING:
-    from engines.progress import Progress
+    from edge_common.progress import Progress
 
 BLURS = (4, 8, 16)  # sigma in pixels of an image whose longest side is 1024
 _HEADS = ("box", "+1", "+3", "large", "error")
@@ -76,8 +76,8 @@ def run(args: argparse.Namespace) -> int:
     from dataclasses import asdict
     from functools import partial
 
-    from engines.errors import ConfigError
-    from engines.progress import progress
+    from edge_common.errors import ConfigError
+    from edge_common.progress import progress
 
     if (args.annotations is None) != (args.images is None):
         raise ConfigError("--annotations and --images go together; give both")
@@ -133,7 +133,7 @@ def _rows(
 
     import torch
 
-    from engines.errors import CheckpointError
+    from edge_common.errors import CheckpointError
     from exporters.models import (
         REORDERED,
         STOCK,

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engines.options import Number
+from edge_common.options import Number
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,8 +96,8 @@ def run(args: argparse.Namespace) -> int:
     """Export, then print the table of parity and where to go next."""
     from rich.console import Console
 
-    from engines.errors import ExportError
-    from engines.files import refuse_existing
+    from edge_common.errors import ExportError
+    from edge_common.files import refuse_existing
     from exporters.early import check_checkpoint_file, check_place
 
     started = time.monotonic()
@@ -134,7 +134,7 @@ def _following(args: argparse.Namespace) -> str:
 
 
 def _export(args: argparse.Namespace, terminal: Console) -> Result:
-    from engines.progress import progress
+    from edge_common.progress import progress
 
     missed: list[Row] = []
     try:
@@ -151,7 +151,7 @@ def _export(args: argparse.Namespace, terminal: Console) -> Result:
 def _run_export(
     args: argparse.Namespace, terminal: Console, whole: contextlib.ExitStack, missed: list[Row]
 ) -> Result:
-    from engines.progress import progress
+    from edge_common.progress import progress
     from exporters.export import Watcher, export
 
     class Display(Watcher):

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from engines.options import COUNT, RATE, SEED, THREADS, Number
+from edge_common.options import COUNT, RATE, SEED, THREADS, Number
 from exporters.early import DEVICE_HELP
 
 _NONE = Number(0, 10_000_000, whole=True)
@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from engines.errors import ConfigError
-    from engines.stopping import finishing
+    from edge_common.errors import ConfigError
+    from edge_common.signals import finishing
     from exporters.evaluate import CORRECTIONS, evaluate, held_out_scenes
     from exporters.models import STOCK, load_checkpoint, save_checkpoint
     from exporters.runs import STOPPING, choose_device, made_with, progress_bar, say

@@ -22,7 +22,7 @@ from faults import sodium
 from faults.edges import FORGETFUL, HostileEdge
 from faults.zmtp import Budget
 
-from engines.errors import ProtocolError
+from edge_common.errors import ProtocolError
 from transport import messages
 from transport.messages import (
     Accepted,

@@ -13,7 +13,7 @@ import pytest
 from cloud_node import health
 from cloud_node.health import CONNECTIONS, Endpoint
 from cloud_node.metrics import Metrics
-from engines.errors import ConfigError
+from edge_common.errors import ConfigError
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:

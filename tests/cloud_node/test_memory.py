@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from reliability.load import data_bytes, limited, under_load, write_echoing_bundle
 
 from cloud_node.memory import Budget, Memory, Needs, TooLittle, check_room, divide
+from edge_common.memory_limits import Limit, MemoryLimits
 from transport.keys import generate, make_directory
-from transport.limits import Limit, MemoryLimits
 
 MIB = 1 << 20
 WANTED = Budget(queue=256 * MIB, transit=256 * MIB, connections=4096)

@@ -13,8 +13,8 @@ import pytest
 
 from cloud_node.config import EDGE_SETTINGS, NodeConfig, Prepared, examine, load, prepare
 from cloud_node.settings import BY_NAME, SETTINGS, quoted, size_text
-from engines.errors import BundleError, ConfigError, KeyFileError
-from engines.options import Invalid
+from edge_common.errors import BundleError, ConfigError, KeyFileError
+from edge_common.options import Invalid
 from transport import keys
 
 

@@ -24,13 +24,13 @@ import numpy as np
 import pytest
 import zmq
 
-from cloud_node import door, server
+from cloud_node import listener, server
 from cloud_node.config import NodeConfig, Prepared, prepare
+from cloud_node.poison import Suspects
 from cloud_node.pool import OnEvent, Pool, PoolClosed, Slot, WorkerDied, WorkerEvent
 from cloud_node.queue import Queue
 from cloud_node.server import Server
-from cloud_node.suspects import Suspects
-from engines.errors import EngineError
+from edge_common.errors import EngineError
 from transport import keys, messages
 from transport.messages import (
     NO_ID,
@@ -48,7 +48,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
 
 Feeds = dict[str, np.ndarray]
 Ends = list[Exception | None]
-_FILES = {module.__file__ for module in (server, door)}
+_FILES = {module.__file__ for module in (server, listener)}
 
 
 class Injected(Exception):
@@ -511,7 +511,7 @@ class Deaf(logging.Filter):
 
 
 BROKEN: dict[str, tuple[str, Any, str]] = {
-    "sending": ("computed", door.Door, "send"),
+    "sending": ("computed", listener.Door, "send"),
     "encoding": ("computed", server, "encode"),
     "estimating": ("computed", Queue, "measured"),
     "logging results": ("computed", server.log, "filters"),

@@ -30,8 +30,8 @@ from cloud_node.pool import (
     parse_device,
     visible_devices,
 )
+from edge_common.errors import BundleError, ConfigError, EngineError
 from engines.bundle import Bundle
-from engines.errors import BundleError, ConfigError, EngineError
 from engines.ort import OrtEngine
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc")
@@ -804,7 +804,7 @@ def test_workers_die_with_their_parent(bundle_of: Any) -> None:
         assert all(_command(pid) for pid in pids)
         os.kill(min(pids), signal.SIGSTOP)  # one that can't see for itself
         parent.kill()
-    while any(b"cloud_node.closed" in _command(pid) for pid in pids):
+    while any(b"cloud_node.worker_start" in _command(pid) for pid in pids):
         time.sleep(0.01)
 
 

@@ -28,9 +28,9 @@ from cloud_node import ray_pool
 from cloud_node import worker as wire
 from cloud_node.pool import PoolClosed, WorkerDied, WorkerEvent
 from cloud_node.ray_pool import RayPool, Replica
-from cloud_node.shared import Layout
+from cloud_node.shared_memory import Layout
+from edge_common.errors import BundleError, ConfigError, EngineError
 from engines.bundle import Bundle
-from engines.errors import BundleError, ConfigError, EngineError
 from engines.ort import OrtEngine
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'ray[serve]'")
@@ -342,7 +342,7 @@ def test_another_process_uses_the_cluster_and_leaves_it(
         import asyncio, json, sys
         from cloud_node.ray_pool import RayPool
         from engines.bundle import Bundle
-        from engines.errors import EdgeRuntimeError
+        from edge_common.errors import EdgeRuntimeError
 
         address, good, damaged = sys.argv[1:]
 
@@ -431,7 +431,7 @@ def test_a_cluster_that_spills_is_refused() -> None:
         import tempfile
         import ray
         from cloud_node import ray_pool
-        from engines.errors import ConfigError
+        from edge_common.errors import ConfigError
 
         with tempfile.TemporaryDirectory() as folder:
             ray.init(
@@ -470,7 +470,7 @@ def test_nobody_at_the_address(bundle: Bundle) -> None:
         import asyncio, sys
         from cloud_node.ray_pool import RayPool
         from engines.bundle import Bundle
-        from engines.errors import EngineError
+        from edge_common.errors import EngineError
 
         async def main():
             pool = RayPool(Bundle.load(sys.argv[1]), address=sys.argv[2])

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from cloud_node import worker as worker_module
-from cloud_node.shared import Arena, Layout
+from cloud_node.shared_memory import Arena, Layout
 from cloud_node.worker import (
     Closed,
     Done,
@@ -35,9 +35,9 @@ from cloud_node.worker import (
     Unpacker,
     pack,
 )
+from edge_common.errors import EngineError
 from engines.bundle import Bundle, TensorSpec
 from engines.engine import Engine, check_out
-from engines.errors import EngineError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -93,7 +93,7 @@ def start(tmp_path: Path, bundle_of: Callable[[str], Path]) -> Iterator[Callable
         ours, theirs = socket.socketpair()
         ours.settimeout(60)
         out = tmp_path / f"out-{len(peers)}"
-        command = [sys.executable, "-m", "cloud_node.closed"]
+        command = [sys.executable, "-m", "cloud_node.worker_start"]
         command += [str(theirs.fileno()), str(os.getpid())]
         with theirs, out.open("wb") as file:
             process = subprocess.Popen(

@@ -14,16 +14,16 @@ from types import SimpleNamespace
 
 import pytest
 
+from edge_common import signals
+from edge_common.errors import ConfigError
+from edge_common.options import SECONDS, SEED, SHARE, THREADS, Parser
 from edge_runtime import cli
-from engines import stopping
-from engines.errors import ConfigError
-from engines.options import SECONDS, SEED, SHARE, THREADS, Parser
 
 
 @pytest.fixture(autouse=True)
 def _keep_core_dumps(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test process is not to be changed for good by a command run inside it."""
-    monkeypatch.setattr("transport.process.disable_core_dumps", lambda: None)
+    monkeypatch.setattr("edge_common.process.disable_core_dumps", lambda: None)
 
 
 def command(monkeypatch: pytest.MonkeyPatch, behaviour: object) -> None:
@@ -173,7 +173,7 @@ def test_signals_unwind_a_command_and_are_given_back(
         assert stop.value.code == 128 + number
         assert unwound == [number]
         assert signal.getsignal(number) == signal.SIG_DFL
-        assert stopping.came() is None  # or the next command's errors would end as this signal
+        assert signals.came() is None  # or the next command's errors would end as this signal
         signal.signal(number, signal.SIG_IGN)  # as under nohup
         assert cli.main(["info"]) == 0
     finally:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from edge_common.errors import ConfigError, KeyFileError
 from edge_runtime.config import (
     NODE_SETTINGS,
     EdgeConfig,
@@ -14,7 +15,6 @@ from edge_runtime.config import (
     load_config,
     load_nodes,
 )
-from engines.errors import ConfigError, KeyFileError
 from transport.keys import generate
 
 KEY = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"

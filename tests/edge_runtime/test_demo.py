@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edge_common.errors import ConfigError, EdgeRuntimeError, OutputError
 from edge_runtime import demo
 from edge_runtime.cli import main
-from engines.errors import ConfigError, EdgeRuntimeError, OutputError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -19,7 +19,7 @@ import pytest
 
 from edge_runtime import cli
 from edge_runtime.commands import doctor
-from edge_runtime.diagnosis import Check
+from edge_runtime.machine.diagnosis import Check
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = {"id", "status", "what", "detail", "mend"}
@@ -145,7 +145,7 @@ def found(monkeypatch: pytest.MonkeyPatch) -> list[Check]:
     """What the doctor finds, to fill."""
     rows: list[Check] = []
     monkeypatch.setattr(doctor, "examine", lambda **options: rows)
-    monkeypatch.setattr("transport.process.disable_core_dumps", lambda: None)
+    monkeypatch.setattr("edge_common.process.disable_core_dumps", lambda: None)
     return rows
 
 

@@ -18,7 +18,7 @@ KEY = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"
 
 @pytest.fixture(autouse=True)
 def _workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transport.process.disable_core_dumps", lambda: None)
+    monkeypatch.setattr("edge_common.process.disable_core_dumps", lambda: None)
     monkeypatch.chdir(tmp_path)
     for name in ("alpha", "beta"):
         generate(Path("theirs"), f"{name}-node")

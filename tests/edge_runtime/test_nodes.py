@@ -18,7 +18,7 @@ from transport.keys import generate
 
 @pytest.fixture(autouse=True)
 def _keep_core_dumps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transport.process.disable_core_dumps", lambda: None)
+    monkeypatch.setattr("edge_common.process.disable_core_dumps", lambda: None)
 
 
 def written(folder: Path, fleet: Any, bundle: Path | None = None, **changes: str) -> str:

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edge_runtime.images import as_rgb
+from edge_common.errors import BundleError, ConfigError, ImageError, OffloadError, PromptError
+from edge_runtime.imaging.images import as_rgb
 from edge_runtime.predictor import OffloadPredictor
-from engines.errors import BundleError, ConfigError, ImageError, OffloadError, PromptError
 
 SIZES = [(144, 144), (300, 401), (97, 33), (7, 500), (1, 1), (801, 600)]
 

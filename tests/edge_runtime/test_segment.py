@@ -23,12 +23,12 @@ from faults.nodes import FaultyNode
 from PIL import Image
 from toy import poisoned, slow
 
+from edge_common.errors import PlanError
 from edge_runtime.cli import main
 from edge_runtime.config import EdgeConfig, NodeConfig
-from edge_runtime.offload import Offloader
+from edge_runtime.offload.offloader import Offloader
 from edge_runtime.predictor import OffloadPredictor
 from engines.bundle import Bundle
-from engines.errors import PlanError
 from transport.keys import generate_secret
 
 
@@ -504,7 +504,7 @@ def test_a_disk_that_fills_up_meanwhile_is_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("edge_runtime.segmentation._ROOM_OF_PICTURES", 0)
+    monkeypatch.setattr("edge_runtime.imaging.segmentation._ROOM_OF_PICTURES", 0)
     command = ["segment", str(photo), "--point", "5,6", "--local", "--bundle", str(toy_bundle)]
     assert main([*command, "--out", str(full_disk / "out")]) == 1
     said = capsys.readouterr().err

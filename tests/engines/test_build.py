@@ -14,11 +14,11 @@ from typing import Any
 import msgspec
 import pytest
 
+from edge_common.errors import BuildError, BundleError, EngineError
 from engines import build as building
 from engines.build import BuildOptions, Watcher, build_stage, expected_share, profile_for, unfused
-from engines.builder import Began, Built, Request
+from engines.build_process import Began, Built, Request
 from engines.bundle import Bundle, shipped_bundle, write_manifest
-from engines.errors import BuildError, BundleError, EngineError
 from engines.plan import AttentionReport, Plan, PlanRecord, plans
 
 RTX = BuildOptions(backend="tensorrt-rtx")
@@ -478,7 +478,7 @@ def test_a_read_only_place_says_what_to_do(tiny: Bundle) -> None:
         ("os.kill(os.getpid(), signal.SIGSEGV)", r"the library crashed with SIGSEGV"),
         ("os.kill(os.getpid(), signal.SIGKILL)", r"was killed, most likely because memory ran out"),
         ("os.write(2, b'last\\nwords\\n'); os._exit(7)", r"ended with code 7.*last / words"),
-        ("sys.modules['engines.builder'] = None; raise SystemExit(3)", r"ended with code 3"),
+        ("sys.modules['engines.build_process'] = None; raise SystemExit(3)", r"ended with code 3"),
     ],
 )
 def test_a_builder_that_dies_is_one_clear_line(

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_common.errors import BundleError, EngineError
 from engines import bundle as bundle_module
 from engines.bundle import (
     Bundle,
@@ -25,7 +26,6 @@ from engines.bundle import (
     stage_digest,
     write_manifest,
 )
-from engines.errors import BundleError, EngineError
 from engines.ort import OrtEngine
 from engines.pipeline import Pipeline
 from engines.rehash import main as rehash_main

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from edge_common.errors import EngineError
 from engines import cuda
-from engines.errors import EngineError
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-RUNTIME = ("engines", "transport", "cloud_node", "edge_runtime")
+RUNTIME = ("edge_common", "engines", "transport", "cloud_node", "edge_runtime")
 HEAVY = ("torch", "torchvision", "matplotlib", "scipy", "onnx", "onnxscript", "skimage")
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,7 +52,7 @@ def test_running_a_bundle_imports_nothing_heavy(toy_bundle: Path) -> None:
         "from engines.bundle import Bundle\n"
         "from engines.pipeline import Pipeline\n"
         "from engines.windows import cut\n"
-        "from edge_runtime.images import resize_longest, upscale_mask\n"
+        "from edge_runtime.imaging.images import resize_longest, upscale_mask\n"
         "with Pipeline(Bundle.load(sys.argv[1])) as p:\n"
         "    image = resize_longest(np.zeros((30, 60, 3), np.uint8), 40)\n"
         "    embedding = p.embed(cut(image, p.bundle.geometry))\n"

@@ -12,8 +12,8 @@ from unittest.mock import MagicMock
 
 import pytest
 
+from edge_common.errors import EngineError
 from engines import libraries
-from engines.errors import EngineError
 from engines.libraries import Library
 
 Simulate = Callable[..., None]

@@ -13,9 +13,9 @@ from onnx import TensorProto as T
 from onnx import helper as h
 from toy import Toy
 
+from edge_common.errors import EngineError
 from engines.bundle import TensorSpec
 from engines.engine import check_feeds
-from engines.errors import EngineError
 from engines.ort import OrtEngine
 
 

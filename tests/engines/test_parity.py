@@ -11,7 +11,8 @@ import onnx_ir as ir
 import pytest
 from simulated_trt import GPU, SimulatedMachine, SimulatedTrt, install
 
-from engines import cuda, libraries, opening
+from edge_common.errors import BundleError, EngineError, PlanError
+from engines import cuda, libraries, selection
 from engines import plan as plans
 from engines.bundle import (
     Bundle,
@@ -21,13 +22,12 @@ from engines.bundle import (
     stage_digest,
     write_manifest,
 )
+from engines.dtypes import from_wire, to_wire
 from engines.engine import Engine
-from engines.errors import BundleError, EngineError, PlanError
-from engines.opening import open_stage
 from engines.ort import OrtEngine
 from engines.parity import END_TO_END, TOLERANCES, Report, Verdict, Watcher, compare, gate
 from engines.samples import golden_samples
-from engines.wire import from_wire, to_wire
+from engines.selection import open_stage
 
 FP32, FP16 = TOLERANCES["fp32"], TOLERANCES["fp16"]
 ONES = np.ones((2, 8), np.float32)
@@ -414,7 +414,7 @@ def test_a_nan_for_some_windows_only_is_noticed(fp16: Bundle, machine: Simulated
         return Corner(machine, fp16, "stack")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opening, "open_plan", open_plan)
+        patch.setattr(selection, "open_plan", open_plan)
         verdict = of_tensorrt(gate(fp16, threads=1))["stack"]
     assert [row.passed for row in verdict.rows] == [True, False, True, False]
     assert "random inputs" in verdict.why
@@ -443,7 +443,7 @@ def test_stages_that_pass_alone_but_not_together(fp16: Bundle, machine: Simulate
         {k: a + a.dtype.type(0.001) for k, a in outputs.items()} if stage == "stack" else outputs
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opening, "open_plan", open_plan)
+        patch.setattr(selection, "open_plan", open_plan)
         report = gate(fp16, threads=1)
     verdicts = of_tensorrt(report)
     assert [verdicts[n].status for n in ("stack", "tail", END_TO_END)] == ["ok", "ok", "failed"]
@@ -532,7 +532,7 @@ def test_a_plan_that_opens_no_more_does_not_keep_its_pass(
         raise error
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opening, "open_plan", refuse)
+        patch.setattr(selection, "open_plan", refuse)
         assert of_tensorrt(gate(fp16, threads=1))["stack"].status == "failed"
     with pytest.raises(PlanError, match="failed the parity gate"):
         open_stage(fp16, "stack", device="tensorrt")
@@ -588,7 +588,7 @@ def test_an_engine_that_breaks_off_in_the_chain_alone_fails(
 
     machine.spoil = spoil
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opening, "open_plan", open_plan)
+        patch.setattr(selection, "open_plan", open_plan)
         report = gate(fp16, threads=1)
     assert of_tensorrt(report)["decoder"].status == "failed"
     with pytest.raises(PlanError, match="failed the parity gate"):
@@ -717,7 +717,7 @@ def test_bf16_plans_are_measured_on_the_golden_sample_and_on_themselves(
         return Rounded(machine, bundle, twin, plan.record.stage)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opening, "open_plan", open_plan)
+        patch.setattr(selection, "open_plan", open_plan)
         verdicts = of_tensorrt(gate(bundle, threads=1))
         assert {v.status for v in verdicts.values()} == {"ok"}
         assert verdicts.keys() == {"stack", "tail", "decoder", END_TO_END}

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from toy import Toy, poisoned
 
+from edge_common.errors import BundleError, EngineError
 from engines.bundle import Bundle, hash_file, node_bundle, stage_digest
-from engines.errors import BundleError, EngineError
 from engines.pipeline import Pipeline
 from engines.windows import Windows, cut
 

@@ -19,9 +19,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from edge_common.errors import BuildError, BundleError, PlanError
 from engines import plan as plan_module
 from engines.bundle import Bundle
-from engines.errors import BuildError, BundleError, PlanError
 from engines.libraries import Defect, Library
 from engines.plan import (
     Machine,

@@ -10,9 +10,10 @@ import msgspec
 import numpy as np
 import pytest
 
+from edge_common.errors import BundleError
 from engines.bundle import Bundle, hash_file, node_bundle, shipped_bundle
+from engines.dtypes import from_wire
 from engines.engine import check_feeds
-from engines.errors import BundleError
 from engines.geometry import Geometry
 from engines.samples import (
     Sample,
@@ -24,7 +25,6 @@ from engines.samples import (
     random_sample,
     synthetic_image,
 )
-from engines.wire import from_wire
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from engines import opening
+from edge_common.errors import PlanError
 from engines import plan as plans
+from engines import selection
 from engines.bundle import Bundle, shipped_bundle
-from engines.errors import PlanError
-from engines.places import FOLDER, bundle_of, plans_folder
+from engines.plan_paths import FOLDER, bundle_of, plans_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 _PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE = 24, 1
@@ -28,9 +28,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "edge-runtime"
 
 
-def failure(bundle: Bundle) -> opening.Failure:
-    engine, machine = opening.onnx_identity("cpu")
-    return opening.Failure(engine, machine, bundle.stage("decoder").sha256, "2026-01-01", ())
+def failure(bundle: Bundle) -> selection.Failure:
+    engine, machine = selection.onnx_identity("cpu")
+    return selection.Failure(engine, machine, bundle.stage("decoder").sha256, "2026-01-01", ())
 
 
 def test_where_they_lie(
@@ -68,12 +68,12 @@ def test_without_a_home_they_lie_in_the_bundle(monkeypatch: pytest.MonkeyPatch) 
 def test_verdicts_are_kept_there(cache: Path) -> None:
     bundle = Bundle.load(shipped_bundle())
     before = sorted(bundle.path.rglob("*"))
-    opening.write_failure(bundle, "decoder", "cpu", failure(bundle))
+    selection.write_failure(bundle, "decoder", "cpu", failure(bundle))
     assert sorted(bundle.path.rglob("*")) == before
     (note,) = cache.rglob("*.json")
-    assert "failed the parity gate" in (opening.find_failure(bundle, "decoder", "cpu") or "")
+    assert "failed the parity gate" in (selection.find_failure(bundle, "decoder", "cpu") or "")
     assert (cache.stat().st_mode & 0o777) == 0o700
-    opening.write_failure(bundle, "decoder", "cpu", None)
+    selection.write_failure(bundle, "decoder", "cpu", None)
     assert not note.exists()
 
 
@@ -97,7 +97,7 @@ def test_a_read_only_package(tmp_path: Path, environment: dict[str, str]) -> Non
     pytest.importorskip("tensorrt_rtx")
     package, home = tmp_path / "package", tmp_path / "home"
     home.mkdir()
-    for name in ("engines", "transport", "edge_runtime", "cloud_node", "exporters"):
+    for name in ("edge_common", "engines", "transport", "edge_runtime", "cloud_node", "exporters"):
         shutil.copytree(ROOT / name, package / name, ignore=shutil.ignore_patterns("__pycache__"))
     places = [package, *package.rglob("*")]
     for path in places:

@@ -18,10 +18,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from edge_common.errors import EngineError
 from engines import cuda, libraries
 from engines.bundle import Bundle, shipped_bundle
 from engines.engine import Engine
-from engines.errors import EngineError
 from engines.ort import OrtEngine
 
 SIMULATED = Path(__file__).parent / "simulated_cuda"

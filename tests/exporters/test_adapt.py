@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
+from edge_common.errors import CheckpointError, ConfigError, ImageError
 from edge_runtime.cli import main
-from engines.errors import CheckpointError, ConfigError, ImageError
 from exporters import adapt
 from exporters.adapt import (
     Adaptation,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 
-from engines.errors import ConfigError, ImageError
+from edge_common.errors import ConfigError, ImageError
 from exporters.coco import (
     CocoFile,
     counts_from_mask,

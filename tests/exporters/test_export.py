@@ -22,9 +22,9 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from edge_common.errors import CheckpointError, ExportError
 from edge_runtime.cli import main
 from engines.bundle import Bundle, hash_file, shipped_bundle
-from engines.errors import CheckpointError, ExportError
 from engines.ort import OrtEngine
 from engines.pipeline import Pipeline
 from engines.windows import cut

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engines.errors import CheckpointError
+from edge_common.errors import CheckpointError
 from exporters.models import (
     MODELS,
     build_sam,

@@ -14,8 +14,8 @@ import onnx_ir as ir
 import pytest
 from small_sams import SPECS
 
+from edge_common.errors import ExportError
 from engines.bundle import Bundle, hash_file, shipped_bundle
-from engines.errors import ExportError
 from engines.ort import OrtEngine
 from exporters import plain, stages, tensors
 from exporters.measure import randomise

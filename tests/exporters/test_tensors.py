@@ -9,8 +9,8 @@ from onnx import TensorProto as T
 from onnx import helper as h
 from onnx import numpy_helper
 
+from edge_common.errors import ExportError
 from engines.bundle import Bundle
-from engines.errors import ExportError
 from engines.ort import OrtEngine
 from exporters.tensors import report
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from engines.errors import CheckpointError
+from edge_common.errors import CheckpointError
 from exporters.models import MODELS, build_from_spec, build_sam, load_checkpoint
 from exporters.scenes import PHOTO_LIKE
 from exporters.training import (

@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from edge_common.errors import ExportError
 from engines.bundle import Bundle, hash_file, stage_digest, write_manifest
-from engines.errors import ExportError
 from exporters import verify
 from exporters.golden import Sample, make_sample, sample_images
 from exporters.models import load_checkpoint, reorder

@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager
 import numpy as np
 import zmq.asyncio
 
-from edge_runtime.client import NodeClient, Reply
 from edge_runtime.config import Node
-from edge_runtime.placement import ExposureLedger, place
+from edge_runtime.offload.connection import NodeClient, Reply
+from edge_runtime.offload.placement import ExposureLedger, place
 from engines.bundle import Bundle
 from transport.messages import stage_limits
 

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from engines.errors import ProtocolError
+from edge_common.errors import ProtocolError
 from faults import zmtp
 from faults.zmtp import Budget, Curve, Peer, PeerError, Tally
 from transport.keys import KeyPair

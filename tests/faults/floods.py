@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import zmq
 
+from edge_common.process import raise_file_limit
 from engines.bundle import Bundle
 from faults import zmtp
 from faults.asking import feeds
@@ -24,7 +25,6 @@ from faults.processes import Child
 from faults.zmtp import ClientHandshake, Curve
 from transport.keys import KeyPair, make_directory
 from transport.messages import Cancel, InfoRequest, Request, encode, new_id, new_seal
-from transport.process import raise_file_limit
 
 Kind = Literal["cancel", "info", "request"]
 Words = Literal["nothing", "greeting", "hello"]

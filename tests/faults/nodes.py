@@ -32,9 +32,9 @@ import numpy as np
 import zmq
 import zmq.asyncio
 
+from edge_common.errors import ProtocolError
 from edge_runtime.config import Node
 from engines.bundle import Bundle, Stage, TensorSpec
-from engines.errors import ProtocolError
 from engines.ort import OrtEngine
 from faults.background import Service, cancel_all
 from faults.processes import Child

@@ -11,9 +11,9 @@ from typing import Any, TypeVar, get_args
 import numpy as np
 import pytest
 
-from edge_runtime.client import NodeClient, Reply
+from edge_common.errors import OffloadError
+from edge_runtime.offload.connection import NodeClient, Reply
 from engines.bundle import Bundle, TensorSpec
-from engines.errors import OffloadError
 from engines.ort import OrtEngine
 from faults import nodes, sodium
 from faults.asking import ask, connected, feeds

@@ -61,7 +61,9 @@ def with_atheris(name: str, seconds: float, folder: Path, record: Record) -> Non
     """Never returns."""
     import atheris  # type: ignore[import-not-found,unused-ignore]
 
-    with atheris.instrument_imports(include=["transport", "edge_runtime", "cloud_node", "fuzz"]):
+    with atheris.instrument_imports(
+        include=["edge_common", "transport", "edge_runtime", "cloud_node", "fuzz"]
+    ):
         from fuzz.targets import TARGETS
     target = TARGETS[name]
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from cloud_node.admission import Refusal, check_stage, check_windows
-from edge_runtime.client import NodeClient, _Pending
-from edge_runtime.integrity import check_reply
-from engines.errors import KeyFileError, OffloadError, ProtocolError
+from edge_common.errors import KeyFileError, OffloadError, ProtocolError
+from edge_runtime.offload.connection import NodeClient, _Pending
+from edge_runtime.offload.integrity import check_reply
 from fuzz.messages import (
     FEEDS,
     GEOMETRY,

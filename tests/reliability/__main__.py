@@ -108,7 +108,16 @@ def about(arguments: list[str], machine: str) -> dict[str, Any]:
         )
         return done.stdout.strip()
 
-    dirty = git("status", "--porcelain", "--", "transport", "cloud_node", "edge_runtime", "engines")
+    dirty = git(
+        "status",
+        "--porcelain",
+        "--",
+        "edge_common",
+        "transport",
+        "cloud_node",
+        "edge_runtime",
+        "engines",
+    )
     return {
         "command": " ".join(["PYTHONPATH=tests python -m reliability", *arguments]),
         "commit": git("rev-parse", "HEAD") + ("+changes" if dirty else ""),

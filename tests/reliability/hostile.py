@@ -24,7 +24,7 @@ from faults.processes import Sampler, sample
 from faults.zmtp import Budget, Tally
 from fuzz.targets import TARGETS
 
-from edge_runtime.client import NodeClient
+from edge_runtime.offload.connection import NodeClient
 from reliability.rows import Bench, Questions, Seen, Skip, mb, row, running
 from transport.auth import AllowList, Authenticator
 from transport.messages import Accepted, Request, Result, decode_header, decode_tensors, encode

@@ -13,8 +13,8 @@ from faults.asking import connected
 from faults.processes import Netns, Sample, Sampler, random_plan, run_plan, sample
 from faults.proxy import Proxy, random_cuts
 
-from edge_runtime.client import NodeClient
 from edge_runtime.config import Node
+from edge_runtime.offload.connection import NodeClient
 from engines.bundle import Bundle, shipped_bundle
 from reliability.load import Load
 from reliability.rows import (

@@ -23,10 +23,10 @@ from faults.asking import ask, feeds
 from faults.edges import HostileEdge
 from faults.nodes import NodeProcess
 
-from edge_runtime.client import NodeClient
+from edge_common.errors import OffloadError
 from edge_runtime.config import Node
+from edge_runtime.offload.connection import NodeClient
 from engines.bundle import Bundle
-from engines.errors import OffloadError
 from engines.ort import OrtEngine
 from transport.keys import KeyPair
 from transport.messages import StageLimits, stage_limits

@@ -39,6 +39,7 @@ from faults.proxy import Proxy
 from cloud_node.config import load, prepare
 from cloud_node.pool import LocalPool
 from cloud_node.server import Server
+from edge_common.process import keep_freed_memory
 from engines.bundle import Bundle, TensorSpec
 from engines.geometry import Geometry
 from reliability.load import Load, limited, write_sized_bundle
@@ -57,7 +58,6 @@ from transport.messages import (
     new_seal,
     stage_limits,
 )
-from transport.process import keep_freed_memory
 from transport.sockets import client, server
 
 EDGES = (1, 16)

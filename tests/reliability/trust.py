@@ -37,9 +37,9 @@ from faults.edges import FORGETFUL, with_header
 from faults.nodes import FaultyNode
 from faults.zmtp import Peer
 
-from edge_runtime.client import NodeClient, _Pending
+from edge_common.errors import ProtocolError
 from edge_runtime.config import Node
-from engines.errors import ProtocolError
+from edge_runtime.offload.connection import NodeClient, _Pending
 from reliability.rows import Bench, Questions, Seen, Skip, row, running, workers_of
 from transport.auth import AllowList, Authenticator
 from transport.keys import generate
@@ -55,7 +55,7 @@ from transport.messages import (
 from transport.sockets import NOT_AUTHORISED, WRONG_SERVER_KEY, server
 
 ROOT = Path(__file__).parents[2]
-RUNTIME = ("transport", "edge_runtime", "cloud_node", "engines")
+RUNTIME = ("edge_common", "transport", "edge_runtime", "cloud_node", "engines")
 
 
 def _tests(path: str) -> ModuleType:

@@ -29,13 +29,13 @@ import zmq.asyncio
 from faults import zmtp
 from faults.zmtp import Curve, Peer
 
+from edge_common.memory_limits import MemoryLimits
+from edge_common.process import raise_file_limit
 from transport import meter as metering
 from transport import sockets
 from transport.auth import KEY, AllowList, Authenticator
 from transport.keys import KeyPair, generate, load_secret, make_directory, write_public
-from transport.limits import MemoryLimits
 from transport.messages import Limits, StageLimits
-from transport.process import raise_file_limit
 
 MIB = 1 << 20
 REQUEST, RESULT = (3, 3 * MIB), (2, 2 * MIB)

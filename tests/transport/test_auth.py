@@ -20,8 +20,8 @@ from echo_node import LIMITS, EchoNode, Honest
 from faults.background import cancel_all
 from faults.zmtp import Peer, PeerError
 
-from engines import trust
-from engines.errors import KeyFileError
+from edge_common import permissions
+from edge_common.errors import KeyFileError
 from transport import auth, sockets
 from transport.auth import AllowList, Authenticator, Pace, Penalties
 from transport.keys import KeyPair, make_directory, write_public
@@ -232,7 +232,9 @@ def test_what_lets_an_edge_in_fits_the_folder(authorized: Path, tmp_path: Path) 
 def test_folder_must_exist_and_be_closed_to_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trust, "_alone", lambda uid, gid: False)  # its group has other members
+    monkeypatch.setattr(
+        permissions, "_alone", lambda uid, gid: False
+    )  # its group has other members
     with pytest.raises(KeyFileError, match="edge-runtime keys node"):
         AllowList(tmp_path / "nowhere")
     for mode in (0o770, 0o702, 0o777, 0o1777):

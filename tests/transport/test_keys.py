@@ -13,7 +13,7 @@ import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engines.errors import KeyFileError
+from edge_common.errors import KeyFileError
 from transport import keys
 
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engines.errors import ProtocolError
+from edge_common.errors import ProtocolError
 from transport.messages import (
     DTYPES,
     HEADER_BYTES,

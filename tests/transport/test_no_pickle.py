@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-RUNTIME = ("transport", "edge_runtime", "cloud_node", "engines")
+RUNTIME = ("edge_common", "transport", "edge_runtime", "cloud_node", "engines")
 MODULES = {
     "pickle",
     "cPickle",

@@ -17,7 +17,7 @@ import zmq
 import zmq.asyncio
 from faults import zmtp
 
-from engines.errors import ConfigError
+from edge_common.errors import ConfigError
 from transport import messages, sockets
 from transport.auth import AllowList, Authenticator
 from transport.keys import KeyPair

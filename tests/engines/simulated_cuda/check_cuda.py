@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import simulated_driver as driver
 
+from edge_common.errors import EngineError
 from engines import cuda
-from engines.errors import EngineError
 
 
 @pytest.fixture

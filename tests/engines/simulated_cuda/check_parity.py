@@ -11,13 +11,13 @@ import pytest
 import simulated_driver as driver
 import simulated_tensorrt as simulated
 
-from engines import libraries, opening
+from edge_common.errors import PlanError
+from engines import libraries, selection
 from engines.bundle import Bundle, shipped_bundle
-from engines.errors import PlanError
-from engines.opening import open_stage
 from engines.ort import OrtEngine
 from engines.parity import END_TO_END, Verdict, gate
 from engines.pipeline import Pipeline
+from engines.selection import open_stage
 from engines.trt import TrtEngine
 from engines.windows import cut
 
@@ -29,7 +29,7 @@ def fp16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
     """The shipped fp16 bundle with a plan of every stage, on a machine with TensorRT 10.3."""
     monkeypatch.setattr(libraries, "installed", lambda: ["tensorrt"])
     monkeypatch.setattr(libraries, "load", lambda flavour: simulated.library(flavour))
-    opening._say.cache_clear()
+    selection._say.cache_clear()
     bundle = Bundle.load(shutil.copytree(shipped_bundle("fp16"), tmp_path / "fp16"))
     for stage, greatest in DIMS.items():
         plain = bundle.stage(stage).plain
@@ -118,7 +118,7 @@ def test_too_little_memory_is_a_failure_and_everything_is_given_back(fp16: Bundl
 
 @pytest.mark.parametrize("after", [1, 15, 30])
 def test_a_driver_that_fails_in_the_middle_is_a_failure(fp16: Bundle, after: int) -> None:
-    opening.cuda.context()  # started before, as a node's would be
+    selection.cuda.context()  # started before, as a node's would be
     with driver.failing(after, 719):
         report = gate(fp16, ["stack"], threads=1)
         failed = driver.failed_call()

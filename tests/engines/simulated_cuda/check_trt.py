@@ -23,9 +23,9 @@ from onnx import TensorProto as T
 from onnx import helper as h
 from toy import Toy
 
+from edge_common.errors import EngineError, PlanError
 from engines import cuda
 from engines.bundle import Bundle, TensorSpec
-from engines.errors import EngineError, PlanError
 from engines.trt import TrtEngine
 
 STACK = {"n": 6}
@@ -363,7 +363,7 @@ atexit.register(lambda: print(driver.live(), driver.count("errors"), driver.coun
 import numpy as np
 import simulated_tensorrt as simulated
 from engines.bundle import Bundle
-from engines.errors import EngineError
+from edge_common.errors import EngineError
 from engines.plan import plans
 from engines.trt import TrtEngine
 compute = simulated.ExecutionContext.compute

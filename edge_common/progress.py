@@ -1,0 +1,147 @@
+"""Progress of long work, on stderr: a bar with an estimate on a terminal, lines elsewhere.
+
+Nothing is shown of work that is over within a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from edge_common.signals import undone
+
+_FIRST_S = 1.0
+_REFRESH_S = 0.2
+_FIRST_LINE_S = 3.0
+_LINE_S = 15.0
+
+
+class Progress:
+    """Work under way. Make one with :func:`progress`."""
+
+    def __init__(self, label: str = "", total: float | None = None, done: float = 0) -> None:
+        self.label, self.total, self.done = label, total, done
+        self.note = ""
+        self._begun = self._marked = time.monotonic()
+        self._begun_at = done
+        self._piece = 0.0
+
+    def advance(self, amount: float = 1.0, note: str = "") -> None:
+        """So much more is done."""
+        self.done += amount
+        self._marked, self._piece = time.monotonic(), 0.0
+        self.note = note
+
+    @contextlib.contextmanager
+    def piece(self, amount: float = 1.0, note: str = "") -> Iterator[None]:
+        """So much is done in one go during the block. Meanwhile the pace so far gives a guess."""
+        self._marked, self._piece, self.note = time.monotonic(), amount, note
+        yield
+        self.advance(amount, note)
+
+    def state(self, now: float) -> tuple[float | None, float | None]:
+        """The share that is done and the seconds that are left; None where nothing is known."""
+        if self.total is None:
+            return None, None
+        finished, spent = self.done - self._begun_at, self._marked - self._begun
+        if finished <= 0 or spent <= 0:
+            return (self.done / self.total if self.done else None), None
+        pace = finished / spent
+        guess = (now - self._marked) * pace
+        if guess > self._piece > 0:  # it takes longer than guessed, nobody knows how much
+            return min((self.done + 0.95 * self._piece) / self.total, 1.0), None
+        done = min(self.done + min(guess, self._piece), self.total)
+        return done / self.total, (self.total - done) / pace
+
+    def text(self, now: float) -> str:
+        """What to say: ``window layers, 45 %, 12 s so far, about 14 s left``."""
+        share, left = self.state(now)
+        parts = [self.note] if self.note else []
+        parts += [] if share is None else [f"{share:.0%}"]
+        parts.append(f"{_duration(now - self._begun)} so far")
+        parts += [] if left is None else [f"about {_duration(left)} left"]
+        return ", ".join(parts)
+
+
+@contextlib.contextmanager
+def progress(
+    label: str, total: float | None = None, *, done: float = 0, quiet: bool = False
+) -> Iterator[Progress]:
+    """Show how far some work is; yields a :class:`Progress` that the work keeps up to date.
+
+    Args:
+        label: what is under way.
+        total: how much work there is, in any unit; None if that is not known.
+        done: how much of it was done before, in an earlier run for example.
+        quiet: show nothing.
+    """
+    work = Progress(label, total, done)
+    if quiet:
+        yield work
+        return
+    over = threading.Event()
+    show = _show_bar if sys.stderr.isatty() else _show_lines
+    thread = threading.Thread(target=show, args=(work, over), name="progress", daemon=True)
+    thread.start()
+    try:
+        yield work
+    finally:
+        over.set()
+        thread.join(1)
+
+
+def _show_lines(work: Progress, over: threading.Event) -> None:
+    wait = _FIRST_LINE_S
+    while not over.wait(wait):
+        print(f"{work.label}: {work.text(time.monotonic())}", file=sys.stderr, flush=True)
+        wait = max(_LINE_S, (time.monotonic() - work._begun) / 20)  # logs of hours stay readable
+
+
+def _show_bar(work: Progress, over: threading.Event) -> None:
+    if over.wait(_FIRST_S):
+        return
+    from rich.console import Console
+    from rich.control import Control
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    columns: list[Any] = [
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[text]}", markup=False),
+    ]
+    console = Console(stderr=True)
+    with (
+        undone(lambda: console.control(Control.show_cursor(True))),
+        Bar(
+            *columns,
+            console=console,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=sys.stdout.isatty(),  # else what goes to a file would go to stderr
+        ) as bar,
+    ):
+        task = bar.add_task(work.label, total=None, text="")
+        while True:
+            now = time.monotonic()
+            share, _ = work.state(now)
+            bar.update(
+                task,
+                description=work.label,
+                total=share and 1.0,
+                completed=share or 0.0,
+                text=work.text(now),
+            )
+            bar.refresh()
+            if over.wait(_REFRESH_S):
+                return
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

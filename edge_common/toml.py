@@ -1,0 +1,47 @@
+"""A file of settings in TOML, for an edge and for a node alike.
+
+Promises that whatever keeps a file from being read, and a key that nobody knows, is told in one
+line that names the file or the key and what mends it. What the keys may be is left to their owner.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from edge_common.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def read_toml(file: Path, writer: str) -> dict[str, Any]:
+    """The file's table.
+
+    Args:
+        writer: the command that writes such a file, for one that does not exist.
+
+    Raises:
+        ConfigError: it does not exist, cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file} does not exist; write one with `{writer}`") from None
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid TOML: {error}") from None
+
+
+def unknown_key(key: str, known: Iterable[str], where: str = "") -> str:
+    """What to say of a key that is none of the known ones: the nearest, else all of them."""
+    names = list(known)
+    near = difflib.get_close_matches(key.replace("-", "_"), names, 1)
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
+    return f"unknown key {key!r}{where}; {hint}"

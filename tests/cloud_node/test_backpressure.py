@@ -1,0 +1,60 @@
+"""Whether a result may be computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cloud_node.backpressure import has_room
+
+MIB = 1 << 20
+RESULT = 10 * MIB
+
+
+def room(**changes: Any) -> bool:
+    numbers: dict[str, Any] = {
+        "size": RESULT,
+        "own": 0,
+        "everybody": 0,
+        "unsent": 4 * RESULT,
+        "total": 256 * MIB,
+        "largest": RESULT,
+        "rate": 1e9,
+    }
+    return has_room(**{**numbers, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "may"),
+    [
+        ({}, True),
+        ({"own": 2 * RESULT, "everybody": 2 * RESULT}, True),
+        ({"own": 3 * RESULT, "everybody": 3 * RESULT}, False),  # enough waits for it to read
+        ({"own": 1, "everybody": 118 * MIB}, True),
+        ({"own": 1, "everybody": 119 * MIB}, False),  # and enough for all
+        ({"own": 0, "everybody": 119 * MIB}, True),  # but who has nothing gets past them
+        ({"own": 0, "everybody": 183 * MIB}, False),
+        ({"own": 1, "everybody": 30 * MIB, "rate": 1e6}, False),  # 3 s of reading are enough
+        ({"own": 1, "everybody": 30 * MIB, "rate": 20e6}, True),
+        ({"own": 1, "everybody": 20 * MIB, "rate": 0.0}, True),  # nothing is known of the rate
+    ],
+)
+def test_room(changes: dict[str, Any], may: bool) -> None:
+    assert room(**changes) is may
+
+
+@given(
+    largest=st.integers(1, 1 << 28),
+    part=st.floats(0.01, 1),
+    rate=st.floats(0, 1e10),
+    more=st.integers(0, 1 << 30),
+)
+def test_one_result_always_finds_room_in_the_end(
+    largest: int, part: float, rate: float, more: int
+) -> None:
+    size = max(1, int(part * largest))
+    bounds = {"unsent": 2 * largest, "total": 4 * largest + more}
+    assert room(size=size, largest=largest, rate=rate, **bounds)
