@@ -182,9 +182,9 @@ def _serve(file: Path | None, options: Mapping[str, Any]) -> int:
     import logging
 
     from cloud_node.config import load, prepare
-    from cloud_node.logs import setup
     from cloud_node.notify import Notifier
     from edge_common.errors import EdgeRuntimeError
+    from edge_common.logs import setup
     from edge_common.process import keep_freed_memory
 
     keep_freed_memory()
