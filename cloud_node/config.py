@@ -24,7 +24,7 @@ from edge_common.options import Invalid
 from edge_common.permissions import danger
 from edge_common.toml import read_toml, unknown_key
 from engines.bundle import Bundle, Stage, shipped_bundle
-from transport.auth import AllowList
+from transport.allow_list import AllowList
 from transport.keys import AUTHORIZED, KeyPair, load_secret
 from transport.messages import StageLimits, stage_limits
 from transport.sockets import check_endpoint

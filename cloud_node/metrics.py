@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from transport.meter import Reason
-from transport.sockets import REFUSALS
+from transport.dos_protection import Reason
+from transport.peer_events import REFUSALS
 
 State = Literal["starting", "ready", "degraded", "draining"]
 """``degraded``: some worker is down; ``draining``: told to stop, finishing what was admitted."""
@@ -68,8 +68,8 @@ class Metrics:
         batch_windows: of each batch that succeeded.
         wait_seconds: of each answered request, from arrival to result, less compute_seconds.
         compute_seconds: of each batch that succeeded, inside the engine.
-        handshakes_refused: by reason, see `transport.sockets.REFUSALS`.
-        connections_dropped: by reason, see `transport.meter.Reason`; ``full`` for want of
+        handshakes_refused: by reason, see `transport.peer_events.REFUSALS`.
+        connections_dropped: by reason, see `transport.dos_protection.Reason`; ``full`` for want of
             descriptors.
         worker_restarts: workers that died and were replaced.
         rebinds: times that the socket was closed and bound anew because the process held too much.

@@ -1,4 +1,4 @@
-"""The front of a node: between the door, where edges come and go, the queue and the pool.
+"""The front of a node: between the listener, where edges come and go, the queue and the pool.
 
 It never touches an engine, and its event loop waits for nothing longer than the copy of one batch's
 rows: messages that ask for little (info, cancel, whatever has to be refused) are answered while
@@ -28,7 +28,7 @@ import zmq
 from cloud_node.admission import Refusal, check_stage, check_windows
 from cloud_node.backpressure import has_room
 from cloud_node.config import Prepared
-from cloud_node.listener import Door
+from cloud_node.listener import Listener
 from cloud_node.memory import Budget, Memory, Needs, TooLittle, check_threads
 from cloud_node.metrics import Metrics
 from cloud_node.poison import Suspects
@@ -39,6 +39,7 @@ from edge_common.files import write_whole
 from edge_common.memory_limits import MemoryLimits
 from edge_common.process import give_freed_memory_back
 from engines.bundle import TensorSpec
+from transport.dos_protection import MemoryWatch
 from transport.messages import (
     HEADER_BYTES,
     NO_ID,
@@ -58,8 +59,8 @@ from transport.messages import (
     encode,
     refuse,
 )
-from transport.meter import MemoryWatch, message_bytes
 from transport.sockets import start_sending
+from transport.wire_size import message_bytes
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ class Server:
         self._loop = asyncio.get_running_loop()
         self._broken = self._loop.create_future()  # fails if the node cannot go on
         self._work = asyncio.Event()  # there may be something to dispatch
-        self._door = Door(
+        self._listener = Listener(
             self._prepared,
             self.metrics,
             self._handle,
@@ -140,7 +141,7 @@ class Server:
             lanes=self._pool.lanes,
         )
         check_threads()
-        self._door.try_address()
+        self._listener.try_address()
         stopping = asyncio.create_task(stop.wait(), name="stop")
         tasks: set[asyncio.Future[Any]] = set()
         try:
@@ -151,7 +152,7 @@ class Server:
                 await asyncio.gather(starting, return_exceptions=True)
                 return
             starting.result()
-            self._door.open()
+            self._listener.open()
             self._limits = MemoryLimits()
             self._watch = MemoryWatch(self._held(), self._limits.resident)
             self._measure()
@@ -159,7 +160,7 @@ class Server:
                 asyncio.create_task(self._dispatch(), name="dispatch"),
                 asyncio.create_task(self._tick(), name="tick"),
                 asyncio.create_task(self._pool.follow(), name="pool"),
-                self._door.broken,
+                self._listener.broken,
                 self._broken,
             }
             self._bound = True
@@ -185,7 +186,7 @@ class Server:
             finally:
                 for job in list(self._open):
                     self._finish(job, _STOPPING)
-                await self._door.close(_FLUSH_S if self._bound else 0)
+                await self._listener.close(_FLUSH_S if self._bound else 0)
 
     async def _drain(self, tasks: Iterable[asyncio.Future[Any]]) -> None:
         """Finish what was admitted, or as much of it as the limit allows and as long as all `tasks`
@@ -199,7 +200,7 @@ class Server:
             extra={"event": "stopping"},
         )
         give_up = self._loop.time() + self._prepared.config.drain_s
-        while self._open or self._door.waiting() or self._unread:
+        while self._open or self._listener.unread() or self._unread:
             if self._loop.time() >= give_up or any(task.done() for task in tasks):
                 return
             await asyncio.sleep(min(0.02, max(0.0, give_up - self._loop.time())))
@@ -230,7 +231,7 @@ class Server:
             self._turn_away(to, name, message_id, Refusal("malformed", str(error)))
         except Refusal as refusal:
             self._turn_away(to, name, message_id, refusal)
-        except Exception:  # a defect, which the door logs
+        except Exception:  # a defect, which the listener logs
             if not any((job.client, job.id) == (name, message_id) for job in self._open):
                 self._turn_away(to, name, message_id, _FAILED)
             raise
@@ -354,22 +355,21 @@ class Server:
         """Whether there is room for the results of so many windows of a client, which has so many
         running, beside those it has not read yet."""
         return self._has_room(client, running, windows) or (
-            self._door.look_again() and self._has_room(client, running, windows)
+            self._listener.refresh() and self._has_room(client, running, windows)
         )
 
     def _has_room(self, client: str, running: int, windows: int) -> bool:
         # What the kernel tells includes what libzmq has encrypted or is writing; where the kernel
         # doesn't tell, what waits in libzmq is known at least.
-        own = max(self._door.waiting(client), self._unread.get(client, 0))
-        everybody = max(self._door.waiting(), self._unread_total)
+        own = max(self._listener.unread(client), self._unread.get(client, 0))
+        everybody = max(self._listener.unread(), self._unread_total)
         return has_room(
             windows * self._window_bytes,
             own=own + running * self._window_bytes,
             everybody=everybody + self._queue.running_windows * self._window_bytes,
-            unsent=self._door.unsent,
-            total=self._door.total,
+            unsent=self._listener.limits.unacked,
+            total=self._listener.limits.total,
             largest=self._prepared.limits.result.total_bytes,
-            rate=self._door.rate,
         )
 
     async def _run(self, slot: Slot, jobs: Sequence[Job]) -> None:
@@ -509,7 +509,7 @@ class Server:
         self._queue.lanes = max(1, ready)
         metrics.waiting_requests, metrics.waiting_bytes = len(self._queue), self._queue.bytes
         metrics.workers_ready, metrics.lanes = ready, self._pool.lanes
-        self._door.look()
+        self._listener.update_gauges()
         if self._draining:
             metrics.state = "draining"
         elif not self._bound:
@@ -536,13 +536,13 @@ class Server:
             shared=shared,
         )
         self._idle = self._held()
-        wanted = Budget(config.queue_bytes, self._door.total, self._door.connections)
+        wanted = Budget(config.queue_bytes, self._listener.limits.total, self._listener.limits.connections)
         self._memory = Memory(wanted, needs, self._limits)
         self._watch.ceiling = self._ceiling()
         self._fit()
 
     def _fit(self) -> None:
-        """Have queue and door hold no more than limits on memory allow.
+        """Have queue and listener hold no more than limits on memory allow.
 
         Raises:
             TooLittle: they allow next to nothing, and nobody is served yet.
@@ -558,7 +558,7 @@ class Server:
             give_freed_memory_back()
         budget = self._memory.budget
         self._shed(self._queue.bound(budget.queue), self._loop.time())
-        self._door.bound(budget.transit, budget.connections)
+        self._listener.lower_limits(budget.transit, budget.connections)
         self._watch.ceiling = self._ceiling()
 
     def _held(self) -> int:
@@ -572,7 +572,7 @@ class Server:
         batches = 4 * self._pool.lanes * (limits.request.total_bytes + limits.result.total_bytes)
         shared: int = getattr(self._pool, "shared_bytes", 0)
         # Waiting in the queue, and in libzmq.
-        allowed = self._queue.most_bytes + self._door.total + batches + shared
+        allowed = self._queue.most_bytes + self._listener.limits.total + batches + shared
         return self._idle + allowed * 5 // 4
 
     async def _rebind(self, held: int, most: str) -> None:
@@ -586,7 +586,7 @@ class Server:
         # Their connections end here, and with them the way back.
         self._finish_all(self._queue.forget())
         begun = self._loop.time()
-        await self._door.reopen()
+        await self._listener.reopen()
         log.info(
             "bound anew after %.2f s, %d MB held",
             *(self._loop.time() - begun, self._held() >> 20),
@@ -610,7 +610,7 @@ class Server:
     def _send(self, peer: bytes, name: str, frame: memoryview) -> str:
         """Send without waiting; what became of it unless it was sent."""
         size = frame.nbytes
-        if self._unread.get(name, 0) + size > self._door.unsent:
+        if self._unread.get(name, 0) + size > self._listener.limits.unacked:
             outcome: str = "unread"
         else:
             if size > HEADER_BYTES:
@@ -618,7 +618,7 @@ class Server:
                 weakref.finalize(frame.obj, self._left_soon, name, size).atexit = False
                 self._unread[name] = self._unread.get(name, 0) + size
                 self._unread_total += size
-            outcome = self._door.send(peer, frame)
+            outcome = self._listener.send(peer, frame)
         if outcome == "sent":
             return ""
         why = "it left" if outcome == "lost" else "it does not read its replies"
@@ -669,7 +669,7 @@ class Server:
         """Say where the node listens, on the log and in the ready file while it serves."""
         prepared = self._prepared
         ready = {
-            "endpoint": self._door.endpoint,
+            "endpoint": self._listener.endpoint,
             "public_key": prepared.keypair.public,
             "bundle": prepared.label,
             "stack_sha256": prepared.stage.sha256,

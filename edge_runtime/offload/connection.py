@@ -25,6 +25,8 @@ from edge_runtime.config import Node
 from edge_runtime.offload.integrity import check_reply
 from edge_runtime.offload.placement import Permit
 from engines.bundle import Stage
+from transport.dos_protection import Connections, connection_limits
+from transport.link import LinkEvent, watch
 from transport.messages import (
     NO_ID,
     VERSIONS,
@@ -45,8 +47,7 @@ from transport.messages import (
     new_id,
     new_seal,
 )
-from transport.meter import Meter, bounds
-from transport.sockets import BACKLOG, LinkEvent, client, received, watch
+from transport.sockets import BACKLOG, client, received
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +152,9 @@ class NodeClient:
         self._stage = stage
         self._limits = limits
         # What is sent needs no metering: few requests wait, each for a caller with a deadline.
-        self._meter = Meter(bounds(limits.result, limits.request, backlog=BACKLOG))
+        self._connections = Connections(
+            connection_limits(limits.result, limits.request, backlog=BACKLOG)
+        )
         self._pending: dict[bytes, _Pending] = {}
         self._link: LinkEvent | None = None
         self._away_since = 0.0  # when connecting began, or when the link was last lost
@@ -423,7 +426,9 @@ class NodeClient:
 
     async def _follow(self) -> None:
         """Keep the link's state for as long as the client lives."""
-        events: Any = watch(self._socket, self.node.endpoint, meter=self._meter)
+        events: Any = watch(
+            self._socket, self.node.endpoint, connections=self._connections
+        )
         async with contextlib.aclosing(events):
             async for event in events:
                 self._turn(event)
@@ -445,7 +450,7 @@ class NodeClient:
         """Watch what the node makes this process hold, until it is too much."""
         while True:
             await asyncio.sleep(_METER_S)
-            for breach in self._meter.poll(time.monotonic()):
+            for breach in self._connections.check(time.monotonic()):
                 if breach.reason == "endless":
                     await self._shut_out(
                         f"in quarantine until this edge starts anew: it sent "
@@ -466,7 +471,7 @@ class NodeClient:
         """Receive for as long as the client lives."""
         loop = asyncio.get_running_loop()
         async for message in received(self._socket):
-            self._meter.delivered(message.frame)
+            self._connections.received(message.frame)
             if message.surplus:
                 await self._shut_out(
                     "in quarantine until this edge starts anew: it sent a message of "

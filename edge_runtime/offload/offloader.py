@@ -33,10 +33,10 @@ from edge_runtime.offload.connection import NodeClient, NodeRefusedError, Reply,
 from edge_runtime.offload.placement import Decision, ExposureLedger, Permit, Placement, place
 from engines.pipeline import Pipeline
 from engines.windows import Windows
+from transport.dos_protection import MemoryWatch
 from transport.keys import load_secret_bytes
+from transport.link import NOT_AUTHORISED
 from transport.messages import stage_limits
-from transport.meter import MemoryWatch
-from transport.sockets import NOT_AUTHORISED
 
 _NODES_SHARE = 0.5
 """With a local fallback, the share of the deadline the nodes get; the edge needs the rest."""
