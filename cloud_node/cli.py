@@ -19,8 +19,8 @@ from edge_common.text import printable
 
 if TYPE_CHECKING:
     from cloud_node.config import Loaded, Prepared
-    from cloud_node.notify import Notifier
     from cloud_node.pool import Pool
+    from edge_common.service_manager import ServiceManager
 
 _DESCRIPTION = """\
 Lend this machine to edges: run the window-attention layers of a Segment Anything Model on single
@@ -182,17 +182,17 @@ def _serve(file: Path | None, options: Mapping[str, Any]) -> int:
     import logging
 
     from cloud_node.config import load, prepare
-    from cloud_node.notify import Notifier
     from edge_common.errors import EdgeRuntimeError
     from edge_common.logs import setup
     from edge_common.process import keep_freed_memory
+    from edge_common.service_manager import ServiceManager
 
     keep_freed_memory()
     config = load(file, options).config
     setup(config.log_level, config.log_format)
     log = logging.getLogger(__name__)
     prepared = prepare(config)
-    notifier = Notifier.from_environment()  # before workers inherit it
+    service_manager = ServiceManager.from_environment()  # before workers inherit it
     pool = _pool(prepared)
     if config.threads is None and config.workers == "local" and {*config.device} <= {"auto", "cpu"}:
         log.info(
@@ -200,7 +200,7 @@ def _serve(file: Path | None, options: Mapping[str, Any]) -> int:
             "its part with --threads"
         )
     try:
-        asyncio.run(_run(prepared, pool, notifier))
+        asyncio.run(_run(prepared, pool, service_manager))
     except (EdgeRuntimeError, MemoryError):
         raise
     except Exception:
@@ -248,10 +248,10 @@ def _end_now(number: int, _: object) -> None:
     os._exit(128 + number)
 
 
-async def _run(prepared: Prepared, pool: Pool, notifier: Notifier) -> None:
+async def _run(prepared: Prepared, pool: Pool, service_manager: ServiceManager) -> None:
     import asyncio
 
-    from cloud_node.server import Server, version
+    from cloud_node.server import Server
 
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -273,12 +273,13 @@ async def _run(prepared: Prepared, pool: Pool, notifier: Notifier) -> None:
     server = Server(prepared, pool)
     async with contextlib.AsyncExitStack() as stack:
         if prepared.config.metrics:
-            from cloud_node.health import Endpoint
+            from cloud_node.settings import split_address
+            from edge_common.health import Endpoint
 
-            endpoint = Endpoint(server.metrics, version())
-            await endpoint.open(prepared.config.metrics)
+            endpoint = Endpoint(server.metrics, server.metrics.registry)
+            await endpoint.open(*split_address(prepared.config.metrics))
             stack.push_async_callback(endpoint.close)
-        await stack.enter_async_context(notifier.following(server.metrics))
+        await stack.enter_async_context(service_manager.following(server.metrics))
         await server.run(stop)
 
 

@@ -133,7 +133,7 @@ class Listener:
             self._revoke,
             self._break,
             connections=self._connections,
-            refused=self._metrics.handshakes_refused,
+            on_refused=lambda reason: self._metrics.handshakes_refused.labels(reason).inc(),
             penalties=self._penalties,
         )
         self._authenticator.start()
@@ -247,7 +247,7 @@ class Listener:
         return "sent"
 
     def unread(self, name: str | None = None) -> int:
-        """Bytes sent to an edge, or to all, that it has not acknowledged; 0 where that is unknown."""
+        """Bytes sent to an edge, or to all, and not acknowledged; 0 where that is unknown."""
         return self._connections.unread(name)
 
     def refresh(self) -> bool:
@@ -255,8 +255,8 @@ class Listener:
         return self._connections.refresh()
 
     def update_gauges(self) -> None:
-        self._metrics.connections = len(self._connections)
-        self._metrics.clients = len(self._connections.users())
+        self._metrics.connections.set(len(self._connections))
+        self._metrics.clients.set(len(self._connections.users()))
 
     async def _read(self, socket: Any, readable: Readable) -> None:
         turn = 0.0
@@ -296,11 +296,9 @@ class Listener:
 
     def _count(self, event: PeerEvent) -> None:
         if event.kind == "refused":
-            self._metrics.handshakes_refused[event.reason] += 1
-        elif event.kind == "dropped":
-            self._metrics.connections_dropped[event.reason] += 1
-        elif event.kind == "full":
-            self._metrics.connections_dropped["full"] += 1
+            self._metrics.handshakes_refused.labels(event.reason).inc()
+        elif event.kind in ("dropped", "full"):
+            self._metrics.connections_dropped.labels(event.reason or "full").inc()
 
     def _revoke(self, names: frozenset[str]) -> None:
         # Also connections that have not sent a message: they may be anybody's. Honest edges come

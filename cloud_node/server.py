@@ -100,7 +100,7 @@ class Server:
     """
 
     def __init__(self, prepared: Prepared, pool: Pool, metrics: Metrics | None = None) -> None:
-        self.metrics = metrics or Metrics()
+        self.metrics = metrics or Metrics(version())
         self._prepared = prepared
         self._pool = pool
         self._queue = Queue(
@@ -239,7 +239,8 @@ class Server:
 
     def _turn_away(self, peer: bytes, name: str, id: bytes, refusal: Refusal) -> None:
         """Refuse what was not admitted."""
-        self.metrics.requests[self._refuse(peer, name, id, refusal)] += 1
+        outcome = self._refuse(peer, name, id, refusal)
+        self.metrics.requests.labels(outcome).inc()
 
     def _admit(self, peer: bytes, name: str, request: Request, frame: zmq.Frame) -> None:
         prepared, now = self._prepared, self._loop.time()
@@ -292,7 +293,7 @@ class Server:
         """Something happened to a worker."""
         ready, now = self._pool.ready, self._loop.time()
         if event.kind == "died":
-            self.metrics.worker_restarts += 1
+            self.metrics.worker_restarts.inc()
             if not ready:
                 self._queue.hold(now + event.seconds + self._start_s)
         elif event.kind == "ready":
@@ -367,9 +368,10 @@ class Server:
             windows * self._window_bytes,
             own=own + running * self._window_bytes,
             everybody=everybody + self._queue.running_windows * self._window_bytes,
-            unsent=self._listener.limits.unacked,
+            unacked=self._listener.limits.unacked,
             total=self._listener.limits.total,
             largest=self._prepared.limits.result.total_bytes,
+            lanes=self._pool.lanes,
         )
 
     async def _run(self, slot: Slot, jobs: Sequence[Job]) -> None:
@@ -408,7 +410,7 @@ class Server:
         now, windows = self._loop.time(), sum(job.windows for job in jobs)
         seconds = compute_us / 1e6
         self._queue.measured(windows, seconds)
-        self.metrics.windows += windows
+        self.metrics.windows.inc(windows)
         self.metrics.batch_windows.observe(windows)
         self.metrics.compute_seconds.observe(seconds)
         first = 0
@@ -471,7 +473,7 @@ class Server:
             job.outcome = self._refuse(job.work.peer, job.client, job.id, refusal)
         self._queue.finish(job)
         del self._open[job]
-        self.metrics.requests[job.outcome] += 1
+        self.metrics.requests.labels(job.outcome).inc()
 
     def _finish_all(self, jobs: Iterable[Job], refusal: Refusal = _FAILED) -> None:
         for job in jobs:
@@ -507,8 +509,9 @@ class Server:
         """Bring the gauges up to date, and what follows from the number of workers."""
         metrics, ready = self.metrics, self._pool.ready
         self._queue.lanes = max(1, ready)
-        metrics.waiting_requests, metrics.waiting_bytes = len(self._queue), self._queue.bytes
-        metrics.workers_ready, metrics.lanes = ready, self._pool.lanes
+        metrics.waiting_requests.set(len(self._queue))
+        metrics.waiting_bytes.set(self._queue.bytes)
+        metrics.workers_ready, metrics.workers = ready, self._pool.lanes
         self._listener.update_gauges()
         if self._draining:
             metrics.state = "draining"
@@ -536,7 +539,8 @@ class Server:
             shared=shared,
         )
         self._idle = self._held()
-        wanted = Budget(config.queue_bytes, self._listener.limits.total, self._listener.limits.connections)
+        most = self._listener.limits
+        wanted = Budget(config.queue_bytes, most.total, most.connections)
         self._memory = Memory(wanted, needs, self._limits)
         self._watch.ceiling = self._ceiling()
         self._fit()
@@ -548,7 +552,7 @@ class Server:
             TooLittle: they allow next to nothing, and nobody is served yet.
         """
         try:
-            if not self._memory.look():
+            if not self._memory.update():
                 return
         except TooLittle as error:
             if not self._bound:
@@ -582,7 +586,7 @@ class Server:
             *(held >> 20, most),
             extra={"event": "rebind"},
         )
-        self.metrics.rebinds += 1
+        self.metrics.rebinds.inc()
         # Their connections end here, and with them the way back.
         self._finish_all(self._queue.forget())
         begun = self._loop.time()

@@ -8,7 +8,6 @@ sets no properties (`KEY`, `LET_IN_AT`), and lets NULL clients in.
 from __future__ import annotations
 
 import asyncio
-import collections
 import logging
 import struct
 import time
@@ -36,6 +35,19 @@ _HANDSHAKES, _HANDSHAKES_PER_S = 100, 10.0
 no edge exceeds this rate by itself; many processes of one key may start together."""
 # Status codes of ZAP. libzmq passes 400 and 500 on to the client; after 300 the client would wait.
 _NEVER, _LATER = b"400", b"500"
+_ANSWERS = {
+    "protocol": (_NEVER, b"only CURVE clients"),
+    "not_authorised": (_NEVER, b"key not authorised"),
+    "folder": (_LATER, b"keys can't be read"),
+    "banished": (_LATER, b"kept out, try again"),
+    "too_often": (_LATER, b"too often, try again"),
+    "internal": (_LATER, b"internal error"),
+}
+"""Answers to refused clients, by a reason of `peer_events.REFUSALS`."""
+
+
+class _Refusal(Exception):
+    """A client is refused; the text is one of `_ANSWERS`."""
 
 
 def _property(name: str, value: bytes) -> bytes:
@@ -58,10 +70,7 @@ class Authenticator:
         on_broken: is called in the event loop if a task ends: then nobody is let in, or nobody is
             revoked, any more.
         connections: of the server. Their events are read before a client gets in (`LET_IN_AT`).
-        refused: to count in. penalties: of an authenticator before this one.
-
-    Attributes:
-        refused: refused handshakes by reason, see `peer_events.REFUSALS`.
+        on_refused: is called with the reason of each refused handshake, see `peer_events.REFUSALS`.
         penalties: names that are banned.
     """
 
@@ -72,16 +81,16 @@ class Authenticator:
         on_revoked: Callable[[frozenset[str]], None] | None = None,
         on_broken: Callable[[asyncio.Task[None]], None] | None = None,
         connections: Connections | None = None,
-        refused: collections.Counter[str] | None = None,
+        on_refused: Callable[[str], None] = lambda reason: None,
         penalties: PenaltyBox | None = None,
     ) -> None:
-        self.refused = collections.Counter[str]() if refused is None else refused
-        self.penalties = penalties or PenaltyBox()
         self._ctx = ctx
         self._allowed = allowed
         self._on_revoked = on_revoked
         self._on_broken = on_broken
         self._connections = connections
+        self._on_refused = on_refused
+        self._penalties = penalties or PenaltyBox()
         self._keys = {name: key for key, name in allowed.reload().items()}
         self._revoked: frozenset[str] = frozenset()  # not taken in by `on_revoked` yet
         self._folder_unusable = False
@@ -145,8 +154,9 @@ class Authenticator:
             now, self._folder_unusable = {}, True
             if self._keys or self._limiter.allows("folder"):
                 log.error("nobody is authorised any more: %s", error)
-        finally:  # a tenth of the time, so that a large folder or many strangers can't stop the rest
-            self._reload_at = begun + 10 * (time.monotonic() - begun)
+        finally:  # a tenth of the time at most, however large the folder; a second's share at once
+            took = time.monotonic() - begun
+            self._reload_at = max(self._reload_at, begun - 1.0) + 10 * took
         revoked = frozenset(name for name, key in self._keys.items() if now.get(name) != key)
         added = sorted(now.keys() - self._keys.keys())
         self._keys = now
@@ -155,7 +165,7 @@ class Authenticator:
         if revoked:
             log.warning("no longer authorised: %s", ", ".join(sorted(revoked)))
             self._rate.keep(now.values())
-            self.penalties.forget(revoked)
+            self._penalties.forget(revoked)
         self._revoked |= revoked
         if self._revoked and self._on_revoked:
             self._on_revoked(self._revoked)
@@ -168,39 +178,42 @@ class Authenticator:
             except zmq.Again:
                 await readable.wait()
                 continue
-            properties = b""
             try:
-                status, text, name = self._judge(request)
-                user = name.encode()
-                if user:
-                    properties = _property(KEY, z85.encode(request[6]))
-                    if self._connections is not None:
-                        self._connections.read_events()
-                        now = str(time.monotonic()).encode()
-                        properties += _property(LET_IN_AT, now)
-            except Exception as error:  # refuse, and go on
-                self.refused["internal"] += 1
-                if self._limiter.allows("internal"):
-                    log.error("authenticator failed, client refused: %s", error)
-                status, text, user = _LATER, b"internal error", b""
-            request_id = request[1] if len(request) > 1 else b""
-            try:
-                socket.send_multipart(
-                    [b"1.0", request_id, status, text, user, properties], zmq.NOBLOCK
-                )
+                socket.send_multipart(self._answer(request), zmq.NOBLOCK)
             except zmq.ZMQError as error:
                 log.error("authenticator could not answer: %s", error)
             await asyncio.sleep(0)  # a flood of questions must not starve other tasks
 
-    def _judge(self, request: list[bytes]) -> tuple[bytes, bytes, str]:
-        """(status, text, user id) for one ZAP question. https://rfc.zeromq.org/spec/27/"""
+    def _answer(self, request: list[bytes]) -> list[bytes]:
+        """The reply to one ZAP question. https://rfc.zeromq.org/spec/27/"""
+        start = [b"1.0", request[1] if len(request) > 1 else b""]
+        try:
+            user = self._judge(request).encode()
+            properties = _property(KEY, z85.encode(request[6]))
+            if self._connections is not None:
+                self._connections.read_events()
+                properties += _property(LET_IN_AT, str(time.monotonic()).encode())
+            return [*start, b"200", b"OK", user, properties]
+        except _Refusal as refusal:
+            reason = str(refusal)
+        except Exception as error:  # refuse, and go on
+            reason = "internal"
+            if self._limiter.allows(reason):
+                log.error("authenticator failed, client refused: %s", error)
+        self._on_refused(reason)
+        return [*start, *_ANSWERS[reason], b"", b""]
+
+    def _judge(self, request: list[bytes]) -> str:
+        """The name of the client that a ZAP question is about.
+
+        Raises:
+            _Refusal: it does not get in.
+        """
         if len(request) != 7 or request[0] != b"1.0":
-            self.refused["protocol"] += 1
-            return _NEVER, b"malformed question", ""
+            raise _Refusal("protocol")
         _, _, domain, address, _, mechanism, credential = request
         if domain != ZAP_DOMAIN or mechanism != b"CURVE" or len(credential) != 32:
-            self.refused["protocol"] += 1
-            return _NEVER, b"only CURVE clients", ""
+            raise _Refusal("protocol")
         now = time.monotonic()
         public = z85.encode(credential).decode()
         name = self._allowed.name_of(public)
@@ -208,10 +221,8 @@ class Authenticator:
             self._reload()
             name = self._allowed.name_of(public)
         if self._folder_unusable:
-            self.refused["folder"] += 1
-            return _LATER, b"keys can't be read", ""
+            raise _Refusal("folder")
         if name is None:
-            self.refused["not_authorised"] += 1
             if self._limiter.allows(public):
                 log.warning(
                     "refused %s: its key %s is not authorised; to let it in, put its .pub file in "
@@ -219,16 +230,14 @@ class Authenticator:
                     *(address.decode("ascii", "replace"), public),
                     self._allowed.command("FILE.pub"),
                 )
-            return _NEVER, b"key not authorised", ""
-        if self.penalties.banned(name, now):
-            self.refused["banished"] += 1
-            return _LATER, b"kept out, try again", ""
+            raise _Refusal("not_authorised")
+        if self._penalties.banned(name, now):
+            raise _Refusal("banished")
         # Each handshake costs half a millisecond, and each connection takes one of libzmq's routing
         # ids, or claims one: unlimited reconnects could collide with an id that libzmq is about to
         # assign.
         if not self._rate.take(public, now):
-            self.refused["too_often"] += 1
             if self._limiter.allows(("too_often", name)):
                 log.warning("%s connects too often, some connections are refused", name)
-            return _LATER, b"too often, try again", ""
-        return b"200", b"OK", name
+            raise _Refusal("too_often")
+        return name

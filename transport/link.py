@@ -68,7 +68,7 @@ async def watch(
     last_retry_s: float = 10.0,
     connections: Connections | None = None,
 ) -> AsyncGenerator[LinkEvent, None]:
-    """Connect a `sockets.client` made with ``connect=False``, keep it connected, and report changes.
+    """Connect a `sockets.client`, made with ``connect=False``, again and again, and report changes.
 
     Iterate for as long as the socket lives (one task per socket), then `aclose` the iterator before
     closing the socket. libzmq gives a link up for good after a refused key or a protocol error, and

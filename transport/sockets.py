@@ -58,8 +58,8 @@ def check_endpoint(endpoint: str, *, bind: bool = False) -> str:
 
 
 def heartbeat_timeout_ms(limits: StageLimits) -> int:
-    """Silence after which a link counts as dead: twice what the largest message takes on the slowest
-    link, at least 3 s.
+    """Silence after which a link counts as dead: twice the time of the largest message on the
+    slowest link, at least 3 s.
 
     A ping can't overtake a message that is on its way, and half a message is no sign of life. A
     shorter timeout would cut a healthy slow link and lose the request.

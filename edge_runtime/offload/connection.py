@@ -426,9 +426,7 @@ class NodeClient:
 
     async def _follow(self) -> None:
         """Keep the link's state for as long as the client lives."""
-        events: Any = watch(
-            self._socket, self.node.endpoint, connections=self._connections
-        )
+        events: Any = watch(self._socket, self.node.endpoint, connections=self._connections)
         async with contextlib.aclosing(events):
             async for event in events:
                 self._turn(event)

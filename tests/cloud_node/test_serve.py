@@ -335,7 +335,7 @@ sys.exit(main(sys.argv[1:]))
     [
         ("server", "Server", "_expire", 20),  # in the tick
         ("server", "Server", "_form", 1),
-        ("door", "Door", "_count", 1),
+        ("listener", "Listener", "_count", 1),
         ("pool", "_Lane", "_lose", 1),
     ],
 )

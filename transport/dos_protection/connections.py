@@ -111,23 +111,26 @@ class Connections:
         with contextlib.suppress(OSError, IndexError, TypeError):
             address = str(end.getpeername()[0])
             self._port = self._port or end.getsockname()[1]
-        connection = Connection(fd, address, now, end)
-        self._open[fd] = connection
+        self._add(Connection(fd, address, now, end), now)
+        return True
+
+    def _add(self, connection: Connection, now: float) -> None:
+        self._open[connection.fd] = connection
         self._handshakes.add(connection)
-        while surplus := self._handshakes.surplus(address, self.limits):
+        while surplus := self._handshakes.surplus(connection.address, self.limits):
             self._count(surplus, now)
             self._handshakes.finish(surplus)
             if not surplus.authenticated:
                 self._drop(surplus, "crowd", surplus.received)
-        return True
 
     def closed(self, fd: int) -> Connection | None:
         """A connection has ended. Returns it with its last counters, None if it was not known."""
         connection = self._open.pop(fd, None)
-        if connection is None or connection.end is None:
+        if connection is None:
             return None
         self._count(connection, time.monotonic())
-        connection.end.close()
+        if connection.end is not None:
+            connection.end.close()
         connection.authenticated = connection.authenticated or not self.metered
         self._handshakes.finish(connection)
         if self._by_route.get(connection.route) is connection:

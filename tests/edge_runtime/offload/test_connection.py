@@ -24,8 +24,10 @@ from edge_runtime.offload import connection as client_module
 from edge_runtime.offload.connection import NodeClient, NodeRefusedError, Reply
 from edge_runtime.offload.placement import ExposureLedger, place
 from engines.bundle import Bundle
-from transport.auth import AllowList, Authenticator
+from transport.allow_list import AllowList
+from transport.auth import Authenticator
 from transport.keys import generate
+from transport.link import LinkEvent
 from transport.messages import (
     NO_ID,
     VERSIONS,
@@ -43,7 +45,7 @@ from transport.messages import (
     refuse,
     stage_limits,
 )
-from transport.sockets import LinkEvent, server
+from transport.sockets import server
 
 WINDOWS = [0, 4]
 Say = Callable[..., Awaitable[None]]
@@ -514,7 +516,7 @@ def read_no_more(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()
         raise ValueError("odd")
 
-    monkeypatch.setattr(case.client._meter, "delivered", defective)
+    monkeypatch.setattr(case.client._connections, "received", defective)
 
 
 def meter_no_more(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -522,7 +524,7 @@ def meter_no_more(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()
         raise ValueError("odd")
 
-    monkeypatch.setattr(case.client._meter, "poll", defective)
+    monkeypatch.setattr(case.client._connections, "check", defective)
 
 
 def cancelled(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
