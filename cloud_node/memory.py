@@ -61,8 +61,8 @@ class Needs:
 
     @property
     def least(self) -> Budget:
-        """The least budget of a working node: two requests wait, one arrives while two are read, two
-        results leave."""
+        """The least budget of a working node: two requests wait, one arrives while two are read,
+        and two results leave."""
         transit = 3 * self.request + 2 * self.result + (1 << 20)
         return Budget(2 * (self.request + 4096), transit, _CONNECTIONS)
 

@@ -1,8 +1,8 @@
 """Every request that was admitted has one outcome, whatever raises on the way to it.
 
-A `Server` runs in a thread, with a real listener and real edges; its workers are the test's, so that
-a batch ends when and how the test says. `Fault` then makes each call that the server makes on its way
-raise in turn.
+A `Server` runs in a thread, with a real listener and real edges. Its workers are the test's, so
+that a batch ends when and how the test says. `Fault` then makes each call that the server makes on
+its way raise in turn.
 """
 
 from __future__ import annotations

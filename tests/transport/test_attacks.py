@@ -91,7 +91,7 @@ def test_a_connection_that_breaks_while_its_inbox_is_full_stops_nothing(
     start: Callable[..., EchoNode],
 ) -> None:
     """libzmq would abort, had it a mark at which to stop reading, at the next heartbeat."""
-    node = start(deaf=True, limits={"undelivered_at_first": 1 << 30})
+    node = start(deaf=True, limits={"undelivered": 1 << 30})
     mark = 4
     with zmq.Context() as ctx:
         pair = node.authorise("hostile")
@@ -142,7 +142,7 @@ def test_an_edge_that_freezes_loses_its_connection(start: Callable[..., EchoNode
 
 @linux
 def test_many_endless_messages_together_are_bounded(start: Callable[..., EchoNode]) -> None:
-    node = start(limits={"total": 64 * MIB, "undelivered_at_first": 1 << 30})
+    node = start(limits={"total": 64 * MIB})
     honest = Honest(node)
     hostile = node.authorise("hostile")
 

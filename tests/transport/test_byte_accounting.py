@@ -28,17 +28,6 @@ def test_delivered_bytes_are_not_held() -> None:
     assert not peers.told()  # once
 
 
-def test_before_its_first_message_a_connection_may_hold_less() -> None:
-    peers = Unconnected()
-    for fd in (1, 2, 3):
-        peers.add(fd, "10.0.0.1")
-        peers.count(fd, 0.0, received=300, sent=300)
-    peers.speak(1)
-    for fd, size in ((1, 900), (2, 490), (3, 510)):
-        peers.count(fd, 0.0, received=size, sent=300)
-    assert peers.told() == [(3, "endless")]
-
-
 def test_heartbeats_are_forgiven_and_silence_gives_no_credit() -> None:
     peers = Unconnected(1)
     for second in range(1, 100_000, 7):
@@ -162,7 +151,7 @@ def test_together_too_much_costs_the_party_that_holds_most() -> None:
 
 
 def test_a_handshake_that_takes_too_many_bytes() -> None:
-    peers = Unconnected(undelivered_at_first=MIB, total=MIB)
+    peers = Unconnected(undelivered=MIB, total=MIB)
     peers.add(1, "10.0.0.1")
     peers.add(2, "10.0.0.2")
     peers.count(1, 0.1, received=70_000, sent=64)
@@ -203,7 +192,7 @@ def test_an_honest_peer_breaks_no_limit(data: st.DataObject) -> None:
     """Messages up to the largest, as many waiting as the backlog allows, read at any pace."""
     limits, backlog = Limits(2, 9000), 4
     peers = Connections(connection_limits(limits, limits, backlog=backlog))
-    connection = Connection(1, "10.0.0.1", 0.0, user="edge", heard=True, authenticated=True)
+    connection = Connection(1, "10.0.0.1", 0.0, user="edge", authenticated=True)
     peers._add(connection, 0.0)
     largest, received, now = message_bytes(limits), 0, 0.0
     waiting: list[int] = []

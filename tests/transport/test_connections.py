@@ -71,7 +71,7 @@ def descriptors() -> int:
 @linux
 def test_bytes_are_those_that_the_kernel_counts(make: Any, pairs: Any) -> None:
     served, client = pairs()
-    connections = make(undelivered_at_first=60_000, total=100_000)
+    connections = make(undelivered=60_000, total=100_000)
     connections.opened(served.fileno(), 0.0)
     connection = connections._open[served.fileno()]
     assert connection.address == "127.0.0.1"

@@ -9,7 +9,6 @@ from transport.dos_protection.byte_accounting import Connection
 
 LIMITS = ConnectionLimits(
     undelivered=1000,
-    undelivered_at_first=500,
     unacked=1000,
     total=10_000,
     stall_s=10,
@@ -40,7 +39,7 @@ class Unconnected(Connections):
         """The first message of a connection."""
         connection = self._open[fd]
         connection.user, connection.route = user, route or b"%d" % fd
-        connection.heard = connection.authenticated = True
+        connection.authenticated = True
         self._by_route[connection.route] = connection
         self._handshakes.finish(connection)
 

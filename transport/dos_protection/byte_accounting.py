@@ -34,7 +34,7 @@ class Connection:
     Attributes:
         end: duplicate of its descriptor. address: the peer's, without port.
         user: name of its key; empty before its first message. route: its routing id, likewise.
-        authenticated: whether its handshake is finished. heard: whether it has sent a message.
+        authenticated: whether its handshake is finished.
         delivered: bytes since the last `count`. undelivered, unacked: see `ConnectionLimits`.
         received, sent, acked: the kernel's counters.
     """
@@ -46,7 +46,6 @@ class Connection:
     user: str = ""
     route: bytes = b""
     authenticated: bool = False
-    heard: bool = False
     dropped: bool = False
     received: int = 0
     sent: int = 0
@@ -120,8 +119,7 @@ def too_many_bytes(
             if each.received > _HANDSHAKE_BYTES:
                 yield each, "endless", each.received
             continue
-        most = limits.undelivered if each.heard else limits.undelivered_at_first
-        if each.undelivered > most:
+        if each.undelivered > limits.undelivered:
             yield each, "endless", each.undelivered
         elif each.stalled(limits, now):
             yield each, "slow", each.unacked

@@ -176,8 +176,8 @@ class Connections:
                 return None
             connection.user, connection.route = str(frame.get("User-Id")), route
             self._by_route[route] = connection
-        if not connection.heard:
-            connection.heard = connection.authenticated = True
+        if not connection.authenticated:
+            connection.authenticated = True
             self._handshakes.finish(connection)
         return connection
 

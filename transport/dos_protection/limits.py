@@ -26,7 +26,6 @@ class ConnectionLimits:
 
     Args:
         undelivered: bytes received from one connection and not delivered to the program.
-        undelivered_at_first: the same before its first message, when its user is unknown.
         unacked: bytes sent to one connection and not acknowledged.
         total: both, of all connections together.
         stall_s: how long a connection may acknowledge nothing of what waits for it.
@@ -39,7 +38,6 @@ class ConnectionLimits:
     """
 
     undelivered: int
-    undelivered_at_first: int
     unacked: int
     total: int
     stall_s: float = 10.0
@@ -87,7 +85,6 @@ def connection_limits(
     spare = 4096 if files is None else max(16, (files - min(128, files // 4)) // 2)
     return ConnectionLimits(
         undelivered=(backlog + 1) * largest_in + _SLACK,
-        undelivered_at_first=largest_in + _SLACK,
         unacked=max(32 << 20, 4 * largest_out, min(results * largest_out, total // 2)),
         total=total,
         handshakes=min(_HANDSHAKES, spare // 2),
