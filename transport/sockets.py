@@ -37,14 +37,14 @@ _ENDPOINT = re.compile(r"tcp://(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/\[\]]+):(\d{1,5}|\*)
 
 
 def check_endpoint(endpoint: str, *, bind: bool = False) -> str:
-    """`endpoint` if it has the form ``tcp://HOST:PORT``.
+    """Check that `endpoint` has the form ``tcp://HOST:PORT``, and return it.
 
     Args:
         endpoint: an IPv6 address goes in brackets.
         bind: also allow the wildcards ``*`` as host, and port 0 (any free port).
 
     Raises:
-        ConfigError: it has not.
+        ConfigError: it has another form.
     """
     match = _ENDPOINT.match(endpoint)
     port = match.group(2) if match else "*"

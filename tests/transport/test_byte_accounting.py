@@ -104,12 +104,13 @@ def test_of_slow_readers_the_largest_go_until_little_waits() -> None:
 
 def test_a_peer_that_reads_all_there_is_is_not_slow_however_little_it_is() -> None:
     peers = Unconnected(2, total=1000, least_rate=100)
-    peers.hand_over(2, 900, 0.0)  # much waits, but for the other
+    peers.hand_over(2, 900, 0.0)  # much waits, but for the other, which reads fast enough
     peers.hand_over(1, 2, 0.0)
     for tenth in range(1, 100):
-        peers.hand_over(1, 2, tenth / 10)  # before the one before it is acknowledged
-        peers.count(1, tenth / 10, acked=2 * tenth)
-        assert (1, "slow") not in peers.told(tenth / 10)
+        for fd, size in ((1, 2), (2, 20)):
+            peers.hand_over(fd, size, tenth / 10)  # before the last one is acknowledged
+            peers.count(fd, tenth / 10, acked=size * tenth)
+        assert not peers.told(tenth / 10)
 
 
 def test_the_rate_is_taken_only_while_there_is_something_to_read() -> None:

@@ -44,6 +44,14 @@ def test_too_many_connections_cost_the_silent_ones_first_and_then_the_largest_pa
     assert peers.told() == [(5, "crowd"), (3, "crowd")]
     peers.add(8, "10.0.0.9", 1.0)
     assert peers.told() == [(8, "crowd")], "a handshake goes before all others"
+    for fd in (3, 4, 5):
+        peers.closed(fd)
+    peers.add(9, "10.0.0.9", 1.0)
+    peers.count(9, 1.0, sent=300)  # authenticated, and silent
+    peers.closed(8)
+    assert not peers.told()
+    peers.add(10, "10.0.0.9", 2.0)
+    assert peers.told(2.0) == [(10, "crowd")], "a handshake goes before a silent connection"
 
 
 def test_too_many_connections_of_one_party_cost_its_oldest() -> None:
