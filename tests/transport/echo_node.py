@@ -218,7 +218,6 @@ class Honest:
         self._work = (node, node.authorise(name))
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
-        self.more(1)
 
     def _run(self) -> None:
         node, pair = self._work
@@ -243,10 +242,15 @@ class Honest:
             assert self.failed is None, self.failed
             time.sleep(0.005)
 
-    def close(self) -> None:
+    def stop(self) -> None:
         self._end.set()
-        self._thread.join()
+        self._thread.join(10)
+
+    def close(self) -> None:
+        """Stop, and check that nothing has gone wrong."""
+        self.stop()
         assert self.failed is None, self.failed
+        assert not self._thread.is_alive()
 
 
 if __name__ == "__main__":

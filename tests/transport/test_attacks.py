@@ -38,10 +38,11 @@ asyncio.run(half_open({}, hold_s=120, budget=Budget(count=2000, seconds=120)))
 @linux
 @pytest.mark.parametrize("part", [MIB, 64])
 def test_an_endless_message_costs_its_sender_the_connection(
-    start: Callable[..., EchoNode], part: int
+    start: Callable[..., EchoNode], behave: Callable[..., Honest], part: int
 ) -> None:
     node = start()
-    honest = Honest(node)
+    honest = behave(node)
+    honest.more(1)
     honest.more(20)
     before = node.stats()
 
@@ -141,9 +142,12 @@ def test_an_edge_that_freezes_loses_its_connection(start: Callable[..., EchoNode
 
 
 @linux
-def test_many_endless_messages_together_are_bounded(start: Callable[..., EchoNode]) -> None:
+def test_many_endless_messages_together_are_bounded(
+    start: Callable[..., EchoNode], behave: Callable[..., Honest]
+) -> None:
     node = start(limits={"total": 64 * MIB})
-    honest = Honest(node)
+    honest = behave(node)
+    honest.more(1)
     hostile = node.authorise("hostile")
 
     async def attack() -> list[zmtp.Tally]:
@@ -165,9 +169,12 @@ def test_many_endless_messages_together_are_bounded(start: Callable[..., EchoNod
 
 
 @linux
-def test_a_peer_that_does_not_read_costs_its_connection(start: Callable[..., EchoNode]) -> None:
+def test_a_peer_that_does_not_read_costs_its_connection(
+    start: Callable[..., EchoNode], behave: Callable[..., Honest]
+) -> None:
     node = start()
-    honest = Honest(node)
+    honest = behave(node)
+    honest.more(1)
     honest.more(5)
 
     async def attack() -> None:
@@ -189,9 +196,12 @@ def test_a_peer_that_does_not_read_costs_its_connection(start: Callable[..., Ech
 
 
 @linux
-def test_a_peer_that_stops_reading_is_dropped_in_time(start: Callable[..., EchoNode]) -> None:
+def test_a_peer_that_stops_reading_is_dropped_in_time(
+    start: Callable[..., EchoNode], behave: Callable[..., Honest]
+) -> None:
     node = start(limits={"stall_s": 1.0})
-    honest = Honest(node)
+    honest = behave(node)
+    honest.more(1)
 
     async def attack() -> None:
         peer = await node.peer(node.authorise("hostile"), receive_buffer=4096)
@@ -241,10 +251,13 @@ def test_a_flood_of_half_open_connections_keeps_nobody_out(
 
 
 @linux
-def test_an_honest_edge_is_not_charged(start: Callable[..., EchoNode]) -> None:
+def test_an_honest_edge_is_not_charged(
+    start: Callable[..., EchoNode], behave: Callable[..., Honest]
+) -> None:
     """After hundreds of messages, what is counted in agrees with what was delivered."""
     node = start()
-    honest = Honest(node)
+    honest = behave(node)
+    honest.more(1)
     honest.more(300)
     stats = node.stats()
     assert not stats["dropped"]
@@ -254,9 +267,12 @@ def test_an_honest_edge_is_not_charged(start: Callable[..., EchoNode]) -> None:
 
 
 @linux
-def test_one_key_has_only_so_many_connections(start: Callable[..., EchoNode]) -> None:
+def test_one_key_has_only_so_many_connections(
+    start: Callable[..., EchoNode], behave: Callable[..., Honest]
+) -> None:
     node = start()
-    honest = Honest(node)
+    honest = behave(node)
+    honest.more(1)
     pair = node.authorise("many")
 
     async def scene() -> None:

@@ -316,9 +316,12 @@ async def _answered(peer: Peer) -> bool:
     return bool(await asyncio.wait_for(peer.read_message(), 60))
 
 
-def test_a_revoked_key_is_cut_off_and_nobody_else(start: Callable[..., EchoNode]) -> None:
+def test_a_revoked_key_is_cut_off_and_nobody_else(
+    start: Callable[..., EchoNode], behave: Callable[..., Honest]
+) -> None:
     node = start()
-    honest = Honest(node)
+    honest = behave(node)
+    honest.more(1)
     pair = node.authorise("revoked")
 
     async def scene() -> None:

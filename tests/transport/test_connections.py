@@ -9,6 +9,7 @@ import os
 import resource
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,24 +17,28 @@ import pytest
 import zmq
 from unconnected import LIMITS
 
-from transport.dos_protection import Connections, MemoryWatch
+from transport.dos_protection import Connections, MemoryWatch, tcp
 from transport.dos_protection.connections import LET_IN_AT
 from transport.wire_size import frame_bytes
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="bytes are counted by Linux's TCP_INFO")
 
 
-@pytest.fixture
-def pairs() -> Iterator[Callable[[], tuple[socket.socket, socket.socket]]]:
-    """(server's end, client's end) of TCP connections."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+Pair = tuple[socket.socket, socket.socket]
 
-        def make() -> tuple[socket.socket, socket.socket]:
-            client = stack.enter_context(socket.create_connection(listener.getsockname()))
-            client.settimeout(30)
-            served = stack.enter_context(listener.accept()[0])
-            served.settimeout(30)
+
+@pytest.fixture
+def pairs() -> Iterator[Callable[..., Pair]]:
+    """(server's end, client's end) of TCP connections to `port`, one of two ports."""
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
+
+        def make(port: int = 0) -> Pair:
+            address = listeners[port].getsockname()
+            client = stack.enter_context(socket.create_connection(address))
+            served = stack.enter_context(listeners[port].accept()[0])
+            for end in (client, served):
+                end.settimeout(10)
             return served, client
 
         yield make
@@ -99,9 +104,11 @@ def test_a_reused_number_is_another_connection(make: Any, pairs: Any) -> None:
     before = descriptors()
     connections.opened(first.fileno(), 0.0)
     number = first.fileno()
+    deliver(connections, number, b"first", "one")
     second, second_client = pairs()
     os.dup2(second.fileno(), number)  # closed, and its number given to another one
     connections.opened(number, 1.0)
+    assert not routes(connections)
     assert first_client.recv(1) == b""  # the duplicate of the first is closed too
     second_client.sendall(bytes(500))
     while connections._open[number].received < 500:
@@ -219,23 +226,80 @@ def test_a_connection_is_not_ended_with_its_predecessor(make: Any, pairs: Any) -
     assert second_client.recv(1) == b""
 
 
+@pytest.fixture
+def no_descriptors(pairs: Any) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """A context in which this process has no descriptor left."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    @contextlib.contextmanager
+    def short() -> Iterator[None]:
+        lowest = os.dup(0)
+        os.close(lowest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    return short
+
+
 @linux
-def test_without_descriptors_newcomers_are_reset(make: Any, pairs: Any) -> None:
+def test_without_descriptors_newcomers_are_reset(
+    make: Any, pairs: Any, no_descriptors: Any
+) -> None:
     connections = make()
     first, _ = pairs()
     connections.opened(first.fileno(), 0.0)
     newcomer, client = pairs()
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    lowest = os.dup(newcomer.fileno())
-    os.close(lowest)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    with no_descriptors():
         kept = connections.opened(newcomer.fileno(), 0.0)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert not kept
     assert client.recv(1) == b""
     assert newcomer.fileno() > 0
+
+
+@linux
+def test_without_descriptors_a_number_that_is_another_port_s_now_is_left_alone(
+    make: Any, pairs: Any, no_descriptors: Any
+) -> None:
+    connections = make()
+    first, _ = pairs()
+    connections.opened(first.fileno(), 0.0)
+    other, client = pairs(1)
+    with no_descriptors():
+        assert not connections.opened(other.fileno(), 0.0)
+    other.sendall(b"x")
+    assert client.recv(1) == b"x"
+
+
+@linux
+def test_a_dropped_connection_is_reset_so_that_the_kernel_forgets_it(make: Any, pairs: Any) -> None:
+    served, client = pairs()
+    connections = make()
+    connections.opened(served.fileno(), 0.0)
+    connections.drop({""}, "revoked")
+    served.close()  # as libzmq does
+    connections.close()
+    closed = 7  # TCP_CLOSE; after FIN it would be TCP_CLOSE_WAIT, and FIN_WAIT2 at the other end
+    give_up = time.monotonic() + 10
+    while (state := client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]) != closed:
+        assert time.monotonic() < give_up, state
+        time.sleep(0.01)
+
+
+@linux
+def test_an_old_kernel_counts_nothing(
+    make: Any, pairs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tcp, "_TCP_INFO_BYTES", 1000)  # more than any kernel tells
+    served, _ = pairs()
+    connections = make()
+    connections.opened(served.fileno(), 0.0)
+    assert not connections.check(0.0)
+    assert not connections.metered
+    assert not connections.refresh()
+    assert connections.closed(served.fileno()).authenticated, "nothing is known of its handshake"
 
 
 def test_where_the_kernel_counts_nothing_connections_are_still_counted(

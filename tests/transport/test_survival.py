@@ -51,7 +51,7 @@ SPOILS = [_flipped, _no_message, _repeated, _burst]
 
 @pytest.mark.parametrize("spoil", SPOILS)
 def test_a_server_outlives_a_spoilt_connection(
-    start: Callable[..., EchoNode], spoil: Spoil
+    start: Callable[..., EchoNode], behave: Callable[..., Honest], spoil: Spoil
 ) -> None:
     node = start()
     pair = node.authorise("hostile")
@@ -67,7 +67,8 @@ def test_a_server_outlives_a_spoilt_connection(
         await asyncio.sleep(_HEARTBEAT_S)
 
     asyncio.run(attack())
-    honest = Honest(node)
+    honest = behave(node)
+    honest.more(1)
     honest.more(5)
     honest.close()
 
