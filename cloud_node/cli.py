@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
             command alone.
     """
     if argv is None:
-        return signals.as_process(lambda: _main(None))
+        return signals.run_as_process(lambda: _main(None))
     return _main(argv)
 
 
@@ -332,11 +332,11 @@ def _table(loaded: Loaded) -> list[str]:
 def _init(out: Path, options: Mapping[str, Any]) -> int:
     from cloud_node.config import load
     from edge_common.errors import ConfigError
-    from edge_common.files import refuse_existing, write_whole
+    from edge_common.files import refuse_existing, write_atomically
 
     refuse_existing(out, ConfigError, "name another file with --out")
     config = load(None, options).config
-    write_whole(
+    write_atomically(
         out,
         _toml(options, out.parent),
         mode=0o644,  # under a loose umask, others could write to it

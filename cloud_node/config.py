@@ -21,7 +21,7 @@ from typing import Any, Literal, cast
 from cloud_node.settings import BY_NAME, Setting, size_text, split_address
 from edge_common.errors import BundleError, ConfigError
 from edge_common.options import Invalid
-from edge_common.permissions import danger
+from edge_common.permissions import why_untrusted
 from edge_common.toml import read_toml, unknown_key
 from engines.bundle import Bundle, Stage, shipped_bundle
 from transport.auth import AllowList
@@ -222,7 +222,7 @@ def _read(file: Path) -> dict[str, Any]:
             f"{file} holds the settings of an edge, which `edge-runtime nodes --config` reads; "
             "expected a node's, which `cloud-node init` writes"
         )
-    if found := danger(file):
+    if found := why_untrusted(file):
         raise ConfigError(found)
     for name, value in table.items():
         setting = BY_NAME.get(name)
