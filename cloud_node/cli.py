@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
             command alone.
     """
     if argv is None:
-        return signals.as_process(lambda: _main(None))
+        return signals.run_as_process(lambda: _main(None))
     return _main(argv)
 
 
@@ -272,10 +272,10 @@ def _table(loaded: Loaded) -> list[str]:
 def _init(out: Path, options: Mapping[str, Any]) -> int:
     from cloud_node.config import load
     from edge_common.errors import ConfigError
-    from edge_common.files import write_whole
+    from edge_common.files import write_atomically
 
     config = load(None, options).config
-    write_whole(
+    write_atomically(
         out,
         _HEADER + settings_file(SETTINGS, options, out.parent),
         mode=0o644,  # under a loose umask, others could write to it

@@ -35,7 +35,7 @@ from cloud_node.poison import Suspects
 from cloud_node.pool import Pool, PoolClosed, Slot, WorkerDied, WorkerEvent
 from cloud_node.queue import Job, Queue
 from edge_common.errors import ConfigError, EngineError, ProtocolError
-from edge_common.files import write_whole
+from edge_common.files import write_atomically
 from edge_common.memory_limits import MemoryLimits
 from edge_common.process import give_freed_memory_back
 from engines.bundle import TensorSpec
@@ -687,7 +687,7 @@ class Server:
         log.info("ready %s", json.dumps(ready), extra={"event": "ready", **ready})
         path = prepared.config.ready_file
         if path:
-            write_whole(path, json.dumps(ready) + "\n", error=ConfigError)
+            write_atomically(path, json.dumps(ready) + "\n", error=ConfigError)
         try:
             yield
         finally:

@@ -19,7 +19,7 @@ import msgspec
 
 from edge_common.errors import ConfigError
 from edge_common.options import Invalid, Number
-from edge_common.permissions import danger
+from edge_common.permissions import why_untrusted
 from edge_common.toml import unknown_key
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?", re.IGNORECASE)
@@ -189,7 +189,7 @@ def read_settings(
     Raises:
         ConfigError: naming the file, the key and what was expected; or others may change the file.
     """
-    if found := danger(file):
+    if found := why_untrusted(file):
         raise ConfigError(found)
     values = {}
     for name, value in table.items():

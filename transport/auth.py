@@ -28,7 +28,7 @@ import zmq
 from zmq.utils import z85
 
 from edge_common.errors import KeyFileError
-from edge_common.permissions import danger, judge
+from edge_common.permissions import why_entry_untrusted, why_untrusted
 from transport.keys import AUTHORIZED, read_public
 from transport.meter import SINCE
 from transport.sockets import ZAP_DOMAIN, Bell, Seldom
@@ -98,7 +98,7 @@ class AllowList:
         """
         settled, self._settled = self._settled, None
         try:
-            if found := danger(self.folder, owner=self._owner, closed=True):
+            if found := why_untrusted(self.folder, owner=self._owner, closed=True):
                 self._forget()
                 raise KeyFileError(found)
             now = _settled(self.folder.stat())
@@ -215,9 +215,9 @@ def _key(file: Path, owner: int | None) -> str | KeyFileError:
         file.name.encode()
         public = read_public(file)
         if file.is_symlink():
-            found = danger(file, owner=owner)
+            found = why_untrusted(file, owner=owner)
         else:  # the folder has been judged
-            found = judge(file, os.lstat(file), owner)
+            found = why_entry_untrusted(file, os.lstat(file), owner)
         return KeyFileError(found) if found else public
     except UnicodeEncodeError:  # of bytes that are no UTF-8, which libzmq can't be told
         return KeyFileError(f"the file name {file.name!r} is not UTF-8: rename it")

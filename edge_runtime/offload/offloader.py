@@ -27,7 +27,7 @@ import zmq.asyncio
 
 from edge_common.errors import BundleError, OffloadError
 from edge_common.memory_limits import memory_limit
-from edge_common.signals import held
+from edge_common.signals import defer_signals
 from edge_runtime.config import EdgeConfig, load_nodes
 from edge_runtime.offload.connection import NodeClient, NodeRefusedError, Reply, listed, mismatch
 from edge_runtime.offload.placement import Decision, ExposureLedger, Permit, Placement, place
@@ -241,7 +241,7 @@ class Offloader:
             return future.result()
         except BaseException:
             # The caller was interrupted. Its work ends too, and then reports what was sent.
-            with held():
+            with defer_signals():
                 future.cancel()
                 ended.wait(_UNWIND_S)
             raise
