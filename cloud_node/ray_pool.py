@@ -263,7 +263,7 @@ class RayPool(QueuedPool):
         except (RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
             with contextlib.suppress(ray.exceptions.RayError):
                 if failed := ray.get(failures.first.remote(), timeout=_CONNECT_S):
-                    raise failed[1].error(f"on the host {failed[0]}: ") from None
+                    raise failed[1].error().within(f"on the host {failed[0]}") from None
             lines = str(error).split("\n")
             raise EngineError(
                 f"replicas on Ray cannot start: {lines[0].strip() or type(error).__name__}; the "

@@ -61,19 +61,21 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """The engine cannot be opened. `kind`: the name of the error's class."""
 
     kind: str
-    text: str
+    found: str
+    mend: str = ""
+    code: str = ""
 
     @classmethod
     def of(cls, error: EdgeRuntimeError) -> Failed:
         """The message about an error."""
-        return cls(type(error).__name__, str(error))
+        return cls(type(error).__name__, error.found, error.mend, error.code)
 
-    def error(self, where: str = "") -> EdgeRuntimeError:
-        """The error again; `where` goes in front of its text."""
+    def error(self) -> EdgeRuntimeError:
+        """The error again."""
         kind = getattr(errors, self.kind, None)
         if not (isinstance(kind, type) and issubclass(kind, EdgeRuntimeError)):
             kind = EngineError
-        return kind(where + self.text)
+        return kind(self.found, mend=self.mend, code=self.code or None)
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):

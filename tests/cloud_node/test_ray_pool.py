@@ -325,7 +325,7 @@ def test_a_cluster_of_its_own_is_closed_to_others(running: Running) -> None:
     assert Path(session).stat().st_mode & 0o077 == 0
     ours = [text for text in ray_processes().values() if f"{session}/" in text]
     (raylet,) = [text for text in ours if "/raylet --" in text]
-    assert "--node_ip_address=127.0.0.1 " in raylet
+    assert "--node_ip_address=127.0.0.1" in raylet
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
     assert serve.status().proxies == {}  # nothing takes requests over HTTP
 
@@ -530,9 +530,8 @@ def test_why_a_replica_cannot_start_is_reported(
         Replica(other, 30.0, Local(failures))
     found = failures.first()
     assert found is not None
-    error = found[1].error("on the host a: ")
+    error = found[1].error()
     assert type(error) is BundleError
-    assert str(error).startswith("on the host a: ")
     assert "restart the node" in str(error)
     assert type(Failed("SystemExit", "x").error()) is EngineError
 

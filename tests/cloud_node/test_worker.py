@@ -218,7 +218,7 @@ def test_what_it_cannot_open_is_told(
         pytest.skip("there is CUDA here")
     assert isinstance(failed, Failed)
     assert failed.kind == kind
-    assert found in failed.text
+    assert found in str(failed.error())
     assert peer.receive() is None
     assert peer.process.wait(60) == 1
 
