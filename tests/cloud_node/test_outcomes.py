@@ -27,7 +27,7 @@ from node_metrics import nonzero
 
 from cloud_node import listener, server
 from cloud_node.config import NodeConfig, Prepared, prepare
-from cloud_node.poison import Suspects
+from cloud_node.poison import PoisonTracker
 from cloud_node.pool import OnEvent, Pool, PoolClosed, Slot, WorkerDied, WorkerEvent
 from cloud_node.queue import Queue
 from cloud_node.server import Server
@@ -93,7 +93,7 @@ class Fault:
             raise Injected(place)
 
     def _under(self, frame: FrameType | None) -> bool:
-        while frame is not None and frame.f_code is not Server._left_soon.__code__:
+        while frame is not None and frame.f_code is not Server._on_frame_freed.__code__:
             if frame.f_code is self._root:
                 return True
             frame = frame.f_back
@@ -292,7 +292,7 @@ class Running:
             queue = self.server._queue
             for job in self.server._open:
                 job.due = 0.0
-            queue._dues = [(0.0, number) for number in queue._jobs]
+            queue._deadlines = [(0.0, number) for number in queue._jobs]
 
         self.call(work)
 
@@ -418,7 +418,7 @@ def expired_again(running: Running) -> tuple[list[bytes], int]:
     late = running.computing(*(running.request(windows) for windows in (2, 3, 4)))
     running.worker.busy = True
     running.call(running.worker.go.set)
-    running.until(lambda: bool(running.server._again))
+    running.until(lambda: bool(running.server._retries))
     running.arm()
     running.make_late()
     running.until(lambda: set(running.told(Refused)) >= set(late))
@@ -478,9 +478,9 @@ ACTS = {
     "shed": Act(Server._handle, shed),
     "expired": Act(Server._expire, expired),
     "expired again": Act(Server._expire, expired_again),
-    "worker event": Act(Server._heard, worker_event),
-    "left": Act(Server._left_behind, left),
-    "revoked": Act(Server._revoked, revoked),
+    "worker event": Act(Server._on_worker_event, worker_event),
+    "left": Act(Server._on_connection_ended, left),
+    "revoked": Act(Server._on_revoked, revoked),
 }
 
 
@@ -519,11 +519,11 @@ class Deaf(logging.Filter):
 BROKEN: dict[str, tuple[str, Any, str]] = {
     "sending": ("computed", listener.Door, "send"),
     "encoding": ("computed", server, "encode"),
-    "estimating": ("computed", Queue, "measured"),
+    "estimating": ("computed", Queue, "record_batch"),
     "logging results": ("computed", server.log, "filters"),
     "refusing": ("one failed", server, "refuse"),
     "logging failures": ("failed alone", server.log, "filters"),
-    "suspecting": ("died", Suspects, "died"),
+    "suspecting": ("died", PoisonTracker, "died"),
     "logging deaths": ("died", server.log, "filters"),
 }
 

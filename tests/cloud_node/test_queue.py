@@ -131,7 +131,7 @@ def test_a_batch_waits_for_company_but_not_for_long_nor_when_full() -> None:
 def test_a_client_set_apart_shares_no_batch_until_then() -> None:
     queue = make()
     admitted(queue, job("bad"), job("good"), job("bad"), job("good"))
-    queue.set_apart("bad", 50.0)
+    queue.isolate("bad", 50.0)
     batches = [finished(queue, queue.take(0.0)) for _ in range(4)]
     assert sorted(tuple(j.client for j in batch) for batch in batches) == [
         (),
@@ -204,7 +204,7 @@ def test_most_requests_of_one_client() -> None:
 
 def test_who_would_be_late_is_told_at_once_and_when_to_come_again() -> None:
     queue = make()
-    queue.measured(10, 1.0)
+    queue.record_batch(10, 1.0)
     admitted(queue, *(job(windows=5) for _ in range(4)))  # two seconds of work
     refused = refusal(queue, job(windows=5, due=1.0), 0.0)
     assert refused.code == "overloaded"
@@ -219,7 +219,7 @@ def test_who_would_be_late_is_told_at_once_and_when_to_come_again() -> None:
 
 def test_who_is_alone_gets_in_however_slow_the_node_was() -> None:
     queue = make()
-    queue.measured(1, 50.0)
+    queue.record_batch(1, 50.0)
     admitted(queue, job(due=1.0))
     assert refusal(queue, job("b", due=1.0), 0.0).code == "overloaded"
 
@@ -227,17 +227,17 @@ def test_who_is_alone_gets_in_however_slow_the_node_was() -> None:
 def test_recent_batches_weigh_more_in_the_estimate() -> None:
     queue = make()
     for _ in range(50):
-        queue.measured(1, 1.0)
+        queue.record_batch(1, 1.0)
     slow = queue.estimate("a", 1, 0.0)
     for _ in range(50):
-        queue.measured(1, 0.01)
+        queue.record_batch(1, 0.01)
     assert slow == pytest.approx(1.0)
     assert queue.estimate("a", 1, 0.0) == pytest.approx(0.01, rel=0.01)
 
 
 def test_while_no_worker_can_compute_the_deadline_decides() -> None:
     queue = make()
-    queue.hold(10.0)
+    queue.hold_until(10.0)
     refused = refusal(queue, job(due=9.0), 0.0)
     assert (refused.code, refused.retry_ms) == ("overloaded", 1000)
     admitted(queue, job(due=11.0))
@@ -269,10 +269,10 @@ def test_a_lower_bound_sheds_the_oldest_of_whoever_has_the_most() -> None:
     queue = make(most_bytes=10 * (1000 + OVERHEAD_BYTES))
     heavy, light = [job("a", size=1000) for _ in range(5)], [job("b", size=1000) for _ in range(2)]
     admitted(queue, *heavy, *light)
-    assert queue.bound(5 * (1000 + OVERHEAD_BYTES)) == heavy[:2]
-    assert queue.bound(10 * (1000 + OVERHEAD_BYTES)) == []
+    assert queue.set_limit(5 * (1000 + OVERHEAD_BYTES)) == heavy[:2]
+    assert queue.set_limit(10 * (1000 + OVERHEAD_BYTES)) == []
     assert (len(queue), queue.bytes) == (5, 5 * (1000 + OVERHEAD_BYTES))
-    queue.bound(0)
+    queue.set_limit(0)
     assert (len(queue), queue.bytes) == (0, 0)
     assert refusal(queue, job("c"), 0.0).code == "overloaded"
 
@@ -329,20 +329,20 @@ def test_nothing_is_left_when_all_connections_are_gone() -> None:
     jobs = [job("a"), job("a"), job("b")]
     admitted(queue, *jobs)
     (running,) = queue.take(0.0)
-    assert set(queue.forget()) == set(jobs) - {running}
+    assert set(queue.drop_all()) == set(jobs) - {running}
     assert running.outcome == "lost"
     assert queue.take(0.0) == []
 
 
 def test_a_client_that_sends_and_cancels_for_ever_costs_no_memory() -> None:
     queue = make()
-    queue.hold(1e9)  # nothing is taken meanwhile
+    queue.hold_until(1e9)  # nothing is taken meanwhile
     admitted(queue, job("a", due=2e9), now=0.0)
     for _ in range(2000):
         one = job("b", due=2e9)
         admitted(queue, one)
         queue.cancel("b", one.id)
-    assert len(queue._dues) < 200
+    assert len(queue._deadlines) < 200
     assert len(queue._order) < 200
 
 
@@ -406,7 +406,7 @@ def test_every_admitted_request_leaves_exactly_once_and_bounds_hold(steps: list[
             running += batch
         elif kind == "finish" and running:
             done = running.pop(step[1] % len(running))
-            queue.measured(done.windows, 0.01)
+            queue.record_batch(done.windows, 0.01)
             queue.finish(done)
         elif kind == "cancel" and every:
             one = every[step[1] % len(every)]
@@ -417,7 +417,7 @@ def test_every_admitted_request_leaves_exactly_once_and_bounds_hold(steps: list[
         elif kind == "revoke":
             out(queue.drop(step[1], "cancelled"), "revoked")
         elif kind == "apart":
-            queue.set_apart(step[1], now + 1)
+            queue.isolate(step[1], now + 1)
         elif kind == "pass":
             now += step[1]
         waiting = [each for each in every if each not in outcomes]
