@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from edge_common.errors import CheckpointError, ConfigError, ImageError
-from exporters.early import image_files
 from exporters.models import (
     REORDERED,
     ModelSpec,
@@ -39,6 +38,7 @@ from exporters.models import (
     spec_of,
     weights_hash,
 )
+from exporters.path_checks import image_files
 
 _READERS = min(4, max(1, (os.cpu_count() or 2) // 2))  # threads; the rest of the CPU may compute
 STATE_FORMAT = "edge-runtime-adapt"

@@ -26,7 +26,7 @@ from engines.bundle import Bundle, Manifest, Stage, hash_file, write_manifest
 from . import models, stages, verify
 from .golden import make_sample, sample_images, write_sample
 from .onnx_export import stage_specs, write_float32_twin, write_plain_twin, write_stage
-from .plain import write_plain
+from .plain_form import write_plain
 from .precision import TORCH_DTYPES, Precision, cast
 
 _INSTEAD = "choose another --out"

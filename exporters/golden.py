@@ -20,7 +20,7 @@ from segment_anything.modeling import Sam
 from torch import Tensor
 
 from engines.bundle import Stage
-from engines.dtypes import to_wire
+from engines.dtypes import to_stored
 from engines.geometry import Geometry
 from engines.samples import Arrays, synthetic_image
 from engines.windows import Windows, cut
@@ -48,7 +48,7 @@ class Sample:
 
     def feeds(self, name: str, stage: Stage) -> Arrays:
         """What an engine of ``stage`` is fed: the arrays in the types it takes."""
-        return {s.name: to_wire(self.arrays[f"{name}.{s.name}"], s.dtype) for s in stage.inputs}
+        return {s.name: to_stored(self.arrays[f"{name}.{s.name}"], s.dtype) for s in stage.inputs}
 
     def expected(self, name: str, stage: Stage) -> Arrays:
         """The reference's outputs of ``stage``, float32."""

@@ -23,7 +23,7 @@ from torch._dynamo.utils import counters
 from edge_common.errors import EdgeRuntimeError, PlanError
 from engines.geometry import Geometry
 
-from . import shipped, stages
+from . import stages, upstream
 from .gpu_cases import (
     WARM_UPS,
     Absent,
@@ -37,7 +37,7 @@ from .gpu_cases import (
     outputs,
     timed,
 )
-from .packed import PackedStack
+from .packed_stack import PackedStack
 from .precision import TORCH_DTYPES, cast
 
 TUNED = (("stack", 25), ("tail", 25))
@@ -122,16 +122,16 @@ def _require_export() -> None:
             raise Absent(f"no graph can be exported: {package} cannot be imported") from error
 
 
-def open_shipped(worker: Worker, case: Case, known: Tensors, geometry: Geometry) -> Loaded:
+def open_upstream(worker: Worker, case: Case, known: Tensors, geometry: Geometry) -> Loaded:
     """Upstream's modules, converted to the precision, eager."""
     if case.stage == "stack" and case.count != geometry.windows:
         raise Absent("upstream's window blocks compute whole grids only")
     dtype = TORCH_DTYPES[worker.precision]
     kinds: dict[str, Callable[[Any], nn.Module]] = {
-        "stack": shipped.ShippedStack,
-        "tail": shipped.ShippedTail,
-        "encoder": shipped.ShippedEncoder,
-        "decoder": shipped.ShippedDecoder,
+        "stack": upstream.UpstreamStack,
+        "tail": upstream.UpstreamTail,
+        "encoder": upstream.UpstreamEncoder,
+        "decoder": upstream.UpstreamDecoder,
     }
     module = cast(kinds[case.stage](worker.sam()), worker.precision)  # type: ignore[arg-type]
     worker.tidy()
@@ -385,14 +385,14 @@ def open_trt(flavour: Any) -> Callable[[Worker, Case, Tensors, Geometry], Loaded
         from engines import libraries, plan
         from engines.bundle import Bundle
         from engines.cuda import facts
-        from engines.dtypes import to_wire
+        from engines.dtypes import to_stored
         from engines.trt import TrtEngine
 
         bundle, library, gpu = Bundle.load(worker.bundle), libraries.load(flavour), facts()
         built = plan.find(bundle, case.stage, library, gpu.compute_capability, gpu.name)
         engine = TrtEngine(built, library)
         arrays = {
-            s.name: to_wire(t.float().numpy(), s.dtype)
+            s.name: to_stored(t.float().numpy(), s.dtype)
             if s.dtype == "bfloat16"
             else t.numpy().astype(s.numpy_dtype)
             for s, t in zip(
@@ -431,7 +431,7 @@ def open_trt(flavour: Any) -> Callable[[Worker, Case, Tensors, Geometry], Loaded
 
 
 ENGINES: dict[str, Kind] = {
-    "pytorch-eager": Kind(open_shipped, _pytorch_version),
+    "pytorch-eager": Kind(open_upstream, _pytorch_version),
     "pytorch-folded": Kind(open_folded, _pytorch_version),
     "pytorch-compiled": Kind(open_compiled, _pytorch_version, capture=True),
     "pytorch-tuned": Kind(open_tuned, _pytorch_version, capture=True),

@@ -35,7 +35,7 @@ from engines.geometry import Geometry
 from engines.parity import TOLERANCES
 from engines.windows import cut
 
-from . import shipped, stages
+from . import stages, upstream
 from .golden import synthetic_image
 from .gpu_cases import (
     POINTS,
@@ -155,10 +155,10 @@ def reference(worker: Worker) -> None:
     labels = torch.tensor([1.0] * (POINTS - 1) + [-1.0]).expand(most, -1).contiguous()
     with torch.no_grad(), worker.device:
         square = torch.from_numpy(image).permute(2, 0, 1)[None].contiguous()
-        grid = shipped.ShippedStack(sam)(square.to(worker.device))
-        embedding = shipped.ShippedTail(sam)(grid)
+        grid = upstream.UpstreamStack(sam)(square.to(worker.device))
+        embedding = upstream.UpstreamTail(sam)(grid)
         # In portions: upstream's decoder repeats the image for every prompt.
-        decode = shipped.ShippedDecoder(sam)
+        decode = upstream.UpstreamDecoder(sam)
         answers = [
             decode(embedding, c.to(worker.device), label.to(worker.device))
             for c, label in zip(coords.split(4), labels.split(4), strict=True)
@@ -189,7 +189,7 @@ def export(worker: Worker) -> None:
 
     from .models import weights_hash
     from .onnx_export import stage_specs, write_stage
-    from .plain import write_plain
+    from .plain_form import write_plain
 
     geometry, written, digest = None, {}, ""
     work = worker.bundle.with_name(worker.bundle.name + ".partial")
@@ -356,7 +356,7 @@ def _mask_ious(
         else:
             if tail is None or decode is None:
                 sam = worker.sam()
-                tail, decode = shipped.ShippedTail(sam), shipped.ShippedDecoder(sam)
+                tail, decode = upstream.UpstreamTail(sam), upstream.UpstreamDecoder(sam)
                 del sam
                 worker.tidy()
             embedding = result.get("embedding")

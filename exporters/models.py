@@ -30,7 +30,7 @@ from segment_anything.modeling import (
 
 from edge_common.errors import CheckpointError
 from edge_common.files import atomic_file
-from exporters.early import check_checkpoint_file
+from exporters.path_checks import check_checkpoint_file
 
 FORMAT = "edge-runtime-sam"
 FORMAT_VERSION = 1

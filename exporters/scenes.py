@@ -4,7 +4,8 @@ A scene is an RGB image and a label map, both a pure function of ``(seed, size, 
 involved. Four kinds are drawn here: textured objects that occlude one another on a textured
 background; partitions of the whole image into cells; many small objects alike in colour and texture
 on a shaded background, often grey, where only the place of a click tells them apart; and objects
-made of parts, whose inside varies more than their edge. :mod:`exporters.photolike` draws the fifth.
+made of parts, whose inside varies more than their edge. :mod:`exporters.photolike_scenes`
+draws the fifth.
 Labels are drawn without antialiasing, so masks are exact; the image is softened afterwards.
 """
 
@@ -17,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from scipy import ndimage
 
-from exporters import photolike
+from exporters import photolike_scenes
 
 KINDS = ("objects", "partition", "alike", "parts")
 SHARES = (0.26, 0.28, 0.34, 0.12)
@@ -348,7 +349,7 @@ def make_scene(seed: int, size: int = 192, kind: str | None = None) -> Scene:
     """
     rng = np.random.default_rng([seed, 7])
     if kind == PHOTO_LIKE:
-        image, labels, wholes = photolike.paint(rng, size)
+        image, labels, wholes = photolike_scenes.paint(rng, size)
         return Scene(image, labels, kind, wholes)
     drawn = KINDS[int(rng.choice(len(KINDS), p=SHARES))]
     kind = drawn if kind is None else kind

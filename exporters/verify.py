@@ -16,7 +16,7 @@ from segment_anything.modeling import Sam
 
 from edge_common.errors import ExportError
 from engines.bundle import Bundle, Stage
-from engines.dtypes import from_wire
+from engines.dtypes import to_float32
 from engines.ort import OrtEngine
 from engines.parity import TOLERANCES as TOLERANCES
 from engines.parity import Comparison, Pair, Tolerance, compare
@@ -111,7 +111,7 @@ def verify_plain(
 
 def _run(engine: OrtEngine, name: str, stage: Stage, sample: Sample) -> Arrays:
     answer = engine.run(sample.feeds(name, stage))
-    return {s.name: from_wire(answer[s.name], s.dtype) for s in stage.outputs}
+    return {s.name: to_float32(answer[s.name], s.dtype) for s in stage.outputs}
 
 
 def _pairs(name: str, stage: Stage, got: Arrays, sample: Sample) -> list[Pair]:

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
 
     from edge_common.errors import ExportError
     from edge_common.files import refuse_existing
-    from exporters.early import check_checkpoint_file, check_place
+    from exporters.path_checks import check_checkpoint_file, check_place
 
     started = time.monotonic()
     refuse_existing(args.out, ExportError, "choose another --out")

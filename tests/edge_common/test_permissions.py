@@ -169,7 +169,10 @@ def test_a_group_is_its_owners_alone_only_without_other_members(
     monkeypatch.setattr(grp, "getgrgid", lambda gid: groups[gid])
     permissions._is_private_group.cache_clear()
     try:
-        found = {gid: permissions._is_private_group(1000, gid) for gid in (1000, 1003, 1004, 1005, 1006, 7)}
+        found = {
+            gid: permissions._is_private_group(1000, gid)
+            for gid in (1000, 1003, 1004, 1005, 1006, 7)
+        }
         shared = permissions._is_private_group(1001, 100)
     finally:
         permissions._is_private_group.cache_clear()

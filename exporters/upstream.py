@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .models import is_window_block
 
 
-class ShippedStack(nn.Module):
+class UpstreamStack(nn.Module):
     """Normalisation, patch embedding and window blocks: image [1, 3, s, s] to grid [1, g, g, c]."""
 
     mean: Tensor  # [3, 1, 1]
@@ -36,7 +36,7 @@ class ShippedStack(nn.Module):
         return x
 
 
-class ShippedTail(nn.Module):
+class UpstreamTail(nn.Module):
     """Global blocks and neck: grid [1, g, g, c] to embedding [1, d, g, g]."""
 
     def __init__(self, sam: Sam) -> None:
@@ -51,18 +51,18 @@ class ShippedTail(nn.Module):
         return self.neck(x.permute(0, 3, 1, 2))
 
 
-class ShippedEncoder(nn.Module):
+class UpstreamEncoder(nn.Module):
     """The whole encoder, its blocks in the order ``sam`` has them: image to embedding."""
 
     def __init__(self, sam: Sam) -> None:
         super().__init__()
-        self.stack, self.tail = ShippedStack(sam), ShippedTail(sam)
+        self.stack, self.tail = UpstreamStack(sam), UpstreamTail(sam)
 
     def forward(self, image: Tensor) -> Tensor:
         return self.tail(self.stack(image))
 
 
-class ShippedDecoder(nn.Module):
+class UpstreamDecoder(nn.Module):
     """Prompt encoder and mask decoder for points: (embedding [1, d, g, g], coords [p, k, 2],
     labels [p, k]) to logits [p, 4, 4g, 4g] and scores [p, 4].
 
