@@ -60,7 +60,7 @@ def write_stage(
         OSError: the file could not be written.
     """
     model = _to_onnx(module.eval(), inputs, outputs)
-    measure_no_uint8(model)
+    avoid_uint8_shapes(model)
     _make_anonymous(model)
     return _save(name, model, inputs, outputs, directory)
 
@@ -98,7 +98,7 @@ def _to_onnx(module: nn.Module, inputs: Specs, outputs: Specs) -> ir.Model:
 
 
 class _Positional(nn.Module):
-    """Gives every stage the one signature the exporter's dynamic shapes can be written for."""
+    """Gives every stage a signature for which the exporter accepts dynamic shapes."""
 
     def __init__(self, stage: nn.Module) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class _Positional(nn.Module):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's chatter off the terminal; its exceptions still say what is wrong."""
+    """Suppress the exporter's output; its exceptions still say what is wrong."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -122,11 +122,11 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def measure_no_uint8(model: ir.Model) -> None:
-    """Let the batch size be read from an input that is not uint8.
+def avoid_uint8_shapes(model: ir.Model) -> None:
+    """Read the batch size from an input that is not uint8.
 
-    TensorRT takes uint8 inputs into a cast and into nothing else
-    (https://github.com/NVIDIA/TensorRT/issues/3985), not even to ask for their shape.
+    TensorRT accepts uint8 inputs only in a cast, not even to ask for their shape
+    (https://github.com/NVIDIA/TensorRT/issues/3985).
     """
     for node in model.graph.all_nodes():
         value = node.inputs[0] if node.op_type == "Shape" else None
@@ -140,7 +140,7 @@ def measure_no_uint8(model: ir.Model) -> None:
 
 
 def _make_anonymous(model: ir.Model) -> None:
-    """Remove stack traces and the like: they hold paths, and make equal graphs differ."""
+    """Remove stack traces and other metadata: they contain paths, and make equal graphs differ."""
     model.metadata_props.clear()
     model.doc_string = None
     model.producer_name, model.producer_version = "edge-runtime", None
@@ -178,10 +178,9 @@ def _describe(value: ir.Value) -> tuple[str | None, str, tuple[int | str | None,
 
 
 def write_float32_twin(stage: Stage, source: Path, directory: Path) -> Stage:
-    """Rewrite a bfloat16 stage as float32: same graph, same (already rounded) weights.
+    """Rewrite a bfloat16 stage as float32, with the same graph and the same rounded weights.
 
-    ONNX Runtime has no bfloat16 arithmetic on CPUs; the twin lets the graph that was written be
-    run there.
+    ONNX Runtime has no bfloat16 arithmetic on CPUs, so the twin is verified there instead.
 
     Args:
         stage: the stage to rewrite, its files in ``source``.
@@ -220,7 +219,7 @@ def write_plain_twin(stage: Stage, source: Path, twin: Stage, directory: Path) -
 
 
 def _to_float32(model: ir.Model) -> None:
-    """Make every bfloat16 of ``model`` a float32, in place; the values stay."""
+    """Make every bfloat16 of ``model`` a float32 of the same value, in place."""
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if tensor is not None and tensor.dtype == ir.DataType.BFLOAT16:

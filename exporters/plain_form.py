@@ -19,19 +19,18 @@ from edge_common.errors import ExportError
 from engines.bundle import PlainForm, Stage, hash_file
 
 OPSET = 17
-"""Lowest opset with all operators needed (LayerNormalization came last).
+"""Lowest opset with all needed operators (LayerNormalization came last).
 
-onnx-tensorrt's docs/operators.md says opset 19 for TensorRT 9.2 and 22 for 10.6.
+According to onnx-tensorrt's docs/operators.md, TensorRT 9.2 knows opset 19 and 10.6 opset 22.
 """
 IR_VERSION = 8
 LIMIT = 64_000_000
-"""Bytes that the logits of one block of queries may take, in float32."""
+"""Most bytes of the float32 logits of one block of queries."""
 _TILE = 64  # queries per block come in multiples of this: matrix kernels work in tiles of it
 
-# What the rewritten graphs may hold: operators of opset 17 that mean the same in opset 23, with the
-# attributes that they had then already. onnx-tensorrt lists all of them for TensorRT 9.2 and
-# for 10.6, in every type used here. Gelu and Attention are not among them. ONNX itself allows Conv
-# in bfloat16 from opset 22 only; TensorRT's parser allows it here too.
+# Operators that rewritten graphs may contain: they mean the same in opsets 17 and 23, with these
+# attributes. onnx-tensorrt lists all of them for TensorRT 9.2 and 10.6, in every type used here.
+# ONNX allows Conv in bfloat16 from opset 22 on only; TensorRT's parser allows it here too.
 OPERATORS: Mapping[str, frozenset[str]] = {
     **{
         name: frozenset()
@@ -90,7 +89,7 @@ def write_plain(stage: Stage, directory: Path, windows: int, limit: int = LIMIT)
 
 
 def queries_per_block(tokens: int, bytes_per_query: int, limit: int = LIMIT) -> int:
-    """How many of ``tokens`` queries to attend with at once: all, or a multiple of 64 if possible.
+    """The number of queries in a block: all ``tokens``, or a multiple of 64 if possible.
 
     ``bytes_per_query``: of the float32 logits of one query, over all heads and windows.
     """
@@ -101,7 +100,7 @@ def queries_per_block(tokens: int, bytes_per_query: int, limit: int = LIMIT) -> 
 
 
 def _rewrite(model: ir.Model, windows: int, limit: int) -> None:
-    """Replace what opset 17 lacks, in place, and declare opset 17."""
+    """Replace operators that opset 17 lacks, in place, and declare opset 17."""
     attentions = 0
     for node in list(model.graph):
         if node.op_type == "Attention":
@@ -123,7 +122,7 @@ def _rewrite(model: ir.Model, windows: int, limit: int) -> None:
 
 
 def _typed(value: ir.Value | None) -> tuple[ir.Value, ir.DataType, list[Any]]:
-    """A node's input with its type and dimensions: ints, or symbols for windows or prompts."""
+    """A node's input with its type and dimensions: ints, or symbols for windows and prompts."""
     if value is None or value.dtype is None or value.shape is None:
         raise ExportError(f"no plain form without type and shape of {value}")
     return value, value.dtype, list(value.shape)
@@ -137,7 +136,7 @@ def _replace(graph: ir.Graph, old: ir.Node, new: Sequence[ir.Node]) -> None:
 
 @dataclass
 class _Maker:
-    """Makes nodes named ``prefix/step`` whose one output has the same name."""
+    """Makes nodes named ``prefix/step`` with one output of the same name."""
 
     graph: ir.Graph
     prefix: str
@@ -173,8 +172,8 @@ def _attention(
 ) -> list[ir.Node]:
     """MatMul, Softmax, MatMul for ``Attention`` of scale 1 without mask, bias or cache.
 
-    q, k and v are [n, heads, tokens, width]. Names start with ``attention.INDEX``, those of a block
-    of queries with ``attention.INDEX/block.BLOCK``, so that reports can put them together again.
+    q, k and v are [n, heads, tokens, width]. Names start with ``attention.INDEX``, in a block of
+    queries with ``attention.INDEX/block.BLOCK``, so that :mod:`engines.fusion` can group them.
     """
     defaults = {"scale": 1.0, "is_causal": 0, "softcap": 0.0, "qk_matmul_output_mode": 0}
     plain = all(defaults.get(a.name) == a.value for a in node.attributes.values())
@@ -224,9 +223,9 @@ def _attention(
 
 
 def _gelu(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
-    """``0.5 x (1 + erf(x / sqrt 2))``, in the order in which TensorRT knows it as GELU.
+    """``0.5 x (1 + erf(x / sqrt 2))``, in the order that TensorRT recognises as GELU.
 
-    It stays in the type of x: in float32 it would be a stage's largest tensor.
+    It is computed in the type of x: in float32 it would be a stage's largest tensor.
     """
     if "approximate" in node.attributes and node.attributes["approximate"].value != "none":
         raise ExportError(f"{node.name} is an approximated Gelu, which has no plain form")

@@ -1,12 +1,7 @@
-"""Procedural scenes with exact masks, on which ``tiny`` is trained and judged.
+"""Draws procedural scenes with exact masks, on which ``tiny`` is trained and evaluated.
 
-A scene is an RGB image and a label map, both a pure function of ``(seed, size, kind)``; no photo is
-involved. Four kinds are drawn here: textured objects that occlude one another on a textured
-background; partitions of the whole image into cells; many small objects alike in colour and texture
-on a shaded background, often grey, where only the place of a click tells them apart; and objects
-made of parts, whose inside varies more than their edge. :mod:`exporters.photolike_scenes`
-draws the fifth.
-Labels are drawn without antialiasing, so masks are exact; the image is softened afterwards.
+A scene is an RGB image and a label map, both a pure function of ``(seed, size, kind)``. Labels are
+drawn without antialiasing, so masks are exact; the image is softened afterwards.
 """
 
 from __future__ import annotations
@@ -278,9 +273,7 @@ def _partition(rng: np.random.Generator, size: int, grey: bool) -> tuple[np.ndar
 
 
 def _alike(rng: np.random.Generator, size: int, grey: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Many small objects of one look on a background whose brightness drifts: only place tells them
-    apart.
-    """
+    """Many small, similar objects on a background of varying brightness."""
     base = _distinct(rng, grey, [], 0)
     drift = _ramp(rng, size) * rng.uniform(0, 60) + _noise(
         rng, size, rng.uniform(1, 4)

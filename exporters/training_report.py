@@ -16,6 +16,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from edge_common.files import write_atomically
+
 CONTOUR, MASK, CLICK = (255, 225, 0), (230, 40, 40), (40, 230, 60)
 
 
@@ -134,7 +136,7 @@ def main() -> None:
     }
     args.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=1)
-    (args.out / "training.json").write_text(text + "\n", encoding="utf-8")
+    write_atomically(args.out / "training.json", text + "\n")
     curves(steps, scores, args.out / "training.png")
     masks_picture(adapted, args.out / "training-masks.jpg")
     print(f"{args.out}/training.json, training.png, training-masks.jpg")

@@ -1,10 +1,8 @@
-"""Upstream's own modules, cut where this project cuts them, to measure against.
+"""Modules of ``segment_anything``, split like this project's stages: the benchmark's baseline.
 
-Nothing of ``segment_anything`` is rewritten: the blocks, the neck, the prompt encoder and the mask
-decoder are called as upstream's ``ImageEncoderViT`` and ``Sam`` call them, on one image that fills
-the square. In half precision they run as users run them: the weights converted, everything else
-left to the modules, except that the prompt encoder stays in float32, because upstream's fails in
-any other type. :mod:`exporters.stages` is what they are compared with.
+Blocks, neck, prompt encoder and mask decoder are called as upstream calls them, on one image that
+fills the square. In half precision all weights are converted but the prompt encoder's, which fails
+in any type but float32.
 """
 
 from __future__ import annotations
@@ -72,7 +70,7 @@ class UpstreamDecoder(nn.Module):
     def __init__(self, sam: Sam) -> None:
         super().__init__()
         self.prompts, self.masks = sam.prompt_encoder, sam.mask_decoder
-        self.prompts.keep_fp32 = True  # heeded by exporters.precision.cast
+        self.prompts.keep_fp32 = True  # read by exporters.precision.cast
 
     def forward(self, embedding: Tensor, coords: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         dtype = self.masks.iou_token.weight.dtype

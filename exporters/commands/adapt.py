@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace, work: Progress) -> Adaptation:
-    """Everything before the first step, the quickest checks first."""
+    """Everything before the first step, quickest checks first."""
     import torch
 
     from exporters.adapt import Adaptation, AdaptConfig, Folder, Ranks, Scenes, check, default_lr

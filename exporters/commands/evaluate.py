@@ -196,7 +196,7 @@ def _sets(args: argparse.Namespace) -> list[tuple[str, Any]]:
 
 
 def _command(args: argparse.Namespace) -> str:
-    """The command line that gives these figures; of files the names alone, not where they lie."""
+    """The command line that gives these figures, with file names but no folders."""
     words = ["edge-runtime", "evaluate"]
     for name in ("stock", "adapted", "annotations", "images"):
         path: Path | None = getattr(args, name)

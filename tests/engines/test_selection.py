@@ -124,7 +124,7 @@ def test_a_plan_that_may_not_serve_is_passed_over_or_refused(
         assert isinstance(engine, OrtEngine)
     (text,) = texts(caplog)
     assert reason in text
-    assert "ONNX Runtime takes its place" in text
+    assert "ONNX Runtime is used instead of TensorRT" in text
     with pytest.raises(PlanError, match=reason) as error:
         open_stage(bundle, "stack", device="tensorrt")
     assert f"edge-runtime verify {bundle.path}" in str(error.value)
@@ -271,7 +271,7 @@ def test_what_failed_on_cuda_is_passed_over_or_refused(
     monkeypatch.setattr(selection, "open_onnx", spy)
     open_stage(bundle, "stack").close()
     assert asked == ["cpu"]
-    assert "instead of CUDA, the CPU takes its place" in texts(caplog)[0]
+    assert "the CPU is used instead of CUDA" in texts(caplog)[0]
     with pytest.raises(EngineError, match="CUDA failed the parity gate"):
         open_stage(bundle, "stack", device="cuda")
 
