@@ -19,6 +19,13 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in str(text))
 
 
+def escaped(text: str) -> str:
+    """The text with an escape such as ``\\x1b`` for every character that is not printable."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def one_line(text: object) -> str:
     """Put the text on one printable line, with single spaces between its words."""
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
