@@ -61,18 +61,18 @@ def test_what_leaves_home_without_and_with_a_head(
     toy: Toy,
     windows: Windows,
 ) -> None:
-    feeds = pipeline.leave_home(windows)
+    feeds = pipeline.stack_inputs(windows)
     assert feeds.keys() == {"pixels", "extent", "window"}
     assert feeds["pixels"] is windows.pixels
     with Pipeline(Bundle.load(make_toy_bundle(tmp_path / "b", head=True))) as with_head:
-        feeds = with_head.leave_home(windows)
+        feeds = with_head.stack_inputs(windows)
     assert feeds.keys() == {"hidden", "window"}
     np.testing.assert_allclose(feeds["hidden"], toy.head(windows.pixels, windows.extent), rtol=1e-5)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4, 5, 6, 99])
 def test_the_batch_changes_nothing(pipeline: Pipeline, windows: Windows, batch: int) -> None:
-    feeds = pipeline.leave_home(windows)
+    feeds = pipeline.stack_inputs(windows)
     whole, split = pipeline.stack(feeds), pipeline.stack(feeds, batch)
     assert split.keys() == whole.keys()
     np.testing.assert_array_equal(split["tokens"], whole["tokens"])
@@ -95,7 +95,7 @@ def test_decode(pipeline: Pipeline, toy: Toy, windows: Windows) -> None:
 
 
 def test_rows_that_do_not_fit_the_windows_are_refused(pipeline: Pipeline, windows: Windows) -> None:
-    tokens = pipeline.stack(pipeline.leave_home(windows))["tokens"]
+    tokens = pipeline.stack(pipeline.stack_inputs(windows))["tokens"]
     with pytest.raises(EngineError, match="tokens has 5 rows for 6 windows"):
         pipeline.tail({"tokens": tokens[:-1]}, windows)
     with pytest.raises(EngineError, match="output tokens is missing"):
@@ -103,7 +103,7 @@ def test_rows_that_do_not_fit_the_windows_are_refused(pipeline: Pipeline, window
 
 
 def test_no_windows_and_no_batch_are_refused(pipeline: Pipeline, windows: Windows) -> None:
-    feeds = pipeline.leave_home(windows)
+    feeds = pipeline.stack_inputs(windows)
     with pytest.raises(EngineError, match="no windows"):
         pipeline.stack({name: array[:0] for name, array in feeds.items()})
     with pytest.raises(EngineError, match="batch is 0"):
@@ -114,7 +114,7 @@ def test_a_node_bundle_runs_the_stack_and_only_that(
     toy_bundle: Path, tmp_path: Path, pipeline: Pipeline, windows: Windows
 ) -> None:
     with Pipeline(node_bundle(Bundle.load(toy_bundle), tmp_path / "node")) as node:
-        feeds = node.leave_home(windows)
+        feeds = node.stack_inputs(windows)
         tokens = node.stack(feeds)
         np.testing.assert_array_equal(tokens["tokens"], pipeline.stack(feeds)["tokens"])
         with pytest.raises(BundleError, match="node bundle and has no tail"):
@@ -130,7 +130,7 @@ def test_stages_are_opened_when_needed_and_closed_with_the_pipeline(
     weights[100] ^= 1
     (copy / "tail.onnx.data").write_bytes(weights)
     pipeline = Pipeline(bundle, threads=1)
-    tokens = pipeline.stack(pipeline.leave_home(windows))
+    tokens = pipeline.stack(pipeline.stack_inputs(windows))
     assert pipeline.engine("stack") is pipeline.engine("stack")
     with pytest.raises(BundleError, match=r"tail\.onnx\.data is damaged"):
         pipeline.tail(tokens, windows)
@@ -224,7 +224,7 @@ def test_results_are_bit_identical_however_windows_are_batched(real: Bundle) -> 
     image = rng.integers(0, 256, (size * 3 // 4 + 3, size, 3), dtype=np.uint8)
     windows = cut(image, real.geometry)
     with Pipeline(real, threads=1) as one, Pipeline(real, threads=2) as two:
-        feeds = one.leave_home(windows)
+        feeds = one.stack_inputs(windows)
         whole = one.stack(feeds)["tokens"]
         assert np.isfinite(whole).all()
         for batch in (1, 3, 7, 8):
