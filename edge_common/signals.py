@@ -33,6 +33,7 @@ _held = 0
 _pending: int | None = None
 _came: int | None = None
 _ending = False
+_said = False
 
 
 def as_process(command: Callable[[], int]) -> int:
@@ -52,7 +53,7 @@ def as_process(command: Callable[[], int]) -> int:
     try:
         return command()
     except KeyboardInterrupt:
-        _say_interrupted()
+        say_interrupted()
         return 128 + signal.SIGINT
     finally:
         if _came is not None:
@@ -73,8 +74,8 @@ def came() -> int | None:
 
 def forget() -> None:
     """The signal has been dealt with, and the process lives on."""
-    global _came
-    _came = None
+    global _came, _said
+    _came, _said = None, False
 
 
 @contextlib.contextmanager
@@ -272,13 +273,18 @@ def _end(number: int) -> None:
     limit.daemon = True
     limit.start()
     _undo_all()
-    if number == signal.SIGINT and _came is None:  # else the main thread says it
-        _say_interrupted()
+    if number == signal.SIGINT:
+        say_interrupted()
     os._exit(128 + number)
 
 
-def _say_interrupted() -> None:
-    os.write(2, b"interrupted\n")
+def say_interrupted() -> None:
+    """Print it, once, from whichever thread ends the process."""
+    global _said
+    said, _said = _said, True
+    if not said:
+        with contextlib.suppress(OSError, ValueError):
+            print("interrupted", file=sys.stderr, flush=True)
 
 
 def _undo_all() -> None:

@@ -337,22 +337,22 @@ def numbered(path: Path, suffix: str = "") -> Iterator[Path]:
 
 @contextmanager
 def sends_on_record(folder: Path, photo: str, predictor: OffloadPredictor) -> Iterator[None]:
-    """If what is done within fails, write what nodes were sent for it to ``FOLDER.sends.json``.
+    """If the block fails after nodes were sent windows, record that in ``FOLDER.sends.json``.
 
-    No earlier record is overwritten: the next one is ``FOLDER.sends-2.json``. An EdgeRuntimeError
-    then names the file; for anything else, the log does.
+    No earlier record is overwritten: the next one is ``FOLDER.sends-2.json``. The error then names
+    the file if it is an EdgeRuntimeError; otherwise the log does.
     """
     before = predictor.record
     name = printable(photo)
     lock = threading.Lock()
 
-    def record(why: str) -> str | None:
-        """What is on record and where, if nodes were sent anything; once."""
+    def record(why: dict[str, str]) -> str | None:
+        """Write it, once, if nodes were sent anything; returns a sentence that says where."""
         if predictor.record is before or not (sent := predictor.report) or not sent.windows_sent:
             return None
         if not lock.acquire(blocking=False):
             return None
-        text = dumps({"photo": photo, "error": why, "exposure": _exposure(sent)})
+        text = dumps({"photo": photo, **why, "exposure": _exposure(sent)})
         try:
             with held():
                 beside = folder.absolute()
@@ -367,18 +367,18 @@ def sends_on_record(folder: Path, photo: str, predictor: OffloadPredictor) -> It
         return f"What nodes have seen of {name} is on record in {path}"
 
     def interrupted() -> None:
-        if (said := record("interrupted")) is not None:
+        if (said := record({"error": "interrupted"})) is not None:
             log.warning("%s", said)
 
     with if_ended(interrupted):
         try:
             yield
         except EdgeRuntimeError as error:
-            if (said := record(str(error))) is not None:
+            if (said := record(error.fields())) is not None:
                 error.found += f". {said}"
             raise
         except Exception as error:
-            if (said := record(str(error))) is not None:
+            if (said := record({"error": str(error)})) is not None:
                 log.warning("%s", said)
             raise
         except BaseException:
