@@ -134,7 +134,7 @@ class Door:
             self._revoke,
             self._broke,
             before_each=lambda: meter.catch_up(),
-            refused=self._metrics.handshakes_refused,
+            on_refused=lambda reason: self._metrics.handshakes_refused.labels(reason).inc(),
             penalties=self._penalties,
         )
         self._authenticator.start()
@@ -244,7 +244,7 @@ class Door:
         self._pace.drain(name, now + seconds)  # if it goes on as before, that shows sooner
         log.warning("%s is kept out for %.0f s: %s", name, seconds, reason)
         for breach in self._meter.banish(name):
-            self._metrics.connections_dropped[breach.reason] += 1
+            self._metrics.connections_dropped.labels(breach.reason).inc()
 
     def _spend(self, name: str, messages: float) -> bool:
         """Count so many messages of an edge; False if these were too many, and it is banished."""
@@ -291,8 +291,8 @@ class Door:
     def look(self) -> None:
         """Bring the gauges up to date."""
         if self._meter is not None:
-            self._metrics.connections = self._meter.connections
-            self._metrics.clients = len(self._meter.users())
+            self._metrics.connections.set(self._meter.connections)
+            self._metrics.clients.set(len(self._meter.users()))
 
     async def _read(self, socket: Any, bell: Bell, meter: Meter) -> None:
         turn = 0.0
@@ -332,16 +332,16 @@ class Door:
 
     def _count(self, event: PeerEvent) -> None:
         if event.kind == "refused":
-            self._metrics.handshakes_refused[event.reason] += 1
+            self._metrics.handshakes_refused.labels(event.reason).inc()
         elif event.kind == "dropped":
-            self._metrics.connections_dropped[event.reason] += 1
+            self._metrics.connections_dropped.labels(event.reason).inc()
         elif event.kind == "full":
-            self._metrics.connections_dropped["full"] += 1
+            self._metrics.connections_dropped.labels("full").inc()
 
     def _revoke(self, names: frozenset[str]) -> None:
         if self._meter is not None:
             for breach in self._meter.revoke(names):
-                self._metrics.connections_dropped[breach.reason] += 1
+                self._metrics.connections_dropped.labels(breach.reason).inc()
         self._on_revoked(names)
 
     def _ended(self, task: asyncio.Task[None]) -> None:

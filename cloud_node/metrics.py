@@ -1,105 +1,106 @@
-"""What a node counts and measures, as plain numbers.
-
-The server writes them, in its event loop, and nobody else; how they are shown is left to whoever
-reads them. No number tells of one client, and none of what is in a window.
-"""
+"""The metrics of a node. Only its event loop writes them."""
 
 from __future__ import annotations
 
-import bisect
-import collections
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from prometheus_client import Counter, Gauge, Histogram
+
+from edge_common.metrics import labelled_counter, new_registry
 from transport.meter import Reason
 from transport.sockets import REFUSALS
 
 State = Literal["starting", "ready", "degraded", "draining"]
-"""``degraded``: some worker is down; ``draining``: told to stop, finishing what was admitted."""
+"""``degraded``: some worker is down; ``draining``: told to stop, finishing admitted requests."""
 
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+NAMESPACE = "edge_runtime_node"
 OUTCOMES = (
     *("result", "malformed", "wrong_bundle", "invalid", "duplicate", "deadline", "overloaded"),
     *("worker_died", "engine", "shutdown", "cancelled", "revoked", "lost", "unread"),
 )
-"""How requests end, see `Metrics.requests`."""
-WINDOWS = (1, 2, 4, 8, 16, 32, 64, 128)
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_WINDOWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
-class Histogram:
-    """How often values came, by size.
-
-    Attributes:
-        edges: upper edges of the classes, each inclusive; one more class has no edge.
-        counts: of each class, not cumulated.
-        sum: of all values.
-    """
-
-    def __init__(self, edges: Sequence[float]) -> None:
-        self.edges = tuple(edges)
-        self.counts = [0] * (len(edges) + 1)
-        self.sum = 0.0
-
-    def observe(self, value: float) -> None:
-        self.counts[bisect.bisect_left(self.edges, value)] += 1
-        self.sum += value
-
-    @property
-    def count(self) -> int:
-        return sum(self.counts)
-
-
-def _counter(*known: str) -> collections.Counter[str]:
-    """Counts by label, the known ones 0 from the start: for Prometheus, a counter that begins
-    at 1 has not risen."""
-    return collections.Counter(dict.fromkeys(known, 0))
-
-
-@dataclass
 class Metrics:
-    """Counters (since start), histograms, and gauges (as of now, or a tenth of a second ago).
+    """The metrics of one node, in a registry of their own.
+
+    Labels are outcomes and reasons from fixed lists. No label comes from an edge.
 
     Attributes:
-        requests: by outcome: ``result``, a code of `docs/protocol.md` for a refusal,
-            ``cancelled``, ``revoked``, ``lost`` (its connection had ended before the result was
-            there, or was closed by a rebind) or ``unread`` (the edge does not read its replies).
-        windows: computed and answered.
-        batch_windows: of each batch that succeeded.
-        wait_seconds: of each answered request, from arrival to result, less compute_seconds.
-        compute_seconds: of each batch that succeeded, inside the engine.
-        handshakes_refused: by reason, see `transport.sockets.REFUSALS`.
-        connections_dropped: by reason, see `transport.meter.Reason`; ``full`` for want of
-            descriptors.
-        worker_restarts: workers that died and were replaced.
-        rebinds: times that the socket was closed and bound anew because the process held too much.
-        waiting_requests, waiting_bytes: admitted and not yet taken by a worker.
-        connections: open TCP connections. clients: users of these.
-        workers_ready: of `lanes`, how many can compute.
+        registry: to show them with `edge_common.metrics.exposition`.
+        state: of the node.
+        workers: how many there should be. workers_ready: how many of them can compute.
     """
 
-    requests: collections.Counter[str] = field(default_factory=lambda: _counter(*OUTCOMES))
-    windows: int = 0
-    batch_windows: Histogram = field(default_factory=lambda: Histogram(WINDOWS))
-    wait_seconds: Histogram = field(default_factory=lambda: Histogram(SECONDS))
-    compute_seconds: Histogram = field(default_factory=lambda: Histogram(SECONDS))
-    handshakes_refused: collections.Counter[str] = field(
-        default_factory=lambda: _counter(*REFUSALS)
-    )
-    connections_dropped: collections.Counter[str] = field(
-        default_factory=lambda: _counter(*get_args(Reason), "full")
-    )
-    worker_restarts: int = 0
-    rebinds: int = 0
-    waiting_requests: int = 0
-    waiting_bytes: int = 0
-    connections: int = 0
-    clients: int = 0
-    workers_ready: int = 0
-    lanes: int = 0
-    state: State = "starting"
+    def __init__(self, version: str = "") -> None:
+        self.state: State = "starting"
+        self.workers = self.workers_ready = 0
+        registry = self.registry = new_registry(NAMESPACE, version)
+
+        def counter(name: str, help: str) -> Counter:
+            return Counter(f"{NAMESPACE}_{name}", help, registry=registry)
+
+        def gauge(name: str, help: str) -> Gauge:
+            return Gauge(f"{NAMESPACE}_{name}", help, registry=registry)
+
+        def histogram(name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"{NAMESPACE}_{name}", help, buckets=buckets, registry=registry)
+
+        self.requests = labelled_counter(
+            f"{NAMESPACE}_requests_total",
+            "Requests by outcome: result, the code of a refusal, cancelled, revoked, lost (the "
+            "connection had ended) or unread (the edge does not read its replies)",
+            "outcome",
+            OUTCOMES,
+            registry,
+        )
+        self.windows = counter("windows_total", "Windows computed and answered")
+        self.batch_windows = histogram(
+            "batch_windows", "Windows of each successful batch", _WINDOWS
+        )
+        self.wait_seconds = histogram(
+            "wait_seconds",
+            "From the arrival of an answered request to its result, without the engine's time",
+            _SECONDS,
+        )
+        self.compute_seconds = histogram(
+            "compute_seconds", "Engine time of each successful batch", _SECONDS
+        )
+        self.waiting_requests = gauge("waiting_requests", "Requests in the queue")
+        self.waiting_bytes = gauge("waiting_bytes", "Bytes in the queue")
+        self.connections = gauge("connections", "Open TCP connections")
+        self.clients = gauge("clients", "Edges (keys) with an open connection")
+        self.handshakes_refused = labelled_counter(
+            f"{NAMESPACE}_handshakes_refused_total",
+            "Connections refused, by reason",
+            "reason",
+            REFUSALS,
+            registry,
+        )
+        self.connections_dropped = labelled_counter(
+            f"{NAMESPACE}_connections_dropped_total",
+            "Connections closed by the node, by reason",
+            "reason",
+            (*get_args(Reason), "full"),
+            registry,
+        )
+        gauge("workers", "Workers that should run").set_function(lambda: self.workers)
+        gauge("workers_ready", "Workers that can compute").set_function(lambda: self.workers_ready)
+        self.worker_restarts = counter("worker_restarts_total", "Workers that died and restarted")
+        self.rebinds = counter(
+            "rebinds_total", "Times that memory ran short and all connections were dropped"
+        )
+        gauge("ready", "1 if the node accepts requests, as /readyz says, else 0").set_function(
+            lambda: self.ready
+        )
 
     @property
     def ready(self) -> bool:
         """Whether edges may be sent here: bound, not stopping, and a worker can compute."""
         return self.state in ("ready", "degraded") and self.workers_ready > 0
+
+    @property
+    def summary(self) -> str:
+        """The state in words."""
+        return f"{self.state}, {self.workers_ready} of {self.workers} workers"

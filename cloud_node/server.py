@@ -35,7 +35,7 @@ from cloud_node.poison import Suspects
 from cloud_node.pool import Pool, PoolClosed, Slot, WorkerDied, WorkerEvent
 from cloud_node.queue import Job, Queue
 from edge_common.errors import ConfigError, EngineError, ProtocolError
-from edge_common.files import write_whole
+from edge_common.files import write_atomically
 from edge_common.memory_limits import MemoryLimits
 from edge_common.process import give_freed_memory_back
 from engines.bundle import TensorSpec
@@ -99,7 +99,7 @@ class Server:
     """
 
     def __init__(self, prepared: Prepared, pool: Pool, metrics: Metrics | None = None) -> None:
-        self.metrics = metrics or Metrics()
+        self.metrics = metrics or Metrics(version())
         self._prepared = prepared
         self._pool = pool
         self._queue = Queue(
@@ -238,7 +238,8 @@ class Server:
 
     def _turn_away(self, peer: bytes, name: str, id: bytes, refusal: Refusal) -> None:
         """Refuse what was not admitted."""
-        self.metrics.requests[self._refuse(peer, name, id, refusal)] += 1
+        outcome = self._refuse(peer, name, id, refusal)
+        self.metrics.requests.labels(outcome).inc()
 
     def _admit(self, peer: bytes, name: str, request: Request, frame: zmq.Frame) -> None:
         prepared, now = self._prepared, self._loop.time()
@@ -291,7 +292,7 @@ class Server:
         """Something happened to a worker."""
         ready, now = self._pool.ready, self._loop.time()
         if event.kind == "died":
-            self.metrics.worker_restarts += 1
+            self.metrics.worker_restarts.inc()
             if not ready:
                 self._queue.hold(now + event.seconds + self._start_s)
         elif event.kind == "ready":
@@ -408,7 +409,7 @@ class Server:
         now, windows = self._loop.time(), sum(job.windows for job in jobs)
         seconds = compute_us / 1e6
         self._queue.measured(windows, seconds)
-        self.metrics.windows += windows
+        self.metrics.windows.inc(windows)
         self.metrics.batch_windows.observe(windows)
         self.metrics.compute_seconds.observe(seconds)
         first = 0
@@ -471,7 +472,7 @@ class Server:
             job.outcome = self._refuse(job.work.peer, job.client, job.id, refusal)
         self._queue.finish(job)
         del self._open[job]
-        self.metrics.requests[job.outcome] += 1
+        self.metrics.requests.labels(job.outcome).inc()
 
     def _finish_all(self, jobs: Iterable[Job], refusal: Refusal = _FAILED) -> None:
         for job in jobs:
@@ -507,8 +508,9 @@ class Server:
         """Bring the gauges up to date, and what follows from the number of workers."""
         metrics, ready = self.metrics, self._pool.ready
         self._queue.lanes = max(1, ready)
-        metrics.waiting_requests, metrics.waiting_bytes = len(self._queue), self._queue.bytes
-        metrics.workers_ready, metrics.lanes = ready, self._pool.lanes
+        metrics.waiting_requests.set(len(self._queue))
+        metrics.waiting_bytes.set(self._queue.bytes)
+        metrics.workers_ready, metrics.workers = ready, self._pool.lanes
         self._door.look()
         if self._draining:
             metrics.state = "draining"
@@ -582,7 +584,7 @@ class Server:
             *(held >> 20, most),
             extra={"event": "rebind"},
         )
-        self.metrics.rebinds += 1
+        self.metrics.rebinds.inc()
         # Their connections end here, and with them the way back.
         self._finish_all(self._queue.forget())
         begun = self._loop.time()
@@ -685,7 +687,7 @@ class Server:
         log.info("ready %s", json.dumps(ready), extra={"event": "ready", **ready})
         path = prepared.config.ready_file
         if path:
-            write_whole(path, json.dumps(ready) + "\n", error=ConfigError)
+            write_atomically(path, json.dumps(ready) + "\n", error=ConfigError)
         try:
             yield
         finally:

@@ -135,11 +135,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             command alone: a signal ends it within a second, even inside an engine.
     """
     if argv is None:
-        return signals.as_process(lambda: _main(sys.argv[1:]))
+        return signals.run_as_process(lambda: _main(sys.argv[1:]))
     try:
         return _main(list(argv))
     finally:
-        signals.forget()
+        signals.clear_received()
 
 
 def _main(arguments: list[str]) -> int:
@@ -158,7 +158,7 @@ def _main(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if (number := signals.came()) is not None:  # a library turned the signal into this error
+        if (number := signals.received()) is not None:
             if number == signal.SIGINT:
                 signals.say_interrupted()
             return 128 + number
@@ -216,7 +216,7 @@ def _run(name: str, arguments: list[str]) -> int:
         args = parser.parse_args(arguments)
     except SystemExit as stop:  # argparse has printed its help or the error
         return stop.code if isinstance(stop.code, int) else EXIT_USAGE
-    with signals.unwound_by_signals():
+    with signals.raise_on_signals():
         return int(module.run(args) or 0)
 
 

@@ -17,7 +17,7 @@ import msgspec
 
 from edge_common.errors import ConfigError, KeyFileError
 from edge_common.options import COUNT, SECONDS, SHARE, Invalid
-from edge_common.permissions import danger
+from edge_common.permissions import why_untrusted
 from edge_common.toml import read_toml, unknown_key
 from edge_runtime.offload.placement import DEFAULT_MAX_EXPOSURE
 from engines.engine import Device
@@ -128,7 +128,7 @@ def load_config(path: str | os.PathLike[str]) -> EdgeConfig:
             f"{file} holds the settings of a node, which `cloud-node serve --config` reads; "
             "expected an edge's, which `edge-runtime init` writes"
         )
-    if found := danger(file):
+    if found := why_untrusted(file):
         raise ConfigError(found)
     try:
         _check_types(table, EdgeConfig, "")

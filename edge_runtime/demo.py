@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_common.errors import EdgeRuntimeError, OffloadError
-from edge_common.files import move_folder, scratch_folder, writing
+from edge_common.files import explain_write_errors, move_folder, scratch_folder
 from edge_common.progress import progress
-from edge_common.signals import child
+from edge_common.signals import child_process
 from edge_common.text import printable, table
 from edge_runtime.imaging.prompts import Point, Prompt
 from edge_runtime.imaging.segmentation import (
@@ -96,7 +96,7 @@ def run_demo(out: Path, *, bundle: Path | None = None, quiet: bool = False) -> d
         say("computing it all in one process, to compare")
         alone = _alone(scratch, full.path)
         report["identical_to_local"] = identical(offloaded, alone)
-        with writing(out, instead=ANOTHER_FOLDER):
+        with explain_write_errors(out, instead=ANOTHER_FOLDER):
             for name, picture in pictures.items():
                 (results / name).write_bytes(png(picture))
             (results / "report.json").write_text(dumps(report), encoding="utf-8")
@@ -290,7 +290,7 @@ def _nodes(scratch: Path, bundle: Path, quiet: bool) -> Iterator[EdgeConfig]:
                     "stdout": log,
                     "stderr": log,
                 }
-                processes.append(running.enter_context(child(command, **options)))
+                processes.append(running.enter_context(child_process(command, **options)))
         nodes = []
         with progress("waiting for the nodes", len(NODES), quiet=quiet) as waiting:
             for name, process in zip(NODES, processes, strict=True):
@@ -341,7 +341,7 @@ def _alone(scratch: Path, bundle: Path) -> Run:
     command = [sys.executable, "-m", "edge_runtime.demo", str(bundle), str(result)]
     with (
         open(log, "wb") as said,
-        child(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said) as process,
+        child_process(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said) as process,
     ):
         code = process.wait()
     if code:

@@ -29,7 +29,7 @@ from typing import IO, Any
 import msgspec
 
 from edge_common.errors import BuildError, EngineError
-from edge_common.signals import child, held, undone
+from edge_common.signals import child_process, cleanup_on_exit, defer_signals
 from edge_common.text import printable
 from engines import libraries
 from engines import plan as plans
@@ -167,7 +167,7 @@ def build_stage(
         record = _record(bundle, stage, options, request, began, built)
         _judge(record, options, watcher)
         place = plans.directory(bundle.path, began.target)
-        with held():
+        with defer_signals():
             with _writing(place):
                 place.mkdir(exist_ok=True)
             plan = plans.write(place, stage, partial, record)
@@ -219,7 +219,7 @@ def _workplace(bundle: Bundle) -> Iterator[Path]:
                 _remove(leftover)
         with contextlib.suppress(OSError):  # a network disk without locks
             fcntl.flock(lock, fcntl.LOCK_SH)
-        with undone(tidy):
+        with cleanup_on_exit(tidy):
             yield folder
     finally:
         os.close(lock)
@@ -248,7 +248,7 @@ def _alone(lock: int) -> bool:
 def _temporary(folder: Path, name: str) -> Iterator[Path]:
     """An empty file in ``folder`` that is gone afterwards, unless it was moved away."""
     path = (folder / f".{name}.{secrets.token_hex(8)}{_PARTIAL}").absolute()
-    with undone(lambda: _remove(path)):
+    with cleanup_on_exit(lambda: _remove(path)):
         with _writing(folder):
             path.touch(exist_ok=False)
         yield path
@@ -272,7 +272,7 @@ def _follow(request: Request, watcher: Watcher) -> tuple[Began, Built]:
     events: dict[type, Any] = {}
     last_words: deque[str] = deque(maxlen=3)
     # From this directory: modules of the same names where the user happens to be are not ours.
-    with child(
+    with child_process(
         [sys.executable, "-m", "engines.build_process"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

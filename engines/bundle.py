@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 
 from edge_common.errors import BundleError
-from edge_common.files import move_folder, scratch_folder, write_whole, writing
+from edge_common.files import explain_write_errors, move_folder, scratch_folder, write_atomically
 from edge_common.text import UNPRINTABLE
 from engines.geometry import Geometry
 
@@ -261,7 +261,9 @@ def stage_digest(files: Mapping[str, str]) -> str:
 def write_manifest(directory: str | os.PathLike[str], manifest: Manifest) -> None:
     """Write ``manifest.json`` into ``directory``, whole or not at all."""
     data = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
-    write_whole(Path(directory) / MANIFEST, data, error=BundleError, instead="use another folder")
+    write_atomically(
+        Path(directory) / MANIFEST, data, error=BundleError, instead="use another folder"
+    )
 
 
 def shipped_bundle(precision: str = "fp32") -> Path:
@@ -300,7 +302,7 @@ def node_bundle(bundle: Bundle, out: str | os.PathLike[str]) -> Bundle:
     instead = "name another folder"
     with (
         scratch_folder(target, error=BundleError, instead=instead) as temporary,
-        writing(target, BundleError, instead),
+        explain_write_errors(target, BundleError, instead),
     ):
         for name in _files_of(stack):
             _make_parent(temporary, name)

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from edge_common.errors import BuildError, PlanError
-from edge_common.permissions import danger
+from edge_common.permissions import why_untrusted
 from engines import libraries
 from engines.bundle import Bundle, Line, Name, Sha256, Tensors
 from engines.libraries import Backend, Defect, Flavour, Library
@@ -547,7 +547,7 @@ def _records(bundle: Bundle, stage: str) -> list[Path]:
         PlanError: others could put plans into the user's cache.
     """
     folder = plans_folder(bundle.path)
-    if folder.is_dir() and bundle.path not in folder.parents and (found := danger(folder)):
+    if folder.is_dir() and bundle.path not in folder.parents and (found := why_untrusted(folder)):
         raise PlanError(f"plans contain code, and {found}")
     return sorted(folder.glob(f"tensorrt*/{stage}.json"))
 

@@ -20,7 +20,7 @@ from typing import Annotated, Literal, get_args
 import msgspec
 
 from edge_common.errors import BundleError, EngineError, PlanError
-from edge_common.files import write_whole, writing
+from edge_common.files import explain_write_errors, write_atomically
 from engines import cuda, libraries
 from engines.bundle import Bundle, Line, Name, Sha256, TensorSpec
 from engines.engine import Device, Engine
@@ -261,7 +261,7 @@ def write_failure(bundle: Bundle, stage: str, device: OrtKind, failure: Failure 
         "copy the bundle to a directory that you may write, and use the copy; until then this "
         "verdict binds nobody"
     )
-    with writing(path, EngineError, instead):
+    with explain_write_errors(path, EngineError, instead):
         if failure is None:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 path.unlink()
@@ -269,7 +269,7 @@ def write_failure(bundle: Bundle, stage: str, device: OrtKind, failure: Failure 
         make_plans_folder(bundle.path)
         path.parent.mkdir(exist_ok=True)
     data = msgspec.json.format(msgspec.json.encode(failure), indent=2) + b"\n"
-    write_whole(path, data, error=EngineError, instead=instead)
+    write_atomically(path, data, error=EngineError, instead=instead)
 
 
 def _failure_path(bundle: Bundle, stage: str, device: OrtKind) -> Path:

@@ -19,7 +19,7 @@ from segment_anything.modeling import Sam
 from torch import nn
 
 from edge_common.errors import ExportError
-from edge_common.files import move_folder, refuse_existing, scratch_folder, writing
+from edge_common.files import explain_write_errors, move_folder, refuse_existing, scratch_folder
 from edge_common.text import printable
 from engines.bundle import Bundle, Manifest, Stage, hash_file, write_manifest
 
@@ -122,7 +122,7 @@ def export(
     room = _bytes_needed(opened, precision)
     with (
         scratch_folder(out, room=room, error=ExportError, instead=_INSTEAD) as place,
-        writing(out, ExportError, _INSTEAD),
+        explain_write_errors(out, ExportError, _INSTEAD),
     ):
         work, scratch = place / "bundle", place / "twin"
         work.mkdir()

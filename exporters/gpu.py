@@ -31,7 +31,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from edge_common.files import write_whole
+from edge_common.files import write_atomically
 
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,7 +121,7 @@ class Results:
     def write(self) -> None:
         text = json.dumps(self.content(), indent=1) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, text)
+        write_atomically(self.path, text)
 
 
 def key(row: Row) -> tuple[Any, ...]:

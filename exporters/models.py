@@ -29,7 +29,7 @@ from segment_anything.modeling import (
 )
 
 from edge_common.errors import CheckpointError
-from edge_common.files import whole_file
+from edge_common.files import atomic_file
 from exporters.early import check_checkpoint_file
 
 FORMAT = "edge-runtime-sam"
@@ -213,7 +213,7 @@ def save_checkpoint(sam: Sam, path: Path | str, made: Mapping[str, Any] | None =
 
 def save_atomically(content: Any, path: Path | str) -> None:
     """``torch.save`` of which readers never see half a file."""
-    with whole_file(path, error=CheckpointError) as scratch, open(scratch, "wb") as file:
+    with atomic_file(path, error=CheckpointError) as scratch, open(scratch, "wb") as file:
         torch.save(content, file)
 
 

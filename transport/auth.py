@@ -12,7 +12,6 @@ waits is left to whoever is told.
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
 import errno
 import logging
@@ -29,7 +28,7 @@ import zmq
 from zmq.utils import z85
 
 from edge_common.errors import KeyFileError
-from edge_common.permissions import danger, judge
+from edge_common.permissions import why_entry_untrusted, why_untrusted
 from transport.keys import AUTHORIZED, read_public
 from transport.meter import SINCE
 from transport.sockets import ZAP_DOMAIN, Bell, Seldom
@@ -99,7 +98,7 @@ class AllowList:
         """
         settled, self._settled = self._settled, None
         try:
-            if found := danger(self.folder, owner=self._owner, closed=True):
+            if found := why_untrusted(self.folder, owner=self._owner, closed=True):
                 self._forget()
                 raise KeyFileError(found)
             now = _settled(self.folder.stat())
@@ -216,9 +215,9 @@ def _key(file: Path, owner: int | None) -> str | KeyFileError:
         file.name.encode()
         public = read_public(file)
         if file.is_symlink():
-            found = danger(file, owner=owner)
+            found = why_untrusted(file, owner=owner)
         else:  # the folder has been judged
-            found = judge(file, os.lstat(file), owner)
+            found = why_entry_untrusted(file, os.lstat(file), owner)
         return KeyFileError(found) if found else public
     except UnicodeEncodeError:  # of bytes that are no UTF-8, which libzmq can't be told
         return KeyFileError(f"the file name {file.name!r} is not UTF-8: rename it")
@@ -331,10 +330,8 @@ class Authenticator:
             any more.
         before_each: called before anybody is let in: has a `meter.Meter` catch up, which needs to
             know when (`SINCE`).
-        refused: to count in. penalties: of an authenticator before this one.
-
-    Attributes:
-        refused: handshakes refused, by reason, see `sockets.REFUSALS`.
+        on_refused: called with the reason of each refused handshake, see `sockets.REFUSALS`.
+        penalties: of an authenticator before this one.
     """
 
     def __init__(
@@ -344,10 +341,10 @@ class Authenticator:
         on_revoked: Callable[[frozenset[str]], None] | None = None,
         on_broken: Callable[[asyncio.Task[None]], None] | None = None,
         before_each: Callable[[], None] | None = None,
-        refused: collections.Counter[str] | None = None,
+        on_refused: Callable[[str], None] = lambda reason: None,
         penalties: Penalties | None = None,
     ) -> None:
-        self.refused = collections.Counter[str]() if refused is None else refused
+        self._on_refused = on_refused
         self._ctx = ctx
         self._allowed = allowed
         self._on_revoked = on_revoked
@@ -453,7 +450,7 @@ class Authenticator:
                 user = name.encode()
             except Exception as error:  # whatever happens, answer no and stay alive
                 reason = "folder" if isinstance(error, KeyFileError) else "internal"
-                self.refused[reason] += 1
+                self._on_refused(reason)
                 if self._seldom(reason):
                     log.error("authenticator failed, client refused: %s", error)
                 status, text, user = _LATER, b"internal error", b""
@@ -474,26 +471,26 @@ class Authenticator:
     def _judge(self, request: list[bytes]) -> tuple[bytes, bytes, str]:
         """(status, text, user id) for one ZAP question. https://rfc.zeromq.org/spec/27/"""
         if len(request) != 7 or request[0] != b"1.0":
-            self.refused["protocol"] += 1
+            self._on_refused("protocol")
             return _NEVER, b"malformed question", ""
         _, _, domain, address, _, mechanism, credential = request
         if domain != ZAP_DOMAIN or mechanism != b"CURVE" or len(credential) != 32:
-            self.refused["protocol"] += 1
+            self._on_refused("protocol")
             return _NEVER, b"only CURVE clients", ""
         public = z85.encode(credential).decode()
         name = self._allowed.name_of(public)
         if name is None:
-            self.refused["not_authorised"] += 1
+            self._on_refused("not_authorised")
             self._log_refusal(public, address.decode("ascii", "replace"))
             return _NEVER, b"key not authorised", ""
         # Each connection may give itself a routing id, and each takes the next of libzmq's: who
         # comes without end meets, in the end, one that is due to another edge.
         now = time.monotonic()
         if self._penalties(name, now):
-            self.refused["banished"] += 1
+            self._on_refused("banished")
             return _LATER, b"kept out, try again", ""
         if not self._pace(public, now):
-            self.refused["too_often"] += 1
+            self._on_refused("too_often")
             if self._seldom(("too_often", name)):
                 log.warning("%s connects too often, some connections are refused", name)
             return _LATER, b"too often, try again", ""

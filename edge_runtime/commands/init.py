@@ -81,8 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Raises ConfigError or KeyFileError, before anything is written."""
     from edge_common.errors import ConfigError, KeyFileError
-    from edge_common.files import refuse_existing, write_whole
-    from edge_common.permissions import danger
+    from edge_common.files import refuse_existing, write_atomically
+    from edge_common.permissions import why_untrusted
     from edge_runtime.config import EdgeConfig, NodeConfig, load_nodes, refuse_own_keys
     from engines.bundle import Bundle
     from transport.keys import check_new, generate, generate_secret, load_secret
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     refuse_existing(out, ConfigError, "name another file with --out")
     if not out.parent.is_dir():
         raise ConfigError(f"the folder {out.parent} does not exist")
-    if found := danger(out.parent, owner=out.parent.stat().st_uid):
+    if found := why_untrusted(out.parent, owner=out.parent.stat().st_uid):
         raise ConfigError(found)
     if args.bundle is not None:
         Bundle.load(args.bundle)
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
     if not os.path.lexists(config.secret):
         generate_secret(config.secret)
     load_nodes(config)  # reads every key and sees that no two nodes share one
-    write_whole(
+    write_atomically(
         out,
         _toml(config, out.parent),
         mode=0o644,  # under a loose umask, others could write to it

@@ -20,8 +20,8 @@ import msgspec
 import numpy as np
 
 from edge_common.errors import ConfigError, EdgeRuntimeError, OutputError
-from edge_common.files import move_folder, scratch_folder, write_whole, writing
-from edge_common.signals import held, if_ended
+from edge_common.files import explain_write_errors, move_folder, scratch_folder, write_atomically
+from edge_common.signals import defer_signals, on_forced_exit
 from edge_common.text import printable
 from edge_runtime.imaging.prompts import Prompt, check
 
@@ -273,7 +273,7 @@ def write(
         overlay = render.Overlay(image) if pictures else None
 
         def save(picture: Image.Image, name: str) -> None:
-            with writing(folder, instead=ANOTHER_FOLDER):
+            with explain_write_errors(folder, instead=ANOTHER_FOLDER):
                 (scratch / name).write_bytes(png(picture))
 
         def keep(number: int, found: Object) -> None:
@@ -303,7 +303,7 @@ def write(
         report = {"photo": photo, **found.report}
         report["latency_ms"]["files"] = (drawing + end - began) * 1000
         report["latency_ms"]["total"] = (end - start) * 1000
-        with writing(folder, instead=ANOTHER_FOLDER):
+        with explain_write_errors(folder, instead=ANOTHER_FOLDER):
             (scratch / RESULT).write_text(dumps(report), encoding="utf-8")
             for place in numbered(folder):
                 try:
@@ -354,13 +354,13 @@ def sends_on_record(folder: Path, photo: str, predictor: OffloadPredictor) -> It
             return None
         text = dumps({"photo": photo, **why, "exposure": _exposure(sent)})
         try:
-            with held():
+            with defer_signals():
                 beside = folder.absolute()
-                with writing(beside):
+                with explain_write_errors(beside):
                     beside.parent.mkdir(parents=True, exist_ok=True)
                 names = numbered(beside.with_name(f"{beside.name}.sends"), ".json")
                 path = next(path for path in names if not os.path.lexists(path))
-                write_whole(path, text, replace=False)
+                write_atomically(path, text, replace=False)
         except OutputError as problem:
             seen = "; ".join(f"{node.name}: {node.windows}" for node in sent.nodes if node.windows)
             return f"Nodes have seen windows of {name} ({seen}), which is not on record: {problem}"
@@ -370,7 +370,7 @@ def sends_on_record(folder: Path, photo: str, predictor: OffloadPredictor) -> It
         if (said := record({"error": "interrupted"})) is not None:
             log.warning("%s", said)
 
-    with if_ended(interrupted):
+    with on_forced_exit(interrupted):
         try:
             yield
         except EdgeRuntimeError as error:

@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from edge_common.signals import child
+from edge_common.signals import child_process
 
 _RUN = (
     # Set first, so that the working directory cannot stand in for a module.
@@ -62,7 +62,7 @@ def ask(probes: Iterable[tuple[str, ...]], timeout_s: float) -> dict[str, Answer
             err: IO[bytes] = stack.enter_context(tempfile.TemporaryFile())
             command = [sys.executable, "-c", _RUN, os.pathsep.join(sys.path), name, *arguments]
             options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err}
-            process = stack.enter_context(child(command, **options))
+            process = stack.enter_context(child_process(command, **options))
             running[name] = process, out, err
         answers = {}
         for name, (process, out, err) in running.items():

@@ -9,7 +9,7 @@ from concurrent.futures import CancelledError
 from typing import Any, TypeVar
 
 from edge_common.errors import OffloadError
-from edge_common.signals import held
+from edge_common.signals import defer_signals
 
 _UNWIND_S = 1.0
 """How long an interrupted call may take to end what it has begun."""
@@ -53,7 +53,7 @@ class BackgroundLoop:
         except CancelledError:
             raise OffloadError("the offloader was closed meanwhile", code="closed") from None
         except BaseException:
-            with held():
+            with defer_signals():
                 if future.cancel():
                     ended.wait(_UNWIND_S)
             raise

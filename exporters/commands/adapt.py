@@ -180,14 +180,14 @@ def _steps(adaptation: Adaptation, state: Path, save_every: int) -> bool:
     """Step until done (True) or interrupted (False, saved). All stop together."""
     import torch
 
-    from edge_common.signals import finishing
+    from edge_common.signals import stop_requests
     from exporters.adapt import smoothed
     from exporters.runs import STOPPING, progress_bar, say
 
     steps, ranks = adaptation.config.steps, adaptation.ranks
     quiet = ranks.rank != 0
     with (
-        finishing(STOPPING) as interrupt,
+        stop_requests(STOPPING) as interrupt,
         progress_bar("adapting", steps, adaptation.step, quiet) as tell,
     ):
         while adaptation.step < steps:

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from edge_common.errors import ConfigError
-    from edge_common.signals import finishing
+    from edge_common.signals import stop_requests
     from exporters.evaluate import CORRECTIONS, evaluate, held_out_scenes
     from exporters.models import STOCK, load_checkpoint, save_checkpoint
     from exporters.runs import STOPPING, choose_device, made_with, progress_bar, say
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
         trainer.save(state)
 
     with (
-        finishing(STOPPING) as interrupt,
+        stop_requests(STOPPING) as interrupt,
         progress_bar("training", config.steps, trainer.step) as advance,
     ):
         while trainer.step < config.steps and not interrupt.requested:

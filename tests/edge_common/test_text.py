@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from edge_common.text import UNPRINTABLE, one_line, printable, table
+from edge_common.text import UNPRINTABLE, escaped, one_line, printable, table
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,12 @@ def test_the_class_for_expressions_holds_only_what_is_not_to_be_seen() -> None:
     harmful = [c for c in map(chr, range(sys.maxunicode + 1)) if re.match(f"[{UNPRINTABLE}]", c)]
     assert not any(map(str.isprintable, harmful))
     assert {"\n", "\x1b", "\u202e", "\u2066", "\u200f", "\udce9"} <= set(harmful)
+
+
+def test_escaped_text_shows_what_was_there() -> None:
+    assert escaped('Grüße, 東京 100 % \\ "q"') == 'Grüße, 東京 100 % \\ "q"'
+    shown = "\\t\\x85\\u200b\\U000e0001\\x1b\\ud800é"
+    assert escaped("\t\x85\u200b\U000e0001\x1b\ud800é") == shown
 
 
 def test_one_line_wastes_no_space() -> None:

@@ -189,7 +189,7 @@ def test_signals_unwind_a_command_and_are_given_back(
         assert stop.value.code == 128 + number
         assert unwound == [number]
         assert signal.getsignal(number) == signal.SIG_DFL
-        assert signals.came() is None  # or the next command's errors would end as this signal
+        assert signals.received() is None  # or the next command's errors would end as this signal
         signal.signal(number, signal.SIG_IGN)  # as under nohup
         assert cli.main(["info"]) == 0
     finally:

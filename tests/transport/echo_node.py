@@ -58,6 +58,7 @@ async def serve(options: dict[str, Any]) -> None:
     if not options.get("metered", True):
         meter.metered = False
     events: collections.Counter[str] = collections.Counter()
+    refused: collections.Counter[str] = collections.Counter()
     revoked: list[str] = []
     held = peak = 0
     resident = MemoryLimits(group="").resident
@@ -69,7 +70,11 @@ async def serve(options: dict[str, Any]) -> None:
     ctx = zmq.asyncio.Context()
     folder = Path(options["keys"])
     authenticator = Authenticator(
-        ctx, AllowList(folder / "authorized"), on_revoked, before_each=lambda: meter.catch_up()
+        ctx,
+        AllowList(folder / "authorized"),
+        on_revoked,
+        before_each=lambda: meter.catch_up(),
+        on_refused=lambda reason: refused.update([reason]),
     )
     authenticator.start()
     key = load_secret(folder / "node.key")
@@ -119,7 +124,7 @@ async def serve(options: dict[str, Any]) -> None:
         say(
             {
                 "events": events,
-                "refused": authenticator.refused,
+                "refused": refused,
                 "dropped": meter.dropped,
                 "revoked": revoked,
                 "connections": meter.connections,

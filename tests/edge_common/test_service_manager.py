@@ -7,12 +7,25 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from cloud_node.metrics import Metrics
-from cloud_node.notify import Notifier
+from edge_common.service_manager import ServiceManager
+
+
+@dataclass
+class State:
+    """A `Health`."""
+
+    state: str = "starting"
+    workers: int = 0
+    ready: bool = False
+
+    @property
+    def summary(self) -> str:
+        return f"{self.state}, {self.workers} of 2 workers"
 
 
 @pytest.fixture
@@ -42,8 +55,8 @@ def test_the_environment_is_read_and_cleared() -> None:
         "WATCHDOG_PID": str(os.getpid()),
         "PATH": "/bin",
     }
-    notifier = Notifier.from_environment(environment)
-    assert notifier.watchdog_s == 3.0
+    manager_ = ServiceManager.from_environment(environment)
+    assert manager_.watchdog_s == 3.0
     assert environment == {"PATH": "/bin"}
 
 
@@ -57,14 +70,14 @@ def test_the_environment_is_read_and_cleared() -> None:
     ],
 )
 def test_no_watchdog_unless_this_process_is_meant(environment: dict[str, str]) -> None:
-    assert Notifier.from_environment(environment).watchdog_s is None
+    assert ServiceManager.from_environment(environment).watchdog_s is None
 
 
 def test_nobody_to_tell_is_nothing_to_do() -> None:
     async def test() -> None:
-        notifier = Notifier(None)
-        notifier.send("READY=1")
-        async with notifier.following(Metrics()):
+        manager_ = ServiceManager(None)
+        manager_.send("READY=1")
+        async with manager_.following(State()):
             assert len(asyncio.all_tasks()) == 1
 
     asyncio.run(test())
@@ -75,22 +88,22 @@ def test_names_outside_the_file_system() -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
         end.bind("\0" + name)
         end.settimeout(60)
-        Notifier("@" + name).send("READY=1")
+        ServiceManager("@" + name).send("READY=1")
         assert end.recv(100) == b"READY=1"
 
 
 def test_who_does_not_listen_costs_a_line_in_the_log(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    Notifier(str(tmp_path / "gone")).send("READY=1\nSTATUS=x")
+    ServiceManager(str(tmp_path / "gone")).send("READY=1\nSTATUS=x")
     (line,) = caplog.messages
-    assert "cannot tell the service manager READY=1" in line
+    assert "cannot notify the service manager of READY=1" in line
 
 
 def test_a_full_socket_does_not_block(manager: tuple[socket.socket, str]) -> None:
-    notifier = Notifier(manager[1])
+    manager_ = ServiceManager(manager[1])
     for _ in range(10_000):  # far more than a queue of datagrams holds
-        notifier.send("WATCHDOG=1")
+        manager_.send("WATCHDOG=1")
     assert 0 < len(waiting(manager[0])) < 10_000
 
 
@@ -103,15 +116,15 @@ def test_the_life_of_a_node(manager: tuple[socket.socket, str]) -> None:
             await asyncio.sleep(0.01)
 
     async def test() -> list[str]:
-        metrics, told = Metrics(lanes=2), list[str]()
-        async with Notifier(path, 60.0).following(metrics):
+        health, told = State(), list[str]()
+        async with ServiceManager(path, 60.0).following(health):
             await until("STATUS=starting, 0 of 2 workers", told)
             assert "READY=1" not in told
-            metrics.state, metrics.workers_ready = "ready", 2
+            health.state, health.workers, health.ready = "ready", 2, True
             await until("STATUS=ready, 2 of 2 workers", told)
-            metrics.state, metrics.workers_ready = "degraded", 1
+            health.state, health.workers = "degraded", 1
             await until("STATUS=degraded, 1 of 2 workers", told)
-            metrics.state = "draining"
+            health.state = "draining"
             await until("STOPPING=1", told)
         return told + waiting(end)
 
@@ -121,7 +134,7 @@ def test_the_life_of_a_node(manager: tuple[socket.socket, str]) -> None:
 
 def test_a_node_that_fails_says_that_it_stops(manager: tuple[socket.socket, str]) -> None:
     async def test() -> None:
-        async with Notifier(manager[1]).following(Metrics()):
+        async with ServiceManager(manager[1]).following(State()):
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
@@ -133,7 +146,7 @@ def test_a_loop_that_does_not_turn_pings_nobody(manager: tuple[socket.socket, st
     end, path = manager
 
     async def test() -> None:
-        async with Notifier(path, 0.04).following(Metrics()):
+        async with ServiceManager(path, 0.04).following(State()):
             while "WATCHDOG=1" not in waiting(end):
                 await asyncio.sleep(0.001)
             waiting(end)

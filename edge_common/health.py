@@ -1,28 +1,26 @@
-"""How a node does, over HTTP on an address of its own: /metrics, /healthz and /readyz.
+"""The health of a long-running process over HTTP: /metrics, /healthz and /readyz.
 
-Answered by the node's own event loop, so that an answer proves that it turns. Promises that nobody
-who connects can hold it up: a request is a few kilobytes and one answer, everything has a time
-limit, and of too many connections the oldest is dropped, which no honest one is for long. There is
-no password and no encryption: the address is meant to be this machine's or a private network's.
+There is no password and no encryption: use an address of this machine or of a private network.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from typing import Protocol
 
-from cloud_node.exposition import CONTENT_TYPE, exposition, registry
-from cloud_node.metrics import Metrics
-from cloud_node.settings import split_address
+from prometheus_client import CollectorRegistry
+
 from edge_common.errors import ConfigError
+from edge_common.metrics import CONTENT_TYPE, exposition
 
 log = logging.getLogger(__name__)
 
 REQUEST_S = 5.0
-"""A connection may take so long, from its first byte to the last of the answer."""
+"""Time limit of a connection, from its first byte to the last of the answer."""
 
 CONNECTIONS = 32
-"""So many at once; probes and scrapers need one each, for milliseconds."""
+"""Open at once at most; one too many drops the oldest. A probe or scrape needs milliseconds."""
 
 _REQUEST_BYTES = 8192
 _PHRASES = {
@@ -36,42 +34,55 @@ _PHRASES = {
 _PLAIN = "text/plain; charset=utf-8"
 
 
+class Health(Protocol):
+    """The health of a process, for people and service managers."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it accepts work."""
+
+    @property
+    def state(self) -> str:
+        """One word. ``draining`` means that it stops."""
+
+    @property
+    def summary(self) -> str:
+        """The state in some more words."""
+
+
 class Endpoint:
-    """The HTTP side of a node; start it with :meth:`open`.
+    """The HTTP server, answered by the event loop of the process: an answer proves that it runs.
 
     Attributes:
-        address: where it listens, as HOST:PORT, once it does.
+        address: HOST:PORT once it listens.
     """
 
-    def __init__(self, metrics: Metrics, version: str) -> None:
+    def __init__(self, health: Health, registry: CollectorRegistry) -> None:
         self.address = ""
-        self._metrics = metrics
-        self._registry = registry(metrics, version)
+        self._health, self._registry = health, registry
         self._server: asyncio.AbstractServer | None = None
         self._connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
-    async def open(self, address: str) -> None:
-        """Listen on HOST:PORT.
+    async def open(self, host: str, port: int) -> None:
+        """Listen.
 
         Raises:
-            ConfigError: that is not possible.
+            ConfigError: the address cannot be used.
         """
-        host, port = split_address(address)
         try:
             self._server = await asyncio.start_server(
                 self._connected, host, port, limit=_REQUEST_BYTES, backlog=CONNECTIONS
             )
         except OSError as error:
             raise ConfigError(
-                f"cannot listen on {address} for metrics: {error.strerror or error}; choose "
-                "another address (--metrics), or off"
+                f"cannot listen on {_address(host, port)} for metrics: {error.strerror or error}; "
+                "choose another address (--metrics), or off"
             ) from None
-        host, port = self._server.sockets[0].getsockname()[:2]
-        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self.address = _address(*self._server.sockets[0].getsockname()[:2])
         log.info("metrics at http://%s/metrics", self.address)
 
     async def close(self) -> None:
-        """Stop listening and drop whoever is connected."""
+        """Stop listening and drop all connections."""
         if self._server:
             self._server.close()
         for task in [*self._connections]:
@@ -86,17 +97,17 @@ class Endpoint:
         self._connections[task] = writer
         if len(self._connections) > CONNECTIONS:
             oldest = next(iter(self._connections))
-            # Its end need not come at once; it counts no more.
+            # Its task may end later, but it no longer counts.
             self._connections.pop(oldest).transport.abort()
         try:
             await asyncio.wait_for(self._serve(reader, writer), REQUEST_S)
         except (OSError, asyncio.TimeoutError, asyncio.IncompleteReadError):
             writer.transport.abort()
-        except Exception:  # no connection outlives whoever is to end it
+        except Exception:
             log.exception("a request for health or metrics could not be answered")
             writer.transport.abort()
         except asyncio.CancelledError:
-            # Only `close` does that. (A task that ends as cancelled would be reported as an error.)
+            # Only `close` cancels. A task that ends as cancelled would be logged as an error.
             writer.transport.abort()
         finally:
             self._connections.pop(task, None)
@@ -112,7 +123,7 @@ class Endpoint:
         await writer.wait_closed()
 
     def _answer(self, request: bytes | None) -> bytes:
-        """The answer to a request, None if it was too long."""
+        """The answer to a request; None is one that was too long."""
         if request is None:
             return _response(431, f"at most {_REQUEST_BYTES} bytes\n")
         words = request.split(b"\r\n", 1)[0].split(b" ")
@@ -126,11 +137,15 @@ class Endpoint:
         if path == b"/healthz":
             return _response(200, "ok\n", head=head)
         if path == b"/readyz":
-            ready = self._metrics.ready
-            return _response(200 if ready else 503, f"{self._metrics.state}\n", head=head)
+            status = 200 if self._health.ready else 503
+            return _response(status, f"{self._health.state}\n", head=head)
         if path == b"/metrics":
             return _response(200, exposition(self._registry), CONTENT_TYPE, head=head)
         return _response(404, "there are /metrics, /healthz and /readyz\n", head=head)
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _response(

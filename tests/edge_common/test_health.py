@@ -6,14 +6,15 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from cloud_node import health
-from cloud_node.health import CONNECTIONS, Endpoint
-from cloud_node.metrics import Metrics
+from edge_common import health
 from edge_common.errors import ConfigError
+from edge_common.health import CONNECTIONS, Endpoint
+from edge_common.metrics import new_registry
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
@@ -23,10 +24,19 @@ def run(test: Coroutine[Any, Any, None]) -> None:
     asyncio.run(bounded())
 
 
+@dataclass
+class State:
+    """A `Health`."""
+
+    ready: bool = False
+    state: str = "starting"
+    summary: str = ""
+
+
 @contextlib.asynccontextmanager
-async def serving(metrics: Metrics | None = None) -> AsyncIterator[Endpoint]:
-    endpoint = Endpoint(metrics or Metrics(), "cloud-node 1.2.3")
-    await endpoint.open("127.0.0.1:0")
+async def serving(state: State | None = None) -> AsyncIterator[Endpoint]:
+    endpoint = Endpoint(state or State(), new_registry("test", "1.2.3"))
+    await endpoint.open("127.0.0.1", 0)
     try:
         yield endpoint
     finally:
@@ -57,31 +67,30 @@ def get(path: str) -> bytes:
 
 def test_metrics_in_prometheus_format() -> None:
     async def test() -> None:
-        async with serving(Metrics(windows=12)) as endpoint:
+        async with serving() as endpoint:
             status, headers, body = await ask(endpoint, get("/metrics"))
             assert status == 200
             assert headers["content-type"].startswith("text/plain; version=")
             assert headers["content-length"] == str(len(body))
             assert headers["connection"] == "close"
-            assert b"\nedge_runtime_node_windows_total 12.0\n" in body
+            assert b"\ntest_build_info{" in body
+            assert b'version="1.2.3"' in body
+            assert b"\nprocess_open_fds " in body
 
     run(test())
 
 
 def test_ready_follows_the_state() -> None:
     async def test() -> None:
-        metrics = Metrics()
-        async with serving(metrics) as endpoint:
-            for state, workers, status in (
-                ("starting", 0, 503),
-                ("ready", 2, 200),
-                ("degraded", 1, 200),
-                ("degraded", 0, 503),
-                ("draining", 2, 503),
+        state = State()
+        async with serving(state) as endpoint:
+            for state.ready, state.state, status in (
+                (False, "starting", 503),
+                (True, "ready", 200),
+                (False, "draining", 503),
             ):
-                metrics.state, metrics.workers_ready = state, workers  # type: ignore[assignment]
                 found, _, body = await ask(endpoint, get("/readyz"))
-                assert (found, body) == (status, f"{state}\n".encode())
+                assert (found, body) == (status, f"{state.state}\n".encode())
                 assert (await ask(endpoint, get("/healthz")))[0] == 200
 
     run(test())
@@ -216,7 +225,7 @@ def test_a_defect_costs_one_connection(
             assert (await ask(endpoint, get("/healthz")))[0] == 200
 
     run(test())
-    assert {record.name for record in caplog.records} == {"cloud_node.health"}
+    assert {record.name for record in caplog.records} == {"edge_common.health"}
 
 
 def test_closing_ends_open_connections_and_frees_the_port() -> None:
@@ -239,9 +248,9 @@ def test_a_port_that_is_taken_is_named_with_the_setting() -> None:
     async def test() -> None:
         with socket.create_server(("127.0.0.1", 0)) as other:
             address = f"127.0.0.1:{other.getsockname()[1]}"
-            endpoint = Endpoint(Metrics(), "x")
+            endpoint = Endpoint(State(), new_registry("test", "x"))
             with pytest.raises(ConfigError, match=f"{address}.*--metrics"):
-                await endpoint.open(address)
+                await endpoint.open(*other.getsockname())
             await endpoint.close()
 
     run(test())

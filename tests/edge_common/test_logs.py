@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cloud_node.logs import Json, Text, Throttle, printable, setup
+from edge_common.logs import JsonFormatter, LogLimiter, TextFormatter, Throttle, setup
 
 HOSTILE = "a\nb\r\x1b[31mred\x1b[0m\x00\u202eevil\u2028z\x9b\x7f\ud800é"
 
@@ -26,14 +26,16 @@ def record(message: object, *args: Any, level: int = logging.INFO, **extra: Any)
 
 
 def test_text_is_time_in_utc_level_and_message() -> None:
-    line = Text().format(record("%d windows for %s", 4, "kitchen", event="done", client="kitchen"))
+    line = TextFormatter().format(
+        record("%d windows for %s", 4, "kitchen", event="done", client="kitchen")
+    )
     assert line == "2023-11-14T22:13:20.250Z INFO 4 windows for kitchen"
 
 
 def test_json_has_the_fields_besides() -> None:
     made = record("%d windows", 4, event="done", client="kitchen", ms=1.5, ok=True)
     made._ray_timestamp_ns = 1  # as Ray marks every record of a process that it is imported in
-    assert json.loads(Json().format(made)) == {
+    assert json.loads(JsonFormatter().format(made)) == {
         "time": "2023-11-14T22:13:20.250Z",
         "level": "info",
         "logger": "test",
@@ -48,12 +50,12 @@ def test_json_has_the_fields_besides() -> None:
 def test_a_field_cannot_pose_as_the_time_or_level() -> None:
     made = record("x", event="e")
     made.time, made.level = "never", "none"
-    told = json.loads(Json().format(made))
+    told = json.loads(JsonFormatter().format(made))
     assert (told["time"], told["level"]) == ("2023-11-14T22:13:20.250Z", "info")
 
 
 def test_nothing_a_peer_says_makes_a_second_record_or_moves_a_terminal() -> None:
-    text = Text().format(record("refused %s", HOSTILE))
+    text = TextFormatter().format(record("refused %s", HOSTILE))
     first, *rest = text.split("\n")
     assert first.startswith("2023")
     assert rest
@@ -61,21 +63,16 @@ def test_nothing_a_peer_says_makes_a_second_record_or_moves_a_terminal() -> None
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u202e\ud800]", text)
     assert "\\x1b[31mred" in text
     assert "é" in text
-    line = Json().format(record("refused %s", HOSTILE, client=HOSTILE))
+    line = JsonFormatter().format(record("refused %s", HOSTILE, client=HOSTILE))
     assert line.isascii()
     assert "\n" not in line
     assert json.loads(line)["client"] == HOSTILE
 
 
-def test_printable_leaves_text_alone() -> None:
-    assert printable('Grüße, 東京 100 % \\ "q"') == 'Grüße, 東京 100 % \\ "q"'
-    assert printable("\t\x85\u200b\U000e0001") == "\\x09\\x85\\u200b\\U000e0001"
-
-
 CANARY = b"window-contents-canary"
 
 
-@pytest.mark.parametrize("form", [Text(), Json()])
+@pytest.mark.parametrize("form", [TextFormatter(), JsonFormatter()])
 @pytest.mark.parametrize(
     "value",
     [
@@ -98,17 +95,17 @@ def test_arrays_and_bytes_are_told_by_size(form: Any, value: Any) -> None:
         line = form.format(made)
         assert "canary" not in line
         assert "119" not in line  # as numbers
-        if form.__class__ is Json or "contents" not in vars(made):
+        if form.__class__ is JsonFormatter or "contents" not in vars(made):
             assert re.search(r"<\w+ of (22|16) bytes>", line)
 
 
 def test_a_wrong_format_costs_no_line() -> None:
-    line = Text().format(record("%d of %d", "x"))
+    line = TextFormatter().format(record("%d of %d", "x"))
     assert line.endswith("%d of %d (cannot be formatted)")
 
 
 def test_a_huge_message_is_cut() -> None:
-    line = Text().format(record("x" * 100_000))
+    line = TextFormatter().format(record("x" * 100_000))
     assert len(line) < 9000
     assert line.endswith("(100000 characters)")
 
@@ -119,9 +116,9 @@ def test_exceptions_are_indented_or_a_field() -> None:
     except ValueError as error:
         made = record("failed")
         made.exc_info = (type(error), error, error.__traceback__)
-    text = Text().format(made)
+    text = TextFormatter().format(made)
     assert "\n    ValueError: no\\x1b[2J" in text
-    assert "ValueError: no" in json.loads(Json().format(made))["exception"]
+    assert "ValueError: no" in json.loads(JsonFormatter().format(made))["exception"]
 
 
 class Clock:
@@ -131,35 +128,52 @@ class Clock:
         return self.now
 
 
-def test_one_place_cannot_flood_the_log_and_says_what_it_left_out() -> None:
+def throttle(lines: int, clock: Clock) -> Throttle:
+    return Throttle(LogLimiter(10.0, lines=lines, clock=clock))
+
+
+def test_one_line_of_code_cannot_flood_the_log_and_says_what_it_left_out() -> None:
     clock = Clock()
-    throttle = Throttle(3, 10.0, clock)
-    assert [throttle.filter(record("a %d", i)) for i in range(10)] == [True] * 3 + [False] * 7
+    limited = throttle(3, clock)
+    assert [limited.filter(record("a %d", i)) for i in range(10)] == [True] * 3 + [False] * 7
     other = record("elsewhere")
     other.lineno = 2
-    assert throttle.filter(other)
+    assert limited.filter(other)
     clock.now = 10.0
     again = record("a")
-    assert throttle.filter(again)
-    assert Text().format(again).endswith("INFO a (and 7 more such lines before, left out)")
-    assert json.loads(Json().format(again))["left_out"] == 7
+    assert limited.filter(again)
+    assert TextFormatter().format(again).endswith("INFO a (and 7 more such lines before, left out)")
+    assert json.loads(JsonFormatter().format(again))["left_out"] == 7
     later = record("a")
-    assert throttle.filter(later)
-    assert "left out" not in Text().format(later)
+    assert limited.filter(later)
+    assert "left out" not in TextFormatter().format(later)
 
 
 def test_debug_lines_are_not_left_out() -> None:
-    throttle = Throttle(1, 10.0, Clock())
-    assert all(throttle.filter(record("a", level=logging.DEBUG)) for _ in range(10))
+    limited = throttle(1, Clock())
+    assert all(limited.filter(record("a", level=logging.DEBUG)) for _ in range(10))
 
 
-def test_throttling_remembers_a_bounded_number_of_places() -> None:
-    throttle = Throttle(1, 10.0, Clock())
-    for number in range(10_000):
-        made = record("a")
-        made.name = f"logger{number}"
-        throttle.filter(made)
-    assert len(throttle._sites) <= 1024
+def test_a_limiter_allows_each_key_once_in_a_period() -> None:
+    clock = Clock()
+    limiter = LogLimiter(60.0, clock=clock)
+    assert [limiter.allows("a"), limiter.allows("a"), limiter.allows("b")] == [True, False, True]
+    clock.now = 59.9
+    assert not limiter.allows("a")
+    clock.now = 60.0
+    assert limiter.take("a") == 2
+    clock.now = 120.0
+    assert limiter.take("a") == 0
+
+
+def test_a_limiter_remembers_a_bounded_number_of_keys() -> None:
+    clock = Clock()
+    limiter = LogLimiter(60.0, keys=100, clock=clock)
+    assert sum(limiter.allows(number) for number in range(1000)) == 100
+    assert len(limiter._periods) == 100
+    clock.now = 60.0
+    assert limiter.allows("later")
+    assert len(limiter._periods) == 1
 
 
 @pytest.fixture
