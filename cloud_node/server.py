@@ -205,7 +205,7 @@ class Server:
     # What arrives
 
     def _handle(self, frame: zmq.Frame, to: bytes, name: str) -> bool:
-        """Handle a message. Returns whether it was useful: a useless one counts more for the limits."""
+        """Handle a message. Returns whether it was useful: useless ones count for more."""
         message_id = NO_ID
         try:
             message = decode_header(frame)
