@@ -15,7 +15,7 @@ from edge_common.options import SECONDS
 from edge_common.text import printable, table
 
 if TYPE_CHECKING:
-    from edge_runtime.offload.offloader import NodeStatus
+    from edge_runtime.offload.status import NodeStatus
 
 DESCRIPTION = """\
 Check every node of an edge.toml: is it reachable, is this edge authorised there, does it serve the

@@ -205,11 +205,12 @@ def run(args: argparse.Namespace) -> int:
                     if not several:
                         raise
                     failed += 1
-                    said = str(error) if isinstance(error, ImageError) else f"{photo}: {error}"
+                    if isinstance(error, PromptError):
+                        error.within(str(photo))
                     if args.json:
-                        print(json.dumps({"photo": photo.name, "error": said}), flush=True)
+                        print(json.dumps({"photo": photo.name, **error.fields()}), flush=True)
                     else:
-                        print(f"error: {printable(said)}", file=sys.stderr)
+                        print(error.shown(), file=sys.stderr)
                     continue
                 if args.json:
                     told = {**report, "folder": str(found)}

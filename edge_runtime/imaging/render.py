@@ -16,7 +16,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 if TYPE_CHECKING:
     from edge_runtime.imaging.prompts import Box, Point, Prompt
-    from edge_runtime.offload.offloader import OffloadReport
+    from edge_runtime.offload.report import OffloadReport
     from engines.geometry import Geometry
     from engines.windows import Windows
 

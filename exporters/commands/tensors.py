@@ -1,7 +1,7 @@
 """``edge-runtime tensors``: the largest tensors inside a graph, if nothing were fused.
 
 It shows why a bundle has a plain form and what that form keeps down; the measuring is
-:mod:`exporters.tensors`'s. Nothing is run and no weight is read.
+:mod:`exporters.tensor_sizes`'s. Nothing is run and no weight is read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from edge_common.text import printable
 from engines.bundle import Bundle
 
 if TYPE_CHECKING:
-    from exporters.tensors import Report
+    from exporters.tensor_sizes import Report
 
 _DESCRIPTION = """\
 Show the largest tensors that pass between the nodes of a graph, by ONNX's shape inference, without
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from exporters.tensors import report
+    from exporters.tensor_sizes import report
 
     graphs, windows = _graphs(args)
     sizes = {"n": windows, "p": args.prompts, "k": args.points}
