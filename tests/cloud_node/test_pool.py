@@ -104,7 +104,8 @@ async def running(bundle: Path | Bundle, **options: Any) -> AsyncIterator[Watche
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(main)
+    """A fault ends in a failure, not in a wait without end."""
+    asyncio.run(asyncio.wait_for(main, 90))
 
 
 def fill(slot: Slot, feeds: Feeds) -> int:

@@ -114,6 +114,18 @@ def test_a_large_request_is_not_starved_by_small_ones_that_fit() -> None:
     assert any(large in batch for batch in taken)
 
 
+def test_small_requests_get_at_most_a_batch_ahead_of_large_ones() -> None:
+    """Two requests of 6 do not fit a batch of 10, and small ones take the rest of each batch."""
+    queue = make(max_batch=10)
+    sizes, served = {"a": 6, "b": 6, "small": 1}, {"a": 0, "b": 0, "small": 0}
+    for client, windows in sizes.items():
+        admitted(queue, *(job(client, windows) for _ in range(400 // windows)))
+    for _ in range(20):
+        for each in finished(queue, queue.take(0.0)):
+            served[each.client] += each.windows
+        assert served["small"] <= min(served["a"], served["b"]) + 10 + 6
+
+
 def test_a_batch_waits_for_company_but_not_for_long_nor_when_full() -> None:
     queue = make(max_batch=4)
     assert queue.wait(0.0) is None
@@ -222,6 +234,19 @@ def test_who_is_alone_gets_in_however_slow_the_node_was() -> None:
     queue.record_batch(1, 50.0)
     admitted(queue, job(due=1.0))
     assert refusal(queue, job("b", due=1.0), 0.0).code == "overloaded"
+
+
+def test_the_estimate_counts_what_waits_and_what_runs() -> None:
+    queue = make()
+    queue.record_batch(10, 1.0)
+    admitted(queue, job(windows=4))
+    batch = queue.take(0.0)
+    admitted(queue, job(windows=3))
+    assert queue.estimate("a", 2, 0.0) == pytest.approx(0.9)
+    finished(queue, batch)
+    assert queue.estimate("a", 2, 0.0) == pytest.approx(0.5)
+    queue.hold_until(3.0)
+    assert queue.estimate("a", 2, 1.0) == pytest.approx(2.5)
 
 
 def test_recent_batches_weigh_more_in_the_estimate() -> None:
@@ -344,6 +369,47 @@ def test_a_client_that_sends_and_cancels_for_ever_costs_no_memory() -> None:
         queue.cancel("b", one.id)
     assert len(queue._deadlines) < 200
     assert len(queue._order) < 200
+
+
+def test_a_deadline_holds_after_many_requests_were_cancelled() -> None:
+    queue = make()
+    early, late = job("a", due=5.0), job("a", due=6.0)
+    admitted(queue, early, late)
+    for _ in range(300):
+        one = job("b", due=1.0)
+        admitted(queue, one)
+        queue.cancel("b", one.id)
+    assert len(queue._deadlines) < 200
+    assert queue.expire(4.9) == []
+    assert queue.expire(5.0) == [early]
+    assert queue.expire(6.0) == [late]
+
+
+def test_a_client_with_a_running_request_is_not_forgotten() -> None:
+    queue = make()
+    running = job("busy")
+    admitted(queue, running)
+    assert queue.take(0.0) == [running]
+    for number in range(200):
+        admitted(queue, job(f"client {number}", windows=2))
+        finished(queue, queue.take(0.0))
+    assert (queue.running, queue.running_windows) == (1, 1)
+    finished(queue, [running])
+    assert (queue.running, queue.running_windows) == (0, 0)
+
+
+def test_an_isolated_client_stays_isolated() -> None:
+    """When it is isolated again for less time, and when other clients come and go."""
+    queue = make()
+    admitted(queue, job("bad"))
+    queue.isolate("bad", 50.0)
+    queue.isolate("bad", 10.0)
+    finished(queue, queue.take(0.0))
+    for number in range(200):
+        admitted(queue, job(f"client {number}", windows=2))
+        finished(queue, queue.take(0.0))
+    admitted(queue, job("bad"), job("good"), now=20.0)
+    assert len(queue.take(20.0)) == 1
 
 
 def test_clients_that_are_gone_are_forgotten() -> None:

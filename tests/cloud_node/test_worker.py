@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -365,25 +364,3 @@ def test_outputs_that_do_not_fit_fail_the_run(
 def test_a_surprising_error_tells_nothing_of_its_text(serve: Callable[..., Any]) -> None:
     answers, _ = serve([ValueError("CANARY")], 1)
     assert answers[0].text == "ValueError in the engine"
-
-
-# Messages
-
-
-def test_messages_survive_any_cut() -> None:
-    sent: list[FromWorker] = [Ready("cpu", 0.5), Done(1, 2), RunFailed(3, "x" * 3000)]
-    sent += [Failed("EngineError", "why"), Logged(20, "engines", "so")]
-    data = b"".join(map(pack, sent))
-    rng = random.Random(0)
-    for _ in range(200):
-        unpacker, found, start = Unpacker(), [], 0
-        while start < len(data):
-            stop = start + rng.randrange(1, 40)
-            found += [decode_from_worker(body) for body in unpacker.feed(data[start:stop])]
-            start = stop
-        assert found == sent
-
-
-def test_a_message_too_long_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected at most"):
-        list(Unpacker().feed(b"\0\x20\0\0"))
