@@ -202,7 +202,7 @@ def test_what_it_cannot_open_is_told(
 ) -> None:
     peer = start(**changes)
     failed = peer.receive()
-    if isinstance(failed, Ready):
+    if failed == Ready("cuda", getattr(failed, "slowest_s", 0)) and changes == {"device": "cuda"}:
         pytest.skip("there is CUDA here")
     assert isinstance(failed, Failed)
     assert failed.kind == kind
