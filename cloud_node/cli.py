@@ -6,16 +6,15 @@ import argparse
 import contextlib
 import json
 import os
-import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from cloud_node.settings import BY_NAME, GROUPS, SETTINGS, Setting
+from cloud_node.settings import SETTINGS
 from edge_common import signals
-from edge_common.options import Invalid, Parser
-from edge_common.text import printable
+from edge_common.options import Parser
+from edge_common.settings import add_arguments, settings_file, split_address
 
 if TYPE_CHECKING:
     from cloud_node.config import Loaded, Prepared
@@ -27,20 +26,20 @@ Lend this machine to edges: run the window-attention layers of a Segment Anythin
 windows of their images. A node never gets a whole image, a prompt or a mask."""
 
 _SERVE = """\
-Serve one bundle over ZeroMQ with CURVE encryption. Only edges whose public keys lie in
-DIR/authorized get in; edges know this node by the public key in DIR/node.pub.
+Serve one bundle over ZeroMQ with CURVE encryption. Only edges with a public key in DIR/authorized
+can connect. Edges identify this node by the public key in DIR/node.pub.
 
-Every setting is an option here and a key in the file that --config names (with _ for -); options
-win. `cloud-node init` writes such a file with all of them explained."""
+Every setting is an option here and a key (with _ for -) in the file given with --config; options
+win. `cloud-node init` writes such a file and explains every setting in it."""
 
 _CHECK = """\
-Check everything that `cloud-node serve` would be told with the same words: settings, keys, the
-hashes of the bundle, addresses. Prints the settings that hold and where each comes from. Starts
-nothing: whether the engine opens is only seen by serving, or by `edge-runtime doctor`."""
+Check everything that `cloud-node serve` reads with the same options: settings, keys, the hashes of
+the bundle, addresses. Prints each setting and where it comes from. Opens no engine;
+`edge-runtime doctor` does."""
 
 _INIT = """\
-Write a node.toml with every setting explained in it. Settings given as options are set in it, the
-others stand there as comments, with their defaults. Overwrites nothing."""
+Write a node.toml that explains every setting. Options given here are set in it; all others are
+comments with their defaults. Never overwrites a file."""
 
 _EXAMPLES = """\
 first time on this machine:
@@ -54,10 +53,17 @@ or, to keep it running:
   cloud-node check --config node.toml
   cloud-node serve --config node.toml
 
-A bundle is a directory made by `edge-runtime export`; `--for node` leaves out what a node needs
-not. Windows are kept in memory only and appear in no log. Ctrl-C, SIGTERM or SIGHUP stops the node
-once what it has admitted is answered, or drain_s is over; a second Ctrl-C or SIGTERM stops it at
-once. A key added to or taken from DIR/authorized counts within a second. docs/node.md has the rest.
+A bundle is a directory made by `edge-runtime export`; with `--for node` it contains only what a
+node needs. Windows are kept in memory only and appear in no log. Ctrl-C, SIGTERM or SIGHUP stops
+the node as soon as all admitted requests are answered, at the latest after drain_s; a second Ctrl-C
+or SIGTERM stops it at once. Changes to DIR/authorized take effect within a second. The rest is in
+docs/node.md.
+"""
+
+
+_HEADER = """\
+# Settings of this node, read by `cloud-node serve --config`. Relative paths are relative to this
+# file. Lines that are comments show the default, or an example.
 """
 
 
@@ -71,17 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, help=summary, description=description, epilog=_EXAMPLES, formatter_class=raw
         )
-        for group in GROUPS:
-            section = command.add_argument_group(group)
-            for setting in SETTINGS:
-                if setting.group == group:
-                    section.add_argument(
-                        setting.option,
-                        type=_reader(setting),
-                        default=argparse.SUPPRESS,
-                        metavar=setting.placeholder,
-                        help=_help(setting),
-                    )
+        add_arguments(command, SETTINGS)
         command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
         return command
 
@@ -104,21 +100,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _reader(setting: Setting) -> Any:
-    def read(text: str) -> Any:
-        try:
-            return setting.parse(text)
-        except Invalid as error:
-            raise Invalid(f"{error}, not {text!r}") from None
-
-    return read
-
-
-def _help(setting: Setting) -> str:
-    default = setting.unset or setting.show(setting.default).strip('"')
-    return f"{setting.help} Default: {default}.".replace("%", "%%")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status.
 
@@ -127,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
             command alone.
     """
     if argv is None:
-        return signals.as_process(lambda: _main(None))
+        return signals.run_as_process(lambda: _main(None))
     return _main(argv)
 
 
@@ -144,7 +125,7 @@ def _main(argv: list[str] | None) -> int:
         return 2
     from edge_common.errors import EdgeRuntimeError
 
-    options = {name: value for name, value in vars(args).items() if name in BY_NAME}
+    options = {name: value for name, value in vars(args).items() if name in SETTINGS}
     try:
         if args.command == "init":
             return _init(args.out, options)
@@ -160,28 +141,26 @@ def _main(argv: list[str] | None) -> int:
     except EdgeRuntimeError as error:
         if args.debug:
             raise
-        print(f"error: {printable(error)}", file=sys.stderr)
+        print(error.shown(), file=sys.stderr)
         return error.exit_code
 
 
 def _serve(file: Path | None, options: Mapping[str, Any]) -> int:
-    from edge_common.process import disable_core_dumps
+    from edge_common.process import disable_core_dumps, exit_on_stop_signals
 
     disable_core_dumps()  # until then, other processes of this user can look into this one
-    for number in _stop_signals():
-        signal.signal(number, _leave)  # until the server can stop in order
+    exit_on_stop_signals()
 
     from cloud_node.memory import check_room
 
     check_room()
-    # Neither here nor in workers does NumPy multiply matrices, for which it would take memory in
-    # as many threads as there are cores.
+    # NumPy multiplies no matrices here or in workers, but would take memory for a thread per core.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
     import asyncio
     import logging
 
-    from cloud_node.config import load, prepare
+    from cloud_node.config import ALL_CORES, load, prepare, takes_all_cores
     from edge_common.errors import EdgeRuntimeError
     from edge_common.logs import setup
     from edge_common.process import keep_freed_memory
@@ -194,11 +173,8 @@ def _serve(file: Path | None, options: Mapping[str, Any]) -> int:
     prepared = prepare(config)
     service_manager = ServiceManager.from_environment()  # before workers inherit it
     pool = _pool(prepared)
-    if config.threads is None and config.workers == "local" and {*config.device} <= {"auto", "cpu"}:
-        log.info(
-            "on the CPU this node takes all cores; if several nodes share this machine, give each "
-            "its part with --threads"
-        )
+    if takes_all_cores(config):
+        log.info(ALL_CORES)
     try:
         asyncio.run(_run(prepared, pool, service_manager))
     except (EdgeRuntimeError, MemoryError):
@@ -208,17 +184,6 @@ def _serve(file: Path | None, options: Mapping[str, Any]) -> int:
         return 1
     log.info("stopped")
     return 0
-
-
-def _stop_signals() -> list[signal.Signals]:
-    """What tells a node to stop. SIGHUP comes when its terminal is closed. nohup has that ignored,
-    and so it stays."""
-    hangup = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
-    return [signal.SIGTERM, signal.SIGINT, *[signal.SIGHUP] * hangup]
-
-
-def _leave(*_: object) -> NoReturn:
-    raise SystemExit(0)
 
 
 def _pool(prepared: Prepared) -> Pool:
@@ -244,36 +209,17 @@ def _pool(prepared: Prepared) -> Pool:
     )
 
 
-def _end_now(number: int, _: object) -> None:
-    os._exit(128 + number)
-
-
 async def _run(prepared: Prepared, pool: Pool, service_manager: ServiceManager) -> None:
     import asyncio
 
     from cloud_node.server import Server
+    from edge_common.process import set_on_stop_signals
 
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def begin_stop() -> None:
-        stop.set()
-        # A second SIGHUP changes nothing: when a terminal is closed, the shell and the system each
-        # send one.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
-            # A second signal ends the process at once. Python's own answer to Ctrl-C, an exception
-            # wherever it happens to be, would not: Ray for one then waits for ever. Nor would the
-            # default where this is a container's first process, which the kernel spares.
-            first = os.getpid() == 1
-            signal.signal(number, _end_now if first else signal.SIG_DFL)
-
-    for number in _stop_signals():
-        loop.add_signal_handler(number, begin_stop)
+    set_on_stop_signals(stop)
     server = Server(prepared, pool)
     async with contextlib.AsyncExitStack() as stack:
         if prepared.config.metrics:
-            from cloud_node.settings import split_address
             from edge_common.health import Endpoint
 
             endpoint = Endpoint(server.metrics, server.metrics.registry)
@@ -291,24 +237,20 @@ def _check(file: Path | None, options: Mapping[str, Any], as_json: bool) -> int:
     _pool(prepared)
     notes = examine(prepared)
     if as_json:
-        settings = {
-            setting.name: {"value": _plain(value), "source": loaded.sources[setting.name]}
-            for setting in SETTINGS
-            for value in [getattr(loaded.config, setting.name)]
-        }
-        told = {
-            "settings": settings,
+        report = {
+            "settings": {
+                name: {"value": getattr(loaded.config, name), "source": source}
+                for name, source in loaded.sources.items()
+            },
             "notes": notes,
             "bundle": prepared.label,
             "public_key": prepared.keypair.public,
             "authorised_keys": len(prepared.allowed),
         }
-        print(json.dumps(told, indent=2))
+        print(json.dumps(report, indent=2, default=str))
         return 0
     print("\n".join(_table(loaded)))
-    print(
-        f"\nBundle: {prepared.label}, stack {prepared.stage.sha256[:12]}, hashes as they should be"
-    )
+    print(f"\nBundle: {prepared.label}, stack {prepared.stage.sha256[:12]}, hashes are correct")
     print(f"Public key: '{prepared.keypair.public}'")
     print(f"Edges authorised: {len(prepared.allowed)}")
     for note in notes:
@@ -316,16 +258,12 @@ def _check(file: Path | None, options: Mapping[str, Any], as_json: bool) -> int:
     return 0
 
 
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value  # tuples become arrays
-
-
 def _table(loaded: Loaded) -> list[str]:
-    rows = [("SETTING", "FROM", "VALUE")]  # which may be long
-    for setting in SETTINGS:
-        value = getattr(loaded.config, setting.name)
-        shown = f"({setting.unset})" if value is None else setting.show(value).strip('"')
-        rows.append((setting.name, loaded.sources[setting.name], shown))
+    rows = [("SETTING", "FROM", "VALUE")]
+    for name, setting in SETTINGS.items():
+        value = getattr(loaded.config, name)
+        shown = f"({setting.about.unset})" if value is None else setting.show(value).strip('"')
+        rows.append((name, loaded.sources[name], shown))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return [f"{name:{widths[0]}}  {source:{widths[1]}}  {value}" for name, source, value in rows]
 
@@ -333,13 +271,12 @@ def _table(loaded: Loaded) -> list[str]:
 def _init(out: Path, options: Mapping[str, Any]) -> int:
     from cloud_node.config import load
     from edge_common.errors import ConfigError
-    from edge_common.files import refuse_existing, write_whole
+    from edge_common.files import write_atomically
 
-    refuse_existing(out, ConfigError, "name another file with --out")
     config = load(None, options).config
-    write_whole(
+    write_atomically(
         out,
-        _toml(options, out.parent),
+        _HEADER + settings_file(SETTINGS, options, out.parent),
         mode=0o644,  # under a loose umask, others could write to it
         replace=False,
         error=ConfigError,
@@ -350,28 +287,6 @@ def _init(out: Path, options: Mapping[str, Any]) -> int:
         print(f"  edge-runtime keys node --dir {config.keys}")
     print(f"  cloud-node check --config {out}\n  cloud-node serve --config {out}")
     return 0
-
-
-def _toml(options: Mapping[str, Any], base: Path) -> str:
-    """A node.toml with these settings set, for the folder `base`."""
-    import textwrap
-
-    parts = [
-        "# Settings of this node, read by `cloud-node serve --config`. Relative paths are relative "
-        "to\n# this file. Lines that are comments show the default, or an example.\n"
-    ]
-    for setting in SETTINGS:
-        text = setting.help if not setting.unset else f"{setting.help} Default: {setting.unset}."
-        parts.append("\n" + textwrap.fill(text, 98, initial_indent="# ", subsequent_indent="# "))
-        if setting.name in options:
-            value = options[setting.name]
-            if setting.is_path:
-                value = os.path.relpath(value, base)
-            parts.append(f"\n{setting.name} = {setting.show(value)}\n")
-        else:
-            value = setting.example if setting.default is None else setting.default
-            parts.append(f"\n# {setting.name} = {setting.show(value)}\n")
-    return "".join(parts)
 
 
 if __name__ == "__main__":

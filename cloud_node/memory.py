@@ -11,9 +11,9 @@ import logging
 import resource
 from dataclasses import dataclass, replace
 
-from cloud_node.settings import size_text
 from edge_common.errors import ConfigError
 from edge_common.memory_limits import Limit, MemoryLimits
+from edge_common.settings import size_text
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Files and folders that appear whole or not at all, also when the disk is full or a signal comes.
 
-What is being written lies beside its place under a hidden name and is renamed at the end.
+Work in progress lies beside its final place under a hidden name and is renamed at the end.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edge_common.errors import EdgeRuntimeError, OutputError
-from edge_common.signals import held, undone
+from edge_common.signals import cleanup_on_exit, defer_signals
 
-_NO_ROOM = (None, errno.ENOSPC, errno.EDQUOT)
-"""Numbers of a full disk. NumPy and Pillow keep the number of a short write to themselves."""
+# None: NumPy and Pillow drop the number of the error after a short write.
+_DISK_FULL = (None, errno.ENOSPC, errno.EDQUOT)
 _NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @contextlib.contextmanager
-def whole_file(
+def atomic_file(
     path: str | os.PathLike[str],
     *,
     mode: int | None = None,
@@ -30,25 +30,25 @@ def whole_file(
     error: type[EdgeRuntimeError] = OutputError,
     instead: str = "name another file",
 ) -> Iterator[Path]:
-    """An empty scratch file to write to, which becomes ``path`` at the end of the block.
+    """Yield an empty scratch file to write to; it becomes ``path`` at the end of the block.
 
     Args:
-        mode: of the file, exactly and from the first instant; None is as the umask says.
-        replace: whether an existing file may be replaced. If not, it never is, not even one that
-            appears during the block.
-        error: what to raise if the disk refuses.
-        instead: what the user can do then, besides mending the disk.
+        mode: permissions of the file from its first instant; None leaves them to the umask.
+        replace: whether an existing file may be replaced. If not, a file that appears during the
+            block is not replaced either.
+        error: class of the error to raise when the disk refuses.
+        instead: what the user can do other than repair the disk; ends the error's text.
     """
     path = Path(path)
     if not replace:
         refuse_existing(path, error, instead)
-    scratch = _beside(path)
+    scratch = _hidden_name(path)
 
-    def clean() -> None:
+    def remove() -> None:
         with contextlib.suppress(OSError):
             scratch.unlink()
 
-    with undone(clean), writing(path, error, instead):
+    with cleanup_on_exit(remove), explain_write_errors(path, error, instead):
         first = 0o666 if mode is None else mode
         descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, first)
         try:
@@ -68,7 +68,7 @@ def whole_file(
                 raise
 
 
-def write_whole(
+def write_atomically(
     path: str | os.PathLike[str],
     data: bytes | str,
     *,
@@ -77,9 +77,9 @@ def write_whole(
     error: type[EdgeRuntimeError] = OutputError,
     instead: str = "name another file",
 ) -> None:
-    """Write a file in one go; see :func:`whole_file`."""
+    """Write a whole file at once; for the arguments see :func:`atomic_file`."""
     content = data.encode() if isinstance(data, str) else data
-    with whole_file(path, mode=mode, replace=replace, error=error, instead=instead) as scratch:
+    with atomic_file(path, mode=mode, replace=replace, error=error, instead=instead) as scratch:
         scratch.write_bytes(content)
 
 
@@ -92,21 +92,21 @@ def scratch_folder(
     error: type[EdgeRuntimeError] = OutputError,
     instead: str = "name another folder with --out",
 ) -> Iterator[Path]:
-    """A hidden folder beside ``folder``, to be moved there with :func:`move_folder`.
+    """Yield a hidden folder beside ``folder``, to be moved there with :func:`move_folder`.
 
-    Parent folders are made. At the end, what was not moved is gone, and so are those parents if
-    nothing is in them.
+    Missing parent folders are made. The end of the block removes the hidden folder, unless it was
+    moved, and the parents it made, unless something is in them.
 
     Args:
-        mode: of the folder, less the umask.
-        room: bytes that must be free on the disk, so that a full one is noticed before the work.
-        error, instead: see :func:`whole_file`.
+        mode: permissions of the folder, less the umask.
+        room: bytes that must be free on the disk, so that a full disk is found before the work.
+        error, instead: see :func:`atomic_file`.
     """
     folder = Path(folder).absolute()
-    scratch = _beside(folder)
+    scratch = _hidden_name(folder)
     made = [parent for parent in folder.parents if not parent.exists()]
 
-    def clean() -> None:
+    def remove() -> None:
         shutil.rmtree(scratch, ignore_errors=True)
         for parent in made:
             with contextlib.suppress(OSError):
@@ -115,8 +115,8 @@ def scratch_folder(
     for parent in folder.parents:
         if os.path.lexists(parent) and not parent.is_dir():
             raise error(f"{parent} is a file, not a folder: {instead}")
-    with undone(clean):
-        with writing(folder, error, instead):
+    with cleanup_on_exit(remove):
+        with explain_write_errors(folder, error, instead):
             folder.parent.mkdir(parents=True, exist_ok=True)
             scratch.mkdir(mode)
             free = shutil.disk_usage(scratch).free
@@ -129,14 +129,20 @@ def scratch_folder(
 
 
 def move_folder(scratch: Path, folder: str | os.PathLike[str], *, replace: bool = False) -> None:
-    """Put a finished folder in its place; whoever looks sees the old one or the new one.
+    """Put a finished folder in its place. If that fails, the old folder is back in its place.
 
     Raises:
-        FileExistsError: there is something, other than an empty folder, and ``replace`` is off.
+        FileExistsError: something other than an empty folder is there, and ``replace`` is off.
     """
     folder = Path(folder)
-    old = _beside(folder)
-    with undone(lambda: shutil.rmtree(old, ignore_errors=True)), held():
+    old = _hidden_name(folder)
+    replaced = False
+
+    def remove_old() -> None:
+        if replaced:
+            shutil.rmtree(old, ignore_errors=True)
+
+    with cleanup_on_exit(remove_old), defer_signals():
         try:
             scratch.rename(folder)
             return
@@ -148,42 +154,56 @@ def move_folder(scratch: Path, folder: str | os.PathLike[str], *, replace: bool 
         folder.rename(old)
         try:
             scratch.rename(folder)
-        except BaseException:
-            old.rename(folder)
+        except OSError as error:
+            try:
+                old.rename(folder)
+            except OSError:  # something else has taken the name meanwhile
+                text = f"{error.strerror}, and what was there is now {old}"
+                raise OSError(error.errno, text) from error
             raise
+        replaced = True
 
 
 def refuse_existing(
     path: str | os.PathLike[str], error: type[EdgeRuntimeError], instead: str
 ) -> None:
-    """Raise ``error`` if anything is at ``path``, which is never to be overwritten."""
+    """Raise ``error`` if anything is at ``path``."""
     if os.path.lexists(path):
         raise error(f"{path} exists and is never overwritten: move it away, or {instead}")
 
 
 @contextlib.contextmanager
-def writing(
+def explain_write_errors(
     path: str | os.PathLike[str],
     error: type[EdgeRuntimeError] = OutputError,
     instead: str = "name another place",
 ) -> Iterator[None]:
-    """Turn a refusal of the disk into one line that names ``path`` and says what to do."""
+    """Turn an OSError in the block into one line that names ``path`` and says what to do."""
     try:
         yield
     except OSError as refusal:
-        raise error(cannot_write(path, refusal, instead)) from refusal
+        raise error(write_error_text(path, refusal, instead)) from refusal
 
 
-def cannot_write(path: str | os.PathLike[str], refusal: OSError, instead: str) -> str:
-    """One line for a refusal of the disk."""
+def write_error_text(path: str | os.PathLike[str], refusal: OSError, instead: str) -> str:
+    """The line of :func:`explain_write_errors`."""
     reason = refusal.strerror or str(refusal) or "no space left on the disk"
-    if refusal.errno in _NO_ROOM:
+    if refusal.errno in _DISK_FULL:
         remedy = "make room on that disk, or "
     elif refusal.errno in _NOT_ALLOWED:
         remedy = "allow it, or "
     else:
         remedy = ""
     return f"cannot write {path}: {reason}; {remedy}{instead}"
+
+
+def flush_to_disk(path: str | os.PathLike[str]) -> None:
+    """Flush a file's content, or a folder's list of names, to the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _rename_to_new(scratch: Path, path: Path) -> None:
@@ -193,10 +213,10 @@ def _rename_to_new(scratch: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
             raise
-        with held():  # a disk without links, such as a memory card: take the name first
+        with defer_signals():  # a disk without links, such as a memory card: take the name first
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
             scratch.replace(path)
 
 
-def _beside(path: Path) -> Path:
+def _hidden_name(path: Path) -> Path:
     return path.with_name(f".{path.name[:80]}.{secrets.token_hex(8)}")

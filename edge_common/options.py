@@ -1,6 +1,6 @@
-"""Options of all commands: numbers within bounds, shares, and errors of one line.
+"""Types of options: numbers within bounds, shares, and a parser whose errors are one line.
 
-The same bounds hold on the command line, in ``edge.toml`` and in ``node.toml``.
+The command line, ``edge.toml`` and ``node.toml`` use the same bounds.
 """
 
 from __future__ import annotations
@@ -12,18 +12,17 @@ from typing import Any, NoReturn
 
 
 class Invalid(argparse.ArgumentTypeError, ValueError):
-    """A value that an option cannot have; the text goes on from "NAME is VALUE", as in "expected
-    ..."."""
+    """An option's value is wrong; the text says what was expected."""
 
 
 @dataclass(frozen=True)
 class Number:
-    """A number within bounds. Call it with the text of an option, as argparse does for ``type=``.
+    """A number within bounds, for the ``type=`` of an argparse option.
 
     Attributes:
         least, most: the bounds, both allowed.
-        above: whether ``least`` itself is not allowed.
-        whole: whether only whole numbers are.
+        above: ``least`` itself is not allowed.
+        whole: only whole numbers are allowed.
         unit: what the number counts.
     """
 
@@ -42,7 +41,7 @@ class Number:
         return value
 
     def parse(self, text: str) -> Any:
-        """The number that ``text`` says, not compared with the bounds; raises Invalid."""
+        """Convert ``text`` without checking the bounds; raises Invalid."""
         try:
             return int(text) if self.whole else float(text)
         except ValueError:
@@ -51,7 +50,7 @@ class Number:
     def check(self, value: float) -> None:
         """Raise Invalid unless the value is within the bounds."""
         low = self.least < value if self.above else self.least <= value
-        if not (low and value <= self.most):  # not so of a NaN
+        if not (low and value <= self.most):  # a NaN fails this
             raise Invalid(f"expected {self}")
 
     def __str__(self) -> str:
@@ -89,14 +88,14 @@ SHARE = Share()
 THREADS = Number(1, 1024, whole=True)
 SECONDS = Number(0, 86_400, "seconds", above=True)
 COUNT = Number(1, 10_000_000, whole=True)
-"""Of things that are counted: steps, images, samples."""
+"""Steps, images, samples."""
 RATE = Number(0, 1, above=True)
-"""Of learning."""
+"""Learning rate."""
 SEED = Number(0, (1 << 64) - 1, whole=True)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and for which ``-5,10`` is a value, not an option."""
+    """A parser with errors of one line, which takes ``-5,10`` for a value, not an option."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})

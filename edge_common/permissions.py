@@ -1,7 +1,7 @@
 """Whether another user could change a file that must be trusted: keys, settings, engines.
 
-The rule is that of OpenSSH's StrictModes: the file, every link and every folder on the way to it
-belong to us or to root, and nobody else may write to them.
+The rule is the one of OpenSSH's StrictModes: the file, and every link and folder on the path to it,
+belongs to us or to root, and nobody else may write to it.
 """
 
 from __future__ import annotations
@@ -18,38 +18,40 @@ from pathlib import Path
 _LINKS = 40  # as many as Linux follows
 
 
-def danger(path: Path | str, *, owner: int | None = None, closed: bool = False) -> str | None:
-    """Why `path` must not be trusted and the command that mends it; None if it may be.
+def why_untrusted(
+    path: Path | str, *, owner: int | None = None, closed: bool = False
+) -> str | None:
+    """Say why `path` must not be trusted, and which command repairs that; None if it is safe.
 
-    A folder with the sticky bit, such as /tmp, may be on the way although everybody can write to
-    it: only the owner of what lies in it can replace that. Group write permission is accepted
-    where the group holds its owner alone, as on systems that give every user a group. Read-only
-    mounts are judged like others, because users of the host may still write there.
+    A folder with the sticky bit, such as /tmp, may be on the path: everybody can write to it, but
+    only the owner of a file in it can replace that file. Group write permission is accepted where
+    the owner is the only member of the group, as on systems that give every user a group. Read-only
+    mounts follow the same rules, because users of the host may still be able to write there.
 
     Args:
-        owner: uid of another user who may own it, besides us and root.
+        owner: uid of another user who may own the file, besides us and root.
         closed: `path` is a folder in which others may not even add files, sticky or not.
 
     Raises:
-        OSError: there is no such file, or no way to it.
+        OSError: the file does not exist, or cannot be reached.
     """
     path = Path(path)
-    *way, last = _way(path)
-    for step in way:
-        found = judge(step, os.lstat(step), owner, _unmapped(), sticky=True)
+    *steps, last = _steps(path)
+    for step in steps:
+        found = why_entry_untrusted(step, os.lstat(step), owner, _unmapped(), sticky=True)
         if found:
             return f"{found}, or move {path} to a folder that only you can write to"
-    return judge(last, os.lstat(last), owner, sticky=not closed)
+    return why_entry_untrusted(last, os.lstat(last), owner, sticky=not closed)
 
 
-def judge(
+def why_entry_untrusted(
     path: Path, status: os.stat_result, *owners: int | None, sticky: bool = False
 ) -> str | None:
-    """`danger` of one file or folder by itself, without the way to it.
+    """`why_untrusted` for one file or folder alone, without the path to it.
 
     Args:
         owners: uids of users who may own it, besides us and root.
-        sticky: a folder in which everybody may add files, but replace none of others, is safe.
+        sticky: accept a folder with the sticky bit: others may add files but not replace ours.
     """
     quoted = shlex.quote(str(path))
     if status.st_uid not in (0, os.geteuid(), *owners):
@@ -66,7 +68,7 @@ def judge(
         return None
     if stat.S_ISDIR(status.st_mode) and mode & stat.S_ISVTX and sticky:
         return None
-    if not mode & 0o002 and _alone(status.st_uid, status.st_gid) and not _has_acl(path):
+    if not mode & 0o002 and _is_private_group(status.st_uid, status.st_gid) and not _has_acl(path):
         return None
     return (
         f"others may write to {path} (mode {mode:04o}) and could replace what it holds: run "
@@ -74,8 +76,8 @@ def judge(
     )
 
 
-def _way(path: Path) -> Iterator[Path]:
-    """Every folder and link that is passed on the way to `path`, and last the file itself."""
+def _steps(path: Path) -> Iterator[Path]:
+    """Yield every folder and link on the path to `path`, and last the file itself."""
     at = Path("/")
     ahead = [*reversed(path.absolute().parts[1:])]
     links = 0
@@ -97,9 +99,9 @@ def _way(path: Path) -> Iterator[Path]:
 
 @functools.cache
 def _unmapped() -> int | None:
-    """The uid that stands for all users who don't exist in this user namespace, if there are any.
+    """The uid that stands for all users unknown in this user namespace; None if there are none.
 
-    In a container without root's rights over the host, folders of the host's root show it.
+    Folders of the host's root have this uid in a container without root's rights over the host.
     """
     try:
         if Path("/proc/self/uid_map").read_text().split() == ["0", "0", str(2**32 - 1)]:
@@ -110,8 +112,8 @@ def _unmapped() -> int | None:
 
 
 @functools.cache
-def _alone(uid: int, gid: int) -> bool:
-    """Whether the group has this user as its only member. Looked up once, for it may be slow."""
+def _is_private_group(uid: int, gid: int) -> bool:
+    """Whether this user is the only member of the group. Cached, because the lookup may be slow."""
     try:
         name, members = pwd.getpwuid(uid).pw_name, set(grp.getgrgid(gid).gr_mem)
     except KeyError:
@@ -121,7 +123,7 @@ def _alone(uid: int, gid: int) -> bool:
 
 
 def _has_acl(path: Path) -> bool:
-    """Whether permissions of single users are hidden behind those of the group."""
+    """Whether an access control list gives rights that the mode does not show."""
     try:
         return "system.posix_acl_access" in os.listxattr(path)
     except (OSError, AttributeError):  # macOS has no such function

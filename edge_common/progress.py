@@ -1,6 +1,6 @@
-"""Progress of long work, on stderr: a bar with an estimate on a terminal, lines elsewhere.
+"""Progress of long work on stderr: a bar with an estimate on a terminal, lines elsewhere.
 
-Nothing is shown of work that is over within a second.
+Work that takes less than a second shows nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from edge_common.signals import undone
+from edge_common.signals import cleanup_on_exit
 
 _FIRST_S = 1.0
 _REFRESH_S = 0.2
@@ -21,7 +21,7 @@ _LINE_S = 15.0
 
 
 class Progress:
-    """Work under way. Make one with :func:`progress`."""
+    """How much of some work is done. Made by :func:`progress`."""
 
     def __init__(self, label: str = "", total: float | None = None, done: float = 0) -> None:
         self.label, self.total, self.done = label, total, done
@@ -31,20 +31,20 @@ class Progress:
         self._piece = 0.0
 
     def advance(self, amount: float = 1.0, note: str = "") -> None:
-        """So much more is done."""
+        """Report that ``amount`` more is done."""
         self.done += amount
         self._marked, self._piece = time.monotonic(), 0.0
         self.note = note
 
     @contextlib.contextmanager
     def piece(self, amount: float = 1.0, note: str = "") -> Iterator[None]:
-        """So much is done in one go during the block. Meanwhile the pace so far gives a guess."""
+        """Report that the block does ``amount`` at once; meanwhile the pace gives an estimate."""
         self._marked, self._piece, self.note = time.monotonic(), amount, note
         yield
         self.advance(amount, note)
 
     def state(self, now: float) -> tuple[float | None, float | None]:
-        """The share that is done and the seconds that are left; None where nothing is known."""
+        """The share done and the seconds left; None where unknown."""
         if self.total is None:
             return None, None
         finished, spent = self.done - self._begun_at, self._marked - self._begun
@@ -52,13 +52,13 @@ class Progress:
             return (self.done / self.total if self.done else None), None
         pace = finished / spent
         guess = (now - self._marked) * pace
-        if guess > self._piece > 0:  # it takes longer than guessed, nobody knows how much
+        if guess > self._piece > 0:  # it takes longer than estimated
             return min((self.done + 0.95 * self._piece) / self.total, 1.0), None
         done = min(self.done + min(guess, self._piece), self.total)
         return done / self.total, (self.total - done) / pace
 
     def text(self, now: float) -> str:
-        """What to say: ``window layers, 45 %, 12 s so far, about 14 s left``."""
+        """The state in words: ``window layers, 45%, 12 s so far, about 14 s left``."""
         share, left = self.state(now)
         parts = [self.note] if self.note else []
         parts += [] if share is None else [f"{share:.0%}"]
@@ -71,12 +71,12 @@ class Progress:
 def progress(
     label: str, total: float | None = None, *, done: float = 0, quiet: bool = False
 ) -> Iterator[Progress]:
-    """Show how far some work is; yields a :class:`Progress` that the work keeps up to date.
+    """Show the progress of the block; yields a :class:`Progress` for the work to keep up to date.
 
     Args:
-        label: what is under way.
-        total: how much work there is, in any unit; None if that is not known.
-        done: how much of it was done before, in an earlier run for example.
+        label: name of the work.
+        total: how much work there is, in any unit; None if unknown.
+        done: how much of it was done before, for example in an earlier run.
         quiet: show nothing.
     """
     work = Progress(label, total, done)
@@ -98,7 +98,7 @@ def _show_lines(work: Progress, over: threading.Event) -> None:
     wait = _FIRST_LINE_S
     while not over.wait(wait):
         print(f"{work.label}: {work.text(time.monotonic())}", file=sys.stderr, flush=True)
-        wait = max(_LINE_S, (time.monotonic() - work._begun) / 20)  # logs of hours stay readable
+        wait = max(_LINE_S, (time.monotonic() - work._begun) / 20)  # keeps logs of long runs short
 
 
 def _show_bar(work: Progress, over: threading.Event) -> None:
@@ -116,13 +116,13 @@ def _show_bar(work: Progress, over: threading.Event) -> None:
     ]
     console = Console(stderr=True)
     with (
-        undone(lambda: console.control(Control.show_cursor(True))),
+        cleanup_on_exit(lambda: console.control(Control.show_cursor(True))),
         Bar(
             *columns,
             console=console,
             auto_refresh=False,
             transient=True,
-            redirect_stdout=sys.stdout.isatty(),  # else what goes to a file would go to stderr
+            redirect_stdout=sys.stdout.isatty(),  # otherwise output to a file would go to stderr
         ) as bar,
     ):
         task = bar.add_task(work.label, total=None, text="")

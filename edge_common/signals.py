@@ -1,8 +1,8 @@
 """Ctrl-C, SIGTERM and SIGHUP: a command ends within a second and leaves nothing behind.
 
-Python handles signals between two steps of the main thread, so not while an engine computes, which
-may take minutes. A second thread therefore hears of the signal too. If the main thread does not
-end in time, the second thread undoes what :func:`undone` has registered and ends the process.
+Python runs signal handlers between two steps of the main thread, so never while a library computes,
+which may take minutes. A second thread therefore receives each signal too. If the main thread does
+not end in time, that thread runs the registered clean-ups and ends the process.
 """
 
 from __future__ import annotations
@@ -22,67 +22,68 @@ if TYPE_CHECKING:
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _GRACE_S = 0.15
-"""How long the main thread may take to end by itself."""
-_UNDO_S = 0.4
-"""How long undoing may take after that."""
-_HELD_S = 5.0
-"""How long :func:`held` can put the end off."""
+"""Time for the main thread to end by itself."""
+_CLEANUP_S = 0.4
+"""Time for the clean-ups after that."""
+_DEFER_S = 5.0
+"""Longest time that :func:`defer_signals` can put the end off."""
 
-_undo: dict[object, Callable[[], None]] = {}
-_held = 0
+_cleanups: dict[object, Callable[[], None]] = {}
+_deferring = 0
 _pending: int | None = None
-_came: int | None = None
+_received: int | None = None
 _ending = False
+_said = False
 
 
-def as_process(command: Callable[[], int]) -> int:
-    """Run ``command`` as the whole of this process; returns its exit status.
+def run_as_process(command: Callable[[], int]) -> int:
+    """Run ``command`` as the whole of this process and return its exit status.
 
-    The stack of the command is unwound by a signal. After one, this does not return: the process
-    ends with the status that shells report, 128 and the signal's number, without waiting for
-    threads that are still inside a library.
+    A signal raises in the main thread, so the command's clean-ups run. After a signal this function
+    does not return: the process ends with the status that shells report, 128 plus the signal's
+    number, and does not wait for threads that are still inside a library.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    # Python's own C handler writes the signal's number here at once, whatever the main thread does.
+    # Python's C handler writes the signal's number here at once, whatever the main thread does.
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    _survive_forks()
+    _reset_in_forks()
     threading.Thread(target=_watch, args=(reader,), name="signals", daemon=True).start()
     _install(_raise)
     try:
         return command()
     except KeyboardInterrupt:
-        _say_interrupted()
+        say_interrupted()
         return 128 + signal.SIGINT
     finally:
-        if _came is not None:
+        if _received is not None:
             error = sys.exc_info()[1]
             if isinstance(error, Exception):
                 sys.excepthook(type(error), error, error.__traceback__)
-            _undo_all()
+            _run_cleanups()
             for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(OSError, ValueError):
                     stream.flush()
-            os._exit(128 + _came)
+            os._exit(128 + _received)
 
 
-def came() -> int | None:
+def received() -> int | None:
     """The signal that is ending the process, if any."""
-    return _came
+    return _received
 
 
-def forget() -> None:
-    """The signal has been dealt with, and the process lives on."""
-    global _came
-    _came = None
+def clear_received() -> None:
+    """Forget the signal: the caller has dealt with it and the process goes on."""
+    global _received, _said
+    _received, _said = None, False
 
 
 @contextlib.contextmanager
-def unwound_by_signals() -> Iterator[None]:
-    """Signals raise in the main thread during the block, so that every clean-up runs.
+def raise_on_signals() -> Iterator[None]:
+    """Make signals raise in the main thread during the block, so that clean-ups run.
 
-    SIGINT raises KeyboardInterrupt as usual, the others SystemExit. Signals that are ignored, as
-    SIGHUP is under ``nohup``, stay ignored.
+    SIGINT raises KeyboardInterrupt as usual, the others raise SystemExit. Signals that are ignored
+    stay ignored, as SIGHUP under ``nohup``.
     """
     before = _install(_raise)
     try:
@@ -92,7 +93,7 @@ def unwound_by_signals() -> Iterator[None]:
 
 
 def _install(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
-    """Handle all signals that are not ignored or handled by others; returns what to restore."""
+    """Install a handler for every signal that has Python's own or ours; return what to restore."""
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
@@ -106,125 +107,121 @@ def _restore(before: dict[int, Any]) -> None:
         signal.signal(number, handler)
 
 
-def _survive_forks() -> None:
-    """In a process that this one forks, nothing that is registered here is its own."""
+def _reset_in_forks() -> None:
+    """Make forked processes drop the clean-ups, which belong to this process."""
     mask: set[int] = set()
 
-    def block() -> None:  # until the child has forgotten, a signal to it would reach us too
+    def block() -> None:  # a signal to the child would reach us too until the child has reset
         mask.clear()
         mask.update(signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS))
 
     def unblock() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
-    def forget() -> None:
+    def reset() -> None:
         signal.set_wakeup_fd(-1)
-        _undo.clear()
+        _cleanups.clear()
         for number in SIGNALS:
             if signal.getsignal(number) is _raise:
                 signal.signal(number, signal.SIG_DFL)
         unblock()
 
-    os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=forget)
+    os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=reset)
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
-    global _pending, _came
-    while _ending:  # the other thread ends the process: do nothing any more
+    global _pending, _received
+    while _ending:  # the other thread is ending the process
         time.sleep(60)
-    if _held:
+    if _deferring:
         _pending = number
         return
-    _came = number
+    _received = number
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + number)
 
 
-class Finishing:
-    """Whether a stop is wanted, for a command that first finishes what it has begun."""
+class StopRequest:
+    """Whether a signal has asked the command to stop. Made by :func:`stop_requests`."""
 
     def __init__(self, text: str) -> None:
         self.requested = False
-        self._text, self._heard = text, 0
+        self._text, self._announced = text, False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             _raise(number, frame)
         self.requested = True
-        self.hear()
+        self.announce()
 
-    def hear(self) -> None:
-        """Say at once, from whichever thread hears of it first, what happens next."""
-        if not self._heard:
-            self._heard = 1
+    def announce(self) -> None:
+        """Print the text once, from whichever thread receives the signal first."""
+        if not self._announced:
+            self._announced = True
             os.write(2, f"{self._text}\n".encode())
 
 
 @contextlib.contextmanager
-def finishing(text: str) -> Iterator[Finishing]:
-    """The first signal during the block only asks for a stop, and ``text`` says what happens now.
+def stop_requests(text: str) -> Iterator[StopRequest]:
+    """Make the first signal during the block only request a stop, and print ``text`` then.
 
-    A second one stops at once.
+    A second signal stops at once.
     """
-    asked = Finishing(text)
-    before = _install(asked)
+    request = StopRequest(text)
+    before = _install(request)
     try:
-        yield asked
+        yield request
     finally:
         _restore(before)
 
 
 @contextlib.contextmanager
-def held() -> Iterator[None]:
-    """Put a stop off until the end of the block, which must be short."""
-    global _held, _pending
+def defer_signals() -> Iterator[None]:
+    """Handle signals only after the block, which must be short."""
+    global _deferring, _pending
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread is interrupted by signals
+        yield  # signals interrupt the main thread only
         return
-    _held += 1
+    _deferring += 1
     try:
         yield
     finally:
-        _held -= 1
-        if not _held and _pending is not None:
+        _deferring -= 1
+        if not _deferring and _pending is not None:
             number, _pending = _pending, None
             _raise(number, None)
 
 
 @contextlib.contextmanager
-def undone(undo: Callable[[], None]) -> Iterator[None]:
-    """Call ``undo`` at the end of the block, and also if the process ends in the middle of it.
+def cleanup_on_exit(cleanup: Callable[[], None]) -> Iterator[None]:
+    """Call ``cleanup`` at the end of the block, also if a signal ends the process inside it.
 
-    ``undo`` must be quick and must do no harm when it is called twice. Enter this before making
-    the thing that ``undo`` removes, so that there is no moment in between.
+    ``cleanup`` must be quick, and harmless when called twice. Enter this block before you make the
+    thing that ``cleanup`` removes, so that there is no moment in between.
     """
-    key = object()
-    _undo[key] = undo
-    try:
-        yield
-    finally:
-        with held():
-            try:
-                undo()
-            finally:
-                _undo.pop(key, None)
+    with on_forced_exit(cleanup):
+        try:
+            yield
+        finally:
+            with defer_signals():
+                cleanup()
 
 
 @contextlib.contextmanager
-def if_ended(action: Callable[[], None]) -> Iterator[None]:
-    """Call ``action`` if the process ends in the middle of the block; see :func:`undone`."""
+def on_forced_exit(action: Callable[[], None]) -> Iterator[None]:
+    """Call ``action`` if a signal ends the process inside the block, and only then."""
     key = object()
-    _undo[key] = action
+    _cleanups[key] = action
     try:
         yield
     finally:
-        _undo.pop(key, None)
+        _cleanups.pop(key, None)
 
 
 @contextlib.contextmanager
-def child(command: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a group of its own; at the end it and what it has started are killed."""
+def child_process(command: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a process in a group of its own; kill the whole group at the end of the block."""
     import subprocess
 
     process: subprocess.Popen[bytes] | None = None
@@ -233,11 +230,11 @@ def child(command: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes
         if process is not None and process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            if not _ending:  # there may be others to kill, and little time
+            if not _ending:  # other processes may have to be killed, and time is short
                 process.wait()
 
-    with undone(kill):
-        with held():
+    with cleanup_on_exit(kill):
+        with defer_signals():
             process = subprocess.Popen(command, start_new_session=True, **options)
         try:
             yield process
@@ -250,40 +247,45 @@ def child(command: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes
 
 
 def _watch(pipe: int) -> None:
-    heard: Finishing | None = None
+    announced: StopRequest | None = None
     while numbers := os.read(pipe, 1):
         handler = signal.getsignal(numbers[0])
-        if handler is _raise or (handler is heard and heard is not None):
+        if handler is _raise or (handler is announced and announced is not None):
             _end(numbers[0])
-        elif isinstance(handler, Finishing):
-            heard = handler
-            handler.hear()
-        # Else the command handles the signal itself.
+        elif isinstance(handler, StopRequest):
+            announced = handler
+            handler.announce()
+        # Otherwise the command handles the signal itself.
 
 
 def _end(number: int) -> None:
     global _ending
     time.sleep(_GRACE_S)
-    until = time.monotonic() + _HELD_S
-    while _held and time.monotonic() < until:
+    until = time.monotonic() + _DEFER_S
+    while _deferring and time.monotonic() < until:
         time.sleep(0.01)
     _ending = True
-    limit = threading.Timer(_UNDO_S, os._exit, (128 + number,))
+    limit = threading.Timer(_CLEANUP_S, os._exit, (128 + number,))
     limit.daemon = True
     limit.start()
-    _undo_all()
-    if number == signal.SIGINT and _came is None:  # else the main thread says it
-        _say_interrupted()
+    _run_cleanups()
+    if number == signal.SIGINT:
+        say_interrupted()
     os._exit(128 + number)
 
 
-def _say_interrupted() -> None:
-    os.write(2, b"interrupted\n")
+def say_interrupted() -> None:
+    """Print it, once, from whichever thread ends the process."""
+    global _said
+    said, _said = _said, True
+    if not said:
+        with contextlib.suppress(OSError, ValueError):
+            print("interrupted", file=sys.stderr, flush=True)
 
 
-def _undo_all() -> None:
-    for key in reversed([*_undo]):
-        undo = _undo.pop(key, None)
-        if undo is not None:
+def _run_cleanups() -> None:
+    for key in reversed([*_cleanups]):
+        cleanup = _cleanups.pop(key, None)
+        if cleanup is not None:
             with contextlib.suppress(Exception):
-                undo()
+                cleanup()

@@ -1,4 +1,4 @@
-"""Text from elsewhere (models, nodes, libraries, file names), made fit for terminals and logs."""
+"""Text from elsewhere (models, nodes, libraries, file names), made safe for terminals and logs."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 UNPRINTABLE = (
     r"\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff"
 )
-"""The most harmful of these characters, for a class in a regular expression."""
+"""The most harmful unprintable characters, for a class in a regular expression."""
 
 
 def printable(text: object) -> str:
-    """The text with ``?`` for every character that is not to be seen, except line ends.
+    """Replace every unprintable character by ``?``, except line ends.
 
-    Those are control characters, escapes, characters that turn the direction of writing (such as
-    U+202E, by which "gnp.exe" reads "exe.png"), and undecodable bytes of file names.
+    Unprintable are control characters, escapes, characters that change the direction of writing
+    (with U+202E, "gnp.exe" shows as "exe.png"), and undecodable bytes of file names.
     """
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in str(text))
 
@@ -27,12 +27,12 @@ def escaped(text: str) -> str:
 
 
 def one_line(text: object) -> str:
-    """The text as one printable line, without the space that it wastes."""
+    """Put the text on one printable line, with single spaces between its words."""
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of columns, the first to the left and the others to the right; nothing is cut short."""
+    """Format rows as columns: the first aligned left, the others right; nothing is cut off."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for first, *others in rows:

@@ -1,8 +1,4 @@
-"""A file of settings in TOML, for an edge and for a node alike.
-
-Promises that whatever keeps a file from being read, and a key that nobody knows, is told in one
-line that names the file or the key and what mends it. What the keys may be is left to their owner.
-"""
+"""Reading a settings file in TOML, with errors of one line that name the file or key."""
 
 from __future__ import annotations
 
@@ -21,10 +17,10 @@ else:
 
 
 def read_toml(file: Path, writer: str) -> dict[str, Any]:
-    """The file's table.
+    """Read the table of a TOML file.
 
     Args:
-        writer: the command that writes such a file, for one that does not exist.
+        writer: the command that writes such a file; named in the error when it does not exist.
 
     Raises:
         ConfigError: it does not exist, cannot be read, or is not TOML.
@@ -40,7 +36,7 @@ def read_toml(file: Path, writer: str) -> dict[str, Any]:
 
 
 def unknown_key(key: str, known: Iterable[str], where: str = "") -> str:
-    """What to say of a key that is none of the known ones: the nearest, else all of them."""
+    """The error text for an unknown key: it names the nearest known key, or all of them."""
     names = list(known)
     near = difflib.get_close_matches(key.replace("-", "_"), names, 1)
     hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"

@@ -1,9 +1,8 @@
-"""The ``edge-runtime`` command: finds and runs one subcommand, reports errors in one line.
+"""The `edge-runtime` command: finds and runs one subcommand, and reports its errors.
 
-Each subcommand is a module with ``add_arguments(parser)`` (which also sets ``parser.description``
-and ``parser.epilog``) and ``run(args) -> int``. Only the module of the command at hand is imported,
-so ``--help`` answers at once and nothing pulls in an inference engine, or torch, that it does not
-use. What a command does is left to its module.
+Each subcommand is a module with `add_arguments(parser)`, which also sets `parser.description` and
+`parser.epilog`, and `run(args) -> int`. Only that module is imported, so that `--help` is quick and
+no command loads an inference engine or torch without using it.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import json
 import os
 import signal
 import sys
@@ -21,7 +21,6 @@ from typing import NamedTuple
 from edge_common import signals
 from edge_common.errors import EdgeRuntimeError
 from edge_common.options import Parser
-from edge_common.text import printable
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -67,7 +66,7 @@ GROUPS: dict[str, dict[str, Command]] = {
     "Engines": {
         "doctor": Command(
             "edge_runtime.commands.doctor",
-            "what this machine can run, and the command that mends what it cannot",
+            "what this machine can run, and the command that repairs the rest",
         ),
         "build": Command(
             "edge_runtime.commands.build", "build TensorRT plans of a bundle for this machine's GPU"
@@ -81,7 +80,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "info": Command("edge_runtime.commands.info", "show what a bundle is and check its files"),
         "export": Command("exporters.commands.export", "make a bundle from a SAM checkpoint *"),
         "tensors": Command(
-            "edge_runtime.commands.tensors",
+            "exporters.commands.tensors",
             "the largest intermediate tensors of a graph: what it needs unfused *",
         ),
         "train": Command(
@@ -136,11 +135,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             command alone: a signal ends it within a second, even inside an engine.
     """
     if argv is None:
-        return signals.as_process(lambda: _main(sys.argv[1:]))
+        return signals.run_as_process(lambda: _main(sys.argv[1:]))
     try:
         return _main(list(argv))
     finally:
-        signals.forget()
+        signals.clear_received()
 
 
 def _main(arguments: list[str]) -> int:
@@ -152,21 +151,24 @@ def _main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         if debug:
             traceback.print_exc()
-        print("interrupted", file=sys.stderr)
+        signals.say_interrupted()
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output (`| head`) has gone. Python would complain again at exit.
+        # The reader of our output (`| head`) has ended. Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if (number := signals.came()) is not None:  # a library made another error of it
+        if (number := signals.received()) is not None:
             if number == signal.SIGINT:
-                print("interrupted", file=sys.stderr)
+                signals.say_interrupted()
             return 128 + number
         if debug:
             raise
-        print(f"error: {printable(_explain(error))}", file=sys.stderr)
-        return error.exit_code if isinstance(error, EdgeRuntimeError) else 1
+        known = _as_known(error)
+        if "--json" in arguments:
+            print(json.dumps(known.fields()), flush=True)
+        print(known.shown(), file=sys.stderr)
+        return known.exit_code
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -201,7 +203,7 @@ def _run(name: str, arguments: list[str]) -> int:
     if not command.module.startswith("exporters."):
         from edge_common.process import disable_core_dumps
 
-        disable_core_dumps()  # this process will hold pictures and keys
+        disable_core_dumps()  # this process holds pictures and keys
     module = importlib.import_module(command.module)
     parser = Parser(
         prog=f"edge-runtime {name}",
@@ -212,22 +214,29 @@ def _run(name: str, arguments: list[str]) -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     try:
         args = parser.parse_args(arguments)
-    except SystemExit as stop:  # argparse has printed its help or what is wrong
+    except SystemExit as stop:  # argparse has printed its help or the error
         return stop.code if isinstance(stop.code, int) else EXIT_USAGE
-    with signals.unwound_by_signals():
+    with signals.raise_on_signals():
         return int(module.run(args) or 0)
 
 
-def _explain(error: Exception) -> str:
+def _as_known(error: Exception) -> EdgeRuntimeError:
+    """Any error, with a code and, where one is known, a remedy."""
     if isinstance(error, EdgeRuntimeError):
-        return str(error)
+        return error
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").split(".")[0]
         if package in _INSTALL:
-            return f"this command needs {package}, which is not installed: {_INSTALL[package]}"
+            found = f"this command needs {package}, which is not installed"
+            return EdgeRuntimeError(found, mend=_INSTALL[package], code="not_installed")
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return f"unexpected {type(error).__name__}: {error} (a bug; --debug shows where)"
+        where = f": {error.filename}" if error.filename else ""
+        return EdgeRuntimeError(f"{error.strerror}{where}", code="system")
+    return EdgeRuntimeError(
+        f"unexpected {type(error).__name__}: {error}",
+        mend="this is a bug: please report it with what --debug prints",
+        code="bug",
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edge_common.errors import KeyFileError
-from edge_common.permissions import danger, judge
+from edge_common.permissions import why_entry_untrusted, why_untrusted
 from transport.keys import AUTHORIZED, read_public
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class AllowList:
             KeyFileError: others may change the folder.
             OSError: it can't be read.
         """
-        if found := danger(self.folder, owner=self._owner, closed=True):
+        if found := why_untrusted(self.folder, owner=self._owner, closed=True):
             raise KeyFileError(found)
         with os.scandir(self.folder) as entries:
             stamps = {
@@ -141,7 +141,11 @@ def _key(path: Path, owner: int | None) -> str:
         public = read_public(path)
         # The folder has been judged; what a link leads to has not.
         linked = path.is_symlink()
-        found = danger(path, owner=owner) if linked else judge(path, os.lstat(path), owner)
+        found = (
+            why_untrusted(path, owner=owner)
+            if linked
+            else why_entry_untrusted(path, os.lstat(path), owner)
+        )
     except UnicodeEncodeError:  # libzmq takes UTF-8 names only
         raise KeyFileError(f"the file name {path.name!r} is not UTF-8: rename it") from None
     except (KeyFileError, OSError) as error:

@@ -18,8 +18,8 @@ import zmq
 from zmq.utils import z85
 
 from edge_common.errors import KeyFileError
-from edge_common.files import refuse_existing, write_whole
-from edge_common.permissions import danger, judge
+from edge_common.files import refuse_existing, write_atomically
+from edge_common.permissions import why_entry_untrusted, why_untrusted
 
 SECRET_BYTES = 32
 AUTHORIZED = "authorized"
@@ -193,14 +193,14 @@ def make_directory(directory: Path | str) -> Path:
         status = folder.stat()
     except OSError as error:
         raise KeyFileError(f"cannot make the folder {folder}: {error.strerror}") from None
-    if found := judge(folder, status, status.st_uid):
+    if found := why_entry_untrusted(folder, status, status.st_uid):
         raise KeyFileError(found)
     return folder
 
 
 def _refuse_danger(path: Path) -> None:
     try:
-        found = danger(path)
+        found = why_untrusted(path)
     except OSError as error:
         raise KeyFileError(f"cannot look at {path}: {error.strerror}") from None
     if found:
@@ -208,7 +208,7 @@ def _refuse_danger(path: Path) -> None:
 
 
 def _write_new(path: Path, text: str, mode: int) -> None:
-    write_whole(
+    write_atomically(
         path, text.encode("ascii"), mode=mode, replace=False, error=KeyFileError, instead=_INSTEAD
     )
 

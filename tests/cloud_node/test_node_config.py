@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from cloud_node.config import EDGE_SETTINGS, NodeConfig, Prepared, examine, load, prepare
-from cloud_node.settings import BY_NAME, SETTINGS, quoted, size_text
+from cloud_node.settings import SETTINGS
 from edge_common.errors import BundleError, ConfigError, KeyFileError
 from edge_common.options import Invalid
+from edge_common.settings import quoted, size_text
 from transport import keys
 
 
@@ -39,22 +40,19 @@ def usable(tmp_path: Path, bundle_of: Callable[[str], Path]) -> NodeConfig:
 
 
 def with_(config: NodeConfig, **changes: Any) -> NodeConfig:
-    return dataclasses.replace(config, **changes)
+    return msgspec.structs.replace(config, **changes)
 
 
-def test_the_table_and_the_structure_say_the_same() -> None:
-    found = {field.name: field.default for field in dataclasses.fields(NodeConfig)}
-    assert found == {setting.name: setting.default for setting in SETTINGS}
-    for setting in SETTINGS:
-        assert setting.default is not None or setting.unset, setting.name
-        assert setting.default is not None or setting.example is not None, setting.name
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=lambda s: s.name)
+def test_a_setting_without_a_default_explains_what_holds_and_has_an_example(setting: Any) -> None:
+    assert setting.default is not None or (setting.about.unset and setting.about.example)
 
 
 def test_nothing_given_is_the_defaults() -> None:
     loaded = load()
     assert loaded.config == NodeConfig()
     assert set(loaded.sources.values()) == {"default"}
-    assert set(loaded.sources) == set(BY_NAME)
+    assert set(loaded.sources) == set(SETTINGS)
 
 
 def test_options_win_over_the_file_and_the_file_over_defaults(
@@ -88,7 +86,7 @@ def test_the_settings_of_an_edge_are_recognised(write: Callable[[str], Path]) ->
         with pytest.raises(ConfigError, match=r"settings of an edge.*edge-runtime nodes --config"):
             load(write(text))
     assert {*EdgeConfig.__struct_fields__} >= EDGE_SETTINGS
-    assert not BY_NAME.keys() & EDGE_SETTINGS
+    assert not SETTINGS.keys() & EDGE_SETTINGS
 
 
 def test_keys_of_a_file_are_beside_it_unless_it_says_otherwise(
@@ -138,10 +136,10 @@ def test_values(write: Callable[[str], Path], line: str, value: Any) -> None:
         ("colour = 1", ["'colour'", "known are bundle, bind"]),
         ("[metrics]\naddress = 1", ["[metrics] begins a table", "NAME = VALUE"]),
         ("[node]\nthreads = 1", ["[node] begins a table"]),
-        ("metrics = false", ["metrics is false", 'a text, such as "127.0.0.1:9464"']),
+        ("metrics = false", ["metrics is false", 'a text such as "127.0.0.1:9464"']),
         ("threads = 0", ["threads is 0", "1 to 1,024"]),
-        ("threads = 1.5", ["threads is 1.5", "expected a number"]),
-        ("threads = true", ["threads is true", "expected a number, such as 4"]),
+        ("threads = 1.5", ["threads is 1.5", "whole number from 1 to 1,024"]),
+        ("threads = true", ["threads is true", "whole number"]),
         ('threads = "many"', ["threads is 'many'", "whole number"]),
         ("bind = 5555", ["bind is 5555", "expected a text, such as", "tcp://0.0.0.0:5555"]),
         ('bind = "0.0.0.0:5555"', ["'0.0.0.0:5555'", "tcp://0.0.0.0:5555"]),
@@ -164,7 +162,7 @@ def test_values(write: Callable[[str], Path], line: str, value: Any) -> None:
         ('log_level = "loud"', ["debug or info"]),
         ('bundle = ""', ["expected a path"]),
         ('bundle = "a\\u0000b"', ["expected a path"]),
-        ('bundle = "~nobody-of-that-name/x"', ["user that there is"]),
+        ('bundle = "~nobody-of-that-name/x"', ["a user that exists"]),
         ('ray_address = "head:6379"', ["ray_address is head:6379", 'workers = "ray"']),
         ('ray_address = "the head"', ["auto, local or HOST:PORT"]),
         ("ray_replicas = 2", ["ray_replicas is 2", 'workers = "ray"']),
@@ -196,19 +194,6 @@ def test_a_long_value_is_not_repeated_in_full(write: Callable[[str], Path]) -> N
     assert len(str(caught.value)) < 300
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "part"),
-    [
-        ("threads", 0, "--threads 0: expected a whole number from 1 to 1,024"),
-        ("max_wait_ms", 2000.0, "--max-wait-ms 2000: expected"),
-        ("queue_bytes", 5, "--queue-bytes 5: expected 64 KiB"),
-    ],
-)
-def test_an_option_out_of_range_is_named_as_an_option(name: str, value: Any, part: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(part)):
-        load(None, {name: value})
-
-
 def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cloud-node init --out"):
         load(tmp_path / "none.toml")
@@ -224,9 +209,9 @@ def test_different_ports_or_hosts_do_not_conflict(write: Callable[[str], Path]) 
     load(write('bind = "tcp://127.0.0.1:0"\nmetrics = "127.0.0.1:0"'))
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=lambda s: s.name)
 def test_what_is_shown_can_be_read_again(setting: Any, write: Callable[[str], Path]) -> None:
-    value = setting.example if setting.default is None else setting.default
+    value = setting.sample
     loaded = load(write(f"{setting.name} = {setting.show(value)}"))
     found = getattr(loaded.config, setting.name)
     assert found == (write("").parent / value if setting.is_path else value)
@@ -241,11 +226,11 @@ def test_texts_are_quoted_as_toml_wants(write: Callable[[str], Path], text: str)
 
 @pytest.mark.parametrize("size", [0, 1, 1023, 1024, 1 << 20, (1 << 20) + 1, 3 << 30])
 def test_sizes_are_shown_exactly(size: int) -> None:
-    assert BY_NAME["queue_bytes"].parse(size_text(size)) == size
+    assert SETTINGS["queue_bytes"].about.kind.read(size_text(size)) == size
 
 
 def test_settings_refuse_with_a_reason() -> None:
-    for setting in SETTINGS:
+    for setting in SETTINGS.values():
         with pytest.raises(Invalid, match="expected"):
             setting.read({"a": 1})
 
@@ -280,7 +265,7 @@ def test_key_and_list_may_be_apart(usable: NodeConfig, tmp_path: Path) -> None:
         ({"max_batch": 1}, ConfigError, "max_batch is 1, expected at least"),
         ({"bundle": Path("/nowhere")}, BundleError, "does not exist"),
         ({"ready_file": Path("/nowhere/ready.json")}, ConfigError, "/nowhere does not exist"),
-        ({"ready_file": Path("/")}, ConfigError, "ready_file is /, a folder"),
+        ({"ready_file": Path("/")}, ConfigError, "ready_file is /, which is a folder"),
         ({"keys": Path("/nowhere")}, KeyFileError, "edge-runtime keys"),
         ({"authorized": Path("/nowhere")}, KeyFileError, "authorised keys /nowhere"),
     ],
@@ -317,7 +302,7 @@ def test_examine_looks_at_addresses(usable: NodeConfig) -> None:
     for changes in ({"bind": "tcp://192.0.2.1:0"}, {"metrics": "192.0.2.1:9464"}):
         with pytest.raises(ConfigError, match="this machine can't listen there"):
             examine(prepare(with_(usable, **changes)))
-    with pytest.raises(ConfigError, match="is no address"):
+    with pytest.raises(ConfigError, match="is not an address"):
         examine(prepare(with_(usable, bind="tcp://no-such-host.invalid:5555")))
     with socket.create_server(("127.0.0.1", 0)) as other:
         bind = f"tcp://127.0.0.1:{other.getsockname()[1]}"

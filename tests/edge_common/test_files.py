@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import subprocess
@@ -11,12 +12,18 @@ from pathlib import Path
 import pytest
 
 from edge_common.errors import ConfigError, OutputError
-from edge_common.files import move_folder, scratch_folder, whole_file, write_whole, writing
+from edge_common.files import (
+    atomic_file,
+    explain_write_errors,
+    move_folder,
+    scratch_folder,
+    write_atomically,
+)
 
 
 def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    with whole_file(path) as scratch:
+    with atomic_file(path) as scratch:
         scratch.write_text("new")
         assert not path.exists()
     assert path.read_text() == "new"
@@ -29,7 +36,7 @@ def test_an_error_keeps_the_old_file(tmp_path: Path, error: type[BaseException])
     path.write_text("old")
 
     def fail() -> None:
-        with whole_file(path) as scratch:
+        with atomic_file(path) as scratch:
             scratch.write_text("new")
             raise error
 
@@ -42,11 +49,11 @@ def test_an_error_keeps_the_old_file(tmp_path: Path, error: type[BaseException])
 def test_modes_follow_the_umask_and_secrets_are_exact(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        write_whole(tmp_path / "open", "x")
+        write_atomically(tmp_path / "open", "x")
         os.umask(0o777)
-        write_whole(tmp_path / "secret", "x", mode=0o600)
+        write_atomically(tmp_path / "secret", "x", mode=0o600)
         os.umask(0)
-        with whole_file(tmp_path / "other", mode=0o600) as scratch:
+        with atomic_file(tmp_path / "other", mode=0o600) as scratch:
             assert scratch.stat().st_mode & 0o777 == 0o600
     finally:
         os.umask(before)
@@ -58,10 +65,10 @@ def test_what_may_not_be_replaced_never_is(tmp_path: Path, monkeypatch: pytest.M
     path = tmp_path / "file"
     path.write_text("old")
     with pytest.raises(ConfigError, match="never overwritten"):
-        write_whole(path, "new", replace=False, error=ConfigError)
+        write_atomically(path, "new", replace=False, error=ConfigError)
 
     def too_late() -> None:
-        with whole_file(path, replace=False) as scratch:
+        with atomic_file(path, replace=False) as scratch:
             scratch.write_text("new")
             path.write_text("meanwhile")
 
@@ -78,7 +85,7 @@ def test_what_may_not_be_replaced_never_is(tmp_path: Path, monkeypatch: pytest.M
         assert path.read_text() == "meanwhile"
         assert os.listdir(tmp_path) == ["file"]
     path.unlink()
-    write_whole(path, "new", replace=False)
+    write_atomically(path, "new", replace=False)
     assert path.read_text() == "new"
 
 
@@ -126,6 +133,36 @@ def test_a_folder_is_replaced_only_if_that_is_wanted(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["result"]
 
 
+def test_a_failed_replacement_puts_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "result"
+    folder.mkdir()
+    (folder / "old").touch()
+    rename = Path.rename
+    taken = False
+
+    def fail_second(self: Path, target: Path) -> Path:
+        if self == scratch and not folder.exists():
+            if taken:
+                folder.mkdir()
+                (folder / "other").touch()
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_second)
+    with scratch_folder(folder) as scratch:
+        (scratch / "new").touch()
+        with pytest.raises(OSError, match="Input/output error"):
+            move_folder(scratch, folder, replace=True)
+        assert os.listdir(folder) == ["old"]
+        taken = True
+        with pytest.raises(OSError, match="what was there is now ") as caught:
+            move_folder(scratch, folder, replace=True)
+        assert os.listdir(folder) == ["other"]
+        assert os.listdir(str(caught.value).rpartition(" ")[2]) == ["old"]
+
+
 def test_an_empty_folder_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "result").mkdir()
     with scratch_folder(tmp_path / "result") as scratch:
@@ -137,7 +174,7 @@ def test_an_empty_folder_is_no_obstacle(tmp_path: Path) -> None:
 def test_a_full_disk_is_named_and_nothing_stays_on_it(full_disk: Path) -> None:
     path = full_disk / "file"
     with pytest.raises(OutputError) as caught:
-        write_whole(path, b"x" * 100_000)
+        write_atomically(path, b"x" * 100_000)
     text = str(caught.value)
     assert text == (
         f"cannot write {path}: No space left on device; make room on that disk, or name another "
@@ -157,7 +194,7 @@ def test_a_disk_that_fills_up_meanwhile_keeps_the_old_file(full_disk: Path) -> N
     path.write_bytes(b"old")
 
     def fill() -> None:
-        with whole_file(path) as scratch, open(scratch, "wb") as file:
+        with atomic_file(path) as scratch, open(scratch, "wb") as file:
             for _ in range(3):
                 file.write(b"x" * 30_000)
 
@@ -169,8 +206,10 @@ def test_a_disk_that_fills_up_meanwhile_keeps_the_old_file(full_disk: Path) -> N
 
 def test_a_limit_on_files_is_told_like_a_full_disk(tmp_path: Path) -> None:
     code = (
-        "import sys; from edge_common.files import write_whole; from edge_common.errors import *\n"
-        "try: write_whole(sys.argv[1], b'x' * 100_000)\n"
+        "import sys\n"
+        "from edge_common.files import write_atomically\n"
+        "from edge_common.errors import OutputError\n"
+        "try: write_atomically(sys.argv[1], b'x' * 100_000)\n"
         "except OutputError as error: print(error)"
     )
     limit = (10_000, 10_000)
@@ -207,6 +246,6 @@ def test_a_refusal_without_a_number_counts_as_a_full_disk(tmp_path: Path) -> Non
     """NumPy says only how many items it has written."""
     with (
         pytest.raises(OutputError, match="3 requested and 0 written; make room on that disk"),
-        writing(tmp_path),
+        explain_write_errors(tmp_path),
     ):
         raise OSError("3 requested and 0 written")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from edge_common import permissions
-from edge_common.permissions import danger
+from edge_common.permissions import why_untrusted
 
 OTHER = 12_345
 
@@ -35,24 +35,24 @@ def _foreign(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_only_its_owner_can_write_is_safe(file: Path) -> None:
-    assert danger(file) is None
-    assert danger(file.parent, closed=True) is None
+    assert why_untrusted(file) is None
+    assert why_untrusted(file.parent, closed=True) is None
 
 
 @pytest.mark.parametrize("mode", [0o602, 0o646, 0o666])
 def test_a_file_that_others_may_write(file: Path, mode: int) -> None:
     file.chmod(mode)
-    found = danger(file)
+    found = why_untrusted(file)
     assert found
     assert f"chmod go-w {file}`" in found
     subprocess.run(found.split("`")[1], shell=True, check=True)  # the command mends it
-    assert danger(file) is None
+    assert why_untrusted(file) is None
 
 
 @pytest.mark.parametrize("mode", [0o757, 0o777])
 def test_a_folder_on_the_way_that_others_may_write(file: Path, mode: int) -> None:
     file.parent.parent.chmod(mode)
-    found = danger(file)
+    found = why_untrusted(file)
     assert found
     assert f"chmod go-w {file.parent.parent}`" in found
     assert f"or move {file}" in found
@@ -62,17 +62,17 @@ def test_commands_quote_odd_paths(tmp_path: Path) -> None:
     file = tmp_path / "a b$c.pub"
     file.write_text("x")
     file.chmod(0o666)
-    found = danger(file)
+    found = why_untrusted(file)
     assert found
     subprocess.run(found.split("`")[1], shell=True, check=True)
-    assert danger(file) is None
+    assert why_untrusted(file) is None
 
 
 def test_a_sticky_folder_is_safe_to_pass_but_not_to_list(file: Path) -> None:
     """Others may add files to it, but not replace ours."""
     file.parent.chmod(0o1777)
-    assert danger(file) is None
-    assert "chmod go-w" in (danger(file.parent, closed=True) or "")
+    assert why_untrusted(file) is None
+    assert "chmod go-w" in (why_untrusted(file.parent, closed=True) or "")
 
 
 def test_another_users_file_or_folder(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,20 +80,20 @@ def test_another_users_file_or_folder(file: Path, monkeypatch: pytest.MonkeyPatc
         with monkeypatch.context() as patch:
             _foreign(path, patch)
             uid = path.stat().st_uid
-            found = danger(file)
+            found = why_untrusted(file)
             assert found
             assert f"(uid {uid})" in found
             assert "chown" in found
             if os.geteuid() == 0:
-                assert danger(file, owner=OTHER) is None
+                assert why_untrusted(file, owner=OTHER) is None
                 os.chown(path, 0, -1)
-    assert danger(file) is None
+    assert why_untrusted(file) is None
 
 
 def test_another_users_file_in_a_sticky_folder(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file.parent.chmod(0o1777)
     _foreign(file, monkeypatch)
-    assert "belongs to" in (danger(file) or "")
+    assert "belongs to" in (why_untrusted(file) or "")
 
 
 def test_links_are_judged_with_where_they_lead(file: Path, tmp_path: Path) -> None:
@@ -104,17 +104,19 @@ def test_links_are_judged_with_where_they_lead(file: Path, tmp_path: Path) -> No
     loose.mkdir()
     (loose / "link.pub").symlink_to(file)
     loose.chmod(0o777)
-    assert danger(link) is None
-    assert danger(folder / "node.pub") is None
-    assert danger(folder, closed=True) is None
-    assert f"go-w {loose}`" in (danger(loose / "link.pub") or "")  # the link itself is replaceable
+    assert why_untrusted(link) is None
+    assert why_untrusted(folder / "node.pub") is None
+    assert why_untrusted(folder, closed=True) is None
+    assert f"go-w {loose}`" in (
+        why_untrusted(loose / "link.pub") or ""
+    )  # the link itself is replaceable
     file.parent.chmod(0o777)
     for path in (link, folder / "node.pub"):
-        assert f"go-w {file.parent}`" in (danger(path) or "")
+        assert f"go-w {file.parent}`" in (why_untrusted(path) or "")
     file.parent.chmod(0o755)
     file.chmod(0o666)
-    assert f"go-w {file}`" in (danger(link) or "")
-    assert "go-w" in (danger(folder / ".." / "b" / "node.pub") or "")
+    assert f"go-w {file}`" in (why_untrusted(link) or "")
+    assert "go-w" in (why_untrusted(folder / ".." / "b" / "node.pub") or "")
 
 
 def test_another_users_link(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,15 +124,15 @@ def test_another_users_link(file: Path, tmp_path: Path, monkeypatch: pytest.Monk
     link = tmp_path / "link.pub"
     link.symlink_to(file)
     _foreign(link, monkeypatch)
-    assert "belongs to" in (danger(link) or "")
+    assert "belongs to" in (why_untrusted(link) or "")
 
 
 def test_links_without_end_and_missing_files(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(OSError, match="loop"):
-        danger(tmp_path / "loop" / "x")
+        why_untrusted(tmp_path / "loop" / "x")
     with pytest.raises(FileNotFoundError):
-        danger(tmp_path / "missing")
+        why_untrusted(tmp_path / "missing")
 
 
 @pytest.mark.parametrize("alone", [True, False])
@@ -138,15 +140,15 @@ def test_a_group_of_its_owner_alone_is_nobody_else(
     file: Path, monkeypatch: pytest.MonkeyPatch, alone: bool
 ) -> None:
     """Ubuntu and Fedora give every user a group and let new files be written by it."""
-    monkeypatch.setattr(permissions, "_alone", lambda uid, gid: alone)
+    monkeypatch.setattr(permissions, "_is_private_group", lambda uid, gid: alone)
     for path, mode in ((file, 0o664), (file.parent, 0o775)):
         path.chmod(mode)
-        assert (danger(file) is None) is alone
+        assert (why_untrusted(file) is None) is alone
         path.chmod(0o755)
     file.parent.chmod(0o2775)
-    assert (danger(file.parent, closed=True) is None) is alone
+    assert (why_untrusted(file.parent, closed=True) is None) is alone
     file.chmod(0o666)
-    assert danger(file)
+    assert why_untrusted(file)
 
 
 def test_a_group_is_its_owners_alone_only_without_other_members(
@@ -165,12 +167,15 @@ def test_a_group_is_its_owners_alone_only_without_other_members(
     groups = {g: grp.struct_group((f"g{g}", "x", g, m)) for g, m in members.items()}
     groups[100] = grp.struct_group(("users", "x", 100, []))
     monkeypatch.setattr(grp, "getgrgid", lambda gid: groups[gid])
-    permissions._alone.cache_clear()
+    permissions._is_private_group.cache_clear()
     try:
-        found = {gid: permissions._alone(1000, gid) for gid in (1000, 1003, 1004, 1005, 1006, 7)}
-        shared = permissions._alone(1001, 100)
+        found = {
+            gid: permissions._is_private_group(1000, gid)
+            for gid in (1000, 1003, 1004, 1005, 1006, 7)
+        }
+        shared = permissions._is_private_group(1001, 100)
     finally:
-        permissions._alone.cache_clear()
+        permissions._is_private_group.cache_clear()
     assert found == {1000: True, 1003: True, 1004: False, 1005: False, 1006: False, 7: False}
     assert not shared
 
@@ -179,9 +184,9 @@ def test_a_permission_of_a_single_user_shows_as_the_groups(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An access control list hides behind the group's bits, so that its members say nothing."""
-    monkeypatch.setattr(permissions, "_alone", lambda uid, gid: True)
+    monkeypatch.setattr(permissions, "_is_private_group", lambda uid, gid: True)
     _write_acl(file)
-    assert "go-w" in (danger(file) or "")
+    assert "go-w" in (why_untrusted(file) or "")
 
 
 def _write_acl(path: Path) -> None:
@@ -205,8 +210,8 @@ def test_folders_of_users_outside_a_container_may_be_passed(
     if os.geteuid():
         pytest.skip("only root can give files away")
     os.chown(file.parent, 65_534, -1)
-    assert danger(file)
+    assert why_untrusted(file)
     monkeypatch.setattr(permissions, "_unmapped", lambda: 65_534)
-    assert danger(file) is None
+    assert why_untrusted(file) is None
     os.chown(file, 65_534, -1)  # the file itself must be ours
-    assert danger(file)
+    assert why_untrusted(file)

@@ -20,8 +20,8 @@ HEADER = """
 import os, sys, time
 from pathlib import Path
 from edge_common import signals
-from edge_common.files import scratch_folder, whole_file
-from edge_common.signals import child, held, undone
+from edge_common.files import scratch_folder, atomic_file
+from edge_common.signals import child_process, defer_signals, cleanup_on_exit
 here = Path(sys.argv[1])
 def stuck():
     (here / "ready").touch()
@@ -33,7 +33,7 @@ def run(body: str, folder: Path, *, stuck: str = STUCK) -> subprocess.Popen[str]
     """A process that runs ``body`` as a command and is inside :func:`stuck` on return."""
     indented = "\n".join("    " + line for line in body.strip().splitlines())
     code = HEADER.format(stuck=stuck)
-    code += f"def command():\n{indented}\n    return 0\nsys.exit(signals.as_process(command))\n"
+    code += f"def command():\n{indented}\n    return 0\nsys.exit(signals.run_as_process(command))\n"
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(folder)],
         stdout=subprocess.PIPE,
@@ -73,7 +73,7 @@ def test_a_process_ends_wherever_it_is_and_what_it_made_is_gone(
     number: signal.Signals, stuck: str, tmp_path: Path
 ) -> None:
     body = """
-with scratch_folder(here / "a" / "b") as scratch, whole_file(here / "file") as file:
+with scratch_folder(here / "a" / "b") as scratch, atomic_file(here / "file") as file:
     (scratch / "half").touch()
     file.write_text("half")
     stuck()
@@ -90,7 +90,7 @@ def test_children_and_their_children_end_too(tmp_path: Path) -> None:
     body = f"""
 inner = "import subprocess; print(subprocess.Popen(['sleep', '3600']).pid, flush=True); "
 inner += {STUCK!r}
-with child([sys.executable, "-c", inner], stdout=-1) as process:
+with child_process([sys.executable, "-c", inner], stdout=-1) as process:
     pids = [process.pid, int(process.stdout.readline())]
     (here / "pids").write_text(" ".join(map(str, pids)))
     stuck()
@@ -109,7 +109,7 @@ with child([sys.executable, "-c", inner], stdout=-1) as process:
 
 def test_a_held_stop_waits_for_the_end_of_the_block(tmp_path: Path) -> None:
     body = """
-with held():
+with defer_signals():
     (here / "first").touch()
     stuck()
     (here / "second").touch()
@@ -128,7 +128,7 @@ def undo():
     (here / "begun").touch()
     time.sleep(0.1)
     (here / "undone").touch()
-with undone(undo):
+with cleanup_on_exit(undo):
     stuck()
 """
     process = run(body, tmp_path, stuck="time.sleep(3600)")
@@ -142,7 +142,7 @@ with undone(undo):
 
 def test_a_clean_up_that_hangs_does_not_keep_the_process(tmp_path: Path) -> None:
     body = """
-with undone(lambda: time.sleep(3600)):
+with cleanup_on_exit(lambda: time.sleep(3600)):
     stuck()
 """
     process = run(body, tmp_path)
@@ -193,8 +193,8 @@ return 6
 
 
 FINISHING = """
-from edge_common.signals import finishing
-with finishing("saving first") as asked:
+from edge_common.signals import stop_requests
+with stop_requests("saving first") as asked:
     stuck()
     while not asked.requested:
         time.sleep(0.01)

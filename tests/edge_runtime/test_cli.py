@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import json
 import signal
 import subprocess
 import sys
@@ -114,20 +115,26 @@ def test_usage_errors_exit_with_2(
     [
         (0, 0, ""),
         (3, 3, ""),
-        (ConfigError("mend this"), 1, "error: mend this\n"),
+        (ConfigError("it is wrong"), 1, "error: it is wrong\n"),
+        (ConfigError("it is wrong", mend="correct it"), 1, "error: it is wrong\n  -> correct it\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (
             ModuleNotFoundError("No module named 'torch'", name="torch"),
             1,
-            "error: this command needs torch, which is not installed: "
-            "run `pip install '.[export]'` in a checkout of edge-runtime\n",
+            "error: this command needs torch, which is not installed\n"
+            "  -> run `pip install '.[export]'` in a checkout of edge-runtime\n",
         ),
         (
             FileNotFoundError(2, "No such file or directory", "x.jpg"),
             1,
             "error: No such file or directory: x.jpg\n",
         ),
-        (ValueError("odd"), 1, "error: unexpected ValueError: odd (a bug; --debug shows where)\n"),
+        (
+            ValueError("odd"),
+            1,
+            "error: unexpected ValueError: odd\n"
+            "  -> this is a bug: please report it with what --debug prints\n",
+        ),
     ],
 )
 def test_what_happens_becomes_one_line_and_an_exit_code(
@@ -140,6 +147,15 @@ def test_what_happens_becomes_one_line_and_an_exit_code(
     command(monkeypatch, behaviour)
     assert cli.main(["info"]) == code
     assert capsys.readouterr().err == says
+
+
+def test_with_json_an_error_has_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", "nowhere", "--json"]) == 1
+    said = capsys.readouterr()
+    fields = json.loads(said.out)
+    assert fields.keys() == {"error", "code", "mend"}
+    assert fields["code"] == "bundle"
+    assert said.err.startswith(f"error: {fields['error']}")
 
 
 @pytest.mark.parametrize("arguments", [["--debug", "info"], ["info", "--debug"]])
@@ -173,7 +189,7 @@ def test_signals_unwind_a_command_and_are_given_back(
         assert stop.value.code == 128 + number
         assert unwound == [number]
         assert signal.getsignal(number) == signal.SIG_DFL
-        assert signals.came() is None  # or the next command's errors would end as this signal
+        assert signals.received() is None  # or the next command's errors would end as this signal
         signal.signal(number, signal.SIG_IGN)  # as under nohup
         assert cli.main(["info"]) == 0
     finally:
@@ -190,9 +206,9 @@ def test_missing_torch_is_no_traceback_in_a_real_process(tmp_path: Path) -> None
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: this command needs ")
-    assert last.endswith("run `pip install '.[export]'` in a checkout of edge-runtime")
+    *_, found, mend = done.stderr.splitlines()
+    assert found.startswith("error: this command needs ")
+    assert mend == "  -> run `pip install '.[export]'` in a checkout of edge-runtime"
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

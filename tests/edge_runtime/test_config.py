@@ -148,9 +148,9 @@ def test_the_settings_of_a_node_are_recognised(tmp_path: Path) -> None:
 
 
 def test_the_settings_by_which_a_node_is_recognised_are_a_nodes() -> None:
-    from cloud_node.settings import BY_NAME
+    from cloud_node.settings import SETTINGS
 
-    assert BY_NAME.keys() >= NODE_SETTINGS
+    assert SETTINGS.keys() >= NODE_SETTINGS
     assert not {*EdgeConfig.__struct_fields__} & NODE_SETTINGS
 
 

@@ -36,7 +36,7 @@ from transport.messages import (
 FORGETFUL = """
 import sys
 from cloud_node import server
-server.Server._left_behind = lambda *_: None
+server.Server._on_connection_ended = lambda *_: None
 from cloud_node.cli import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -257,7 +257,7 @@ class HostileEdge:
                         tally.messages += 1
                         await peer.send_message(parts)
                         tally.sent = sent + peer.sent
-                        await asyncio.sleep(0)
+                        await meter.pace()
                     if listening:  # a last chance for what is on its way
                         # wait, not wait_for: the listener's end is not an error
                         await asyncio.wait({listening}, timeout=min(0.5, meter.left_s))

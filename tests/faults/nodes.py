@@ -359,7 +359,7 @@ class FaultyNode(Service):
         try:
             message = decode_header(frames[0])
             if isinstance(message, InfoRequest):
-                self._spawn(self._send(channel, [encode(self._info(message))]))
+                self._spawn(self._send(channel, [encode(self.info(message))]))
                 return
             if isinstance(message, Cancel):  # a node may answer nonetheless, and this one does
                 self.cancels += 1
@@ -448,7 +448,7 @@ class FaultyNode(Service):
         elif kind == "no_tensors":
             return [encode(result)]
         elif kind == "info":
-            return [encode(self._info(InfoRequest(ask.request.id)))]
+            return [encode(self.info(InfoRequest(ask.request.id)))]
         elif kind in ("replay", "cross_frame"):
             if earlier is None:
                 self.did["fallback"] += 1
@@ -476,7 +476,7 @@ class FaultyNode(Service):
         if not await channel.send(frames):
             self.undelivered += 1
 
-    def _info(self, message: InfoRequest) -> Info:
+    def info(self, message: InfoRequest) -> Info:
         sides = [
             tuple(TensorInfo(s.name, s.dtype, s.shape) for s in specs)
             for specs in (self.stage.inputs, self.stage.outputs)

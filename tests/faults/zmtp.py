@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import random
 import socket
@@ -43,6 +44,7 @@ class Budget:
     bytes: int = 64 << 20
     count: int = 1_000_000
     seconds: float = 30.0
+    rate: float = math.inf  # messages a second, where the attack paces itself
 
 
 @dataclass
@@ -93,6 +95,11 @@ class _Meter:
         return (
             tally.messages < budget.count and tally.sent + size <= budget.bytes and self.left_s > 0
         )
+
+    async def pace(self) -> None:
+        """Yield, and wait for as long as the attack is ahead of its rate."""
+        due = self._begun + self.tally.messages / self.budget.rate
+        await asyncio.sleep(max(0.0, due - time.monotonic()))
 
     def end(self) -> Tally:
         self.tally.seconds = time.monotonic() - self._begun

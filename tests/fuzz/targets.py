@@ -2,7 +2,7 @@
 
 A target raises nothing if only the typed errors came out, and returns what did: ``ok`` or the
 error's name. Both roles are the code that runs there: at the node, header, tensors and admission;
-at the edge, `NodeClient._handle` and what `infer` does with a result. ``zap`` is the authenticator,
+at the edge, `Connection._handle` and what `infer` does with a result. ``zap`` is the authenticator,
 ``keys`` the key files that people send one another.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 from cloud_node.admission import Refusal, check_stage, check_windows
 from edge_common.errors import KeyFileError, OffloadError, ProtocolError
-from edge_runtime.offload.connection import NodeClient, _Pending
+from edge_runtime.offload.connection import Connection, _Pending
 from edge_runtime.offload.integrity import check_reply
 from fuzz.messages import (
     FEEDS,
@@ -85,7 +85,7 @@ def edge(data: bytes) -> str:
     made: Any = message(data)
 
     async def work() -> str:
-        client = NodeClient(None, NODE, STAGE, LIMITS)  # type: ignore[arg-type]
+        client = Connection(None, NODE, STAGE, LIMITS)  # type: ignore[arg-type]
         client._pending[ID] = pending = _Pending()
         try:
             client._handle(made, 0.0)

@@ -24,11 +24,19 @@ from faults.processes import Sampler, sample
 from faults.zmtp import Budget, Tally
 from fuzz.targets import TARGETS
 
-from edge_runtime.offload.connection import NodeClient
+from edge_runtime.offload.connection import Connection
 from reliability.rows import Bench, Questions, Seen, Skip, mb, row, running
 from transport.allow_list import AllowList
 from transport.auth import Authenticator
-from transport.messages import Accepted, Request, Result, decode_header, decode_tensors, encode
+from transport.messages import (
+    Accepted,
+    InfoRequest,
+    Request,
+    Result,
+    decode_header,
+    decode_tensors,
+    encode,
+)
 from transport.sockets import server
 
 
@@ -110,7 +118,9 @@ async def fuzz_node(bench: Bench) -> Seen:
         async with connected(bench.edge(node), bench.bundle) as client:
             fed = questions.fed[0]
             async with questions.going_on(client):
-                tally = await hostile.wrong(fed, budget=Budget(count=count, seconds=80))
+                # Faster, the node would keep this edge out after a moment.
+                budget = Budget(count=count, seconds=80, rate=500)
+                tally = await hostile.wrong(fed, budget=budget)
         alive = node.running and node.starts == 1
     answered = dict(sorted(tally.notes.items()))
     seen = {**questions.told(), "node lived": alive, "it was told": answered}
@@ -122,19 +132,21 @@ class _Mutator:
     """A node whose every answer is preceded by damaged copies of it: headers and frames changed,
     payloads not, so that whatever is accepted must be right."""
 
-    def __init__(self, bench: Bench, count: int, each: int) -> None:
-        self.bench, self.left, self.each = bench, count, each
+    def __init__(self, node: FaultyNode, count: int, each: int) -> None:
+        self.node, self.left, self.each = node, count, each
         self.sent = 0
 
     async def serve(self, socket: Any, limits: Any) -> None:
         from engines.ort import OrtEngine
 
         rng = random.Random(5)
-        bundle = self.bench.bundle
+        bundle = self.node.bundle
         with OrtEngine(bundle.stage_path("stack"), threads=1, device="cpu") as engine:
             while True:
                 peer, frame = await socket.recv_multipart()
                 message = decode_header(frame)
+                if isinstance(message, InfoRequest):  # without it, the edge sends no request
+                    await socket.send_multipart([peer, encode(self.node.info(message))])
                 if not isinstance(message, Request):
                     continue
                 outputs = engine.run(decode_tensors(message, frame, limits.request))
@@ -162,9 +174,9 @@ class _Mutator:
 @running
 async def fuzz_edge(bench: Bench) -> Seen:
     spoilt, others = Questions(bench), Questions(bench)
-    mutator = _Mutator(bench, 10_000, 20)
     honest = FaultyNode(bench.bundle, bench.fresh())
-    keys = FaultyNode(bench.bundle, bench.fresh())  # for its keys alone
+    keys = FaultyNode(bench.bundle, bench.fresh())  # for its keys and what it says it serves
+    mutator = _Mutator(keys, 10_000, 20)
     ctx = zmq.asyncio.Context()
     authenticator = Authenticator(ctx, AllowList(keys.allowed))
     authenticator.start()
@@ -497,7 +509,7 @@ async def replays(bench: Bench) -> Seen:
 
 
 async def _volley(
-    questions: Questions, client: NodeClient, count: int, seconds: float, width: int
+    questions: Questions, client: Connection, count: int, seconds: float, width: int
 ) -> None:
     """`count` questions, `width` at once."""
 

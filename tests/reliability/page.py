@@ -1,8 +1,7 @@
-"""The page that shows the results, made from the results alone.
+"""The page `docs/reliability.md`, made from the results alone.
 
-The verdict comes first, then what is not held, a table of all rows by theme, and a section of each
-row. Where it was measured (machine, commit) is said once, at the end. The figure beside it is in
-:mod:`reliability.figure`.
+It shows the verdict, the rows that failed, and one line for each row with the numbers that decide
+it. All other numbers stay in the results file.
 """
 
 from __future__ import annotations
@@ -12,18 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from reliability.figure import compared, share
-from reliability.telling import (
-    OTHERS,
-    THEMES,
-    alike,
-    as_read,
-    brief,
-    flat,
-    listed,
-    telling_of,
-    text,
-    theme_of,
-)
+from reliability.telling import OTHERS, THEMES, brief, telling_of, text, theme_of
 
 Result = Mapping[str, Any]
 FIGURE = "images/reliability-throughput.svg"
@@ -32,37 +20,33 @@ FIGURE = "images/reliability-throughput.svg"
 _HEAD = """\
 # Reliability
 
-What was done to edges, nodes and the network between them, and what was seen.
+Each row below is a fault or an attack on real processes, with the condition that must hold
+throughout.
 """
 
 _HOW = """\
-## How it is measured
+## How to measure
 
-    make reliability              # the short form, about five minutes
+    make reliability              # the short form, about ten minutes
     make reliability FORM=long    # hours
     make fuzz SECONDS=600         # only the fuzzers
 
-This page is made from [results/reliability.json](results/reliability.json), which holds every
-number with the commit and the machine it was measured on; do not edit it.
+[results/reliability.json](results/reliability.json) holds every number with its commit and machine.
+`python -m reliability --doc` makes this page from it. The faults are in
+[tests/faults](../tests/faults/README.md), the rows in `tests/reliability`. "Identical" means equal
+bit for bit to the result of a single process.
 
-Faults are those of [tests/faults](../tests/faults/README.md); each row is a function in
-`tests/reliability`. A row that can't be run somewhere says why. "Identical" is bit for bit what a
-single process computes. Rows of the frame as a whole (failover, hedging, exposure) are not here:
-they belong to the edge's scheduler and its tests.
+## What these numbers do not cover
 
-What these numbers don't say:
-
-- **A hard limit on allocations that comes too late ends the process.** Where `malloc` fails, libzmq
-  aborts. A node keeps within the limits it finds (`RLIMIT_DATA`, `RLIMIT_AS`, `memory.max`), also
-  when they change, but not within one that is lowered below what it holds, nor when other processes
-  of its control group take the rest. Give it more than it asks for, and let it be restarted
-  ([node.md](node.md#memory)).
-- A short soak is one minute, of which a slope per hour is noise: then growth is judged, not slope.
-  The long soak so far run counts the samples it kept itself, 4.3 MB in its hour, with the edge.
-- Shared memory keeps the last windows until others overwrite them. It has no name in any file
-  system and goes with its processes.
-- Lies within the shape and range of an honest answer pass here: finding them is the edge's part.
-- All of it was run on one machine, over the loopback or links between namespaces of it.
+- libzmq aborts the process when `malloc` fails. A node stays within the limits it finds
+  (`RLIMIT_DATA`, `RLIMIT_AS`, `memory.max`) and follows changes to them. It cannot survive a limit
+  that is set below what it already holds, or other processes that use up its control group. Leave
+  headroom and let the service manager restart it ([node.md](node.md#memory)).
+- The short soak lasts one minute. That is too short for a slope, so it judges total growth.
+- Shared memory keeps the last windows until new ones overwrite them. It has no name in any file
+  system and disappears with its processes.
+- Wrong answers of the right shape and range pass here. Only the edge can detect them.
+- Everything ran on one machine, over loopback or links between network namespaces.
 """
 
 
@@ -73,13 +57,6 @@ def page(results: Mapping[str, Any]) -> str:
         rows.setdefault(one["row"], {})[one["form"]] = one
     themes = {theme: {n: f for n, f in rows.items() if theme_of(n) == theme} for theme in _THEMES}
     parts = [_HEAD, *_verdict(rows), *_overview(themes), _HOW]
-    for theme, members in themes.items():
-        if members:
-            parts.append(f"## {theme}\n")
-            if theme == "Throughput" and any(map(compared, results["rows"])):
-                parts.append(f"![Requests a second of a node and of bare sockets]({FIGURE})\n")
-        for name, forms in members.items():
-            parts += _section(name, forms)
     return "\n".join([*parts, *_measured(results["rows"])])
 
 
@@ -97,22 +74,21 @@ def _verdict(rows: Mapping[str, Mapping[str, Result]]) -> list[str]:
     lacking = "does not" if len(broken) == 1 else "do not"
     parts = [
         f"**{verdict}{f'; {len(broken)} {lacking}' if broken else ''}.**\n",
-        "A row is a fault or an attack on real processes, and what must hold all the while. It "
-        "holds if that was so in every form that was run: the short form, in seconds, and the long "
-        f"one, with many more faults, so far run of {long} rows. This says what was seen where it "
-        "was measured; it proves nothing of what was not tried.\n",
+        "A row holds if its condition held in every form that was run. The short form takes "
+        "seconds; the long form injects many more faults and has been run for "
+        f"{long} rows.\n",
     ]
     if failed:
         parts += ["## Not held\n", "| row | form | must hold | seen |", "|---|---|---|---|"]
         parts += [
-            f"| ❌ {_link(one['row'])} | {one['form']} | {_plain(one['bar'])} "
+            f"| ❌ {_plain(one['row'])} | {one['form']} | {_plain(one['bar'])} "
             f"| **{_plain(brief(one))}** |"
             for one in failed
         ]
         parts.append("")
     if skipped:
         parts.append("Not run, and why:\n")
-        parts += [f"- {_link(one['row'])}, {one['form']}: {_plain(brief(one))}" for one in skipped]
+        parts += [f"- {_plain(one['row'])}, {one['form']}: {_plain(brief(one))}" for one in skipped]
         parts.append("")
     return parts
 
@@ -121,104 +97,25 @@ _MARKS = {True: "held", False: "❌ **not held**", None: "not run"}
 
 
 def _overview(themes: Mapping[str, Mapping[str, Mapping[str, Result]]]) -> list[str]:
-    parts = ["## All rows\n", "| row | must hold | short form | long form |", "|---|---|---|---|"]
+    parts = ["## All rows\n"]
     for theme, members in themes.items():
-        if members:
-            parts.append(f"| **{theme}** | | | |")
+        if not members:
+            continue
+        parts += [f"### {theme}\n", "| row | must hold | seen | short | long |"]
+        parts.append("|---|---|---|---|---|")
         for name, forms in members.items():
-            words = telling_of(name, next(iter(forms.values()))["bar"]).words
+            one = forms.get("short") or forms["long"]
+            words = telling_of(name, one["bar"]).words
             marks = [_MARKS[forms[f]["held"]] if f in forms else "-" for f in ("short", "long")]
-            parts.append(f"| {_link(name)} | {_plain(words)} | {' | '.join(marks)} |")
-    return [*parts, "", "A form with - was not run.\n"]
-
-
-# A row's section
-
-
-def _section(name: str, forms: Mapping[str, Result]) -> list[str]:
-    bars = dict.fromkeys(one["bar"] for one in forms.values())
-    parts = [f"### {name}\n", *(f"Must hold: {_plain(bar)}.\n" for bar in bars)]
-    verdicts = [
-        f"{form} form: {_MARKS[one['held']]} ({text(one['seconds'])} s)"
-        for form, one in forms.items()
-    ]
-    parts.append(_sentence("; ".join(verdicts)))
-    told = {form: one for form, one in forms.items() if "seen" in one}
-    for form, one in forms.items():
-        if form not in told:
-            why = one.get("error") or one.get("skipped", "")
-            parts += [f"What ended the {form} form:\n", "~~~text", why, "~~~\n"]
-    if len(told) > 1 and not all(map(compared, told.values())):
-        return [*parts, *_beside(told)]
-    for form, one in told.items():
-        which = f" ({form} form)" if len(forms) > 1 else ""
-        parts.append(f"Injected{which}: {_plain(listed(one['injected'])) or 'nothing'}.\n")
-        parts += _throughput(one) if compared(one) else _seen(one["seen"])
-    return parts
-
-
-_ASKED = ("asked", "identical", "wrong", "typed errors")
-
-
-def _seen(numbers: Mapping[str, Any]) -> list[str]:
-    """A list, and where several things have the same numbers, a table of them."""
-    groups: dict[frozenset[str], list[str]] = {}
-    for name, value in numbers.items():
-        if isinstance(value, dict) and len(value) > 1:
-            groups.setdefault(frozenset(value), []).append(name)
-    tables = [names for names in groups.values() if len(names) > 1]
-    tabled = {name for names in tables for name in names}
-    items = _condensed({n: v for n, v in numbers.items() if n not in tabled})
-    parts = ["Seen:\n", *(line for n, v in items.items() for line in _item(n, v))]
-    if items:
+            seen = "see below" if compared(one) else _plain(brief(one))
+            parts.append(f"| {_plain(name)} | {_plain(words)} | {seen} | {' | '.join(marks)} |")
         parts.append("")
-    for names in tables:
-        keys = numbers[names[0]]
-        rows = [[key, *(_value(key, numbers[name][key]) for name in names)] for key in keys]
-        parts += _table(["", *names], rows)
-    return parts
-
-
-def _condensed(numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """With what became of all questions as one item."""
-    if any(name not in numbers for name in _ASKED):
-        return dict(numbers)
-    asked, *became = ((name, text(numbers[name])) for name in _ASKED)
-    line = f"{asked[1]} asked, " + ", ".join(f"{number} {name}" for name, number in became)
-    return {"questions": line, **{n: v for n, v in numbers.items() if n not in _ASKED}}
-
-
-def _item(name: str, value: Any) -> list[str]:
-    if isinstance(value, dict) and alike(value):
-        value = f"{text(next(iter(value.values())))} each: {', '.join(value)}"
-    if isinstance(value, dict) and len(text(value)) > 200:
-        return [f"- {_plain(name)}", *(f"  - {_line(n, v)}" for n, v in value.items())]
-    return [f"- {_line(name, value)}"]
-
-
-def _line(name: str, value: Any) -> str:
-    name, shown = as_read(name, value)
-    return f"{_plain(name)}: {_plain(shown)}"
-
-
-def _beside(told: Mapping[str, Result]) -> list[str]:
-    """Several forms': a table of them, and a list of what is long and the same in all."""
-    same: dict[str, Any] = {}
-    rows: list[Sequence[str] | str] = []
-    for title in ("injected", "seen"):
-        numbers = [flat(one[title]) for one in told.values()]
-        rows.append(title)
-        for name in dict.fromkeys(name for found in numbers for name in found):
-            values = [found.get(name, "-") for found in numbers]
-            shown = [_value(name, value) for value in values]
-            if len(shown[0]) > 40 and len(set(shown)) == 1:
-                same[name] = values[0]
-            else:
-                number = next((v for v in values if v != "-"), "-")
-                rows.append([as_read(name, number)[0], *shown])
-    parts = _table(["", *told], rows)
-    if same:
-        parts += ["The same in both:\n", *(f"- {_line(n, v)}" for n, v in same.items()), ""]
+        measured = {n: one for n, forms in members.items() for one in forms.values()}
+        if any(map(compared, measured.values())):
+            parts.append(f"![Requests a second of a node and of bare sockets]({FIGURE})\n")
+        for name, one in measured.items():
+            if compared(one):
+                parts += [f"{_plain(name)}:\n", *_throughput(one)]
     return parts
 
 
@@ -290,23 +187,6 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str] | str]) -> list[str
         titled = isinstance(row, str)
         lines.append([f"**{row}**", *("" for _ in head[1:])] if titled else list(map(_plain, row)))
     return [*("| " + " | ".join(line) + " |" for line in lines), ""]
-
-
-def _value(name: str, value: Any) -> str:
-    return as_read(name, value)[1]
-
-
-def _sentence(words: str) -> str:
-    return f"{words[0].upper()}{words[1:]}.\n"
-
-
-def _link(name: str) -> str:
-    return f"[{name}](#{anchor(name)})"
-
-
-def anchor(heading: str) -> str:
-    """What GitHub makes of a heading."""
-    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def _plain(words: str) -> str:

@@ -32,7 +32,7 @@ from reliability.__main__ import (
     write_page,
 )
 from reliability.figure import figure
-from reliability.page import FIGURE, anchor, page
+from reliability.page import FIGURE, page
 from reliability.rows import Bench, Row, Seen, Skip
 from reliability.telling import THEMES, as_read, brief, flat
 
@@ -254,12 +254,11 @@ def test_what_is_not_held_stands_first_with_the_reason() -> None:
     made_of = page({"rows": EVERY})
     top, _, rest = made_of.partition("## All rows")
     assert "**3 of 6 rows hold; 2 do not.**" in top
-    assert "| ❌ [soak](#soak) | long | the bar of soak | **wrong: 7; slope: 2.5 MB/h** |" in top
+    assert "| ❌ soak | long | the bar of soak | **wrong: 7; slope: 2.5 MB/h** |" in top
     assert "**ZeroDivisionError at x.py:3: \\<of> all things more**" in top
-    assert "[flapping](#flapping), short: no \\| such \\*kernel\\*" in top
-    assert "[keys]" not in top
-    assert "| [soak](#soak) | nothing wrong; memory and descriptors flat | held | ❌" in rest
-    assert "Short form: held (1.5 s); long form: ❌ **not held** (1.5 s)." in rest
+    assert "flapping, short: no \\| such \\*kernel\\*" in top
+    assert "keys" not in top
+    assert "| soak | nothing wrong; memory and descriptors flat | wrong: 0 | held | ❌" in rest
 
 
 def test_when_all_hold_nothing_else_is_said() -> None:
@@ -270,24 +269,26 @@ def test_when_all_hold_nothing_else_is_said() -> None:
 
 
 def test_rows_stand_under_their_themes() -> None:
-    headings = re.findall(r"^##+ (.*)", page({"rows": EVERY}), re.MULTILINE)
+    made_of = page({"rows": EVERY})
+    headings = re.findall(r"^##+ (.*)", made_of, re.MULTILINE)
     assert headings == [
         "Not held",
         "All rows",
-        "How it is measured",
-        *("Network and processes", "soak", "flapping", "black hole"),
-        *("Trust", "keys"),
-        *("Throughput", "throughput, ViT-B windows"),
-        *("Others", "of a name that is new"),
+        *("Network and processes", "Trust", "Throughput", "Others"),
+        "How to measure",
+        "What these numbers do not cover",
         "Measured on",
     ]
+    trust = made_of.partition("### Trust\n")[2].partition("###")[0]
+    assert "| keys |" in trust
+    assert "| soak |" not in trust
+    seen = "a: x: 1; a: y: 2; b: y: 4; b: x: 3; c: v: 5; c: w: 6 \\| \\*; d: v: 7; d: w: "
+    name = "of a name that is new"
+    assert f"| {name} | the bar of {name} | {seen}\\*\\*8\\*\\* | held | - |" in made_of
 
 
-def test_several_things_with_the_same_numbers_and_several_forms_are_tables() -> None:
+def test_throughput_is_a_table_and_a_figure() -> None:
     made_of = page({"rows": EVERY})
-    assert "|  | a | b |\n| --- | --: | --: |\n| x | 1 | 3 |\n| y | 2 | 4 |\n" in made_of
-    assert "| w | 6 \\| \\* | \\*\\*8\\*\\* |" in made_of
-    assert "| wrong | 0 | 7 |\n| slope | - | 2.5 MB/h |" in made_of
     assert "| 1 | 80.0 | 100.0 | 79.5 % (70.0 to 90.0) | - | - | 3 |" in made_of
     assert f"]({FIGURE})" in made_of
     assert FIGURE not in page({"rows": EVERY[:-1]})
@@ -306,8 +307,6 @@ def test_the_page_is_whole_markdown(measured: bool) -> None:
     if measured and not OUT.exists():
         pytest.skip("nothing has been measured yet")
     made_of = page(json.loads(OUT.read_text()) if measured else {"rows": EVERY})
-    headings = {anchor(heading) for heading in re.findall(r"^##+ (.*)", made_of, re.MULTILINE)}
-    assert set(re.findall(r"\]\(#([^)]*)\)", made_of)) <= headings
     for table in re.findall(r"(?:^\|.*\|\n)+", made_of, re.MULTILINE):
         cells = [len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()]
         assert len(set(cells)) == 1, table
