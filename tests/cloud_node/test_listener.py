@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import zmq
 import zmq.asyncio
@@ -185,7 +186,7 @@ def test_opening_and_closing_at_once_does_not_hang(prepared: Prepared) -> None:
 def test_a_port_that_is_taken(prepared: Prepared) -> None:
     async def work() -> None:
         async with listening(prepared) as first:
-            config = dataclasses.replace(prepared.config, bind=first.endpoint)
+            config = msgspec.structs.replace(prepared.config, bind=first.endpoint)
             taken = dataclasses.replace(prepared, config=config)
             with pytest.raises(ConfigError, match="choose another"):
                 Listener(taken, Metrics(), lambda *_: None, lambda _: None).try_address()
