@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from cloud_node.listener import Listener
 from cloud_node.metrics import Metrics
 from edge_common.errors import ConfigError
 from transport import keys, sockets
-from transport.dos_protection import RateLimit
+from transport.dos_protection import PenaltyBox, RateLimit
 
 needs_sodium = pytest.mark.skipif(sodium.MISSING is not None, reason=str(sodium.MISSING))
 
@@ -417,3 +418,52 @@ def test_whoever_breaks_a_limit_loses_all_connections_and_is_kept_out(
     within(work())
     whole = {"banished": 2} if breach == "frames" else {"endless": 1, "banished": 1}
     assert nonzero(metrics, "connections_dropped_total") == whole
+
+
+@needs_sodium
+def test_a_revoked_key_loses_also_connections_that_sent_no_message(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    metrics = Metrics()
+
+    async def work() -> None:
+        async with listening(prepared, metrics) as listener:
+            edge = hostile(prepared, listener, tmp_path, "revoked")
+            async with await edge.connect() as silent:
+                (tmp_path / "keys" / "authorized" / "revoked.pub").unlink()
+                assert await silent.wait_closed(30)
+            while len(listener._connections):
+                await asyncio.sleep(0.01)
+
+    within(work())
+    assert nonzero(metrics, "connections_dropped_total") == {"revoked": 1}
+
+
+@needs_sodium
+def test_an_edge_that_was_banned_is_banned_again_sooner(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_BURST", 50)
+    monkeypatch.setattr(module, "MESSAGES_PER_S", 0.001)
+    seen: list[bytes] = []
+
+    def take(frame: zmq.Frame, route: bytes, name: str) -> bool:
+        seen.append(frame.bytes)
+        return True
+
+    async def work() -> None:
+        async with listening(prepared, None, take) as listener:
+            listener._penalties = PenaltyBox(first_s=0.1, most_s=0.1)
+            await listener.reopen()
+            edge = hostile(prepared, listener, tmp_path, "bad")
+            async with await edge.connect() as peer:
+                await peer.send_message([b"x"] * 2)
+                assert await peer.wait_closed(30)
+            while listener._penalties.banned("bad", time.monotonic()):
+                await asyncio.sleep(0.01)
+            async with await edge.connect() as peer:
+                await peer.send(b"".join(peer.seal(b"x") for _ in range(40)))
+                assert await peer.wait_closed(30)
+
+    within(work())
+    assert len(seen) == 5, "a tenth of the burst"

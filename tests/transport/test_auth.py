@@ -466,7 +466,7 @@ def test_a_banned_edge_gets_in_again_and_another_meanwhile(
             assert await _admitted(ctx, server, node, other, limits) == "bad"
             assert box.ban("bad", time.monotonic()) == 5.0
 
-    asyncio.run(asyncio.wait_for(scene(), 120))
+    asyncio.run(asyncio.wait_for(scene(), 60))
 
 
 def test_a_key_that_comes_too_often_is_paced_and_another_gets_in_meanwhile(
@@ -488,7 +488,7 @@ def test_a_key_that_comes_too_often_is_paced_and_another_gets_in_meanwhile(
             assert await _answered(peer)
         await cancel_all(storms)
 
-    asyncio.run(asyncio.wait_for(scene(), 120))
+    asyncio.run(asyncio.wait_for(scene(), 60))
     stats = node.wait_for(lambda s: not s["connections"])
     # Whoever gives up in the middle of its handshake may look like many things, but that is rare.
     assert sum(n for what, n in stats["events"].items() if what.startswith("refused")) <= 40
