@@ -57,7 +57,7 @@ async def listening(
         await listener.close()
 
 
-def within(work: Coroutine[Any, Any, None], seconds: float = 60) -> None:
+def within(work: Coroutine[Any, Any, None], seconds: float = 30) -> None:
     asyncio.run(asyncio.wait_for(work, seconds))
 
 

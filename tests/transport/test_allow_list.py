@@ -32,7 +32,7 @@ def test_folder_must_exist_and_be_closed_to_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        permissions, "_alone", lambda uid, gid: False
+        permissions, "_is_private_group", lambda uid, gid: False
     )  # its group has other members
     with pytest.raises(KeyFileError, match="edge-runtime keys node"):
         AllowList(tmp_path / "nowhere")
