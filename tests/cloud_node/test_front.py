@@ -411,8 +411,8 @@ def test_refused_requests_do_not_fill_the_log(shared: Any, connect: Any, five: F
 
 _UNMETERED = """
 import sys
-from transport import meter
-meter._METERED = False  # as where the kernel doesn't tell
+from transport.dos_protection import tcp
+tcp.AVAILABLE = False  # as where the kernel doesn't tell
 from cloud_node import server
 server.Server._ceiling = lambda self: self._held() + (64 << 20)
 from cloud_node.cli import main
@@ -435,7 +435,7 @@ def test_a_node_that_holds_too_much_drops_all_connections_and_goes_on(
     assert tally.sent > 16 << 20
     until(lambda: "bound anew" in node.logged())
     # A bare socket gives its link up for good if the drop meets its handshake; the product's edges
-    # connect again by themselves (`sockets.watch`, and the row "endless multipart").
+    # connect again by themselves (`link.watch`, and the row "endless multipart").
     assert same(node, local, five, connect(node).ask(five))
     assert node.process.poll() is None
     assert _resident(node.process.pid) < before + (64 << 20)

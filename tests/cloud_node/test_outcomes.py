@@ -1,8 +1,8 @@
 """Every request that was admitted has one outcome, whatever raises on the way to it.
 
-A `Server` runs in a thread, with a real door and real edges; its workers are the test's, so that a
-batch ends when and how the test says. `Fault` then makes each call that the server makes on its way
-raise in turn.
+A `Server` runs in a thread, with a real listener and real edges. Its workers are the test's, so
+that a batch ends when and how the test says. `Fault` then makes each call that the server makes on
+its way raise in turn.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ class Running:
         self.thread.start()
         while self.server.metrics.state != "ready":
             time.sleep(0.001)
-        self.endpoint = self.server._door.endpoint
+        self.endpoint = self.server._listener.endpoint
         self.ready = {"public_key": prepared.keypair.public}
         self._keys, self._connect = prepared.config.keys, connect
         self._rng = np.random.default_rng(0)
@@ -523,7 +523,7 @@ class Deaf(logging.Filter):
 
 
 BROKEN: dict[str, tuple[str, Any, str]] = {
-    "sending": ("computed", listener.Door, "send"),
+    "sending": ("computed", listener.Listener, "send"),
     "encoding": ("computed", server, "encode"),
     "estimating": ("computed", Queue, "record_batch"),
     "logging results": ("computed", server.log, "filters"),

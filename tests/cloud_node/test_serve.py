@@ -330,7 +330,7 @@ sys.exit(main(sys.argv[1:]))
     [
         ("server", "Server", "_expire", 20),  # in the tick
         ("server", "Server", "_next_batch", 1),
-        ("listener", "Door", "_count", 1),
+        ("listener", "Listener", "_count", 1),
         ("pool", "_Lane", "_fail_runs", 1),
     ],
 )
