@@ -205,7 +205,7 @@ class Server:
     # What arrives
 
     def _handle(self, frame: zmq.Frame, to: bytes, name: str) -> bool:
-        """Handle a message; returns whether it was of use, which the limit on messages considers."""
+        """Handle a message; returns whether it was of use, for the limit on messages."""
         message_id = NO_ID
         try:
             message = decode_header(frame)

@@ -24,6 +24,7 @@ from cloud_node import pool as pool_module
 from cloud_node.pool import (
     LocalPool,
     PoolClosed,
+    QueuedPool,
     Slot,
     WorkerDied,
     WorkerEvent,
@@ -591,6 +592,40 @@ def test_slots_are_given_out_in_order_and_cancelled_waits_lose_none(
             waiting[1].cancel()  # the one whose turn it is
             await asyncio.wait(waiting)
             assert order == [2, 4, 5]
+
+    run(main())
+
+
+class OneSlot(QueuedPool):
+    """Gives out `slot`, if there is one."""
+
+    slot: Any = None
+    ready = 1
+    _runs = 0
+
+    def _free_slot(self) -> Any:
+        slot, self.slot = self.slot, None
+        return slot
+
+    async def start(self, on_event: Any) -> None: ...
+    async def follow(self) -> None: ...
+    async def close(self, drain_s: float) -> None: ...
+
+
+def test_a_caller_that_is_woken_in_vain_keeps_its_place(bundle_of: Any) -> None:
+    """As when a worker dies in the moment in which a slot of it is free."""
+
+    async def main() -> None:
+        pool = OneSlot(Bundle.load(bundle_of("pixels")), None, None)
+        first, second = (asyncio.ensure_future(pool.acquire()) for _ in range(2))
+        await asyncio.sleep(0)
+        pool.wake()
+        await asyncio.sleep(0.01)
+        pool.slot = object()
+        pool.wake()
+        await asyncio.sleep(0.01)
+        assert (first.done(), second.done()) == (True, False)
+        second.cancel()
 
     run(main())
 
