@@ -64,8 +64,7 @@ class Object:
 def predict(predictor: OffloadPredictor, prompt: Prompt, all_masks: bool = False) -> Object:
     """Decode one object on the photo that is set.
 
-    Of the model's three answers, the one that the model itself thinks best; or, with ``all_masks``,
-    all three.
+    Returns the mask with the highest predicted IoU, or with `all_masks` all three.
     """
     points = prompt.points
     answer = predictor.predict(
@@ -252,7 +251,7 @@ def write(
 
     Raises:
         ConfigError: the folder exists and neither ``overwrite`` nor ``number`` is on, or something
-            else is in its place.
+            else is there.
         EdgeRuntimeError: see :func:`segment`.
     """
     from PIL import Image
@@ -316,9 +315,9 @@ def write(
 
 
 def png(picture: Image.Image) -> bytes:
-    """A picture as a file. Pillow itself does not say why a disk refuses one."""
+    """A picture as a file's bytes. When Pillow writes files, it hides why a disk refuses one."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", compress_level=3)  # twice as fast as usual, and hardly larger
+    picture.save(buffer, "PNG", compress_level=3)  # twice as fast as the default, and hardly larger
     return buffer.getvalue()
 
 
@@ -404,29 +403,30 @@ def check_folder(
     """Refuse a folder that holds anything but the results of an earlier run.
 
     Args:
-        ours: whether a file of that name may be a result.
-        marker: the one that all results have.
+        ours: says whether a file of that name may be a result.
+        marker: a file that every result has.
         overwrite: whether earlier results may be replaced.
 
     Raises:
-        ConfigError: saying how to go on.
+        ConfigError: it does, or has earlier results and `overwrite` is off.
     """
     if not os.path.lexists(folder):
         return
     if not folder.is_dir() or folder.is_symlink():
-        raise ConfigError(f"{folder} is in the way: {ANOTHER_FOLDER}")
+        raise ConfigError(f"{folder} is in the way", mend=ANOTHER_FOLDER)
     with os.scandir(folder) as entries:
         names = {entry.name: entry.is_file(follow_symlinks=False) for entry in entries}
     if not names:
         return
-    # Replacing removes the whole folder, so that it may hold nothing that we did not write.
+    # Replacing removes the whole folder, so it must hold nothing that we did not write.
     foreign = sorted(n for n, is_file in names.items() if not (is_file and ours(n)))
     if foreign or marker not in names:
         other = foreign[0] if foreign else next(iter(names))
         raise ConfigError(
-            f"{folder} holds other things than these results, such as {other}: {ANOTHER_FOLDER}"
+            f"{folder} holds other things than these results, such as {other}", mend=ANOTHER_FOLDER
         )
     if not overwrite:
         raise ConfigError(
-            f"{folder} holds earlier results: {ANOTHER_FOLDER}, or replace them with --overwrite"
+            f"{folder} holds earlier results",
+            mend=f"{ANOTHER_FOLDER}, or replace them with --overwrite",
         )

@@ -53,6 +53,7 @@ class KeyedRandom:
 
 
 def touch(a: int, b: int, side: int, separation: int) -> bool:
+    """Whether two windows must not share a node: 8 counts corners too, 4 edges only, 0 nothing."""
     if separation == 0:
         return False
     rows, columns = abs(a // side - b // side), abs(a % side - b % side)
@@ -69,6 +70,7 @@ def _neighbours(shape: Shape, separation: int) -> tuple[tuple[int, ...], ...]:
 
 
 def touching(shape: Shape, colours: Sequence[int], separation: int) -> int:
+    """Pairs of windows that share a colour and touch."""
     return sum(
         colours[i] == colours[j] and colours[i] >= 0
         for i, near in enumerate(_neighbours(shape, separation))
@@ -78,10 +80,12 @@ def touching(shape: Shape, colours: Sequence[int], separation: int) -> int:
 
 
 def reached(shape: Shape, colours: Sequence[int]) -> int:
+    """The separation that a colouring keeps."""
     return next((s for s in (8, 4) if not touching(shape, colours, s)), 0)
 
 
 def loads_of(shape: Shape, colours: Sequence[int], k: int) -> list[int]:
+    """The area of each colour's windows."""
     loads = [0] * k
     for area, colour in zip(shape.areas, colours, strict=True):
         loads[colour] += area
@@ -89,10 +93,10 @@ def loads_of(shape: Shape, colours: Sequence[int], k: int) -> list[int]:
 
 
 def _templates(shape: Shape, k: int, separation: int) -> list[list[int]]:
-    """Colourings that keep the separation, by construction; empty if k colours cannot.
+    """Colourings that keep the separation by construction; empty if k colours are too few.
 
     ``(2 row + column) mod k`` differs by 1, 2 or 3 between 8-neighbours, so k >= 4 always keeps
-    8; ``(row + column) mod k`` keeps 4 for k >= 2. Fewer colours may do for some shapes (a strip).
+    8; ``(row + column) mod k`` keeps 4 for k >= 2. Fewer colours suffice for some shapes (a strip).
     """
     cells = [divmod(w, shape.side) for w in shape.windows]
     if k >= 4 and separation:
@@ -111,7 +115,7 @@ def _greedy(neighbours: tuple[tuple[int, ...], ...], k: int) -> list[int] | None
     for start in range(len(neighbours)):
         if colours[start] >= 0:
             continue
-        # Breadth-first order keeps every window next to earlier ones, so dead ends show at once.
+        # In breadth-first order every window touches earlier ones, so dead ends show at once.
         order, queue = [start], {start}
         for v in order:
             order += (fresh := [u for u in neighbours[v] if u not in queue])
@@ -179,7 +183,7 @@ def settle(walk: Walk, limit: int, steps: int) -> list[int]:
     for step in range(steps):
         if best_load <= limit:
             break
-        # Four sweeps from generous to strict, so that a bad valley is left again.
+        # Four sweeps from generous to strict, so as to leave local minima.
         left = steps - step * 4 % steps
         walk.step(scale * left**3 // steps**3)
         if max(walk.loads) < best_load:
@@ -191,15 +195,15 @@ def settle(walk: Walk, limit: int, steps: int) -> list[int]:
 def most_even(shape: Shape, k: int, separation: int) -> tuple[int, ...] | None:
     """The most even colouring known that keeps the separation; None if there is none.
 
-    It is the most even one there is wherever :func:`_exact` finishes. Depends on the shape alone,
-    so it tells what can be promised without knowing any key.
+    No colouring is more even if :func:`_exact` finishes. It depends on the shape alone, not on a
+    key, so it can be used to say which budgets can be met.
     """
     templates = _templates(shape, k, separation)
     if k == 1 or not templates:
         return tuple(templates[0]) if templates else None
     found, finished = _exact(shape, k, separation)
     if not finished:
-        floor = max(-(-shape.total // k), max(shape.areas))  # no colouring is more even than this
+        floor = max(-(-shape.total // k), max(shape.areas))  # the load of a perfectly even one
         random = KeyedRandom(b"shape", b"")
         found += [
             settle(Walk(shape, k, separation, start, random), floor, _SEARCH_STEPS)
@@ -212,9 +216,9 @@ def _exact(shape: Shape, k: int, separation: int) -> tuple[list[list[int]], bool
     """Search all colourings that keep the separation for the most even one.
 
     Returns:
-        the best one found, if any, and whether the search finished within its steps: then none is
-        more even. It does for small shapes, and without separation for all photos, whose windows
-        have at most four different areas.
+        the best one found, if any, and whether the search finished within its steps. If it did,
+        none is more even. It finishes for small shapes and, without separation, for all photos,
+        because their windows have at most four different areas.
     """
     if len(shape.areas) > _EXACT_WINDOWS:
         return [], False
@@ -242,7 +246,7 @@ def _exact(shape: Shape, k: int, separation: int) -> tuple[list[list[int]], bool
             load = loads[colour] + area
             if load > limit or limit < floor or steps > _EXACT_STEPS:
                 return
-            # Nodes with equal loads are alike; with separation, only those without any window.
+            # Nodes with equal loads are equivalent; with separation, only those without windows.
             alike = loads[colour] if not separation or not loads[colour] else -1 - colour
             if colour in taken or alike in tried:
                 continue
@@ -261,7 +265,7 @@ def _exact(shape: Shape, k: int, separation: int) -> tuple[list[list[int]], bool
 
 
 def randomised(shape: Shape, k: int, separation: int, random: KeyedRandom) -> list[int]:
-    """A colouring drawn with the key whose largest load is about that of :func:`most_even`.
+    """A colouring chosen by the key, with about the largest load of :func:`most_even`.
 
     There must be a colouring of that separation.
     """

@@ -213,7 +213,7 @@ def test_what_it_cannot_open_is_told(
         changes = {"stage": stage[:-1] + ("0" if stage[-1] != "0" else "1")}
     peer = start(**changes)
     failed = peer.receive()
-    if isinstance(failed, Ready):
+    if failed == Ready("cuda", getattr(failed, "slowest_s", 0)) and changes == {"device": "cuda"}:
         pytest.skip("there is CUDA here")
     assert isinstance(failed, Failed)
     assert failed.kind == kind

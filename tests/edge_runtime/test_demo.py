@@ -188,7 +188,9 @@ def test_a_node_that_does_not_start_is_named_and_the_others_are_ended(
         return started[-1]
 
     monkeypatch.setattr(subprocess, "Popen", breaking)
-    with pytest.raises(EdgeRuntimeError, match=r"node beta ended before it served.*--threads: expected"):
+    with pytest.raises(
+        EdgeRuntimeError, match=r"node beta ended before it served.*--threads.*not '0'"
+    ):
         demo.run_demo(tmp_path / "out", quiet=True)
     assert len(started) == 3
     assert all(process.poll() is not None for process in started)

@@ -269,11 +269,13 @@ class Meeting:
 
     def __init__(self, engine: Any, met: threading.Barrier) -> None:
         self.engine, self.met = engine, met
+        self.began = threading.Event()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
 
     def run(self, feeds: Any) -> Any:
+        self.began.set()
         self.met.wait(20)
         return self.engine.run(feeds)
 
@@ -318,8 +320,10 @@ def test_closing_waits_for_what_runs_and_fails_what_waits(
     feeds = pipeline.stack_inputs(windows)
     met = threading.Barrier(2)
     engine = pipeline.engine("stack")
-    pipeline._engines["stack"] = Meeting(engine, met)  # type: ignore[assignment]
+    slow = Meeting(engine, met)
+    pipeline._engines["stack"] = slow  # type: ignore[assignment]
     running, waiting = pipeline.submit("stack", feeds), pipeline.submit("stack", feeds)
+    assert slow.began.wait(20)
     closing = [threading.Thread(target=pipeline.close) for _ in range(2)]
     for thread in closing:
         thread.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -21,7 +22,7 @@ from edge_common.errors import OffloadError, PlacementError
 from edge_common.memory_limits import MemoryLimits
 from edge_runtime.config import Node
 from edge_runtime.offload import connection as client_module
-from edge_runtime.offload.connection import Connection, NodeRefusedError, Reply
+from edge_runtime.offload.connection import Connection, NodeError, NodeRefusedError, Reply
 from edge_runtime.offload.ledger import ExposureLedger
 from edge_runtime.offload.placement import place
 from engines.bundle import Bundle
@@ -403,6 +404,124 @@ def test_a_flood_of_messages_leaves_the_loop_its_turn(toy_bundle: Path, tmp_path
         return first
 
     assert asyncio.run(work()) < 10
+
+
+def test_a_node_that_is_not_reached_costs_no_exposure(toy_bundle: Path, tmp_path: Path) -> None:
+    bundle = Bundle.load(toy_bundle)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    keypair = generate(tmp_path, "edge")
+
+    async def work() -> None:
+        ctx, stage = zmq.asyncio.Context(), bundle.stage("stack")
+        limits = stage_limits(stage.inputs, stage.outputs, 9)
+        client = Connection(ctx, Node("alpha", endpoint, keypair.public, keypair), stage, limits)
+        client.start()
+        try:
+            book = ledger()
+            until = asyncio.get_running_loop().time() + 60
+            with pytest.raises(NodeError) as caught:
+                await client.infer(feeds(bundle), book.reserve("alpha", WINDOWS), until)
+            assert (caught.value.code, caught.value.node) == ("unreachable", "alpha")
+            assert caught.value.reason.startswith("unreachable: ")
+            assert book.exposure() == {"alpha": 0}
+            assert [entry.event for entry in book.entries] == ["reserved", "released"]
+        finally:
+            await client.close()
+            ctx.destroy(linger=0)
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize(
+    ("act", "code"),
+    [
+        ("close_mid", "connection_lost"),
+        ("stall", "late"),
+        ("refuse", "refused"),
+        ("nan", "wrong_answer"),
+        ("honest", None),
+    ],
+)
+def test_a_node_that_got_bytes_has_seen_the_windows_whatever_it_does(
+    toy_bundle: Path, tmp_path: Path, act: Any, code: str | None
+) -> None:
+    bundle = Bundle.load(toy_bundle)
+
+    async def work(node: FaultyNode) -> None:
+        async with asking.connected(node.node(node.authorise()), bundle) as client:
+            book = ExposureLedger(place([1] * 9, range(9), 3, [client.name], 1.0, bytes(32), b""))
+            permit = book.reserve(client.name, WINDOWS)
+            until = asyncio.get_running_loop().time() + (2 if act == "stall" else 60)
+            asked = client.infer(feeds(bundle), permit, until)
+            (answer,) = await asyncio.gather(asked, return_exceptions=True)
+            assert getattr(answer, "code", None) == code
+            assert book.seen(client.name) == set(WINDOWS)
+            assert book.exposure()[client.name] == pytest.approx(2 / 9)
+            assert book.bytes_sent(client.name) > 2 * 16 * 16 * 3
+
+    with FaultyNode(bundle, tmp_path, Act(act), wire="raw") as node:
+        asyncio.run(asyncio.wait_for(work(node), 120))
+
+
+def test_a_send_that_was_still_waiting_has_shown_nothing(run: Callable[..., Any]) -> None:
+    """pyzmq keeps a message that libzmq does not take yet; given up, it is never sent."""
+
+    class Full:
+        def __init__(self, real: Any) -> None:
+            self.real = real
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.real, name)
+
+        def send(self, *_: Any, **__: Any) -> Any:
+            return asyncio.get_running_loop().create_future()
+
+    async def work(case: Case) -> None:
+        await case.infer()
+        client = case.client
+        client._socket, real = Full(client._socket), client._socket
+        with pytest.raises(NodeError, match="no answer"):
+            await case.infer(seconds=0.3)
+        client._socket = real
+        assert case.permit.state == "released"
+        assert (len(case.requests), client.cancelled) == (1, 0)
+
+    run(honest, work)
+
+
+def test_the_node_s_deadline_is_what_remains_after_connecting(run: Callable[..., Any]) -> None:
+    async def work(case: Case) -> None:
+        case.informing.clear()
+        task = asyncio.create_task(case.infer(seconds=60))
+        await asyncio.sleep(0.3)
+        case.informing.set()
+        await task
+        assert 0 < case.requests[0].deadline_ms <= 59_700
+
+    run(honest, work)
+
+
+def test_a_client_in_quarantine_does_not_start(toy_bundle: Path, tmp_path: Path) -> None:
+    stage = Bundle.load(toy_bundle).stage("stack")
+    limits = stage_limits(stage.inputs, stage.outputs, 9)
+    keypair = generate(tmp_path, "edge")
+    node = Node("alpha", "tcp://127.0.0.1:1", keypair.public, keypair)
+
+    async def work() -> None:
+        ctx = zmq.asyncio.Context()
+        client = Connection(ctx, node, stage, limits)
+        client.quarantine = "it sent without end"
+        client.start()
+        assert (client._tasks, client._socket) == ([], None)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        with pytest.raises(NodeError) as caught:
+            await client.info(asyncio.get_running_loop().time() + 60)
+        assert caught.value.code == "quarantined"
+        ctx.destroy(linger=0)
+
+    asyncio.run(work())
 
 
 def test_nothing_is_sent_without_the_right_permit(run: Callable[..., Any]) -> None:
