@@ -589,6 +589,20 @@ def test_a_batch_that_only_waited_for_a_worker_that_died_is_run_again(
     assert not running.server._poison._deaths
 
 
+def test_a_client_whose_request_failed_shares_no_batch_for_a_while(
+    start: Callable[[], Running],
+) -> None:
+    running = start()
+    running.worker.ends = [EngineError("no")]
+    failed = running.request(9)
+    running.settle(running.computing(failed))
+    assert running.told(Refused) == [failed]
+    running.call(running.worker.go.clear)
+    sent = running.computing(*(running.request(windows) for windows in (2, 3, 4)))
+    running.settle(sent)
+    assert running.worker.runs == 3
+
+
 def test_a_draining_node_waits_for_replies_that_have_not_left(
     start: Callable[[], Running],
 ) -> None:

@@ -302,7 +302,7 @@ def test_ray_gets_only_encrypted_tensors(running: Running, monkeypatch: Any) -> 
         running.call(running.ask({**feeds, "window": feeds["window"] + 10_000}))
     assert len(stored) == 2
     for sealed in [ray.get(ref) for ref in stored] + returned:
-        for _, _, data in sealed.values():
+        for _, _, _, data in sealed.values():
             assert canary not in data.tobytes()
             assert tokens[:16] not in data.tobytes()
     session = running.pool._cluster._folder
@@ -543,11 +543,14 @@ def test_sealed_tensors_open_with_their_key_only() -> None:
     assert {n: (a.dtype, a.shape, a.tobytes()) for n, a in opened.items()} == {
         n: (a.dtype, a.shape, a.tobytes()) for n, a in tensors.items()
     }
-    changed = {**sealed, "a": sealed["b"]}
+    dtype, _, nonce, data = sealed["a"]
     for wrong, key, result in (
         (sealed, b"x" * 16, True),
         (sealed, b"k" * 16, False),
-        (changed, b"k" * 16, True),
+        ({"a": sealed["b"]}, b"k" * 16, True),
+        ({"a": (dtype, (3, 2), nonce, data)}, b"k" * 16, True),
+        ({"a": ("<u8", (2, 3), nonce, data)}, b"k" * 16, True),
+        ({"a": (dtype, (2, 3), nonce, data ^ 1)}, b"k" * 16, True),
     ):
         with pytest.raises(ValueError, match="were changed"):
             unseal(wrong, key, result=result)
