@@ -535,7 +535,7 @@ BROKEN: dict[str, tuple[str, Any, str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_raises_again_and_again_keeps_nothing_open(
+def test_a_permanent_defect_leaves_no_request_open(
     start: Callable[[], Running], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     running, (end, place, what) = start(), BROKEN[name]

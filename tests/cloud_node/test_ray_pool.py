@@ -426,7 +426,7 @@ def test_a_node_with_workers_on_ray(
     assert folders() == before_folders
 
 
-def test_nobody_at_the_address(bundle: Bundle) -> None:
+def test_an_address_where_no_cluster_listens(bundle: Bundle) -> None:
     script = """
         import asyncio, sys
         from cloud_node.ray_pool import RayPool

@@ -112,7 +112,7 @@ def test_it_has_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no memfd here")
-def test_nobody_can_cut_it_short() -> None:
+def test_neither_process_can_shrink_it() -> None:
     arena = Arena.create(LAYOUT)
     with pytest.raises(PermissionError):
         os.ftruncate(arena.fd, 0)
