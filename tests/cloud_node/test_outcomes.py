@@ -111,9 +111,7 @@ class Worker(Pool):
         self.runs = 0
         self.computing = self.busy = self.closed = False
 
-    @property
-    def ready(self) -> int:
-        return 1
+    ready = 1
 
     async def start(self, on_event: OnEvent) -> None:
         self.on_event = on_event
@@ -601,6 +599,23 @@ def test_a_client_whose_request_failed_shares_no_batch_for_a_while(
     sent = running.computing(*(running.request(windows) for windows in (2, 3, 4)))
     running.settle(sent)
     assert running.worker.runs == 3
+
+
+def test_without_a_worker_only_requests_with_enough_time_are_admitted(
+    start: Callable[[], Running],
+) -> None:
+    running = start()
+    running.worker.ready = 0
+    died = WorkerEvent("died", 0, "cpu", 1, seconds=30.0)
+    running.call(running.worker.on_event, died)
+    late, patient = running.request(9, deadline_ms=5000), running.request(9)
+    running.accepted(patient)
+    (refused,) = [message for message in running.heard if isinstance(message, Refused)]
+    assert (refused.id, refused.code, refused.retry_ms) == (late, "overloaded", 10_000)
+    running.worker.ready = 1
+    running.call(running.worker.on_event, WorkerEvent("ready", 0, "cpu", 1, seconds=0.1))
+    running.accepted(running.request(9, deadline_ms=5000))
+    running.call(running.worker.go.set)
 
 
 def test_a_draining_node_waits_for_replies_that_have_not_left(
