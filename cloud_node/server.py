@@ -248,7 +248,7 @@ class Server:
         windows = check_windows(feeds, prepared.stage, prepared.bundle.geometry)
         deaths = self._poison.deaths(name, feeds, now)
         if deaths > 1:
-            raise _POISON
+            raise Refusal(_POISON.code, str(_POISON))
         job = Job(
             client=name,
             id=request.id,

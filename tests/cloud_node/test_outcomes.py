@@ -618,6 +618,19 @@ def test_without_a_worker_only_requests_with_enough_time_are_admitted(
     running.call(running.worker.go.set)
 
 
+def test_a_node_that_is_short_of_memory_admits_nothing(
+    start: Callable[[], Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = start()
+    with monkeypatch.context() as patch:
+        patch.setattr(running.server._memory, "scarce", lambda: True)
+        sent = running.request(9)
+        running.until(lambda: sent in running.told(Refused))
+    assert running.heard[-1].code == "overloaded"
+    assert "short of memory" in running.heard[-1].message
+    running.settle(running.accepted(running.request(9)))
+
+
 def test_a_draining_node_waits_for_replies_that_have_not_left(
     start: Callable[[], Running],
 ) -> None:
