@@ -543,8 +543,8 @@ class _Cluster:
         os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
         if address == "local":
             os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # send nothing to Ray's makers
-            # Other users of this machine could otherwise use Ray's ports. Given a token in the
-            # environment, Ray does not store one in the user's home.
+            # Ray's ports are open on all addresses of this machine, and ask for a token. Given one
+            # in the environment, Ray does not store one in the user's home.
             if "RAY_AUTH_TOKEN_PATH" not in os.environ:
                 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         import ray
@@ -566,7 +566,6 @@ class _Cluster:
                     "object_store_memory": max(_MIN_STORE, most * 5 * batch_bytes),
                     "include_dashboard": False,
                     "_temp_dir": str(Path(self._folder, "ray")),  # Ray opens it to all users
-                    "_node_ip_address": "127.0.0.1",
                 }
             else:
                 self.place = address
