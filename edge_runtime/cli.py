@@ -80,7 +80,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "info": Command("edge_runtime.commands.info", "show what a bundle is and check its files"),
         "export": Command("exporters.commands.export", "make a bundle from a SAM checkpoint *"),
         "tensors": Command(
-            "edge_runtime.commands.tensors",
+            "exporters.commands.tensors",
             "the largest intermediate tensors of a graph: what it needs unfused *",
         ),
         "train": Command(

@@ -1,10 +1,7 @@
-"""Building TensorRT plans of a bundle, one stage at a time, each in a process of its own.
+"""Builds TensorRT plans of a bundle, one stage at a time, each in a process of its own.
 
-:func:`build_stage` starts :mod:`engines.build_process`, follows it, and puts the finished plan and
-its record in place. Nothing half-done is left in the bundle, whether the build fails,
-its process dies or this one is told to stop (a stop kills the builder at once). The next build
-removes what a killed parent left behind. A plan whose attention was not fused is never taken for
-one where it was.
+:func:`build_stage` starts :mod:`engines.build_process`, reports its progress, and puts the finished
+plan and its record in place.
 """
 
 from __future__ import annotations
@@ -29,6 +26,7 @@ from typing import IO, Any
 import msgspec
 
 from edge_common.errors import BuildError, EngineError
+from edge_common.files import explain_write_errors
 from edge_common.signals import child_process, cleanup_on_exit, defer_signals
 from edge_common.text import printable
 from engines import libraries
@@ -46,14 +44,14 @@ _PARTIAL = ".partial"
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What may be chosen.
+    """Options of a build.
 
     Attributes:
-        backend: ``auto`` takes TensorRT where it is installed, else TensorRT-RTX.
-        max_windows: windows a batch may hold; None: all windows of the bundle's geometry.
+        backend: ``auto`` takes TensorRT if it is installed, otherwise TensorRT-RTX.
+        max_windows: most windows of a batch; None: all windows of the bundle's geometry.
         workspace_mib: scratch memory on the GPU that the library may use; None: its default.
         timing_cache: file to read measured timings from and write them to; TensorRT only.
-        strict: fail when an attention of the encoder was not fused.
+        strict: fail if an attention of the encoder was not fused.
     """
 
     backend: Backend = "auto"
@@ -64,7 +62,7 @@ class BuildOptions:
 
 
 class Watcher:
-    """What a build tells while it runs; override what you want to know."""
+    """Callbacks of a build; override those you need."""
 
     def begin(self, stage: str) -> None:
         """The build of ``stage`` begins."""
@@ -73,25 +71,25 @@ class Watcher:
         """``done`` of ``total`` steps of a phase are done; depth 0 is the whole build."""
 
     def warning(self, text: str) -> None:
-        """Something the user should read."""
+        """A warning for the user."""
 
     def finished(self, record: PlanRecord) -> None:
-        """The stage's plan is in its place."""
+        """The stage's plan is in place."""
 
 
 def expected_share(windows: int) -> int:
-    """Windows that one of several nodes computes of an image of ``windows``.
+    """The number of windows that one of several nodes computes of an image of ``windows``.
 
-    Three nodes that must not see two windows side by side hold at most 9 of 25 each.
+    Each of three nodes that may not see adjacent windows gets at most 9 of 25.
     """
     return -(-windows * 9 // 25)
 
 
 def profile_for(manifest: Manifest, stage: str, max_windows: int | None = None) -> Profile:
-    """Least, best and greatest shape of every input of ``stage`` that its plan must take.
+    """Least, best and greatest shape of every input of ``stage`` for its plan.
 
     Raises:
-        BuildError: ``max_windows`` is out of range, or the stage has a dimension unknown here.
+        BuildError: ``max_windows`` is out of range, or the stage has an unknown dimension.
     """
     windows = manifest.geometry.windows
     most = windows if max_windows is None else max_windows
@@ -126,14 +124,15 @@ def build_stage(
 ) -> Plan:
     """Build the plan of one stage and put it into the bundle, replacing an older one.
 
-    The files of the stage are hashed first. An exception, KeyboardInterrupt and SystemExit too,
-    ends the builder and leaves the bundle as it was.
+    The files of the stage are hashed first. Any exception, KeyboardInterrupt and SystemExit too,
+    kills the build process and leaves the bundle as it was. If this process is killed, the next
+    build removes what it left.
 
     Raises:
         BundleError: the bundle lacks the stage, or its files are damaged.
         EngineError: no library is installed, or it needs a GPU and there is none.
-        BuildError: contradictory options, a graph that cannot be built, attention that was not
-            fused under ``strict``, a builder that died, or a disk that refuses.
+        BuildError: the options contradict one another, the graph cannot be built, attention was not
+            fused under ``strict``, the build process died, or the disk refuses.
     """
     watcher = watcher or Watcher()
     spec = bundle.stage(stage)
@@ -165,7 +164,7 @@ def build_stage(
             request = msgspec.structs.replace(request, timing_cache=old, new_timing_cache=str(new))
         began, built = _follow(request, watcher)
         record = _record(bundle, stage, options, request, began, built)
-        _judge(record, options, watcher)
+        _check_fusion(record, options, watcher)
         place = plans.directory(bundle.path, began.target)
         with defer_signals():
             with _writing(place):
@@ -189,8 +188,8 @@ def _check_options(options: BuildOptions) -> None:
         flavour = next(iter(libraries.installed()), "auto")
     if flavour == "tensorrt-rtx":
         raise BuildError(
-            "--timing-cache is for TensorRT: TensorRT-RTX builds without timing anything, and with "
-            "a cache it would look for a GPU. Leave it out"
+            "--timing-cache is for TensorRT: TensorRT-RTX measures no timings, and with a cache it "
+            "would need a GPU. Leave it out"
         )
     if cache.is_dir() or not cache.parent.is_dir():
         raise BuildError(f"--timing-cache {cache}: name a file in a directory that exists")
@@ -198,9 +197,10 @@ def _check_options(options: BuildOptions) -> None:
 
 @contextlib.contextmanager
 def _workplace(bundle: Bundle) -> Iterator[Path]:
-    """The folder of the bundle's plans, without partial files of builds that were killed.
+    """The folder of the bundle's plans, cleared of partial files that killed builds left.
 
-    Every build holds a shared lock on it; who gets it alone may tidy up.
+    Every build holds a shared lock on it. A build that gets an exclusive lock is alone and may
+    remove leftovers.
     """
     folder = plans_folder(bundle.path)
     with _writing(folder):
@@ -226,7 +226,7 @@ def _workplace(bundle: Bundle) -> Iterator[Path]:
 
 
 def _require_room(bundle: Bundle, stage: Stage, folder: Path) -> None:
-    """Refuse at once what would fail after an hour: a plan holds all of the weights."""
+    """Refuse a full disk before the build, which may take an hour. A plan holds all weights."""
     needed = sum((bundle.path / file).stat().st_size for file in stage.files)
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -246,7 +246,7 @@ def _alone(lock: int) -> bool:
 
 @contextlib.contextmanager
 def _temporary(folder: Path, name: str) -> Iterator[Path]:
-    """An empty file in ``folder`` that is gone afterwards, unless it was moved away."""
+    """An empty file in ``folder``, removed after the block unless it was moved away."""
     path = (folder / f".{name}.{secrets.token_hex(8)}{_PARTIAL}").absolute()
     with cleanup_on_exit(lambda: _remove(path)):
         with _writing(folder):
@@ -261,17 +261,15 @@ def _remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    try:
+    with explain_write_errors(path, BuildError, plans.another_place(path)):
         yield
-    except OSError as error:
-        raise BuildError(plans.cannot_write(path, error)) from error
 
 
 def _follow(request: Request, watcher: Watcher) -> tuple[Began, Built]:
-    """Run the builder to its end, telling ``watcher``."""
+    """Run the build process to its end and report to ``watcher``."""
     events: dict[type, Any] = {}
-    last_words: deque[str] = deque(maxlen=3)
-    # From this directory: modules of the same names where the user happens to be are not ours.
+    last_lines: deque[str] = deque(maxlen=3)
+    # cwd: modules with the same names in the user's folder must not be imported.
     with child_process(
         [sys.executable, "-m", "engines.build_process"],
         stdin=subprocess.PIPE,
@@ -282,8 +280,8 @@ def _follow(request: Request, watcher: Watcher) -> tuple[Began, Built]:
         assert builder.stdin
         assert builder.stdout
         assert builder.stderr
-        arguments = (builder.stderr, last_words)
-        listener = threading.Thread(target=_listen, args=arguments, daemon=True)
+        arguments = (builder.stderr, last_lines)
+        listener = threading.Thread(target=_keep_last_lines, args=arguments, daemon=True)
         listener.start()
         with contextlib.suppress(BrokenPipeError):
             builder.stdin.write(msgspec.json.encode(request) + b"\n")
@@ -292,7 +290,7 @@ def _follow(request: Request, watcher: Watcher) -> tuple[Began, Built]:
         for line in builder.stdout:
             try:
                 event = decoder.decode(line)
-            except msgspec.MsgspecError:  # cut short by the builder's death
+            except msgspec.MsgspecError:  # the build process died in the middle of a line
                 continue
             events[type(event)] = event
             if isinstance(event, Phase):
@@ -305,31 +303,33 @@ def _follow(request: Request, watcher: Watcher) -> tuple[Began, Built]:
     if failed is not None:
         raise (EngineError if failed.kind == "EngineError" else BuildError)(printable(failed.text))
     if Built not in events or builder.returncode:
-        raise BuildError(_crash(request, builder.returncode, events, last_words))
+        raise BuildError(_crash_text(request, builder.returncode, events, last_lines))
     return events[Began], events[Built]
 
 
-def _listen(stream: IO[bytes], last_words: deque[str]) -> None:
+def _keep_last_lines(stream: IO[bytes], last_lines: deque[str]) -> None:
     for line in stream:
         text = line.decode("utf-8", "replace").strip()
         if text:
-            last_words.append(printable(text[:300]))
+            last_lines.append(printable(text[:300]))
 
 
-def _crash(request: Request, code: int, events: dict[type, Any], last_words: deque[str]) -> str:
+def _crash_text(
+    request: Request, code: int, events: dict[type, Any], last_lines: deque[str]
+) -> str:
     began, phase = events.get(Began), events.get(Phase)
     who = began.library if began else "the library"
     where = f" in phase '{phase.name}'" if phase else ""
     if code == -signal.SIGKILL:
         how = (
-            f"{who} was killed{where}, most likely because memory ran out (`dmesg` tells): close "
+            f"{who} was killed{where}, most likely because memory ran out (see `dmesg`): close "
             "other programs, add swap, or build with a smaller --max-windows or --workspace"
         )
     elif code < 0:
         how = f"{who} crashed with {signal.Signals(-code).name}{where}"
     else:
         how = f"{who} ended with code {code}{where} and gave no reason"
-    said = f". It last said: {' / '.join(last_words)}" if last_words else ""
+    said = f". It last said: {' / '.join(last_lines)}" if last_lines else ""
     return f"building the {request.stage} failed, nothing was kept: {how}{said}"
 
 
@@ -347,7 +347,7 @@ def _record(
         assert spec.plain is not None
         graph = spec.plain.sha256
     partial = Path(request.plan)
-    # Names, not where they lie: the record travels with the bundle.
+    # Names without folders, because a bundle with its records may be copied elsewhere.
     cache = None if options.timing_cache is None else options.timing_cache.name
     return PlanRecord(
         stage=stage,
@@ -397,10 +397,10 @@ def _record(
 
 
 def unfused(record: PlanRecord) -> str | None:
-    """What to tell of a plan whose attention was not, or not provably, fused; None if all was.
+    """A warning if not all attention of a plan is known to be fused; None if all is.
 
-    A decoder is excused: its few prompt tokens make small matrices, and libraries fuse or not as
-    they see fit. Its record tells.
+    A decoder gets no warning: its few prompt tokens make small matrices, which libraries may fuse
+    or not. Its record shows which were.
     """
     if record.stage == "decoder":
         return None
@@ -416,7 +416,7 @@ def unfused(record: PlanRecord) -> str | None:
         parts.append(f"{len(apart)} of {count} attentions were NOT fused ({_some(apart)})")
     if unknown:
         parts.append(
-            f"the {record.read_from} does not tell whether {len(unknown)} of {count} attentions "
+            f"the {record.read_from} does not say whether {len(unknown)} of {count} attentions "
             f"were fused ({_some(unknown)})"
         )
     why = (
@@ -432,7 +432,7 @@ def _some(names: list[str]) -> str:
     return shown if len(names) <= 3 else f"{shown}, ..."
 
 
-def _judge(record: PlanRecord, options: BuildOptions, watcher: Watcher) -> None:
+def _check_fusion(record: PlanRecord, options: BuildOptions, watcher: Watcher) -> None:
     found = unfused(record)
     if found is None:
         return

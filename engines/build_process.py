@@ -1,10 +1,7 @@
 """The process that builds one plan: ``python -m engines.build_process``.
 
-It reads one :class:`Request` as a line of JSON on standard input, loads TensorRT or TensorRT-RTX,
-writes the plan to the file it was told, and reports on standard output, one event of JSON a line.
-It promises that every failure it survives ends in a :class:`Failed` event with all that the library
-said, that nothing else reaches standard output, and that it dies with its parent. Choosing names,
-cleaning up, and what a plan's record says are left to the parent.
+It reads one :class:`Request` as a line of JSON from standard input, writes the plan to the file
+named there, and writes events to standard output, one line of JSON each.
 """
 
 from __future__ import annotations
@@ -25,16 +22,17 @@ from typing import Any, Literal
 import msgspec
 
 from edge_common.errors import BuildError, EdgeRuntimeError, EngineError
+from edge_common.files import explain_write_errors
 from engines import cuda, fusion, libraries
 from engines.bundle import TensorSpec
 from engines.libraries import Backend, Flavour, Library
-from engines.plan import AttentionReport, Form, LayerReport, Shape, cannot_write, target
+from engines.plan import AttentionReport, Form, LayerReport, Shape, another_place, target
 
 Profile = dict[str, tuple[Shape, Shape, Shape]]
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """What to build. ``plan`` and ``new_timing_cache`` are files that will be overwritten."""
+    """What to build. The files ``plan`` and ``new_timing_cache`` will be overwritten."""
 
     parent: int
     backend: Backend
@@ -52,7 +50,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Began(msgspec.Struct, frozen=True, kw_only=True, tag="began"):
-    """The library is loaded; what will be built, and on which GPU if there is one."""
+    """The library is loaded: what will be built, and on which GPU if there is one."""
 
     flavour: Flavour
     version: str
@@ -75,7 +73,7 @@ class Phase(msgspec.Struct, frozen=True, tag="phase"):
 
 
 class Warned(msgspec.Struct, frozen=True, tag="warned"):
-    """Something the library warned of, once however often it says it."""
+    """A warning of the library; a repeated one only once."""
 
     text: str
 
@@ -93,7 +91,7 @@ class Built(msgspec.Struct, frozen=True, kw_only=True, tag="built"):
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """There is no plan; ``kind`` names the class of the error."""
+    """The build failed; ``kind`` names the class of the error."""
 
     kind: Literal["BuildError", "EngineError"]
     text: str
@@ -102,22 +100,26 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 Event = Began | Phase | Warned | Built | Failed
 Emit = Callable[[Event], None]
 
-# What the library warns of and we have seen to: users could do nothing about it.
-_SETTLED = (
+# Warnings about things that are handled here: users could do nothing about them.
+_HANDLED = (
     re.compile(r"Make sure input \S+ has Int64 binding"),  # the engines feed int64 as int64
 )
-# The parser's errors come with their nodes from the parser; in the log they take six lines each.
-_TWICE = re.compile(r"^(While parsing node|--- (Begin|End) node|ERROR: \S+\.cpp:\d+ In function)")
+# Lines of the log that repeat the parser's errors, which are read from the parser itself.
+_PARSER = re.compile(r"^(While parsing node|--- (Begin|End) node|ERROR: \S+\.cpp:\d+ In function)")
 _SOURCE_LINE = re.compile(r"^\S+\.(?:cpp|h):\d+: ")
 _SEVERE, _WARNING = 1, 2  # ILogger.Severity: 0 and 1 are errors
 _MOST_TEXTS = 20
 _LONGEST_TEXT = 1500
-_INTERVAL_S = 0.1  # between two events of one phase: a large graph takes tens of thousands of steps
+_INTERVAL_S = 0.1  # least time between events: a large graph takes tens of thousands of steps
 
 
 def main() -> int:
-    """Build what standard input asks for. Returns the exit code: 0 only with a plan on disk."""
-    # Libraries print to descriptor 1 as they please; events go where it led, and it leads to 2.
+    """Build what standard input asks for. Returns the exit code: 0 only with a plan on disk.
+
+    Every failure that this process survives ends in a :class:`Failed` event. Only events reach
+    standard output. The process ends with its parent.
+    """
+    # Libraries print to standard output, so it becomes standard error; events get the original.
     events = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
 
@@ -126,7 +128,7 @@ def main() -> int:
             events.write(msgspec.json.encode(event) + b"\n")
             events.flush()
         except OSError:
-            os._exit(1)  # nobody listens any more
+            os._exit(1)  # the parent is gone
 
     try:
         request = msgspec.json.decode(sys.stdin.buffer.readline(), type=Request)
@@ -144,12 +146,12 @@ def main() -> int:
 
 
 def _die_with(parent: int) -> None:
-    """End with the process that asked, even when that is killed; go first when memory runs out."""
+    """End when the parent ends, even if it is killed; be the first to go when memory runs out."""
     if sys.platform != "linux":
         return
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it was gone before that took effect
+    if os.getppid() != parent:  # it was gone before prctl took effect
         os._exit(1)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
@@ -159,9 +161,9 @@ def build(request: Request, emit: Emit) -> None:
     """Build one plan and write it to ``request.plan``.
 
     Raises:
-        EngineError: no library, or no GPU where the library needs one.
-        BuildError: the graph cannot be parsed or built, or is not what the manifest says, or the
-            plan cannot be written.
+        EngineError: no library is installed, or it needs a GPU and there is none.
+        BuildError: the graph cannot be parsed or built, or contradicts the manifest, or the plan
+            cannot be written.
     """
     library = libraries.choose(request.backend)
     gpu = _gpu(library)
@@ -239,9 +241,9 @@ def build(request: Request, emit: Emit) -> None:
 
 
 class Log:
-    """What a library says, for people: errors are kept, warnings passed on, each once.
+    """Messages of a library: errors are kept, warnings are emitted, each once.
 
-    Messages that differ in numbers alone count as one: a defect of one layer is one of every layer.
+    Messages that differ only in numbers count as one, because a library repeats them per layer.
     """
 
     def __init__(self, emit: Emit) -> None:
@@ -250,15 +252,15 @@ class Log:
         self._warnings: Counter[str] = Counter()
 
     def add(self, severity: int, message: str) -> None:
-        """Take one message; ``severity`` as in ILogger.Severity (0 and 1 errors, 2 a warning)."""
+        """Take one message; ``severity`` is ILogger.Severity: 0 and 1 errors, 2 a warning."""
         if severity > _WARNING:
             return
         text = _SOURCE_LINE.sub("", message.strip())[:_LONGEST_TEXT]
         kind = re.sub(r"\d+", "#", text)
         if severity <= _SEVERE:
-            if not _TWICE.match(text) and len(self._errors) < _MOST_TEXTS:
+            if not _PARSER.match(text) and len(self._errors) < _MOST_TEXTS:
                 self._errors.setdefault(kind, text)
-        elif not any(pattern.search(text) for pattern in _SETTLED):
+        elif not any(pattern.search(text) for pattern in _HANDLED):
             self._warnings[kind] += 1
             if self._warnings[kind] == 1 and len(self._warnings) <= _MOST_TEXTS:
                 self._emit(Warned(text))
@@ -268,22 +270,22 @@ class Log:
         return "\n  ".join(self._errors.values()) or "the library gave no reason"
 
     def summarise(self) -> None:
-        """Say how many warnings were kept back, and what errors did not stop the build."""
+        """Emit the errors that did not stop the build, and the number of suppressed warnings."""
         for text in self._errors.values():
             self._emit(Warned(text))
         more = sum(self._warnings.values()) - min(len(self._warnings), _MOST_TEXTS)
         if more:
-            self._emit(Warned(f"{more} more warnings, alike but for their numbers"))
+            self._emit(Warned(f"{more} more warnings that differ only in numbers"))
 
 
 def form_for(library: Library, precision: str) -> Form:
-    """Which form of a stage ``library`` builds in ``precision``."""
+    """The form of a stage that ``library`` builds in ``precision``."""
     # ``Attention`` in float32 has no kernel, neither in TensorRT nor in TensorRT-RTX.
     return "attention" if library.parses_attention and precision != "fp32" else "plain"
 
 
 def _gpu(library: Library) -> cuda.Facts | None:
-    """The GPU here; None where TensorRT-RTX, which needs none to build, finds none."""
+    """The GPU here; None if there is none and TensorRT-RTX builds, which needs none."""
     if library.flavour == "tensorrt-rtx" and cuda.device_count() == 0:
         return None
     try:
@@ -329,7 +331,7 @@ def _monitor(library: Library, emit: Emit) -> Any:
 
 
 class Progress:
-    """A build's nested phases as :class:`Phase` events, few enough to be shown."""
+    """Emits a build's nested phases as :class:`Phase` events, at a limited rate."""
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
@@ -347,7 +349,7 @@ class Progress:
         self._say(name, step + 1)
 
     def finish(self, name: str) -> None:
-        """The phase is over, whether or not every step was told."""
+        """The phase is over, even if not every step was reported."""
         if name in self._phases:
             steps, depth = self._phases[name]
             self._say(name, steps, at_once=depth < 2)
@@ -362,12 +364,12 @@ class Progress:
 
 
 def _parse_errors(parser: Any, log: Log) -> str:
-    """All that the parser found wrong, with the nodes, and what was logged beside it."""
+    """All errors of the parser with their nodes, and other logged errors."""
     found = []
     for index in range(parser.num_errors):
         error = parser.get_error(index)
         code = str(error.code()).rpartition(".")[2]
-        # Before 10.2 or so errors had no names of nodes, only numbers.
+        # Up to about 10.2, errors have no node names.
         name, operator = (getattr(error, key, str)() for key in ("node_name", "node_operator"))
         where = f"node {name} ({operator}): " if name else ""
         found.append(f"{where}{code}: {error.desc().strip()}"[:_LONGEST_TEXT])
@@ -398,7 +400,7 @@ def _dtype(value: Any) -> str:
 
 
 def _check_network(library: Library, network: Any, request: Request, graph: str) -> None:
-    """Refuse a graph whose tensors or precision are not those of the manifest."""
+    """Refuse a graph whose tensors or precision contradict the manifest."""
     for side, specs, count, get in (
         ("inputs", request.inputs, network.num_inputs, network.get_input),
         ("outputs", request.outputs, network.num_outputs, network.get_output),
@@ -436,7 +438,7 @@ def _profile(builder: Any, network: Any, shapes: Profile) -> Any:
 
 
 def _use_timing_cache(config: Any, request: Request, emit: Emit) -> Any:
-    """Give ``config`` the cache asked for; a new one where the old does not fit."""
+    """Give ``config`` the requested timing cache, or a new one if that does not fit."""
     if request.new_timing_cache is None:
         return None
     try:
@@ -466,11 +468,11 @@ def _read_back(
     on_gpu: bool,
     emit: Emit,
 ) -> tuple[Literal["engine inspector", "serialised plan"], Any, int | None]:
-    """What was built: from the engine where a GPU can open it, else from the plan's bytes.
+    """Read layers and attentions from the engine inspector if a GPU opens the plan, or its bytes.
 
-    An inspector that leaves an attention untold gives way to a plan that tells of all.
+    The bytes are also used if they tell the fusion of every attention and the inspector does not.
     """
-    told = fusion.from_plan(data, attentions)
+    from_bytes = fusion.from_plan(data, attentions)
     memory = None
     if on_gpu:
         trt = library.module
@@ -484,23 +486,18 @@ def _read_back(
                 trt.LayerInformationFormat.JSON
             )
             inspected = fusion.from_inspector(text, attentions)
-            if _all_told(inspected) or not _all_told(told):
+            if _all_known(inspected) or not _all_known(from_bytes):
                 return "engine inspector", inspected, memory
-    return "serialised plan", told, memory
+    return "serialised plan", from_bytes, memory
 
 
-def _all_told(reports: fusion.Reports) -> bool:
+def _all_known(reports: fusion.Reports) -> bool:
     return all(attention.fused is not None for attention in reports[0])
 
 
 def _write(path: Path, data: Any) -> None:
-    try:
-        with path.open("wb") as file:
-            file.write(memoryview(data))
-            file.flush()
-            os.fsync(file.fileno())  # it may take long, and this process may be killed any time
-    except OSError as error:
-        raise BuildError(cannot_write(path.parent, error)) from error
+    with explain_write_errors(path.parent, BuildError, another_place(path)):
+        path.write_bytes(memoryview(data))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The bundle: one directory with everything a deployment needs, and its manifest.
 
-``edge-runtime export`` makes bundles, all other parts read them through :class:`Bundle`. A manifest
-may come from anywhere and is read without trust.
+``edge-runtime export`` makes bundles; everything else reads them through :class:`Bundle`. A
+manifest may come from anywhere and is not trusted.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import hashlib
 import mmap
 import os
 import re
-import shlex
 import shutil
 import zipfile
 import zlib
@@ -23,6 +22,7 @@ import numpy as np
 
 from edge_common.errors import BundleError
 from edge_common.files import explain_write_errors, move_folder, scratch_folder, write_atomically
+from edge_common.json_file import json_bytes, read_json
 from edge_common.text import UNPRINTABLE
 from engines.geometry import Geometry
 
@@ -45,8 +45,8 @@ Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$", max_length=64)]
 class TensorSpec(msgspec.Struct, frozen=True):
     """Name, type and shape of one tensor of a stage.
 
-    ``dtype`` is numpy's name of it, or ``bfloat16``, which numpy lacks and which travels as the
-    uint16 of its bits. A string in ``shape`` is a dynamic dimension.
+    ``dtype`` is numpy's name, or ``bfloat16``: numpy lacks it, so its bits are stored as uint16. A
+    string in ``shape`` is a dynamic dimension.
     """
 
     name: Name
@@ -55,7 +55,7 @@ class TensorSpec(msgspec.Struct, frozen=True):
 
     @property
     def numpy_dtype(self) -> np.dtype:
-        """The type of the arrays that carry this tensor."""
+        """The type of the arrays that hold this tensor."""
         return np.dtype("uint16" if self.dtype == "bfloat16" else self.dtype)
 
 
@@ -63,10 +63,10 @@ Tensors = Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1, max_lengt
 
 
 class PlainForm(msgspec.Struct, frozen=True):
-    """A stage once more, in operators that older TensorRT parsers know (10.3 on JetPack 6).
+    """A second graph of a stage, in operators that older TensorRT parsers know (10.3 on JetPack 6).
 
-    ``file`` holds a graph without weights: they are read from the files of the stage itself, as
-    external data. ``sha256`` is the file's.
+    ``file`` holds no weights: its graph reads them from the stage's other files. ``sha256`` is the
+    file's.
     """
 
     file: Name
@@ -76,9 +76,9 @@ class PlainForm(msgspec.Struct, frozen=True):
 class Stage(msgspec.Struct, frozen=True):
     """One graph of a bundle.
 
-    ``file`` is what an engine opens; ``files`` maps every file of the stage (external data too),
-    relative to the bundle, to its sha256; ``sha256`` is their :func:`stage_digest`, by which edge
-    and node know the stage, whichever form of it they run.
+    ``file`` is the graph that an engine opens. ``files`` maps every file of the stage, its weights
+    included, to its sha256; paths are relative to the bundle. ``sha256`` is their
+    :func:`stage_digest`. Edge and node identify the stage by it, whichever form they run.
     """
 
     file: Name
@@ -90,11 +90,10 @@ class Stage(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a bundle is: see the attributes.
+    """The content of ``manifest.json``.
 
-    ``head_blocks`` is None when nodes are sent pixels. ``golden`` maps the files of the parity
-    gate's samples to their sha256; in bundles of the first exports it is a list of the files alone,
-    which serve but cannot be measured, see :mod:`engines.rehash`.
+    ``head_blocks`` is None when nodes receive pixels. ``golden`` maps the files of the golden
+    samples to their sha256.
     """
 
     schema: int = SCHEMA
@@ -107,10 +106,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     head_blocks: Annotated[int, msgspec.Meta(ge=0, le=1024)] | None = None
     weights_sha256: Sha256
     stages: Annotated[dict[Name, Stage], msgspec.Meta(min_length=1, max_length=8)]
-    golden: (
-        Annotated[dict[Name, Sha256], msgspec.Meta(max_length=256)]
-        | Annotated[tuple[Name, ...], msgspec.Meta(max_length=256)]
-    ) = {}
+    golden: Annotated[dict[Name, Sha256], msgspec.Meta(max_length=256)] = {}
     made: dict[Name, Line] = {}
     mask_threshold: float = 0.0
 
@@ -122,10 +118,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return "node" if self.stages.keys() == {"stack"} else "full"
 
 
-class _SchemaOnly(msgspec.Struct):
-    schema: int
-
-
 class Bundle:
     """A validated bundle on disk. Make one with :meth:`load`."""
 
@@ -135,13 +127,13 @@ class Bundle:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Bundle:
-        """Read and validate the bundle in directory ``path``; no graph is opened, nothing hashed.
+        """Read and validate the bundle in directory ``path``, without opening or hashing graphs.
 
-        Nothing outside the directory is named, every size is bounded, the stages form a pipeline
-        whose tensors fit the geometry, and every file is there.
+        The manifest names only files that exist inside the directory, its sizes are bounded, and
+        its stages form a pipeline whose tensors fit the geometry.
 
         Raises:
-            BundleError: when it is missing, damaged, hostile or of another schema.
+            BundleError: it is missing, damaged, hostile or of another schema.
         """
         root = Path(path)
         manifest = _read_manifest(root)
@@ -162,7 +154,7 @@ class Bundle:
         """The stage of that name.
 
         Raises:
-            BundleError: when this bundle has none, saying which kind of bundle does.
+            BundleError: this bundle has none; the text says which kind of bundle has it.
         """
         stage = self.manifest.stages.get(name)
         if stage is None:
@@ -173,7 +165,7 @@ class Bundle:
         return stage
 
     def size(self, name: str) -> int:
-        """Bytes of all files of stage ``name``, without its plain form."""
+        """Bytes of all files of stage ``name``, not counting its plain form."""
         return sum((self.path / file).stat().st_size for file in self.stage(name).files)
 
     def stage_path(self, name: str) -> Path:
@@ -184,7 +176,7 @@ class Bundle:
         """The plain form of stage ``name``, see :class:`PlainForm`.
 
         Raises:
-            BundleError: when there is no such stage, or it was exported without.
+            BundleError: there is no such stage, or it has no plain form.
         """
         plain = self.stage(name).plain
         if plain is None:
@@ -195,14 +187,16 @@ class Bundle:
         return self.path / plain.file
 
     def verify_hashes(self, stages: Iterable[str] | None = None) -> None:
-        """Check the files of ``stages``, plain forms too, against the manifest.
+        """Check that files have the hashes of the manifest, and graphs read weights only from them.
 
-        Every file has the hash on record, and the graphs read weights from files of their own stage
-        alone. None: all stages, and the golden samples where the manifest has their hashes. Files
-        are read in pieces, so memory stays flat whatever their size.
+        Files are read in pieces, so this takes little memory.
+
+        Args:
+            stages: names of stages, checked with their plain forms; None checks all stages and
+                the golden samples.
 
         Raises:
-            BundleError: naming the first file that differs, cannot be read, or reads another.
+            BundleError: naming the first file that differs, cannot be read, or reads another file.
         """
         for name in self.manifest.stages if stages is None else stages:
             stage = self.stage(name)
@@ -210,26 +204,18 @@ class Bundle:
                 self._verify(file, expected)
             for graph in [stage.file] if stage.plain is None else [stage.file, stage.plain.file]:
                 _check_weights(self.path, graph, stage)
-        if stages is None and isinstance(self.manifest.golden, dict):
+        if stages is None:
             self.verify_golden()
 
     def verify_golden(self) -> list[Path]:
-        """The files of the golden samples, each with the hash on record.
+        """The files of the golden samples, after comparing their hashes with the manifest.
 
         Raises:
-            BundleError: one differs or cannot be read, or the manifest has no hashes of them.
+            BundleError: one differs or cannot be read.
         """
-        golden = self.manifest.golden
-        if not isinstance(golden, dict):
-            raise BundleError(
-                f"{self.path / MANIFEST} holds no hashes of the golden samples, as the first "
-                "exports left them out: if nobody else could change the bundle, "
-                f"`python -m engines.rehash {shlex.quote(str(self.path))}` adds them; else export "
-                "it again"
-            )
-        for file, expected in golden.items():
+        for file, expected in self.manifest.golden.items():
             self._verify(file, expected)
-        return [self.path / file for file in golden]
+        return [self.path / file for file in self.manifest.golden]
 
     def _verify(self, file: str, expected: str) -> None:
         try:
@@ -239,7 +225,7 @@ class Bundle:
         if found != expected:
             raise BundleError(
                 f"{self.path / file} is damaged: its sha256 is {found}, the manifest says "
-                f"{expected}. Copy the bundle again, or export it anew"
+                f"{expected}. Copy the bundle again, or export it again"
             )
 
 
@@ -253,16 +239,18 @@ def hash_file(path: str | os.PathLike[str]) -> str:
 
 
 def stage_digest(files: Mapping[str, str]) -> str:
-    """Hex digest of a stage: sha256 over the sorted ``name NUL hash LF`` of its files."""
+    """Hex digest of a stage: sha256 over the sorted lines ``name NUL hash LF`` of its files."""
     lines = "".join(f"{name}\0{files[name]}\n" for name in sorted(files))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def write_manifest(directory: str | os.PathLike[str], manifest: Manifest) -> None:
     """Write ``manifest.json`` into ``directory``, whole or not at all."""
-    data = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
     write_atomically(
-        Path(directory) / MANIFEST, data, error=BundleError, instead="use another folder"
+        Path(directory) / MANIFEST,
+        json_bytes(manifest),
+        error=BundleError,
+        instead="use another folder",
     )
 
 
@@ -270,7 +258,7 @@ def shipped_bundle(precision: str = "fp32") -> Path:
     """Directory of the ``tiny`` bundle that comes with the package, in ``fp32`` or ``fp16``.
 
     Raises:
-        BundleError: when this installation does not hold it.
+        BundleError: this installation has no such bundle.
     """
     path = Path(__file__).parent / "bundles" / f"tiny-{precision}"
     if not (path / MANIFEST).is_file():
@@ -282,14 +270,14 @@ def shipped_bundle(precision: str = "fp32") -> Path:
 
 
 def node_bundle(bundle: Bundle, out: str | os.PathLike[str]) -> Bundle:
-    """Cut the bundle a node needs, the stack alone, from a full one.
+    """Make the bundle that a node needs from a full one: the stack without the other stages.
 
-    The stack keeps its files, both forms, and its digest; golden samples keep the stack's arrays
-    only. ``out`` appears whole or not at all.
+    The stack keeps its files, both forms and its digest. The golden samples keep only the stack's
+    arrays. ``out`` appears whole or not at all.
 
     Raises:
-        BundleError: when ``out`` exists, the bundle has no stack, its files are damaged, or the
-            disk refuses.
+        BundleError: ``out`` exists, the bundle has no stack, its files are damaged, or the disk
+            refuses.
     """
     target = Path(out)
     stack = bundle.stage("stack")
@@ -326,7 +314,7 @@ UNREADABLE = (
     *(ValueError, EOFError, KeyError, OSError, MemoryError, SyntaxError),
     *(zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError),
 )
-"""What reading a damaged ``.npz`` may raise."""
+"""Exceptions that reading a damaged ``.npz`` may raise."""
 
 
 def _cut_golden(source: Path, target: Path) -> None:
@@ -344,34 +332,22 @@ def _read_manifest(root: Path) -> Manifest:
         what = "is not a directory" if root.exists() else "does not exist"
         raise BundleError(f"bundle {root} {what}: name a directory made by `edge-runtime export`")
     try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_MANIFEST_BYTES + 1)
+        return read_json(
+            path,
+            Manifest,
+            max_bytes=_MAX_MANIFEST_BYTES,
+            error=BundleError,
+            remedy="Export the bundle again with `edge-runtime export`",
+            schema=SCHEMA,
+        )
     except FileNotFoundError:
         raise BundleError(
             f"{root} holds no {MANIFEST}, so it is no bundle: make one with `edge-runtime export`"
         ) from None
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
-    if len(data) > _MAX_MANIFEST_BYTES:
-        raise BundleError(f"{path} is larger than {_MAX_MANIFEST_BYTES} bytes: no manifest is")
-    try:
-        schema = msgspec.json.decode(data, type=_SchemaOnly).schema
-        if schema != SCHEMA:
-            mend = (
-                "this installation is too old for it: install a newer checkout of edge-runtime"
-                if schema > SCHEMA
-                else "export it again with `edge-runtime export`"
-            )
-            raise BundleError(f"{path} has schema {schema}, expected {SCHEMA}: {mend}")
-        return msgspec.json.decode(data, type=Manifest)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise BundleError(
-            f"{path} is damaged: {error}. Export the bundle again with `edge-runtime export`"
-        ) from error
 
 
 def _files_of(stage: Stage) -> dict[str, str]:
-    """Every file of a stage with its sha256: those that make its digest, and its plain form."""
+    """Every file of a stage with its sha256, the plain form included."""
     plain = {} if stage.plain is None else {stage.plain.file: stage.plain.sha256}
     return {**plain, **stage.files}
 
@@ -392,7 +368,7 @@ def _check_file(root: Path, name: str) -> None:
     path = root / name
     if not path.is_file():
         raise BundleError(
-            f"{path} is missing: the bundle is incomplete. Copy it again, or export it anew"
+            f"{path} is missing: the bundle is incomplete. Copy it again, or export it again"
         )
     if not path.resolve().is_relative_to(root.resolve()):
         raise BundleError(
@@ -400,51 +376,49 @@ def _check_file(root: Path, name: str) -> None:
         )
 
 
-# How ONNX names a file with weights: a StringStringEntryProto, its key before its value. No graph
-# can name one without these bytes, so that nothing needs to be parsed.
+# A graph that names a file of weights holds a StringStringEntryProto, key before value. So these
+# bytes are searched for: an engine would read a file that no hash covers, and the runtime has no
+# ONNX parser to find it with.
 _LOCATION = re.compile(rb"\x08location(?:\x12([\x00-\x7f]))?", re.DOTALL)
 
 
 def _check_weights(root: Path, graph: str, stage: Stage) -> None:
-    """Refuse a graph that reads weights from a file that its stage's digest does not cover."""
+    """Refuse a graph that reads weights from a file that is not among its stage's files."""
     path = root / graph
     if not path.stat().st_size:
-        return  # mmap refuses it, and so does every engine
+        return  # mmap refuses an empty file, and so does every engine
+    allowed = {os.path.relpath(known, Path(graph).parent) for known in stage.files}
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for found in _LOCATION.finditer(data):
-            if found[1] is None:
-                raise BundleError(
-                    f"{path} names weights outside itself in a form that cannot be checked: export "
-                    "the bundle again with `edge-runtime export`"
-                )
-            name = data[found.end() : found.end() + found[1][0]].decode(errors="replace")
-            if name not in {os.path.relpath(known, Path(graph).parent) for known in stage.files}:
+            length = found[1][0] if found[1] else 0
+            name = data[found.end() : found.end() + length].decode(errors="replace")
+            if name not in allowed:
                 raise BundleError(
                     f"{path} reads weights from {name!r}, which is not among the files of its "
                     "stage in the manifest: export the bundle again with `edge-runtime export`"
                 )
 
 
-# What each stage takes and returns: names and shapes are fixed here, once, for exporters, engines
-# and nodes. None stands for a type that the bundle's precision or codec decides.
-_Expected = dict[str, tuple[str | None, tuple[int | str, ...]]]
+Side = dict[str, tuple[Dtype | None, tuple[int | str, ...]]]
+"""Inputs or outputs of a stage: name to dtype and shape."""
 
 
-def _contract(manifest: Manifest, stage: str) -> tuple[_Expected, _Expected]:
-    g = manifest.geometry
+def contract(stage: str, geometry: Geometry, head_blocks: int | None) -> tuple[Side, Side]:
+    """Inputs and outputs of a stage, for exporters, engines and nodes alike.
+
+    A dtype of None depends on the bundle's precision and codec.
+    """
+    g = geometry
     w, t, c, low = g.window_pixels, g.tokens_per_window, g.embed_dim, g.low_res
-    pixels: _Expected = {
-        "pixels": ("uint8", ("n", w, w, 3)),
-        "extent": ("int64", ("n", 2)),
-        "window": ("int64", ("n",)),
-    }
-    hidden: _Expected = {"hidden": (None, ("n", t, c))}
-    embedding: _Expected = {"embedding": (None, (1, g.out_chans, g.grid, g.grid))}
+    window: Side = {"window": ("int64", ("n",))}
+    pixels: Side = {"pixels": ("uint8", ("n", w, w, 3)), "extent": ("int64", ("n", 2))}
+    hidden: Side = {"hidden": (None, ("n", t, c))}
+    embedding: Side = {"embedding": ("float32", (1, g.out_chans, g.grid, g.grid))}
     if stage == "head":
-        return pixels, hidden
+        return pixels | window, hidden
     if stage == "stack":
-        fed = pixels if manifest.head_blocks is None else {**hidden, "window": pixels["window"]}
-        return fed, {"tokens": (None, ("n", t, c))}
+        tokens: Side = {"tokens": (None, ("n", t, c))}
+        return (pixels if head_blocks is None else hidden) | window, tokens
     if stage == "tail":
         return {
             "tokens": (None, (g.windows, t, c)),
@@ -465,7 +439,7 @@ def _contract(manifest: Manifest, stage: str) -> tuple[_Expected, _Expected]:
 
 
 def _check_pipeline(root: Path, manifest: Manifest) -> None:
-    """Refuse stages that do not form a pipeline, or whose tensors do not fit the geometry."""
+    """Refuse stages that form no pipeline, or whose tensors do not fit the geometry."""
     path = root / MANIFEST
     found = set(manifest.stages)
     full = {"stack", "tail", "decoder"} | ({"head"} if manifest.head_blocks is not None else set())
@@ -490,7 +464,7 @@ def _check_pipeline(root: Path, manifest: Manifest) -> None:
         for side, specs, expected in zip(
             ("input", "output"),
             (stage.inputs, stage.outputs),
-            _contract(manifest, name),
+            contract(name, manifest.geometry, manifest.head_blocks),
             strict=True,
         ):
             defect = _tensor_defect(specs, expected)
@@ -509,8 +483,8 @@ def _check_pipeline(root: Path, manifest: Manifest) -> None:
             raise BundleError(f"{path} is damaged: the tail does not read what the stack returns")
 
 
-def _tensor_defect(specs: tuple[TensorSpec, ...], expected: _Expected) -> str | None:
-    """What is wrong with one side of a stage; a codec may add tensors beside ``tokens``."""
+def _tensor_defect(specs: tuple[TensorSpec, ...], expected: Side) -> str | None:
+    """What is wrong with one side of a stage; a codec may add tensors to ``tokens``."""
     by_name = {spec.name: spec for spec in specs}
     if len(by_name) != len(specs):
         return "named twice"

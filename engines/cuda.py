@@ -1,8 +1,7 @@
-"""The GPU as the engines need it: what it is, and its memory and streams.
+"""The GPU: facts about it, its memory, streams and graphs.
 
-:func:`facts` asks the driver itself (through ctypes), so that whoever only wants to know which GPU
-is here needs no pycuda. What a GPU *does* goes through pycuda, imported when first needed. Every
-failure is an :class:`~edge_common.errors.EngineError` that says what is missing and how to get it.
+:func:`facts` asks the driver through ctypes and needs no pycuda. The rest uses pycuda, imported
+when first needed.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from engines.driver import driver_version
 _NO_DEVICE = 100
 _ATTRIBUTE_INTEGRATED = 18
 _ATTRIBUTE_COMPUTE_CAPABILITY = 75, 76
-_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: not held up by what runs on the default stream
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for the default stream
 
 _contexts: dict[int, Context] = {}
 _contexts_lock = threading.Lock()
@@ -37,12 +36,12 @@ class Facts:
     """One GPU, as the driver describes it.
 
     Attributes:
-        name: as the driver spells it, e.g. ``Orin`` or ``NVIDIA L4``.
-        compute_capability: e.g. ``8.7``.
-        driver: version of the kernel module; of L4T where a Jetson's kernel does not say; else the
-            newest CUDA the driver knows, as ``CUDA 12.6``.
-        cuda: the newest CUDA the driver knows, e.g. ``12.6``.
-        memory_bytes: all of it; on an integrated GPU that is the board's, shared with the CPU.
+        name: as the driver spells it, such as ``Orin`` or ``NVIDIA L4``.
+        compute_capability: such as ``8.7``.
+        driver: version of the kernel module; of L4T if a Jetson's module has none; otherwise the
+            newest CUDA that the driver supports, such as ``CUDA 12.6``.
+        cuda: the newest CUDA that the driver supports, such as ``12.6``.
+        memory_bytes: all memory; on an integrated GPU the board's, shared with the CPU.
         integrated: whether it shares memory with the CPU, as on a Jetson.
     """
 
@@ -55,7 +54,7 @@ class Facts:
 
 
 def device_count() -> int:
-    """How many NVIDIA GPUs this process may use; 0 also where no driver is."""
+    """How many NVIDIA GPUs this process may use; 0 without a driver."""
     try:
         return _count(_driver())
     except EngineError:
@@ -66,7 +65,7 @@ def facts(ordinal: int = 0) -> Facts:
     """Describe GPU number ``ordinal``.
 
     Raises:
-        EngineError: no driver, no such GPU, or the driver fails; with what mends it.
+        EngineError: there is no driver or no such GPU, or the driver fails.
     """
     cuda = _driver()
     count = _count(cuda)
@@ -144,10 +143,10 @@ def _ask(cuda: Any, function: str, *arguments: Any) -> None:
 
 
 class Context:
-    """One GPU, ready for work. Get it with :func:`context`.
+    """One GPU, ready for work. Made by :func:`context`.
 
-    It holds the GPU's primary context, the one that the CUDA runtime inside other libraries uses
-    too. They keep it to the end of the process, so nothing is won by giving it up before.
+    It holds the GPU's primary context, which the CUDA runtime inside other libraries uses too. They
+    keep it until the process ends, so it is not released earlier.
 
     Attributes:
         facts: which GPU it is.
@@ -161,12 +160,12 @@ class Context:
             self._primary = self.driver.Device(ordinal).retain_primary_context()
         except self.driver.Error as error:
             raise EngineError(self._failed(error)) from error
-        # pycuda, left to itself, gives a primary context back as if it had made it.
+        # pycuda by itself releases a primary context as if it had created it.
         self._finalizer = weakref.finalize(self, _give_back, self._primary)
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Make the GPU the calling thread's own for the block; pycuda's errors in it become ours.
+        """Make the GPU current in the calling thread during the block.
 
         Raises:
             EngineError: in place of any error of CUDA.
@@ -186,14 +185,14 @@ class Context:
         return free, total
 
     def stream(self) -> Stream:
-        """A new stream, which waits for no other. Only inside :meth:`active`."""
+        """A new stream that waits for no other. Only inside :meth:`active`."""
         return Stream(self.driver.Stream(_NON_BLOCKING))
 
     def allocate(self, size: int, what: str) -> Any:
         """Device memory, as pycuda's allocation. Only inside :meth:`active`.
 
         Raises:
-            EngineError: when there is too little, naming ``what``, the size and what is free.
+            EngineError: there is too little; it names ``what``, the size and what is free.
         """
         try:
             return self.driver.mem_alloc(max(size, 1))
@@ -201,9 +200,9 @@ class Context:
             raise EngineError(self.no_memory(size, what)) from error
 
     def allocate_host(self, size: int, what: str, *, mapped: bool) -> np.ndarray:
-        """Pinned host memory, uint8 ``[size]``, also visible to the GPU when ``mapped``.
+        """Pinned host memory, uint8 ``[size]``, visible to the GPU too if ``mapped``.
 
-        ``base.free()`` of the array gives it back. Raises as :meth:`allocate`.
+        ``base.free()`` of the array frees it. Raises as :meth:`allocate`.
         """
         flags = self.driver.host_alloc_flags.DEVICEMAP if mapped else 0
         try:
@@ -215,7 +214,7 @@ class Context:
         return array
 
     def no_memory(self, size: int, what: str) -> str:
-        """The one line for memory that ran out. Only inside :meth:`active`."""
+        """The error text when memory runs out. Only inside :meth:`active`."""
         free, total = self.free_bytes()
         return (
             f"out of memory on {self.facts.name}: {what} needs {_mib(size)}, "
@@ -226,16 +225,16 @@ class Context:
 
     def _failed(self, error: Exception) -> str:
         return (
-            f"{self.facts.name} failed: {error}. See `dmesg`; after an illegal access the GPU "
-            "serves this process no more, so start it again, or run on the CPU"
+            f"{self.facts.name} failed: {error}. See `dmesg`; after an illegal access this "
+            "process can no longer use the GPU: start it again, or run on the CPU"
         )
 
 
 class Stream:
     """A queue of work for the GPU. Use it inside :meth:`Context.active`.
 
-    pycuda destroys its streams with the last reference to them, which may be an error's traceback;
-    this one is destroyed by :meth:`free`.
+    pycuda destroys a stream with its last reference, which may be in an error's traceback; this one
+    is destroyed by :meth:`free`.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -247,31 +246,31 @@ class Stream:
         return int(self.pycuda.handle)
 
     def synchronize(self) -> None:
-        """Wait for all its work."""
+        """Wait for all work on it."""
         self.pycuda.synchronize()
 
     def free(self) -> None:
-        """Wait, and destroy it."""
+        """Wait, then destroy it."""
         self.pycuda = None
 
 
 class Timer:
-    """Two events on a stream. Use it inside :meth:`Context.active`, as a context manager."""
+    """Two events on a stream, as a context manager. Only inside :meth:`Context.active`."""
 
     def __init__(self, context: Context, stream: Stream) -> None:
         self._stream = stream
         self._events: Any = context.driver.Event(), context.driver.Event()
 
     def start(self) -> None:
-        """What is enqueued from here on counts."""
+        """Time what is enqueued from here on."""
         self._events[0].record(self._stream.pycuda)
 
     def stop(self) -> None:
-        """What is enqueued from here on does not."""
+        """Do not time what is enqueued from here on."""
         self._events[1].record(self._stream.pycuda)
 
     def milliseconds(self) -> float:
-        """The time between both, once the stream's work is done."""
+        """The measured time, after the stream's work is done."""
         return float(self._events[0].time_till(self._events[1]))
 
     def __enter__(self) -> Timer:
@@ -282,14 +281,14 @@ class Timer:
 
 
 class Buffer:
-    """Room for one tensor, on both sides. Make and use it inside :meth:`Context.active`.
+    """Memory for one tensor, on host and device. Only inside :meth:`Context.active`.
 
-    On a GPU with memory of its own: pinned host memory and as much of the device's, with copies
-    between them. On an integrated one: one piece that both see, and nothing to copy.
+    On a GPU with its own memory: pinned host memory, device memory, and copies between them. On an
+    integrated GPU: one piece of memory that both use, without copies.
 
     Attributes:
-        host: uint8 ``[size]``, what the CPU reads and writes.
-        address: where the GPU does.
+        host: uint8 ``[size]``, for the CPU.
+        address: for the GPU.
     """
 
     def __init__(self, context: Context, size: int, what: str) -> None:
@@ -308,32 +307,32 @@ class Buffer:
             raise
 
     def upload(self, size: int, stream: Stream) -> None:
-        """Enqueue the copy of the first ``size`` bytes to the GPU, where one is needed."""
+        """Enqueue the copy of the first ``size`` bytes to the GPU, if one is needed."""
         if self._device is not None and size:
             self._driver.memcpy_htod_async(self.address, self.host[:size], stream.pycuda)
 
     def download(self, size: int, stream: Stream) -> None:
-        """Enqueue the copy of the first ``size`` bytes from the GPU, where one is needed."""
+        """Enqueue the copy of the first ``size`` bytes from the GPU, if one is needed."""
         if self._device is not None and size:
             self._driver.memcpy_dtoh_async(self.host[:size], self.address, stream.pycuda)
 
     def free(self) -> None:
-        """Give the memory back; once."""
+        """Free the memory. Call it once."""
         if self._device is not None:
             self._device.free()
         self.host.base.free()  # type: ignore[union-attr]
 
 
 class Graph:
-    """Work captured from a stream, launched again as a whole. Only inside :meth:`Context.active`.
+    """Work captured from a stream, to be launched as a whole. Only inside :meth:`Context.active`.
 
     Args:
         driver: from :func:`graph_driver`.
-        stream: where to capture; nothing else may use it meanwhile.
-        enqueue: puts the work on the stream. Nothing of it runs.
+        stream: the stream to capture; nothing else may use it meanwhile.
+        enqueue: puts the work on the stream, where it is captured and does not run.
 
     Raises:
-        EngineError: when the work cannot be captured; the stream is then as before.
+        EngineError: the work cannot be captured; the stream is then as before.
     """
 
     def __init__(self, driver: Any, stream: Stream, enqueue: Callable[[], None]) -> None:
@@ -353,19 +352,19 @@ class Graph:
                 driver.cuGraphDestroy(ended[1])
 
     def launch(self, stream: Stream) -> None:
-        """Enqueue the work again."""
+        """Enqueue the work."""
         _checked("cuGraphLaunch", self._driver.cuGraphLaunch(self._graph, stream.handle))
 
     def free(self) -> None:
-        """Give the graph back; once."""
+        """Free the graph. Call it once."""
         self._driver.cuGraphExecDestroy(self._graph)
 
 
 def context(ordinal: int = 0) -> Context:
-    """GPU number ``ordinal``, one object per process.
+    """GPU number ``ordinal``; the same object throughout the process.
 
     Raises:
-        EngineError: as :func:`facts`, and when pycuda is not installed or does not work.
+        EngineError: as :func:`facts`; also if pycuda is not installed or does not work.
     """
     with _contexts_lock:
         if ordinal not in _contexts:
@@ -374,7 +373,7 @@ def context(ordinal: int = 0) -> Context:
 
 
 def graph_driver() -> Any | None:
-    """cuda-python's driver module, which has the CUDA graphs that pycuda lacks; None without it."""
+    """cuda-python's driver module, for CUDA graphs, which pycuda lacks; None if not installed."""
     for name in ("cuda.bindings.driver", "cuda.cuda"):  # its name since 12.6, and before
         try:
             return importlib.import_module(name)
@@ -393,14 +392,14 @@ def _pycuda() -> Any:
         ) from None
     except ImportError as error:
         raise EngineError(
-            f"pycuda does not work here ({error}): compile it anew with "
+            f"pycuda does not work here ({error}): compile it again with "
             "`pip install --force-reinstall --no-binary=:all: --no-cache-dir --no-deps pycuda`"
         ) from error
 
 
 def _give_back(primary: Any) -> None:
-    with suppress(Exception):  # the process ends; nobody is left to tell
-        primary.push()  # pycuda gives back only a context that is current
+    with suppress(Exception):  # the process is ending
+        primary.push()  # pycuda detaches only a context that is current
         primary.detach()
 
 

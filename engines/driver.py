@@ -1,7 +1,7 @@
-"""Which NVIDIA driver a system has, read from its files alone.
+"""The version of the NVIDIA driver, read from files.
 
-No library is imported and nothing of the GPU is asked, so that the doctor can tell where numpy or
-the driver itself is broken. What the driver says of its GPUs is in :mod:`engines.cuda`.
+Nothing is imported and the GPU is not asked, so that ``doctor`` works with a broken driver or
+numpy. :mod:`engines.cuda` asks the driver about its GPUs.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from pathlib import Path
 
 
 def driver_version(root: Path = Path("/")) -> str | None:
-    """Version of the NVIDIA driver of the system under ``root``, None where it says none.
+    """Version of the NVIDIA driver of the system under ``root``; None if it has none.
 
-    The kernel module comes first because a container sees it too; a Jetson's L4T release stands
-    in where the module does not say, as before JetPack 6.
+    The kernel module is asked first, because a container sees it too. Before JetPack 6 a Jetson's
+    module has no version file; then the L4T release is used.
     """
     found = re.search(
         r"^NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\b",

@@ -1,9 +1,6 @@
-"""The one interface behind which every inference engine stands.
+"""The interface of all inference engines.
 
 An engine holds one stage of a bundle, opened on one device, and maps named arrays to named arrays.
-It promises to check what it is fed before the library underneath sees it, so that a wrong name,
-type or shape is one clear line. Which engine to open, and what the tensors mean, is left to
-:mod:`engines.pipeline` and to the node.
 """
 
 from __future__ import annotations
@@ -18,8 +15,8 @@ from edge_common.errors import EngineError
 from engines.bundle import TensorSpec
 
 Device = Literal["auto", "cpu", "cuda", "tensorrt"]
-"""Where a stage runs. ``auto``: a TensorRT plan of the bundle that may serve on this machine, else
-ONNX Runtime on CUDA, else on the CPU. The others: that, or an error."""
+"""Where a stage runs. ``auto`` takes a TensorRT plan that may serve on this machine, otherwise ONNX
+Runtime on CUDA, otherwise on the CPU. The others take exactly that, or raise an error."""
 
 _Self = TypeVar("_Self", bound="Engine")
 
@@ -28,9 +25,9 @@ class Engine(ABC):
     """One opened stage. Use it as a context manager, or call :meth:`close`.
 
     Attributes:
-        inputs: what :meth:`run` must be fed; a string in a shape is a dynamic dimension, equal
-            wherever it recurs.
-        outputs: what :meth:`run` returns.
+        inputs: arrays that :meth:`run` takes. A string in a shape is a dynamic dimension; it has
+            the same size wherever it occurs.
+        outputs: arrays that :meth:`run` returns.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -43,22 +40,22 @@ class Engine(ABC):
         """Run the stage once.
 
         Args:
-            feeds: one array for every input, of exactly its dtype. bfloat16 travels as the uint16
-                of its bits.
-            out: where to put the outputs, without a copy more than needed: for every one a writable
-                C-contiguous array of exactly its dtype and shape, apart from the feeds. After an
-                error, what these hold is undefined. None: new arrays.
+            feeds: one array for every input, of exactly its dtype. bfloat16 is stored as the
+                uint16 of its bits.
+            out: arrays to write the outputs to, which saves copies: for every output a writable
+                C-contiguous array of its dtype and shape that shares no memory with the feeds.
+                After an error their content is undefined. None makes new arrays.
 
         Returns:
-            one array for every output, owned by the caller: those of ``out``, if given.
+            one array for every output, owned by the caller; those of ``out`` if given.
 
         Raises:
-            EngineError: when the feeds or ``out`` do not fit, or the library fails.
+            EngineError: the feeds or ``out`` do not fit, or the library fails.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Give the memory back. Closing twice is allowed; running afterwards is an EngineError."""
+        """Free the memory. Closing twice is allowed; running afterwards raises EngineError."""
 
     def __enter__(self: _Self) -> _Self:
         return self
@@ -68,7 +65,7 @@ class Engine(ABC):
 
 
 def check_feeds(inputs: tuple[TensorSpec, ...], feeds: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """Check that ``feeds`` are just the arrays that ``inputs`` describe.
+    """Check that ``feeds`` are exactly the arrays that ``inputs`` describe.
 
     Returns:
         the size of every dynamic dimension.
@@ -110,17 +107,17 @@ def check_feeds(inputs: tuple[TensorSpec, ...], feeds: Mapping[str, np.ndarray])
 def check_out(
     outputs: tuple[TensorSpec, ...], dims: Mapping[str, int], out: Mapping[str, np.ndarray]
 ) -> None:
-    """Check that ``out`` holds a place for just every one of ``outputs``.
+    """Check that ``out`` has exactly one fitting array for each of ``outputs``.
 
     Args:
-        dims: sizes of dynamic dimensions, from :func:`check_feeds`; one not known fits any size.
+        dims: sizes of dynamic dimensions, from :func:`check_feeds`; an unknown one fits any size.
 
     Raises:
         EngineError: naming the first output that does not fit.
     """
     if out.keys() != (expected := {spec.name for spec in outputs}):
         raise EngineError(
-            f"the engine returns {', '.join(sorted(expected))}, but there is room for "
+            f"the engine returns {', '.join(sorted(expected))}, but out has "
             f"{', '.join(sorted(out)) or 'nothing'}"
         )
     for spec in outputs:
@@ -131,8 +128,8 @@ def check_out(
             isinstance(d, int) and d != found for d, found in zip(shape, place.shape, strict=True)
         ):
             raise EngineError(
-                f"the engine returns {spec.name} as {spec.numpy_dtype} {shape}, but there is room "
-                f"for {place.dtype} {place.shape}"
+                f"the engine returns {spec.name} as {spec.numpy_dtype} {shape}, but out has "
+                f"{place.dtype} {place.shape}"
             )
         if not (place.flags.c_contiguous and place.flags.writeable):
-            raise EngineError(f"the room for {spec.name} is not writable memory of one piece")
+            raise EngineError(f"out[{spec.name!r}] is not a writable, contiguous array")

@@ -1,13 +1,9 @@
-"""Reading back what was built: which attention became one fused kernel, which kernel runs where.
+"""Finds out which attentions of a built plan are fused, and which kernels it runs.
 
 TensorRT may fuse an attention (two matrix products with a softmax between) into one kernel that
-never stores the logits, or may not, and says neither. :func:`expected_attentions` lists the
-attentions of a network before it is built; :func:`from_inspector` finds them in what TensorRT's
-engine inspector tells, which needs a GPU; :func:`from_plan` finds them in the text that a plan of
-TensorRT-RTX holds, which needs none. That text is undocumented. So the module promises to call an
-attention fused only where a kernel known to be one for attention names all of its nodes, not fused
-only where every kernel that names them is known to be another, and to say None for all else. What
-to do about it is left to :mod:`engines.build`.
+never stores the logits, and does not report whether it did. An attention counts as fused only if a
+known attention kernel names all of its nodes, as not fused only if every kernel that names them is
+known to be another kind, and as unknown (None) otherwise.
 """
 
 from __future__ import annotations
@@ -31,18 +27,18 @@ Attentions = Mapping[str, Sequence[frozenset[str]]]
 Reports = tuple[tuple[AttentionReport, ...], tuple[LayerReport, ...]]
 
 _NODE = "[ONNX Layer: "
-# Ways a value may take between a matrix product and the softmax without ending to be attention:
-# change of type or shape, scale, bias, mask.
+# Layers allowed between a matrix product and the softmax of an attention: change of type or shape,
+# scale, bias, mask.
 _BEFORE_SOFTMAX = frozenset({"CAST", "IDENTITY", "SHUFFLE", "ELEMENTWISE", "UNARY", "SELECT"})
 _AFTER_SOFTMAX = frozenset({"CAST", "IDENTITY", "SHUFFLE"})
-_REACH = 8  # layers at most on such a way
+_REACH = 8  # most layers between them
 _BLOCK = re.compile(r"(?P<attention>.+)/block\.\d+/[^/]+")
 
-# Names of kernels as Myelin, the compiler inside both libraries, gives them.
+# Names of kernels in Myelin, the compiler inside both libraries.
 _ATTENTION_KERNEL = re.compile(r"(?:^|_)f?mha(?:_|$)")
 _SOFTMAX_KERNEL = re.compile(r"^(?!.*Fc).*MaxrSubExp|softmax", re.IGNORECASE)  # Fc: a product
-_GENERATED_KERNEL = re.compile(r"__myl_")  # element-wise work, transposes, reductions, softmax
-# Kinds of instructions in a plan's text, and of layers in the inspector's answer in lower case.
+_GENERATED_KERNEL = re.compile(r"__myl_")  # element-wise, transpose, reduction, softmax
+# Kinds of instructions in a plan's text, and of layers in the inspector's answer, in lower case.
 _ORDINARY_KINDS = frozenset(
     {
         *("fully_connected", "runtime_fusion", "corrltn"),
@@ -61,7 +57,7 @@ _MOST_TEXT = 200
 
 @dataclass(frozen=True)
 class _Call:
-    """One kernel or layer that runs: ``nodes`` are the ONNX nodes it says it computes."""
+    """One kernel or layer; ``nodes`` are the names of the ONNX nodes that it computes."""
 
     kind: str
     kernel: str
@@ -75,7 +71,7 @@ class _Call:
 
     @property
     def is_ordinary(self) -> bool:
-        """Known to be no attention; not simply unknown."""
+        """Whether it is known to be no attention; False if unknown."""
         known = self.kind.lower() in _ORDINARY_KINDS or _GENERATED_KERNEL.match(self.kernel)
         return bool(known) and not self.is_attention
 
@@ -83,8 +79,8 @@ class _Call:
 def expected_attentions(library: Library, network: Any) -> Attentions:
     """The attentions of a parsed ``INetworkDefinition``, in its order.
 
-    A softmax that does not lie between two matrix products is none. Blocks of queries, whose nodes
-    are named ``NAME/block.INDEX/STEP``, are put together under ``NAME``.
+    A softmax counts only between two matrix products. Blocks of queries, whose nodes are named
+    ``NAME/block.INDEX/STEP``, are grouped under ``NAME``.
     """
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     kinds = [str(layer.type).rpartition(".")[2] for layer in layers]
@@ -134,24 +130,26 @@ def expected_attentions(library: Library, network: Any) -> Attentions:
 
 
 def from_plan(plan: Any, attentions: Attentions) -> Reports:
-    """What a plan of TensorRT-RTX, built with detailed verbosity, says of itself.
+    """Reports from the undocumented text in a plan of TensorRT-RTX; needs no GPU.
+
+    The plan must be built with detailed verbosity.
 
     Args:
         plan: its bytes, or any object with the buffer interface.
         attentions: from :func:`expected_attentions`.
     """
     programs = [list(_instructions(text)) for text in _programs(memoryview(plan))]
-    # Each runtime fusion has a listing of its own, of what it fused: that is counted already.
+    # Each runtime fusion has its own listing of what it fused, which must not be counted twice.
     fusions = [call for calls in programs for call in calls if call.kind == "runtime_fusion"]
     outer = [calls for calls in programs if not _is_part(calls, fusions)]
     return _reports([call for calls in outer for call in calls], attentions)
 
 
 def from_inspector(text: str, attentions: Attentions) -> Reports:
-    """What ``EngineInspector.get_engine_information`` says, in its JSON format.
+    """Reports from the JSON of ``EngineInspector.get_engine_information``, which needs a GPU.
 
     Args:
-        text: of an engine built with detailed verbosity; anything else leaves all untold.
+        text: of an engine built with detailed verbosity; with anything else all is unknown.
         attentions: from :func:`expected_attentions`.
     """
     try:
@@ -188,25 +186,25 @@ def _reports(calls: Sequence[_Call], attentions: Attentions) -> Reports:
 
 
 def _verdict(core: frozenset[str], users: Mapping[str, Sequence[_Call]]) -> tuple[bool | None, str]:
-    """Whether the nodes of ``core`` run as one attention kernel, and which kernels run them."""
+    """Whether one attention kernel runs all nodes of ``core``, and which kernels run them."""
     touching = [call for node in sorted(core) for call in users.get(node, ())]
     for call in touching:
         if call.is_attention and core <= call.nodes:
             return True, call.kernel
     kernels = " + ".join(dict.fromkeys(call.kernel or call.kind for call in touching))
     if len(core) == 1:
-        told = any(_SOFTMAX_KERNEL.search(f"{call.kernel} {call.kind}") for call in touching)
+        known = any(_SOFTMAX_KERNEL.search(f"{call.kernel} {call.kind}") for call in touching)
     else:
-        # One kernel for all three nodes is attention, or a whole network, by a name yet unknown.
+        # One kernel for all three nodes may be an attention kernel with an unknown name.
         whole = any(core <= call.nodes for call in touching)
-        told = not whole and all(users.get(node) for node in core)
-    if told and all(call.is_ordinary for call in touching):
+        known = not whole and all(users.get(node) for node in core)
+    if known and all(call.is_ordinary for call in touching):
         return False, kernels
     return None, kernels
 
 
-# A plan of TensorRT-RTX holds, for every part that Myelin compiled, a listing of the compiled
-# program: the tensors with their types, then, after ``main {``, one instruction per kernel:
+# A plan of TensorRT-RTX holds a listing of every part that Myelin compiled: the tensors with their
+# types and, after ``main {``, one instruction per kernel:
 #
 #   tensor={ ... name="val.1" ... region="devmem_topdown_2" ... type=half }
 #   main {
@@ -217,7 +215,7 @@ def _verdict(core: frozenset[str], users: Mapping[str, Sequence[_Call]]) -> tupl
 #   [ONNX Layer: node_linear]" backbone=gemm }
 #     fully_connected={ name="node_matmul" output={"d" } input={"c" } ... layers="..." }
 #
-# (seen in 1.7.1). The listing is a string of C, ended by a zero byte.
+# (seen in 1.7.1). The listing ends in a zero byte.
 _MAIN = re.compile(rb"\nmain \{\n")
 _WINDOW = 1 << 16
 _INSTRUCTION = re.compile(r"^  (?P<kind>\w+)=\{ (?P<body>.*?) \}$", re.MULTILINE | re.DOTALL)
@@ -233,7 +231,7 @@ _QUOTED = re.compile(r'"([^"]*)"')
 
 
 def _programs(plan: memoryview) -> Iterator[str]:
-    """The listings in a plan, which may be a gigabyte of weights: none of it is copied."""
+    """The listings in a plan. The plan may be gigabytes large and is not copied."""
     for match in _MAIN.finditer(plan):
         start, end = match.start(), match.end()
         while start > 0:
@@ -251,7 +249,7 @@ def _programs(plan: memoryview) -> Iterator[str]:
 
 
 def _instructions(program: str) -> Iterator[_Call]:
-    """The kernels of one listing; what computes shapes or waits names no ONNX node."""
+    """The kernels of one listing. Instructions that compute shapes or wait name no ONNX node."""
     head, _, main = program.partition("\nmain {\n")
     types = {
         match["name"]: match["type"] for match in _TENSOR.finditer(head) if _SINGLE not in match[0]
@@ -263,7 +261,7 @@ def _instructions(program: str) -> Iterator[_Call]:
         if not nodes and match["kind"] not in ("function", *_ORDINARY_KINDS):
             continue
         name = kernel["name"] if kernel else ""
-        # Matrix products of the library are named after a node, not after their kernel.
+        # Matrix products are named after a node, not after their kernel.
         generated = match["kind"] in ("function", "runtime_fusion")
         yield _Call(
             kind=match["kind"],
@@ -295,7 +293,7 @@ def _layer(layer: object) -> _Call:
         return _Call("", "", str(layer), frozenset(), "")
     name, kind = str(layer.get("Name", "")), str(layer.get("LayerType", ""))
     tactic = str(layer.get("TacticName", "") or "")
-    # Myelin names layers after their kernel; all others are named after nodes, which say nothing.
+    # Only Myelin names layers after their kernel; other layers are named after nodes.
     kernel = tactic or (name if kind == "kgen" else "")
     nodes = _nodes(str(layer.get("Metadata", "") or ""))
     return _Call(
@@ -308,7 +306,7 @@ def _layer(layer: object) -> _Call:
 
 
 def _types(tensors: object) -> list[str]:
-    """Types of a layer's tensors: 10.x says ``Half`` or ``... FP16 format``, 11.x has a field."""
+    """Types of a layer's tensors: a word in ``Format/Datatype`` in 10.x, a field in 11.x."""
     found = []
     for tensor in tensors if isinstance(tensors, list) else []:
         if isinstance(tensor, dict):
@@ -319,7 +317,7 @@ def _types(tensors: object) -> list[str]:
 
 
 def _precision(inputs: Iterable[str], outputs: Iterable[str]) -> str:
-    """``fp16``, or ``fp16+fp32>fp32`` where the inputs of a kernel are of other types."""
+    """``fp16``, or ``fp16+fp32>fp32`` if a kernel's inputs have other types."""
     sides = []
     for types in (inputs, outputs):
         known = {_PRECISIONS.get(one.lower(), one) for one in types if one}
@@ -333,13 +331,13 @@ def _tensors(count: int, get: Any) -> list[str]:
 
 
 def _node(layer: Any) -> str:
-    """The ONNX node that a layer of the network was made for."""
+    """The ONNX node that a layer of the network belongs to."""
     nodes = _nodes(layer.metadata or "")
     return nodes[0] if nodes else layer.name
 
 
 def _nodes(metadata: str) -> list[str]:
-    """Names out of ``[ONNX Layer: a][ONNX Layer: b]``, whatever stands between the brackets."""
+    """The names in ``[ONNX Layer: a][ONNX Layer: b]``; names may contain brackets."""
     parts = metadata.split(_NODE)[1:]
     return [part.rstrip("\x1e\x1f\r\n ").removesuffix("]") for part in parts]
 
@@ -351,6 +349,6 @@ def _title(nodes: Sequence[str]) -> str:
 
 
 def _text(text: str) -> str:
-    """Fit for a record: printable, and no longer than a line."""
+    """Text for a record: printable and short."""
     clean = printable(text)
     return clean if len(clean) <= _MOST_TEXT else clean[: _MOST_TEXT - 1] + "…"

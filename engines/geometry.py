@@ -1,11 +1,8 @@
-"""The model's own geometry: image square, patches, attention windows.
+"""The geometry of a model: image square, patches, attention windows.
 
-A SAM encoder sees a square of ``image_size`` pixels cut into patches, one token each; its window
-blocks attend inside squares of ``window_size`` tokens. When the token grid is not a multiple of the
-window, the last row and column of windows are partly *grid padding*: tokens that no pixel of the
-square stands behind. This module turns the handful of numbers in a manifest into rectangles and
-counts, and promises that every number it hands out is positive and bounded. It leaves the pixels to
-:mod:`engines.windows`. Windows are numbered row by row from the top left corner.
+A SAM encoder sees a square of ``image_size`` pixels cut into patches, one token each. Its window
+blocks attend inside squares of ``window_size`` tokens. If the token grid is not a multiple of the
+window, the last row and column of windows contain *grid padding*: tokens without pixels.
 """
 
 from __future__ import annotations
@@ -18,17 +15,17 @@ _MAX_WINDOWS = 1024
 
 
 class Geometry(msgspec.Struct, frozen=True):
-    """What a bundle's graphs were built for.
+    """The sizes that a bundle's graphs were built for. Windows are numbered row by row.
 
     Attributes:
         image_size: side of the padded square, in pixels (SAM: 1024).
         patch_size: side of a patch, in pixels (SAM: 16).
         window_size: side of an attention window, in tokens (SAM: 14).
-        embed_dim: width of a token, ``c`` in the contracts.
-        out_chans: width of the image embedding, ``d`` in the contracts.
+        embed_dim: width of a token, ``c`` in shapes.
+        out_chans: width of the image embedding, ``d`` in shapes.
 
     Raises:
-        ValueError: when the numbers contradict one another.
+        ValueError: the numbers contradict one another, or there are too many windows.
     """
 
     image_size: Annotated[int, msgspec.Meta(ge=1, le=8192)]
@@ -54,7 +51,7 @@ class Geometry(msgspec.Struct, frozen=True):
 
     @property
     def grid(self) -> int:
-        """Tokens along one side of the square, ``g`` in the contracts."""
+        """Tokens along one side of the square, ``g`` in shapes."""
         return self.image_size // self.patch_size
 
     @property
@@ -69,12 +66,12 @@ class Geometry(msgspec.Struct, frozen=True):
 
     @property
     def window_pixels(self) -> int:
-        """Side of a window in pixels, grid padding included; ``w`` in the contracts."""
+        """Side of a window in pixels, grid padding included; ``w`` in shapes."""
         return self.window_size * self.patch_size
 
     @property
     def tokens_per_window(self) -> int:
-        """Tokens of a window, grid padding included; ``t`` in the contracts."""
+        """Tokens of a window, grid padding included; ``t`` in shapes."""
         return self.window_size**2
 
     @property
@@ -108,13 +105,13 @@ class Geometry(msgspec.Struct, frozen=True):
 
 
 def resized_shape(height: int, width: int, image_size: int) -> tuple[int, int]:
-    """The ``(h, w)`` an image of ``(height, width)`` has once its longest side is ``image_size``.
+    """The ``(h, w)`` of an image after resizing its longest side to ``image_size``.
 
-    As ``ResizeLongestSide.get_preprocess_shape`` of segment_anything, except that a side which
-    would round to 0 (an image more than twice as long as ``image_size`` is wide) stays 1.
+    The same as ``ResizeLongestSide.get_preprocess_shape`` of segment_anything, except that a side
+    which would round to 0 becomes 1.
 
     Raises:
-        ValueError: when a side is smaller than 1.
+        ValueError: a side is smaller than 1.
     """
     if height < 1 or width < 1:
         raise ValueError(f"an image of {height} x {width} pixels has no size to resize")

@@ -1,10 +1,8 @@
-"""TensorRT and TensorRT-RTX behind one face: every difference between their versions, once.
+"""Differences between TensorRT and TensorRT-RTX and between their versions.
 
 ``tensorrt`` (JetPack, data centre) and ``tensorrt_rtx`` (workstations) have nearly the same Python
-interface, from 10.3 to 11 and beyond. Where they differ, a function here takes the branch and says
-why, so that builder and engine read the same for all. The module promises to import neither library
-until :func:`load` is called, and that a missing one is a single line naming what installs it.
-Building, running and judging plans are left to the modules that use it.
+interface since 10.3. Functions here handle each difference. Neither library is imported before
+:func:`load` is called.
 """
 
 from __future__ import annotations
@@ -25,8 +23,7 @@ Backend = Literal["auto", "tensorrt", "tensorrt-rtx"]
 FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt-rtx")
 _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _TITLES: dict[Flavour, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
-# JetPack 6 has TensorRT 10.3, and everything here is written for that on. Of TensorRT-RTX, 1.7.1 is
-# what the tests run; pip reaches it wherever an older one lies.
+# JetPack 6 has TensorRT 10.3. The tests run TensorRT-RTX 1.7.1; pip can upgrade older ones to it.
 _OLDEST: dict[Flavour, Version] = {"tensorrt": (10, 3, 0), "tensorrt-rtx": (1, 7, 0)}
 _INSTALL: dict[Flavour, str] = {
     "tensorrt": (
@@ -35,10 +32,10 @@ _INSTALL: dict[Flavour, str] = {
     ),
     "tensorrt-rtx": "`pip install tensorrt-rtx-cu13` installs it",
 }
-# Of one that is there but broken, pip and apt would say that nothing is to be done.
+# Force a reinstall: pip and apt skip a package that is already present.
 _REPAIR: dict[Flavour, str] = {
-    "tensorrt": "on a Jetson `sudo apt install --reinstall python3-libnvinfer` installs it anew",
-    "tensorrt-rtx": "`pip install --force-reinstall tensorrt-rtx-cu13` installs it anew",
+    "tensorrt": "on a Jetson `sudo apt install --reinstall python3-libnvinfer` reinstalls it",
+    "tensorrt-rtx": "`pip install --force-reinstall tensorrt-rtx-cu13` reinstalls it",
 }
 
 
@@ -63,12 +60,12 @@ class Library:
     @property
     def parses_attention(self) -> bool:
         """Whether the ONNX parser knows the operator ``Attention`` of opset 23."""
-        # onnx-tensorrt's release 10.14 added it; TensorRT-RTX 1.7 parses it.
+        # onnx-tensorrt has it since 10.14, TensorRT-RTX since 1.7 or earlier.
         return self.flavour == "tensorrt-rtx" or self.version >= (10, 14, 0)
 
 
 def installed() -> list[Flavour]:
-    """The libraries that Python can find, without importing them, in order of preference."""
+    """The libraries that Python can find, most preferred first. Imports none."""
     return [flavour for flavour in FLAVOURS if _found(_MODULES[flavour])]
 
 
@@ -76,7 +73,7 @@ def load(flavour: Flavour) -> Library:
     """Import the library.
 
     Raises:
-        EngineError: when it is not installed, cannot be imported, is too old, or has no version.
+        EngineError: it is not installed, cannot be imported, is too old, or has no version.
     """
     name = _MODULES[flavour]
     if not _found(name):
@@ -94,7 +91,7 @@ def load(flavour: Flavour) -> Library:
     if match is None:
         raise EngineError(
             f"the module {name} at {getattr(module, '__file__', None)} has the version {text!r}, "
-            f"expected one like 10.3.0: something else lies in its place. {_REPAIR[flavour]}"
+            f"expected one like 10.3.0: another module has its name. {_REPAIR[flavour]}"
         )
     major, minor, patch = map(int, match.groups())
     library = Library(flavour, (major, minor, patch), module)
@@ -110,10 +107,10 @@ def load(flavour: Flavour) -> Library:
 
 
 def choose(backend: Backend) -> Library:
-    """The library of that name; ``auto``: TensorRT where it is installed, else TensorRT-RTX.
+    """The library of that name; ``auto`` takes TensorRT if installed, otherwise TensorRT-RTX.
 
     Raises:
-        EngineError: as :func:`load`; for ``auto`` when neither is installed.
+        EngineError: as :func:`load`; for ``auto``, neither is installed.
     """
     if backend != "auto":
         return load(backend)
@@ -125,21 +122,24 @@ def choose(backend: Backend) -> Library:
 
 
 def compute_capabilities(library: Library, gpu: str | None) -> tuple[str, ...]:
-    """What GPUs a plan is built for, where a GPU of compute capability ``gpu`` (or none) is.
+    """The GPUs that a plan is built for on a machine with a GPU of compute capability ``gpu``.
+
+    Args:
+        gpu: such as ``8.7``; None without a GPU.
 
     Raises:
         EngineError: TensorRT without a GPU.
     """
     if library.flavour == "tensorrt":
-        # It times kernels on the GPU that will run them, so the plan is for that one.
+        # It times kernels on the GPU that will run them, so the plan is for that GPU.
         if gpu is None:
             raise EngineError(
                 f"{library.name} builds on the GPU that will run the plan, and finds none here"
             )
         return (gpu,)
-    # TensorRT-RTX compiles kernels where the plan is opened. Left to itself it writes a plan for
-    # 8.0 and all later GPUs that it supports, also ones to come; naming them makes the record true.
-    # A plan that is for Turing (7.5) too is slower everywhere, says its support matrix.
+    # TensorRT-RTX compiles kernels when a plan is opened. By default a plan is for 8.0 and all
+    # newer supported GPUs, even future ones; naming them makes the record exact. A plan that
+    # supports Turing (7.5) too is slower everywhere, according to the support matrix.
     names = library.module.ComputeCapability.__members__
     found = (_from_sm(name) for name in names)
     supported = sorted(
@@ -152,14 +152,14 @@ def compute_capabilities(library: Library, gpu: str | None) -> tuple[str, ...]:
 
 
 def builds_for(library: Library, compute_capability: str) -> bool:
-    """Whether a plan that ``library`` builds where such a GPU is can fit that GPU."""
+    """Whether a plan that ``library`` builds on a machine with such a GPU fits that GPU."""
     return compute_capability in compute_capabilities(library, compute_capability)
 
 
 def network_flags(library: Library) -> int:
-    """For ``Builder.create_network``: every tensor keeps the type that the graph gives it."""
+    """Flags for ``Builder.create_network``: every tensor keeps the type that the graph gives it."""
     if library.flavour == "tensorrt" and library.version >= (11, 0, 0):
-        return 0  # always so from 11.0 on, where the flag is deprecated and ignored
+        return 0  # the default from 11.0 on, where the flag is deprecated
     return 1 << int(library.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
 
@@ -170,32 +170,32 @@ def configure(
     compute_capabilities: Sequence[str],
     workspace_mib: int | None = None,
 ) -> dict[str, str | int | bool | None]:
-    """Set a builder's configuration to what every plan here is built with.
+    """Configure a builder as every plan here is built.
 
     Args:
-        config: an ``IBuilderConfig`` of the library; changed.
+        config: an ``IBuilderConfig`` of the library; it is changed.
         compute_capabilities: from :func:`compute_capabilities`.
-        workspace_mib: most scratch memory a kernel may take, in MiB; None: all of the GPU's.
+        workspace_mib: most scratch memory of a kernel, in MiB; None: all of the GPU's memory.
 
     Returns:
-        what was set, for the plan's record.
+        the settings, for the plan's record.
 
     Raises:
         EngineError: the library refuses a compute capability.
     """
     trt = library.module
-    # On by default, and it would round the float32 parts (LayerNorm, softmax) to 10 bits.
+    # On by default; it would round float32 parts (LayerNorm, softmax) to 10 bits of precision.
     config.clear_flag(trt.BuilderFlag.TF32)
-    # Without details neither the plan nor the inspector tells which nodes became which kernel.
+    # Otherwise neither the plan nor the inspector says which kernel runs which nodes.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mib << 20)
     rtx = library.flavour == "tensorrt-rtx"
     if rtx:
-        # Otherwise the runtime allocates while it runs, and a stream that does can't be captured:
+        # Otherwise the runtime allocates while it runs, and such a stream can't be captured:
         # https://docs.nvidia.com/deeplearning/tensorrt-rtx/1.2/getting-started/release-notes.html
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
-        # TensorRT has no targets but the GPU at hand.
+        # TensorRT itself only builds for the GPU of this machine.
         config.num_compute_capabilities = len(compute_capabilities)
         for index, text in enumerate(compute_capabilities):
             member = getattr(trt.ComputeCapability, _to_sm(text), None)
@@ -215,15 +215,15 @@ def configure(
 
 def device_memory(library: Library, engine: Any) -> int:
     """Bytes of device memory that one execution context of ``engine`` takes."""
-    # ``device_memory_size`` is gone from 11.0 on; its successor is there since 10.1.
+    # 11.0 removed ``device_memory_size``; this exists since 10.1.
     return int(engine.device_memory_size_v2)
 
 
 def make_context(library: Library, engine: Any) -> Any:
-    """An ``IExecutionContext`` of ``engine``, or None when that failed.
+    """An ``IExecutionContext`` of ``engine``; None if that fails.
 
-    It brings no memory for activations: :func:`give_memory` first. So contexts that never run at
-    the same time can share it, and running out of it is told by whoever allocates.
+    It has no memory for activations: call :func:`give_memory` before it runs. So contexts that
+    never run at the same time can share memory, and the caller notices when memory runs out.
     """
     trt = library.module
     strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -231,10 +231,10 @@ def make_context(library: Library, engine: Any) -> Any:
         return engine.create_execution_context(strategy)
     config = engine.create_runtime_config()
     config.set_execution_context_allocation_strategy(strategy)
-    # Our engine captures its own graphs, and a capture inside a capture fails.
+    # engines.trt captures graphs itself, and a capture inside a capture fails.
     config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
-    # By default kernels made for a shape are compiled beside the first runs and slipped in later: a
-    # graph captured before keeps the slow ones, and equal inputs give different bits over time.
+    # By default, kernels for a shape are compiled during the first runs and replace others later:
+    # a graph captured before keeps the slow ones, and equal inputs give different bits over time.
     config.dynamic_shapes_kernel_specialization_strategy = (
         trt.DynamicShapesKernelSpecializationStrategy.EAGER
     )
@@ -242,22 +242,22 @@ def make_context(library: Library, engine: Any) -> Any:
 
 
 def give_memory(context: Any, address: int, size: int) -> None:
-    """Let ``context`` keep its activations in ``size`` bytes (see :func:`device_memory`) there."""
-    context.set_device_memory(address, size)  # since 10.1; the property before it knew no size
+    """Give ``context`` ``size`` bytes (see :func:`device_memory`) for its activations."""
+    context.set_device_memory(address, size)  # since 10.1; before, a property without a size
 
 
 def capturable(context: Any, stream: int) -> bool:
-    """Whether work of ``context`` can be captured on ``stream``, as far as the library tells."""
-    # Only TensorRT-RTX tells; a capture that fails tells too, a little later.
+    """Whether work of ``context`` can be captured on ``stream``; True if unknown."""
+    # Only TensorRT-RTX has this check; otherwise the capture itself fails.
     asked = getattr(context, "is_stream_capturable", None)
     return asked is None or bool(asked(stream))
 
 
 def invalidity(library: Library, runtime: Any, plan: bytes) -> str | None:
-    """Why the library would refuse to open ``plan`` here, read from its header alone.
+    """Why the library would refuse to open ``plan`` here, by its header alone.
 
-    None: it would not, or the library has no such check. It asks the GPU driver, so without one
-    every plan is refused.
+    None if it would open it, or if the library has no such check. The check asks the GPU driver, so
+    every plan is refused without one.
     """
     if library.flavour == "tensorrt":
         return None  # only TensorRT-RTX has get_engine_validity
@@ -272,9 +272,9 @@ def invalidity(library: Library, runtime: Any, plan: bytes) -> str | None:
 
 @dataclass(frozen=True)
 class Defect:
-    """Something known to be wrong with a library; ``source`` is a URL.
+    """A known defect of a library; ``source`` is a URL.
 
-    ``precisions``: the bundles concerned; empty: all.
+    ``precisions``: of the affected bundles; empty means all.
     """
 
     what: str
@@ -285,15 +285,15 @@ class Defect:
 @dataclass(frozen=True)
 class _Known:
     first: Version
-    last: Version | None  # of TensorRT; None: no version is known to be free of it
+    last: Version | None  # of TensorRT; None: no fixed version is known
     capabilities: tuple[str, ...]  # empty: all
     defect: Defect
 
 
 _ISSUES = "https://github.com/NVIDIA/TensorRT/issues/"
 _BLACKWELL = ("12.0", "12.1")
-# What others found with networks like ours, no more than they said: it only decides whether a plan
-# may serve before it was measured. The parity gate has the last word, either way.
+# Defects that others report for similar networks. They only decide whether a plan may serve before
+# it was measured; the parity gate's verdict overrides them.
 _KNOWN = (
     _Known(
         (10, 3, 0),
@@ -360,10 +360,10 @@ _RTX_MATRIX = (
 def defects(
     flavour: Flavour, version: Version, compute_capability: str | None
 ) -> tuple[Defect, ...]:
-    """What is known to be wrong with a library on a GPU.
+    """The known defects of a library on a GPU.
 
     Args:
-        compute_capability: of the GPU, as ``8.7``; None: unknown, then any defect counts.
+        compute_capability: of the GPU, such as ``8.7``; None means unknown: every defect counts.
     """
     if flavour == "tensorrt-rtx":
         if compute_capability is None or compute_capability in _RTX_CAPABILITIES:
@@ -384,7 +384,7 @@ def defects(
 
 
 def _from_sm(name: str) -> str | None:
-    """``8.6`` for ``SM86``; None for members that are no GPU."""
+    """``8.6`` for ``SM86``; None for other members."""
     return f"{name[2:-1]}.{name[-1]}" if re.fullmatch(r"SM\d{2,3}", name) else None
 
 

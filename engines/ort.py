@@ -1,11 +1,4 @@
-"""ONNX Runtime behind the engine interface: CPU everywhere, CUDA where its build is installed.
-
-It promises a fixed number of threads that sleep when idle, so that several nodes on one machine do
-not fight over its cores, and results that do not depend on how a batch was split. Graphs are opened
-from their path, because weights beyond 2 GB lie beside them. A tensor of type bfloat16, which numpy
-lacks, is fed and returned as the uint16 of its bits; ONNX Runtime has no bfloat16 arithmetic on the
-CPU, so such a graph is refused there when it is opened.
-"""
+"""The engine on ONNX Runtime: CPU everywhere, CUDA where ``onnxruntime-gpu`` is installed."""
 
 from __future__ import annotations
 
@@ -36,16 +29,20 @@ _ONNX_BFLOAT16 = 16
 class OrtEngine(Engine):
     """One ONNX graph, opened in ONNX Runtime.
 
+    The number of threads is fixed, and idle threads sleep, so that several nodes on one machine do
+    not compete for its cores. Results do not depend on how a batch was split.
+
     Args:
-        path: the ``.onnx`` file.
-        threads: CPU threads used inside one operation; None means every core this process may use.
-        device: ``auto`` takes CUDA when ONNX Runtime offers it and the CPU otherwise.
+        path: the ``.onnx`` file; its weights may lie in files beside it.
+        threads: CPU threads of one operation; None means every core this process may use.
+        device: ``auto`` takes CUDA if ONNX Runtime has it, otherwise the CPU.
 
     Attributes:
-        device: where it really runs, ``cpu`` or ``cuda``.
+        device: where the graph runs, ``cpu`` or ``cuda``.
 
     Raises:
-        EngineError: when the graph cannot be opened, or CUDA was asked for and is absent.
+        EngineError: the graph cannot be opened, or CUDA was asked for and is absent. On the CPU
+            this includes every bfloat16 graph: ONNX Runtime has no bfloat16 arithmetic there.
     """
 
     def __init__(
@@ -76,7 +73,7 @@ class OrtEngine(Engine):
             self.device = "cuda"
         elif device == "cuda":
             raise EngineError(
-                "CUDA was asked for, but ONNX Runtime could not start it: see that the NVIDIA "
+                "CUDA was asked for, but ONNX Runtime could not start it: check that the NVIDIA "
                 "driver, CUDA and cuDNN it was built for are installed, or use --device cpu"
             )
         self.inputs = tuple(_spec(node, self._path) for node in self._session.get_inputs())
@@ -86,8 +83,8 @@ class OrtEngine(Engine):
     def _open(self, threads: int | None, device: OrtDevice) -> Any:
         ort = self._ort
         options = ort.SessionOptions()
-        # An explicit count also keeps ONNX Runtime from pinning its threads to cores, where those
-        # of the next node on this machine would sit as well.
+        # An explicit count also keeps ONNX Runtime from pinning threads to cores, which the next
+        # node on this machine would use too.
         options.intra_op_num_threads = threads or cores()
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -96,10 +93,10 @@ class OrtEngine(Engine):
         providers: list[Any] = ["CPUExecutionProvider"]
         if device != "cpu":
             if "CUDAExecutionProvider" in ort.get_available_providers():
-                # CUDA and cuDNN from PyPI lie where the loader does not look by itself.
+                # The loader does not find CUDA and cuDNN wheels by itself.
                 if hasattr(ort, "preload_dlls"):
                     ort.preload_dlls()
-                # TF32 would cost three decimal digits of a float32 bundle.
+                # TF32 would lose three decimal digits in a float32 bundle.
                 providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))
             elif device == "cuda":
                 raise EngineError(
@@ -141,8 +138,7 @@ class OrtEngine(Engine):
     def _run_bound(
         self, feeds: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
-        """Run with every tensor bound to host memory: the way for types that numpy lacks, and to
-        have outputs where they are wanted."""
+        """Run with every tensor bound to host memory: needed for bfloat16 and for given outputs."""
         value = self._ort.OrtValue
         binding = self._session.io_binding()
         for specs, arrays, bind in (
@@ -165,7 +161,7 @@ class OrtEngine(Engine):
 
 
 def cores() -> int:
-    """Cores this process may use (a container or taskset may allow fewer than there are)."""
+    """Cores this process may use; a container or taskset may allow fewer than there are."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

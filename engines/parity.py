@@ -1,13 +1,7 @@
-"""The parity gate: does every engine of this machine compute what the model computes?
+"""The parity gate: checks that every engine of this machine computes what the model computes.
 
-Engines are run on the bundle's golden samples, whose answers are the original PyTorch model's, and
-on fresh random inputs, whose answers are ONNX Runtime's on the CPU (where it can run the bundle). A
-stage is fed the reference's inputs, so that its rows tell of it alone; then the stages that passed
-are chained, and the masks at the end compared. The gate promises that a NaN, an infinity or a miss
-is a failure, and so is whatever an engine raises; that a failure is kept, at once and in place of
-an older pass, where :mod:`engines.selection` finds it, so that what failed does not serve; and that
-the same seed draws the same inputs. It needs no torch: what it measures with is what the exporters
-verify with. Building, opening and displaying are left to others.
+Engines run on the bundle's golden samples, compared with the original PyTorch model, and on random
+inputs, compared with ONNX Runtime on the CPU where it can run the bundle.
 """
 
 from __future__ import annotations
@@ -26,7 +20,7 @@ from edge_common.text import one_line
 from engines import cuda, libraries, selection
 from engines import plan as plans
 from engines.bundle import Bundle, Stage
-from engines.dtypes import from_wire
+from engines.dtypes import to_float32
 from engines.engine import Engine, check_feeds
 from engines.plan import Machine, Parity, Plan, Row
 from engines.samples import Arrays, Sample, golden_samples, linked, order, random_sample
@@ -43,13 +37,13 @@ _LOGITS = "low_res_logits"
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What a comparison must reach.
+    """The limits of a comparison.
 
     Attributes:
-        cosine: least cosine similarity of a window's tokens (or of a whole embedding, or of a
-            prompt's logits).
+        cosine: least cosine similarity, of each window's tokens, of the embedding, or of each
+            prompt's logits.
         error: largest absolute difference, as a share of the reference's largest absolute value.
-        mask_iou: least intersection over union, of all masks together and on average over them.
+        mask_iou: least intersection over union, both of all masks together and on average.
     """
 
     cosine: float
@@ -58,7 +52,7 @@ class Tolerance:
 
     @property
     def mask_iou_min(self) -> float:
-        """Least intersection over union of any one mask: it may miss three times as much."""
+        """Least intersection over union of a single mask: it may miss three times as much."""
         return 1 - 3 * (1 - self.mask_iou)
 
 
@@ -72,15 +66,15 @@ TOLERANCES: dict[str, Tolerance] = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """How arrays differ from a reference, worst over all of them; masks where there were any.
+    """How arrays differ from a reference: the worst of all arrays, and masks if there were any.
 
     Attributes:
         cosine, error: as in :class:`Tolerance`.
         max_abs: largest absolute difference.
-        finite: False when a NaN or an infinity came out.
+        finite: False if any value is NaN or infinite.
         mask_iou: intersection over union of all masks together.
-        mask_iou_min, mask_iou_mean: over the single masks; one that differs in no more than eight
-            pixels counts as equal.
+        mask_iou_min, mask_iou_mean: over single masks; a mask that differs in at most eight pixels
+            counts as equal.
     """
 
     cosine: float
@@ -92,7 +86,7 @@ class Comparison:
     mask_iou_mean: float | None = None
 
     def misses(self, tolerance: Tolerance) -> list[str]:
-        """What is not as it must be, each in a few words; empty when all is well."""
+        """The limits that are not kept, each in a few words; empty if all are."""
         if not self.finite:
             return ["NaN or infinity in the outputs"]
         needs = (
@@ -105,14 +99,14 @@ class Comparison:
         return [
             f"{what} {value:.6g} (needed: {relation} {limit:g})"
             for what, value, relation, limit in needs
-            if value is not None  # NaN is a miss, whichever way it is compared
+            if value is not None  # a NaN fails both comparisons
             and not (value >= limit if relation == ">=" else value <= limit)
         ]
 
 
 _FEW_PIXELS = 8
-"""Of a low-resolution mask: logits near the threshold fall to either side, and in a small mask a
-pixel or two would decide the IoU. More than rounding shows in the logits themselves."""
+"""In a low-resolution mask, rounding moves logits near the threshold to either side, and in a small
+mask a pixel or two would decide the IoU. Larger errors show in the logits themselves."""
 
 
 def compare(
@@ -121,11 +115,11 @@ def compare(
     """Compare arrays with references.
 
     Args:
-        pairs: (found, wanted), floats of equal shapes whose leading axis counts windows or prompts.
+        pairs: (found, wanted), floats of equal shapes; the first axis counts windows or prompts.
         masks: (found, wanted), logits ``[p, 4, h, w]``.
-        mask_threshold: a logit above it belongs to the mask.
+        mask_threshold: logits above it belong to the mask.
     """
-    with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity are what we look for
+    with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity are expected here
         differences = [float(np.abs(got - wanted).max()) for got, wanted in pairs]
         peaks = [max(float(np.abs(wanted).max()), 1e-12) for _, wanted in pairs]
         result = Comparison(
@@ -148,12 +142,12 @@ def compare(
 
 
 def _least(values: Iterator[float]) -> float:
-    """The smallest, or NaN where there is one: :func:`min` would pass it over, or not, by order."""
+    """The smallest, or NaN if there is one; :func:`min` may ignore a NaN."""
     return float(np.min(np.fromiter(values, np.float64)))
 
 
 def _cosine(got: np.ndarray, wanted: np.ndarray) -> float:
-    """Least cosine similarity over the leading axis; 1 where both are zero."""
+    """Least cosine similarity over the first axis; 1 where both are zero."""
     a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (got, wanted))
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     zero = lengths == 0
@@ -162,7 +156,7 @@ def _cosine(got: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def _overlap(got: np.ndarray, wanted: np.ndarray, threshold: float) -> Pair:
-    """Pixels in both and in either of two masks, one number for each mask."""
+    """Pixels in both and in either of two masks, a number for each mask."""
     a, b = (x.reshape(-1, *x.shape[-2:]) > threshold for x in (got, wanted))
     return (a & b).sum((1, 2)), (a | b).sum((1, 2))
 
@@ -176,14 +170,14 @@ Inputs = Literal["golden", "random"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate found about one engine and one stage, or about an engine from end to end.
+    """The verdict on one engine and one stage, or on an engine from end to end.
 
     Attributes:
-        engine: for people: ONNX Runtime and where, or the folder of the plans.
+        engine: ONNX Runtime and its device, or the folder of the plans; for display.
         stage: its name, or ``end to end``.
-        why: what was missed, or kept it from being run; which stages of an ``end to end`` were the
-            engine's own, unless all were. Else empty.
-        rows: what was measured.
+        why: which limits were missed, or why it was not run. For ``end to end``, also which stages
+            ran on the engine itself, if not all. Otherwise empty.
+        rows: the measurements.
     """
 
     engine: str
@@ -195,13 +189,13 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Report:
-    """All verdicts, the tolerance they are by, and the seed that draws the same inputs again."""
+    """All verdicts, their tolerance, and the seed that draws the same inputs again."""
 
     verdicts: tuple[Verdict, ...]
     tolerance: Tolerance
     seed: int
     unrecorded: tuple[str, ...]
-    """Verdicts that could not be written where serving looks for them, and why."""
+    """Why verdicts could not be written to disk, where serving would find them."""
 
     @property
     def passed(self) -> bool:
@@ -210,10 +204,10 @@ class Report:
 
 
 class Watcher:
-    """What the gate tells while it runs; override what you want to know."""
+    """Callbacks of the gate; override those you need."""
 
     def step(self, text: str) -> None:
-        """Something that may take long begins."""
+        """A step that may take long begins."""
 
     def verdict(self, verdict: Verdict) -> None:
         """An engine was measured."""
@@ -232,19 +226,24 @@ def gate(
 ) -> Report:
     """Measure the engines of this machine and keep the verdicts beside the bundle.
 
+    Each stage gets the reference's inputs, so that its rows measure this stage alone. Then the
+    stages that passed are chained, and the masks at the end are compared. A NaN, an infinity, a
+    missed limit and any exception of an engine are failures. A failure is written at once, in place
+    of an older pass, so that :mod:`engines.selection` no longer uses that engine.
+
     Args:
         stages: which; None measures every stage of the bundle.
-        kinds: which engines. ONNX Runtime on the CPU always runs, since the others are compared
+        kinds: which engines. ONNX Runtime on the CPU always runs, because the others are compared
             with it.
-        random: how many fresh samples to draw, besides the golden ones; at least 1, since a verdict
-            on inputs that are known beforehand would lift one on any others.
-        seed: below 2**64; None draws one.
+        random: number of random samples, besides the golden ones. At least 1: a pass on known
+            inputs must not clear a failure on random ones.
+        seed: below 2**64; None draws one. The same seed draws the same inputs.
         threads: CPU threads of ONNX Runtime.
         ordinal: which GPU TensorRT uses.
-        watcher: is told of progress.
+        watcher: receives progress.
 
     Raises:
-        BundleError: when the bundle lacks a stage, or a file of it is damaged.
+        BundleError: the bundle lacks a stage, or a file of it is damaged.
         ValueError: fewer than one random sample was asked for.
     """
     if random < 1:
@@ -268,9 +267,9 @@ def gate(
 
 @dataclass(frozen=True)
 class _Contender:
-    """Engines of one kind: how to open each stage, and where to keep a verdict on it.
+    """Engines of one kind: how to open each stage, and where to keep its verdict.
 
-    ``may_be_absent``: when one cannot be opened, this machine lacks it, and it did not fail.
+    ``may_be_absent``: an engine that cannot be opened is missing here; it did not fail.
     """
 
     name: str
@@ -282,9 +281,10 @@ class _Contender:
 
 
 class _Run:
-    """One pass of the gate: the samples to measure with, and the verdicts so far.
+    """One pass of the gate: the samples, and the verdicts so far.
 
-    ``stand_in``: stage -> the ONNX Runtime that may compute it where a contender has no engine.
+    ``stand_in``: the device of the ONNX Runtime that computes a stage for a contender without an
+    engine for it, by stage.
     """
 
     def __init__(
@@ -307,7 +307,7 @@ class _Run:
         self.unrecorded: list[str] = []
 
     def measure(self, contender: _Contender) -> None:
-        """Measure every stage of one kind of engine, then those that passed, chained."""
+        """Measure every stage of one kind of engine, then the chain of those that passed."""
         for verdict in contender.not_run:
             self._report(verdict)
         found: dict[str, Verdict] = {}
@@ -316,7 +316,7 @@ class _Run:
             opener = contender.openers.get(name)
             if opener is not None:
                 found[name] = self._stage(contender, name, opener, chain)
-                if found[name].status == "failed":  # before anything else can go wrong
+                if found[name].status == "failed":  # now, before anything else can go wrong
                     self._keep(contender, name, found[name].rows)
             if name not in found or found[name].status != "ok":
                 chain.fill(name)
@@ -334,7 +334,7 @@ class _Run:
     def _keep(self, contender: _Contender, name: str, rows: tuple[Row, ...]) -> None:
         try:
             contender.keep(name, all(row.passed for row in rows), rows)
-        except Exception as error:  # the other verdicts are to be kept all the same
+        except Exception as error:  # the other verdicts must still be kept
             self.unrecorded.append(_said(error))
 
     def compared(
@@ -345,7 +345,7 @@ class _Run:
         pairs: Sequence[Pair],
         masks: Sequence[Pair] = (),
     ) -> tuple[Row, list[str]]:
-        """A row for the record, and what it misses."""
+        """A row for the record, and the limits it misses."""
         found = compare(pairs, masks, self.bundle.manifest.mask_threshold)
         missed = found.misses(self.tolerance)
         return _row(stage, inputs, reference, found, not missed), [
@@ -369,12 +369,12 @@ class _Run:
                 opened = True
                 self._run(contender, name, engine, chain, rows, missed)
         except BundleError:
-            raise  # it is no fault of the engine's
-        except Exception as error:  # libraries raise what they like
+            raise  # the engine is not at fault
+        except Exception as error:  # libraries may raise anything
             if not opened and contender.may_be_absent and isinstance(error, EngineError):
                 return self._report(Verdict(contender.name, name, "not run", str(error)))
             missed.append(_said(error))
-            rows.append(_no_answer(name))  # nor is it what it was before
+            rows.append(_no_answer(name))
         status: Status = "failed" if missed else "ok"
         return self._report(Verdict(contender.name, name, status, "; ".join(missed), tuple(rows)))
 
@@ -387,7 +387,7 @@ class _Run:
         rows: list[Row],
         missed: list[str],
     ) -> None:
-        """Run one opened stage on everything; when all is well, hand its outputs on."""
+        """Run one opened stage on all samples; if it passes, give its outputs to the chain."""
         stage = self.bundle.stage(name)
         answers = [_ask(engine, sample.feeds(name, stage), stage) for sample in self.samples]
 
@@ -410,7 +410,7 @@ class _Run:
                         masks.append((got[_LOGITS], wanted[_LOGITS]))
             if pairs:
                 add(kind, reference, pairs, masks)
-        # On the CPU, golden samples again would take time and tell nothing new.
+        # Repeating golden samples on the CPU would take time and show nothing new.
         chosen = [
             (sample, answer)
             for sample, answer in zip(self.samples, answers, strict=True)
@@ -423,7 +423,7 @@ class _Run:
             for (sample, answer), again in zip(chosen, repeats, strict=True):
                 if sample.inputs == kind:
                     once = _floats(answer, stage)
-                    # Without a repetition, this asks for finite outputs and no more.
+                    # Without a repetition this only checks that outputs are finite.
                     for more in [answer, *again]:
                         pairs += [(_floats(more, stage)[key], once[key]) for key in once]
             if pairs:
@@ -438,7 +438,7 @@ class _Run:
                 self._adopt(contender, name, sample, answer)
 
     def _adopt(self, contender: _Contender, name: str, sample: Sample, answer: Arrays) -> None:
-        """Let what ``contender`` made of a random sample be what the others are compared with."""
+        """Make the outputs of ``contender`` the reference of a random sample."""
         sample.reference[name] = contender.name
         for key, array in _floats(answer, self.bundle.stage(name)).items():
             sample.arrays[f"{name}.{key}"] = array
@@ -449,10 +449,10 @@ class _Run:
 
 
 class _Chain:
-    """Samples on their way through the stages of one contender; others stand in where it lacks one.
+    """Samples on their way through the stages of one contender.
 
-    Only what an engine of the contender computed is on its way: before its first stage, a sample is
-    as its reference has it.
+    ONNX Runtime computes stages that the contender lacks. A sample starts at the contender's first
+    own stage, with the reference's inputs.
     """
 
     def __init__(self, run: _Run, contender: _Contender) -> None:
@@ -464,10 +464,10 @@ class _Chain:
         self._stopped = ""
 
     def run(self, name: str, engine: Engine, answers: Sequence[Arrays]) -> None:
-        """Let the contender's own engine compute a stage.
+        """Compute a stage with the contender's own engine.
 
         Args:
-            answers: what it made of every sample's own inputs.
+            answers: its outputs for every sample's own inputs.
         """
         done: dict[int, Arrays] = {}
         for index, sample in enumerate(self._run.samples):
@@ -480,7 +480,7 @@ class _Chain:
         self._advance(name, done)
 
     def fill(self, name: str) -> None:
-        """Let ONNX Runtime compute a stage that the contender has no good engine of."""
+        """Compute a stage with ONNX Runtime, where the contender has no engine that passed."""
         if not self._outputs:
             return
         kind = self._run.stand_in.get(name)
@@ -506,7 +506,7 @@ class _Chain:
             self._advance(name, done)
 
     def verdict(self) -> Verdict | None:
-        """What came out at the end; None when the contender had no part in it."""
+        """The verdict on the chain; None if no stage ran on the contender's own engines."""
         name = self._contender.name
         if self._stopped:
             return Verdict(name, END_TO_END, "not run", self._stopped)
@@ -535,11 +535,11 @@ class _Chain:
                 missed += why
         status: Status = "failed" if missed else "ok"
         if len(self._own) < len(order(self._run.bundle)):
-            missed.append(f"of its own were {' and '.join(self._own)}")
+            missed.append(f"own engines ran {' and '.join(self._own)}")
         return Verdict(name, END_TO_END, status, "; ".join(missed), tuple(rows))
 
     def _counts(self, sample: Sample) -> bool:
-        """Whether somebody else knows what should come out at the end of this sample."""
+        """Whether all references of this sample come from others than the contender."""
         known = [sample.reference.get(name) for name in order(self._run.bundle)]
         return None not in known and self._contender.name not in known
 
@@ -555,9 +555,9 @@ class _Chain:
 
 
 def _ask(engine: Engine, feeds: Arrays, stage: Stage) -> Arrays:
-    """What an engine answers, when it has the names, types and shapes that the manifest says.
+    """Run an engine and check its outputs' names, types and shapes against the manifest.
 
-    A row too few would spread over all of them wherever answers are compared.
+    Otherwise an output with one row would be broadcast wherever outputs are compared.
     """
     answer = engine.run(feeds)
     dims = check_feeds(stage.inputs, feeds)
@@ -571,7 +571,7 @@ def _ask(engine: Engine, feeds: Arrays, stage: Stage) -> Arrays:
 
 
 def _said(error: Exception) -> str:
-    """One printable line of an exception; of a foreign one, what it is too."""
+    """One printable line for an exception, with its class unless it is an EngineError."""
     text = one_line(error)
     if isinstance(error, EngineError):
         return text
@@ -584,17 +584,17 @@ def _no_answer(name: str) -> Row:
 
 
 def _floats(answer: Arrays, stage: Stage) -> Arrays:
-    return {spec.name: from_wire(answer[spec.name], spec.dtype) for spec in stage.outputs}
+    return {spec.name: to_float32(answer[spec.name], spec.dtype) for spec in stage.outputs}
 
 
 def _repeats(
     engine: Engine, feeds: Sequence[Arrays], kind: Kind, stage: Stage
 ) -> list[list[Arrays]]:
-    """What comes of each of ``feeds`` once more, computed otherwise.
+    """Outputs for each of ``feeds`` again, computed in other ways.
 
-    In two unequal parts; and for TensorRT, whose engine replays a shape as a CUDA graph from its
-    fourth run on, three times more with the rows turned and all ``feeds`` taking turns, so that
-    nothing left over from the run before can pass for an answer.
+    Once in two unequal parts. For TensorRT, whose engine replays a shape as a CUDA graph from its
+    fourth run on, three more times with rotated rows, all ``feeds`` taking turns, so that outputs
+    left in memory by the run before are noticed.
     """
     rows = [spec.name for spec in engine.inputs if isinstance(spec.shape[0], str)]
     results: list[list[Arrays]] = [[] for _ in feeds]
@@ -633,11 +633,11 @@ def _row(stage: str, inputs: Inputs, reference: str, found: Comparison, passed: 
     )
 
 
-# Who is measured ----------------------------------------------------------------------------------
+# Contenders ----------------------------------------------------------------------------------
 
 
 def _cuda_offered() -> bool:
-    """Whether ONNX Runtime has CUDA and there is a GPU for it."""
+    """Whether ONNX Runtime has CUDA and this machine has a GPU."""
     import onnxruntime
 
     offered = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
@@ -664,7 +664,7 @@ def _onnx(
             for name in stages
         },
         keep=keep,
-        # CUDA may not start for want of a library; the CPU has no bfloat16.
+        # CUDA may lack a library here; the CPU has no bfloat16.
         may_be_absent=device == "cuda" or bundle.manifest.precision == "bf16",
     )
 
@@ -672,7 +672,7 @@ def _onnx(
 def _tensorrt(
     bundle: Bundle, stages: Sequence[str], tolerance: Tolerance, ordinal: int
 ) -> list[_Contender]:
-    """One contender for every folder of plans: those in it that fit this machine."""
+    """A contender for every folder of plans, with the plans that fit this machine."""
     folders: dict[str, list[Plan]] = {}
     for found in plans.plans(bundle, skip_damaged=True):
         if found.record.stage in stages:

@@ -1,14 +1,13 @@
-"""Plans: serialised TensorRT engines beside a bundle, each with the record of what it is.
+"""Plans: serialised TensorRT engines beside a bundle, each with a record of what it is.
 
-``BUNDLE/plans/<target>/<stage>.plan`` holds the engine, ``<stage>.json`` says what it was built
-from and for, what was fused, and how exact it was measured to be. A plan contains code and its
-record is no signature: use only plans of your own making.
+``BUNDLE/plans/<target>/<stage>.plan`` holds the engine. ``<stage>.json`` holds the record: what the
+plan was built from and for, what was fused, and the verdict of the parity gate. A plan contains
+code, and its record is no signature: use only plans that you built.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import logging
@@ -23,6 +22,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from edge_common.errors import BuildError, PlanError
+from edge_common.files import atomic_file, explain_write_errors, flush_to_disk, write_atomically
+from edge_common.json_file import json_bytes, read_json
 from edge_common.permissions import why_untrusted
 from engines import libraries
 from engines.bundle import Bundle, Line, Name, Sha256, Tensors
@@ -44,11 +45,11 @@ Shape = Annotated[
 
 
 class Machine(msgspec.Struct, frozen=True, eq=False):
-    """Where a plan was measured. Two machines are equal when all but the memory is.
+    """Where a plan was measured. Two machines are equal when everything but the memory is.
 
-    ``memory_bytes`` is all of the GPU's memory, ``library`` a name such as ``TensorRT 10.3.0``.
-    A GPU that shares the CPU's memory is told how much by the kernel, a few pages more or less
-    after an update or another boot: no reason to measure anew.
+    ``memory_bytes`` is all of the GPU's memory, ``library`` a name such as ``TensorRT 10.3.0``. The
+    memory of a GPU that shares it with the CPU differs by a few pages from boot to boot, which is
+    no reason to measure again.
     """
 
     gpu: Name
@@ -68,7 +69,7 @@ _BINDING = ("gpu", "compute_capability", "driver", "library")
 
 
 class Row(msgspec.Struct, frozen=True):
-    """One comparison of a plan with a reference. A measure that is no finite number is None."""
+    """One comparison of a plan with a reference. A measure that is not finite is None."""
 
     stage: Name
     inputs: Literal["golden", "random"]
@@ -82,7 +83,7 @@ class Row(msgspec.Struct, frozen=True):
     passed: bool
 
     def __post_init__(self) -> None:
-        # JSON has neither NaN nor infinity: written, they would come back as None, or not at all.
+        # JSON has neither NaN nor infinity.
         for name in ("cosine", "max_abs", "error", "mask_iou_min", "mask_iou_mean"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
@@ -100,7 +101,7 @@ class Parity(msgspec.Struct, frozen=True):
 
 
 class AttentionReport(msgspec.Struct, frozen=True):
-    """What became of one attention. ``fused`` is None when what was built does not tell."""
+    """Whether one attention was fused, and into which kernel. None: the plan does not say."""
 
     name: Line
     fused: bool | None
@@ -108,7 +109,7 @@ class AttentionReport(msgspec.Struct, frozen=True):
 
 
 class LayerReport(msgspec.Struct, frozen=True):
-    """One kernel or layer of a plan, and its precision as far as the plan shows it."""
+    """One kernel or layer of a plan, with its precision where the plan shows it."""
 
     name: Line
     kernel: Line
@@ -120,20 +121,20 @@ class PlanRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         form: which graph of the stage was parsed.
-        flavour, version: the library that built the plan, and that alone may load it.
+        flavour, version: the library that built the plan; no other may load it.
         target: the folder of the plan, from :func:`target`.
         stage_sha256, graph_sha256, weights_sha256: the manifest's digest of the stage, of the file
             that was parsed, and of the weights.
         compute_capabilities: the GPUs that the plan is for.
         gpu, driver, device_memory_bytes: of the building machine; None where it had no GPU.
         profile: least, best and greatest shape of every input.
-        flags: what the library was set to, and what was asked for: ``max windows``, ``workspace
-            MiB`` and ``timing cache`` (its name alone) are None where nothing was.
-        command: the command that builds it again, for the reader, from where the bundle lies: a
-            bundle travels, and no record names a directory. Messages make their own.
+        flags: settings of the library, and options of the build: ``max windows``, ``workspace
+            MiB`` and ``timing cache`` (its file name) are None where the option was not given.
+        command: the command that builds it again, run from the bundle's parent folder. It is for
+            readers of the record; error messages contain the real path.
         built: UTC, ISO 8601.
         read_from: where ``attention`` and ``layers`` were read.
-        activation_bytes: device memory of one context, None where no GPU could tell.
+        activation_bytes: device memory of one context, None if unknown for lack of a GPU.
         edge_runtime: version of this software.
         parity: the last verdict of the parity gate, None before the first.
     """
@@ -170,10 +171,6 @@ class PlanRecord(msgspec.Struct, frozen=True, kw_only=True):
     parity: Parity | None = None
 
 
-class _SchemaOnly(msgspec.Struct):
-    schema: int
-
-
 @dataclass(frozen=True)
 class Plan:
     """A plan on disk: ``path`` of the ``.plan`` file and its record."""
@@ -183,24 +180,24 @@ class Plan:
 
     @property
     def bundle_path(self) -> Path:
-        """Directory of the bundle that the plan is for."""
+        """Folder of the bundle that the plan is for."""
         return bundle_of(self.path.parent.parent)
 
     @property
     def rebuild(self) -> str:
-        """The command that builds this plan anew."""
+        """The command that builds this plan again."""
         flavour = self.record.flavour
         return rebuild_command(
             self.bundle_path, self.record.stage, flavour, **_options(self.record, flavour)
         )
 
     def read(self) -> bytes:
-        """The plan's bytes, after their number and sha256 were compared with the record.
+        """Read the plan and compare its size and sha256 with the record.
 
         Raises:
             PlanError: when the file is missing, unreadable, or not what the record describes.
         """
-        if not self.path.is_file():  # also a device or pipe, which would never end
+        if not self.path.is_file():  # reading a device or pipe might never end
             raise PlanError(f"{self.path} is missing. Build it: `{self.rebuild}`")
         try:
             with self.path.open("rb") as file:
@@ -225,14 +222,14 @@ class Plan:
 
 
 def target(library: Library, compute_capabilities: Iterable[str]) -> str:
-    """Name of the folder for plans of ``library`` for those GPUs: ``tensorrt-10.3.0-sm87``."""
+    """Name of the folder for plans of ``library`` for these GPUs: ``tensorrt-10.3.0-sm87``."""
     order = sorted(set(compute_capabilities), key=lambda text: tuple(map(int, text.split("."))))
     numbers = "-".join(text.replace(".", "") for text in order)
     return f"{library.flavour}-{library.version_text}-sm{numbers}"
 
 
 def directory(bundle_path: str | os.PathLike[str], target: str) -> Path:
-    """Where the plans of ``target`` for a bundle lie."""
+    """The folder of a bundle's plans for ``target``."""
     return plans_folder(bundle_path) / target
 
 
@@ -246,7 +243,7 @@ def rebuild_command(
     timing_cache: str | os.PathLike[str] | None = None,
     strict: bool = False,
 ) -> str:
-    """The command line that builds a plan, quoted for a shell. Options left out are defaults."""
+    """The command line that builds a plan, quoted for a shell."""
     words = ["edge-runtime", "build", _argument(bundle_path), "--stage", stage]
     words += ["--backend", backend]
     if max_windows is not None:
@@ -270,10 +267,10 @@ def plans(bundle: Bundle, *, skip_damaged: bool = False) -> list[Plan]:
     """Every plan of the bundle that has a record, in the order of their paths.
 
     Args:
-        skip_damaged: log a record that cannot be used and go on, instead of raising.
+        skip_damaged: log records that cannot be used, instead of raising.
 
     Raises:
-        PlanError: naming the first damaged record and what rebuilds it.
+        PlanError: naming the first damaged record and the command that rebuilds its plan.
     """
     found = []
     for path in _records(bundle, "*"):
@@ -293,11 +290,11 @@ def find(
     compute_capability: str,
     gpu: str | None = None,
 ) -> Plan:
-    """The newest plan of ``stage`` that fits, by :func:`check`.
+    """The newest plan of ``stage`` that :func:`check` accepts.
 
     Raises:
-        BundleError: when the bundle has no such stage.
-        PlanError: when no plan fits, with what is there, why not, and the command that builds one.
+        BundleError: the bundle has no such stage.
+        PlanError: no plan fits; the text says why, and which command builds one.
     """
     bundle.stage(stage)
     fitting: list[Plan] = []
@@ -325,8 +322,8 @@ def find(
         ),
         default=None,
     )
-    mend = _mend("Build one", bundle, stage, library, compute_capability, like)
-    raise PlanError(f"no plan of the {stage} fits {wanted}.{there} {mend}")
+    remedy = _remedy("Build one", bundle, stage, library, compute_capability, like)
+    raise PlanError(f"no plan of the {stage} fits {wanted}.{there} {remedy}")
 
 
 def check(
@@ -336,16 +333,15 @@ def check(
     compute_capability: str,
     gpu: str | None = None,
 ) -> None:
-    """Refuse a plan that was built from or for something else, before any of it is read.
+    """Refuse a plan that was built from or for something else. Only its record is read.
 
     Args:
-        compute_capability: of the GPU at hand, as ``8.7``.
-        gpu: its name where it is known: TensorRT's plans are for one GPU model, TensorRT-RTX's
-            for every GPU of their compute capabilities.
+        compute_capability: of this machine's GPU, such as ``8.7``.
+        gpu: the GPU's name, if known. A plan of TensorRT is for one GPU model, a plan of
+            TensorRT-RTX for every GPU of its compute capabilities.
 
     Raises:
-        PlanError: naming the first mismatch and what mends it, where something does the command
-            that rebuilds the plan.
+        PlanError: naming the first mismatch and, where that helps, the command that rebuilds.
     """
     stage = plan.record.stage
     if not bundle.has(stage):
@@ -353,23 +349,23 @@ def check(
     try:
         _check(plan, bundle, library, compute_capability, gpu)
     except PlanError as error:
-        mend = _mend("Build it again", bundle, stage, library, compute_capability, plan.record)
-        raise PlanError(f"{error}. {mend}") from None
+        remedy = _remedy("Build it again", bundle, stage, library, compute_capability, plan.record)
+        raise PlanError(f"{error}. {remedy}") from None
 
 
 def may_serve(plan: Plan, machine: Machine, defects: Sequence[Defect]) -> str | None:
-    """Whether a plan may answer requests on ``machine``, by what the parity gate recorded.
+    """Whether a plan may answer requests on ``machine``, by the parity gate's verdict.
 
     Args:
-        defects: what is known to be wrong with this library on this machine, from
+        defects: known defects of this library on this machine, from
             :func:`engines.libraries.defects`.
 
     Returns:
-        None when it was measured here and passed; a warning to log when it was not measured here.
+        None if the plan passed on this machine; a warning to log if it was not measured here.
 
     Raises:
-        PlanError: when it failed, here or elsewhere, or was not measured here though a defect is
-            known.
+        PlanError: the plan failed, here or elsewhere; or it was not measured here and the library
+            has a known defect.
     """
     parity = plan.record.parity
     verify = verify_command(plan.bundle_path)
@@ -396,7 +392,7 @@ def may_serve(plan: Plan, machine: Machine, defects: Sequence[Defect]) -> str | 
             f"{plan.path} {state}, and {machine.library} has a known defect: {known}. "
             f"It serves once it has passed here: `{verify}`"
         )
-    return f"{plan.path} {state}: it serves unproven. Measure it with `{verify}`"
+    return f"{plan.path} {state}: it serves without a measurement. Measure it with `{verify}`"
 
 
 def write(
@@ -404,80 +400,64 @@ def write(
 ) -> Plan:
     """Move the finished file ``built`` to its place in ``folder``, with its record.
 
-    ``built`` must lie in ``folder``, or at least on the same disk; it is gone afterwards, also when
-    this fails. Whatever happens, no reader finds a plan beside a record of another one: the record,
-    without which a plan counts for nothing, is taken away first and comes back last.
+    ``built`` must lie on the same disk as ``folder``; it is gone afterwards, also after an error. A
+    plan without a record counts for nothing, so the record is removed first and written last: no
+    reader ever finds a plan beside the record of another one.
 
     Raises:
-        BuildError: when the disk is full or the folder cannot be written.
+        BuildError: the disk is full, or the folder cannot be written.
     """
-    target = Path(folder)
-    place, note = target / f"{stage}.plan", target / f"{stage}.json"
-    temporary = target / f".{stage}.json.{os.getpid()}"
+    folder = Path(folder)
+    place, note = folder / f"{stage}.plan", folder / f"{stage}.json"
+    instead = another_place(folder)
     try:
-        _flush(Path(built))
-        with _locked(target):
-            _write_whole(temporary, _encode(record))
-            note.unlink(missing_ok=True)
-            os.replace(built, place)
-            os.replace(temporary, note)
-            _flush(target)
-    except OSError as error:
-        raise BuildError(cannot_write(place, error)) from error
+        with explain_write_errors(place, BuildError, instead), _locked(folder):
+            flush_to_disk(built)
+            with atomic_file(note, error=BuildError, instead=instead) as scratch:
+                scratch.write_bytes(json_bytes(record, indent=1))
+                note.unlink(missing_ok=True)
+                os.replace(built, place)
+            flush_to_disk(folder)
     finally:
-        for leftover in (temporary, Path(built)):
-            with contextlib.suppress(OSError):
-                leftover.unlink()
+        with contextlib.suppress(OSError):
+            Path(built).unlink()
     return Plan(place, record)
 
 
 def write_parity(plan: Plan, parity: Parity) -> Plan:
-    """Put the parity gate's verdict into the plan's record, whole or not at all.
+    """Write the parity gate's verdict into the plan's record.
 
     Raises:
-        PlanError: when the record cannot be written, or the plan was rebuilt meanwhile.
+        PlanError: the record cannot be written, or the plan was rebuilt meanwhile.
     """
     note = plan.path.with_suffix(".json")
-    temporary = note.with_name(f".{note.name}.{os.getpid()}")
-    try:
-        with _locked(note.parent):
-            on_disk = _decode(note, f"Build the plan again: `{plan.rebuild}`")
-            if on_disk.plan_sha256 != plan.record.plan_sha256:
-                raise PlanError(
-                    f"{plan.path} was built anew while the old one was measured: measure it again "
-                    f"with `{verify_command(plan.bundle_path)}`"
-                )
-            record = msgspec.structs.replace(on_disk, parity=parity)
-            _write_whole(temporary, _encode(record))
-            os.replace(temporary, note)
-            _flush(note.parent)
-    except OSError as error:
-        raise PlanError(cannot_write(note, error)) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    instead = another_place(note.parent)
+    with explain_write_errors(note, PlanError, instead), _locked(note.parent):
+        on_disk = _read_record(note, f"Build the plan again: `{plan.rebuild}`")
+        if on_disk.plan_sha256 != plan.record.plan_sha256:
+            raise PlanError(
+                f"{plan.path} was rebuilt while the old one was measured: measure it again "
+                f"with `{verify_command(plan.bundle_path)}`"
+            )
+        record = msgspec.structs.replace(on_disk, parity=parity)
+        write_atomically(note, json_bytes(record, indent=1), error=PlanError, instead=instead)
+        flush_to_disk(note.parent)
     return Plan(plan.path, record)
 
 
-def cannot_write(path: Path, error: OSError) -> str:
-    """One line for a place of plans that refused to be written, with what mends it."""
-    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        if cache() in path.parents:
-            mend = "Set XDG_CACHE_HOME to a directory that you may write"
-        else:
-            mend = (
-                "Plans lie inside the bundle: copy the bundle to a directory that you may write, "
-                "and use the copy"
-            )
-        return f"{path} cannot be written: {error.strerror}. {mend}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{path} cannot be written: {error.strerror}. Make room on that disk, then try again"
-    return f"{path} cannot be written: {error.strerror or error}"
+def another_place(path: Path) -> str:
+    """What the user can do if ``path``, a place of plans, cannot be written."""
+    if cache() in path.parents:
+        return "set XDG_CACHE_HOME to a directory that you may write"
+    return (
+        "copy the bundle, which holds its plans, to a directory that you may write, and use the "
+        "copy"
+    )
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep other writers of plans and verdicts out of ``folder``, where its disk knows locks."""
+    """Keep other writers of plans and verdicts out of ``folder``, if its disk supports locks."""
     lock = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -488,18 +468,18 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _options(record: PlanRecord, flavour: Flavour, windows: int | None = None) -> dict[str, Any]:
-    """What :func:`rebuild_command` takes, as the plan was built.
+    """The options of :func:`rebuild_command` with which the plan was built.
 
     Args:
-        flavour: of the library that is to build; TensorRT-RTX takes no timing cache.
-        windows: of the bundle, which may have fewer by now; None: not known.
+        flavour: of the library that will build; TensorRT-RTX takes no timing cache.
+        windows: of the bundle, which may have fewer now; None if unknown.
     """
     most, workspace = (_count(record.flags.get(name)) for name in ("max windows", "workspace MiB"))
     cache = record.flags.get("timing cache")
     return {
         "max_windows": None if most and windows and most >= windows else most,
         "workspace_mib": workspace,
-        # The name alone, as it was written: a record must not choose where files are overwritten.
+        # Only the file name: a record must not choose which files elsewhere are overwritten.
         "timing_cache": (
             (Path(cache).name or None) if isinstance(cache, str) and flavour == "tensorrt" else None
         ),
@@ -511,7 +491,7 @@ def _count(flag: object) -> int | None:
     return flag if isinstance(flag, int) and not isinstance(flag, bool) and flag > 0 else None
 
 
-def _mend(
+def _remedy(
     what: str,
     bundle: Bundle,
     stage: str,
@@ -519,7 +499,7 @@ def _mend(
     compute_capability: str,
     like: PlanRecord | None,
 ) -> str:
-    """``Build it again: `command` ``, with the options of ``like``; or what else can be done."""
+    """A sentence with the command that builds a plan like ``like``, or what else would help."""
     able = libraries.builds_for(library, compute_capability)
     flavour: Flavour = library.flavour if able else "tensorrt"
     windows = bundle.manifest.geometry.windows
@@ -528,23 +508,23 @@ def _mend(
     if able:
         return f"{what}: `{command}`"
     return (
-        f"{library.name} supports no GPU of compute capability {compute_capability}, however often "
-        "a plan is built. Take ONNX Runtime with CUDA, or, where JetPack or a container of "
-        f"NVIDIA's brings TensorRT, build with that: `{command}`"
+        f"{library.name} supports no GPU of compute capability {compute_capability}: building "
+        "again does not help. Use ONNX Runtime with CUDA or, where JetPack or a container of "
+        f"NVIDIA's provides TensorRT, build with that: `{command}`"
     )
 
 
 def _argument(path: str | os.PathLike[str]) -> str:
-    """A path that no parser of options takes for an option."""
+    """The path in a form that no parser takes for an option."""
     text = os.fspath(path)
     return f"./{text}" if text.startswith("-") else text
 
 
 def _records(bundle: Bundle, stage: str) -> list[Path]:
-    """Records under the folders of TensorRT's plans; other engines may keep theirs beside.
+    """The records of TensorRT's plans. Other engines may keep files in folders beside them.
 
     Raises:
-        PlanError: others could put plans into the user's cache.
+        PlanError: another user could put plans into this user's cache.
     """
     folder = plans_folder(bundle.path)
     if folder.is_dir() and bundle.path not in folder.parents and (found := why_untrusted(folder)):
@@ -555,40 +535,30 @@ def _records(bundle: Bundle, stage: str) -> list[Path]:
 def _read(bundle: Bundle, path: Path) -> Plan:
     stage = path.stem
     if stage not in bundle.manifest.stages:  # building would not replace it
-        again = "Remove it"
+        remedy = "Remove it"
     else:
-        again = f"Build the plan again: `{rebuild_command(bundle.path, stage, 'auto')}`"
-    record = _decode(path, again)
-    place = (record.target, record.stage)
-    if place != (path.parent.name, stage):
+        remedy = f"Build the plan again: `{rebuild_command(bundle.path, stage, 'auto')}`"
+    record = _read_record(path, remedy)
+    if (record.target, record.stage) != (path.parent.name, stage):
         raise PlanError(
             f"{path} is the record of {record.target}/{record.stage}, it was moved or renamed: "
-            f"remove it. {again}"
+            f"remove it. {remedy}"
         )
     return Plan(path.with_suffix(".plan"), record)
 
 
-def _decode(path: Path, again: str) -> PlanRecord:
-    """Read a record. ``again`` is what to say of one that is of no use."""
+def _read_record(path: Path, remedy: str) -> PlanRecord:
     try:
-        if not path.is_file():
-            raise PlanError(f"{path} is no file. {again}")
-        with path.open("rb") as file:
-            data = file.read(_MAX_RECORD_BYTES + 1)
-    except OSError as error:
-        raise PlanError(f"{path} cannot be read: {error.strerror}") from error
-    if len(data) > _MAX_RECORD_BYTES:
-        raise PlanError(f"{path} is larger than {_MAX_RECORD_BYTES} bytes, no record is. {again}")
-    try:
-        schema = msgspec.json.decode(data, type=_SchemaOnly).schema
-        if schema != SCHEMA:
-            raise PlanError(
-                f"{path} has schema {schema}, expected {SCHEMA}: another version of edge-runtime "
-                f"wrote it. {again}"
-            )
-        return msgspec.json.decode(data, type=PlanRecord)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise PlanError(f"{path} is damaged: {error}. {again}") from error
+        return read_json(
+            path,
+            PlanRecord,
+            max_bytes=_MAX_RECORD_BYTES,
+            error=PlanError,
+            remedy=remedy,
+            schema=SCHEMA,
+        )
+    except FileNotFoundError:
+        raise PlanError(f"{path} is missing. {remedy}") from None
 
 
 def _check(
@@ -610,7 +580,8 @@ def _check(
             f"this GPU has {compute_capability}"
         )
     if record.flavour == "tensorrt" and gpu is not None and record.gpu != gpu:
-        raise PlanError(f"{path} was built on the GPU {record.gpu}, this is {gpu}")
+        where = "a GPU without a name" if record.gpu is None else f"the GPU {record.gpu}"
+        raise PlanError(f"{path} was built on {where}, this is {gpu}")
     for what, found, expected in (
         ("model", record.model, bundle.manifest.model),
         ("precision", record.precision, bundle.manifest.precision),
@@ -636,30 +607,10 @@ def _describe(row: Row) -> str:
 
 
 def _difference(there: Machine, here: Machine) -> str:
-    """What keeps a verdict from there from holding here; empty when nothing does."""
+    """Why a verdict made there does not hold here; empty if it does."""
     changed = [
         f"{name.replace('_', ' ')} {getattr(there, name)}, here {getattr(here, name)}"
         for name in _BINDING
         if getattr(there, name) != getattr(here, name)
     ]
     return "; ".join(changed)
-
-
-def _encode(record: PlanRecord) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush(path: Path) -> None:
-    """Bring a file, or the names in a directory, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Where a bundle's plans and the parity gate's notes lie. Imports the standard library alone."""
+"""Paths of a bundle's plans and the parity gate's notes. Imports the standard library only."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _SHIPPED = Path(__file__).parent / "bundles"
 
 
 def plans_folder(bundle_path: str | os.PathLike[str]) -> Path:
-    """The folder of a bundle's plans and of what the parity gate noted.
+    """The folder of a bundle's plans and the parity gate's notes.
 
-    It lies in the bundle. For the bundles that come with the package it lies in the user's cache:
-    the package may be read-only, and an update replaces it.
+    It lies in the bundle. For the bundles that come with the package it lies in the user's cache,
+    because the package may be read-only and an update replaces it.
 
     Raises:
         OSError: the bundle has no manifest.
@@ -37,7 +37,7 @@ def make_plans_folder(bundle_path: str | os.PathLike[str]) -> Path:
 
 
 def bundle_of(folder: Path) -> Path:
-    """The directory of the bundle whose :func:`plans_folder` is ``folder``."""
+    """The bundle whose :func:`plans_folder` is ``folder``."""
     if cache() not in folder.parents:
         return folder.parent
     return _SHIPPED / folder.parent.name.rpartition("-")[0]

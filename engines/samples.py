@@ -1,11 +1,7 @@
-"""Inputs for every stage of a bundle, with what should come of them.
+"""Inputs for every stage of a bundle, with the outputs they should give.
 
-The golden samples lie in the bundle: what went into and came out of the original PyTorch model
-where it is split. They are read without trust: bounded, without pickle, every type and shape
-checked. Random samples are drawn here, so that an engine is measured on something that nobody
-prepared it for; the same seed draws the same ones. Both promise inputs as an image and a user would
-bring them about, with windows in every kind of padding. Running and comparing is left to
-:mod:`engines.parity`.
+Golden samples lie in the bundle and hold the original PyTorch model's outputs. Random samples are
+drawn here; their outputs come from a reference engine. :mod:`engines.parity` runs and compares.
 """
 
 from __future__ import annotations
@@ -20,29 +16,29 @@ import numpy as np
 
 from edge_common.errors import BundleError, EngineError
 from engines.bundle import UNREADABLE, Bundle, Stage, TensorSpec
-from engines.dtypes import from_wire, to_wire
+from engines.dtypes import to_float32, to_stored
 from engines.engine import check_feeds
 from engines.geometry import Geometry
 
 Arrays = dict[str, np.ndarray]
 
 STAGES = ("head", "stack", "tail", "encoder", "decoder")
-"""All stages there are, in the order in which data passes them."""
+"""All stages, in the order in which data passes them."""
 
 _ORIGINAL = "PyTorch"
 _RANDOM_WINDOWS = 8
-"""Most windows in a random sample: ONNX Runtime computes them too, on the CPU."""
+"""Most windows in a random sample: ONNX Runtime must compute them on the CPU too."""
 _MAX_PROMPTS = 64
 
 
 @dataclass
 class Sample:
-    """Inputs of every stage, and outputs where somebody vouches for them.
+    """Inputs of every stage, and outputs where a reference has computed them.
 
     Attributes:
         inputs: ``golden`` or ``random``.
-        arrays: named ``stage.tensor``: inputs as the engines take them, outputs float32.
-        reference: stage -> who computed its outputs; a stage that is not in it has none.
+        arrays: named ``stage.tensor``: inputs as engines take them, outputs in float32.
+        reference: the name of the reference that computed a stage's outputs, by stage.
     """
 
     inputs: Literal["golden", "random"]
@@ -50,11 +46,11 @@ class Sample:
     reference: dict[str, str] = field(default_factory=dict)
 
     def feeds(self, name: str, stage: Stage) -> Arrays:
-        """What an engine of the stage is fed."""
+        """The inputs of an engine of the stage."""
         return {spec.name: self.arrays[f"{name}.{spec.name}"] for spec in stage.inputs}
 
     def expected(self, name: str, stage: Stage) -> Arrays | None:
-        """What should come of it, float32; None where nobody knows."""
+        """The expected outputs, float32; None without a reference."""
         if name not in self.reference:
             return None
         return {spec.name: self.arrays[f"{name}.{spec.name}"] for spec in stage.outputs}
@@ -63,9 +59,10 @@ class Sample:
 def golden_samples(bundle: Bundle) -> list[Sample]:
     """The samples that the bundle was exported with.
 
+    They are not trusted: sizes are bounded, pickle is off, every type and shape is checked.
+
     Raises:
-        BundleError: when there is none, or one has no hash in the manifest, is damaged or does not
-            fit the bundle.
+        BundleError: there is none, or one is damaged or does not fit the bundle.
     """
     if not bundle.manifest.golden:
         raise BundleError(
@@ -93,7 +90,7 @@ def _golden(bundle: Bundle, path: Path) -> Sample:
     except (EngineError, *UNREADABLE) as error:
         reason = str(error) or type(error).__name__
         raise BundleError(
-            f"{path} is damaged: {reason}. Copy the bundle again, or export it anew"
+            f"{path} is damaged: {reason}. Copy the bundle again, or export it again"
         ) from error
     return Sample("golden", arrays, dict.fromkeys(order(bundle), _ORIGINAL))
 
@@ -122,11 +119,12 @@ def _check_output(key: str, array: np.ndarray, spec: TensorSpec, dims: Mapping[s
 
 
 def random_sample(bundle: Bundle, golden: Sample, rng: np.random.Generator) -> Sample:
-    """Fresh inputs for every stage, with no outputs yet.
+    """Random inputs for every stage, without outputs.
 
-    Pixels are noise and blobs, in windows with every kind of padding; prompts are points, a box and
-    a mask anywhere. What one stage hands another is drawn with the golden sample's mean and spread,
-    until :func:`gate` puts a reference's outputs in its place.
+    Pixels are noise and blobs, in windows with every kind of padding. Prompts are points, a box and
+    a mask at random places. What one stage passes to the next is drawn with the golden sample's
+    mean and spread; :func:`engines.parity.gate` replaces it by a reference's outputs. The same
+    ``rng`` gives the same sample.
     """
     geometry = bundle.geometry
     window = _pick_windows(geometry, rng)
@@ -153,11 +151,11 @@ def random_sample(bundle: Bundle, golden: Sample, rng: np.random.Generator) -> S
         for spec in bundle.stage(name).inputs:
             array = own.get(spec.name)
             if array is None:
-                like = from_wire(golden.arrays[f"{name}.{spec.name}"], spec.dtype)
+                like = to_float32(golden.arrays[f"{name}.{spec.name}"], spec.dtype)
                 array = _alike(like, count, spec, rng)
             elif spec.shape[0] == geometry.windows and spec.name != "present":
                 array = scatter(array, window, geometry)
-            arrays[f"{name}.{spec.name}"] = to_wire(array, spec.dtype)
+            arrays[f"{name}.{spec.name}"] = to_stored(array, spec.dtype)
     return Sample("random", arrays)
 
 
@@ -173,7 +171,7 @@ def synthetic_image(height: int, width: int, seed: int) -> np.ndarray:
 
 
 def _pick_windows(geometry: Geometry, rng: np.random.Generator) -> np.ndarray:
-    """Some windows in random order: the last corner, last row and last column among them."""
+    """Some windows in random order, with one of the last row, the last column and the corner."""
     side = geometry.windows_per_side
     last_row = geometry.windows - 1 - int(rng.integers(side))
     last_column = side * int(rng.integers(1, side + 1)) - 1
@@ -186,7 +184,7 @@ def _pick_windows(geometry: Geometry, rng: np.random.Generator) -> np.ndarray:
 
 
 def _prompts(geometry: Geometry, rng: np.random.Generator) -> Arrays:
-    """A point; a box; a point on and one off the object; a point and a mask."""
+    """Four prompts: a point; a box; a point on and one off the object; a point and a mask."""
     corners = np.sort(rng.uniform(0, geometry.image_size, (2, 2)), axis=0)
     coords = rng.uniform(0, geometry.image_size, (4, 2, 2))
     coords[1] = corners
@@ -205,7 +203,7 @@ def _prompts(geometry: Geometry, rng: np.random.Generator) -> Arrays:
 def _alike(like: np.ndarray, rows: int, spec: TensorSpec, rng: np.random.Generator) -> np.ndarray:
     """Normal values with the mean and spread of each channel of ``like`` [n, t, c], [1, d, g, g].
 
-    Rows that are all zero are windows that were absent, and tell nothing.
+    Rows that are all zero are absent windows and are not counted.
     """
     known = like[np.abs(like).reshape(len(like), -1).max(1) > 0]
     known = known if len(known) else like
@@ -216,25 +214,26 @@ def _alike(like: np.ndarray, rows: int, spec: TensorSpec, rng: np.random.Generat
 
 
 def scatter(rows: np.ndarray, window: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """Rows put at their index among all windows; zeros elsewhere."""
+    """Put rows at their window's index among all windows; the rest is zero."""
     full = np.zeros((geometry.windows, *rows.shape[1:]), rows.dtype)
     full[window] = rows
     return full
 
 
 def order(bundle: Bundle) -> list[str]:
+    """The bundle's stages, in the order in which data passes them."""
     return [name for name in STAGES if bundle.has(name)]
 
 
 def before(bundle: Bundle, name: str) -> str | None:
-    """The stage whose outputs a stage is fed, None for the first."""
+    """The stage before; None for the first."""
     names = order(bundle)
     index = names.index(name)
     return names[index - 1] if index else None
 
 
 def linked(bundle: Bundle, name: str, sample: Sample, outputs: Arrays) -> Arrays:
-    """The sample's feeds of a stage, with what the stage before returned in its place."""
+    """The sample's inputs of a stage, with ``outputs`` of the stage before in their place."""
     stage = bundle.stage(name)
     feeds = sample.feeds(name, stage)
     for spec in stage.inputs:

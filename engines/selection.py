@@ -1,10 +1,7 @@
-"""Which engine runs a stage here: a TensorRT plan, or ONNX Runtime on CUDA or on the CPU.
+"""Chooses the engine that runs a stage: a TensorRT plan, or ONNX Runtime on CUDA or on the CPU.
 
-:func:`open_stage` is the one way to an engine that serves. It promises that no stage runs whose
-files, or whose plan, differ from the hashes on record, that no engine runs which failed the parity
-gate on this machine, and that an opened engine takes and returns what the manifest says. Where
-``auto`` passes a plan over, the log says why, once. What the gate needs to open engines before it
-has a verdict on them is here too: they must not open otherwise.
+Everything that serves opens its engines with :func:`open_stage`. The parity gate opens engines that
+have no verdict yet with :func:`open_onnx` and :func:`open_plan`.
 """
 
 from __future__ import annotations
@@ -21,6 +18,7 @@ import msgspec
 
 from edge_common.errors import BundleError, EngineError, PlanError
 from edge_common.files import explain_write_errors, write_atomically
+from edge_common.json_file import json_bytes, read_json
 from engines import cuda, libraries
 from engines.bundle import Bundle, Line, Name, Sha256, TensorSpec
 from engines.engine import Device, Engine
@@ -49,7 +47,11 @@ def open_stage(
     threads: int | None = None,
     ordinal: int = 0,
 ) -> Engine:
-    """Open the engine that is to serve ``stage``.
+    """Open the engine that serves ``stage``.
+
+    The files of the stage, or its plan, have the recorded hashes; the engine did not fail the
+    parity gate on this machine; and it takes and returns what the manifest says. If ``auto`` does
+    not use a plan, the log says why, once.
 
     Args:
         device: see :data:`engines.engine.Device`.
@@ -57,10 +59,10 @@ def open_stage(
         ordinal: which GPU TensorRT uses.
 
     Raises:
-        BundleError: when the bundle lacks the stage, a file of it is damaged, or the graph
-            contradicts the manifest.
-        PlanError: ``tensorrt`` was asked for and there is no plan that may serve here.
-        EngineError: when the engine cannot be opened, or failed the parity gate here.
+        BundleError: the bundle lacks the stage, a file of it is damaged, or the graph contradicts
+            the manifest.
+        PlanError: ``tensorrt`` was asked for and no plan may serve here.
+        EngineError: the engine cannot be opened, or failed the parity gate here.
     """
     if device not in get_args(Device):
         raise EngineError(f"device is {device!r}, expected one of {', '.join(get_args(Device))}")
@@ -71,13 +73,13 @@ def open_stage(
         try:
             return _open_tensorrt(bundle, stage, ordinal)
         except EngineError as error:
-            _say(f"TensorRT is passed over, ONNX Runtime takes its place: {error}", error.mend)
+            _warn_once(f"ONNX Runtime is used instead of TensorRT: {error}", error.mend)
     if device != "cpu":
         failure = find_failure(bundle, stage, "cuda")
         if failure is not None and device == "cuda":
             raise EngineError(failure)
         if failure is not None:
-            _say(f"CUDA is passed over, the CPU takes its place: {failure}")
+            _warn_once(f"the CPU is used instead of CUDA: {failure}")
             device = "cpu"
     engine = open_onnx(bundle, stage, device=device, threads=threads)
     if engine.device == "cpu" and (failure := find_failure(bundle, stage, "cpu")) is not None:
@@ -93,12 +95,12 @@ def open_onnx(
     device: Literal["auto", "cpu", "cuda"],
     threads: int | None = None,
 ) -> OrtEngine:
-    """Open a stage in ONNX Runtime, whatever the parity gate said.
+    """Open a stage in ONNX Runtime, whatever the parity gate's verdict.
 
     Raises:
         BundleError, EngineError: as :func:`open_stage`.
     """
-    bundle.verify_hashes([stage])  # a flipped bit is a wrong mask, seldom an error
+    bundle.verify_hashes([stage])  # a flipped bit gives wrong masks and rarely an error
     engine = OrtEngine(bundle.stage_path(stage), threads=threads, device=device)
     if (wrong := _contradiction(engine, bundle, stage)) is not None:
         engine.close()
@@ -110,12 +112,12 @@ def open_onnx(
 
 
 def open_plan(bundle: Bundle, plan: Plan, library: Library, *, ordinal: int = 0) -> Engine:
-    """Open a plan that :func:`engines.plan.check` passed, whatever the parity gate said.
+    """Open a plan that :func:`engines.plan.check` accepted, whatever the parity gate's verdict.
 
     Raises:
-        PlanError: when its bytes are not those on record, the library refuses them, or it takes or
-            returns something else than the manifest says.
-        EngineError: when the GPU refuses, or has no memory for it.
+        PlanError: its bytes differ from the record, the library refuses them, or its inputs or
+            outputs contradict the manifest.
+        EngineError: the GPU refuses it, or has too little memory.
     """
     from engines.trt import TrtEngine
 
@@ -127,7 +129,7 @@ def open_plan(bundle: Bundle, plan: Plan, library: Library, *, ordinal: int = 0)
 
 
 def this_machine(library: Library, gpu: cuda.Facts) -> Machine:
-    """What the verdicts on plans of ``library`` hold for."""
+    """This machine, as verdicts on plans of ``library`` record it."""
     return Machine(
         gpu=gpu.name,
         compute_capability=gpu.compute_capability,
@@ -138,7 +140,7 @@ def this_machine(library: Library, gpu: cuda.Facts) -> Machine:
 
 
 def _open_tensorrt(bundle: Bundle, stage: str, ordinal: int) -> Engine:
-    """The plan of ``stage`` that may serve here. Raises EngineError with every reason against."""
+    """Open the plan of ``stage`` that may serve here. Raises EngineError with all reasons."""
     if not _has_plans(bundle, stage):
         raise PlanError(
             f"{bundle.path} has no TensorRT plan of the {stage}",
@@ -157,7 +159,7 @@ def _open_tensorrt(bundle: Bundle, stage: str, ordinal: int) -> Engine:
             reasons.append(error)
         else:
             if warning is not None:
-                _say(warning)
+                _warn_once(warning)
             return engine
     if len(reasons) == 1:
         raise reasons[0]
@@ -165,18 +167,18 @@ def _open_tensorrt(bundle: Bundle, stage: str, ordinal: int) -> Engine:
 
 
 def _has_plans(bundle: Bundle, stage: str) -> bool:
-    """Whether there is anything for TensorRT to look at: cheap, and nothing is imported."""
+    """Whether the stage has any plan. Cheap, and imports nothing."""
     return any(plans_folder(bundle.path).glob(f"tensorrt*/{stage}.json"))
 
 
 @lru_cache(maxsize=256)
-def _say(text: str, mend: str = "") -> None:
+def _warn_once(text: str, mend: str = "") -> None:
     """Log a warning, the same one only once; `mend` is in its record for other programs."""
     logger.warning("%s", text, extra={"mend": mend})
 
 
 def _contradiction(engine: Engine, bundle: Bundle, name: str) -> str | None:
-    """What ``engine`` takes or returns against the manifest; None when they agree."""
+    """How ``engine`` differs from the manifest in inputs or outputs; None if they agree."""
     stage = bundle.stage(name)
     for side in ("inputs", "outputs"):
         said = {_signature(spec) for spec in getattr(stage, side)}
@@ -187,7 +189,7 @@ def _contradiction(engine: Engine, bundle: Bundle, name: str) -> str | None:
 
 
 def _signature(spec: TensorSpec) -> str:
-    """What graph and manifest must agree on: all but the names of dynamic dimensions."""
+    """What graph and manifest must agree on: everything but names of dynamic dimensions."""
     shape = ", ".join(str(dim) if isinstance(dim, int) else "?" for dim in spec.shape)
     return f"{spec.name} {spec.dtype} [{shape}]"
 
@@ -196,12 +198,12 @@ def _listed(signatures: set[str]) -> str:
     return ", ".join(sorted(signatures))
 
 
-# Verdicts on ONNX Runtime. A plan has a record to hold its verdict; ONNX Runtime runs the bundle's
-# own graphs and has none, so what is kept is a note of failure alone, until the gate passes again.
+# Verdicts on ONNX Runtime. A verdict on a plan is in its record. Graphs have none, so a failure of
+# ONNX Runtime is kept in a file of its own until the gate passes again.
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """Why ONNX Runtime may not serve a stage: what was measured, by which version and where."""
+    """A failure of ONNX Runtime in the parity gate: its version, machine and measurements."""
 
     engine: Name
     machine: Line
@@ -214,7 +216,7 @@ OrtKind = Literal["cpu", "cuda"]
 
 
 def onnx_identity(device: OrtKind, ordinal: int = 0) -> tuple[str, str]:
-    """Name of ONNX Runtime on that device, and of the machine as far as a verdict depends on it."""
+    """Names of ONNX Runtime on that device and of the machine, for which a verdict holds."""
     import onnxruntime
 
     place = "CUDA" if device == "cuda" else "CPU"
@@ -227,39 +229,41 @@ def onnx_identity(device: OrtKind, ordinal: int = 0) -> tuple[str, str]:
 
 
 def find_failure(bundle: Bundle, stage: str, device: OrtKind) -> str | None:
-    """What to tell whoever wants ONNX Runtime on ``device`` for a stage it failed here, or None."""
+    """Why ONNX Runtime on ``device`` must not run the stage here; None if it may."""
     path = _failure_path(bundle, stage, device)
+    remedy = (
+        "It holds what failed the parity gate; "
+        f"`{verify_command(bundle.path)}` measures again and replaces it"
+    )
     try:
-        with path.open("rb") as file:
-            failure = msgspec.json.decode(file.read(_MAX_FAILURE_BYTES), type=Failure)
+        failure = read_json(
+            path, Failure, max_bytes=_MAX_FAILURE_BYTES, error=EngineError, remedy=remedy
+        )
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        return (
-            f"{path}, where the parity gate notes what failed, cannot be read: {error}. "
-            f"`{verify_command(bundle.path)}` measures again and replaces it"
-        )
+    except EngineError as error:
+        return str(error)
     stale = failure.stage_sha256 != bundle.stage(stage).sha256
     if stale or (failure.engine, failure.machine) != onnx_identity(device):
         return None
     return (
         f"{failure.engine} failed the parity gate on the {stage} of {bundle.path} at "
         f"{failure.time}, so it does not serve: `{verify_command(bundle.path)}` measures again and "
-        "shows the rows. If it fails again, export the bundle again, in fp32 if this is another "
+        "shows the rows. If it fails again, export the bundle again, in fp32 if it has another "
         "precision, or install another version of ONNX Runtime"
     )
 
 
 def write_failure(bundle: Bundle, stage: str, device: OrtKind, failure: Failure | None) -> None:
-    """Keep a failure, or with None forget the one there was.
+    """Keep a failure; None deletes an earlier one.
 
     Raises:
-        EngineError: when it cannot be written, with what that means.
+        EngineError: it cannot be written.
     """
     path = _failure_path(bundle, stage, device)
     instead = (
         "copy the bundle to a directory that you may write, and use the copy; until then this "
-        "verdict binds nobody"
+        "verdict has no effect"
     )
     with explain_write_errors(path, EngineError, instead):
         if failure is None:
@@ -268,8 +272,7 @@ def write_failure(bundle: Bundle, stage: str, device: OrtKind, failure: Failure 
             return
         make_plans_folder(bundle.path)
         path.parent.mkdir(exist_ok=True)
-    data = msgspec.json.format(msgspec.json.encode(failure), indent=2) + b"\n"
-    write_atomically(path, data, error=EngineError, instead=instead)
+    write_atomically(path, json_bytes(failure), error=EngineError, instead=instead)
 
 
 def _failure_path(bundle: Bundle, stage: str, device: OrtKind) -> Path:

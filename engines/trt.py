@@ -1,12 +1,7 @@
-"""TensorRT and TensorRT-RTX behind the engine interface.
+"""The engine on TensorRT and TensorRT-RTX: one plan, opened on one GPU.
 
-It opens one plan on one GPU and promises that buffers and working memory are taken when it is
-opened, for the greatest shapes the plan was built for, and given back by :meth:`TrtEngine.close`,
-in whatever order engines are closed; that every refusal of the library is an error with the
-library's own words; and that a batch larger than the plan allows runs in parts. A shape that recurs
-is captured as a CUDA graph where cuda-python is installed and memory suffices. Which plan may serve
-is decided in :mod:`engines.selection`, what differs between the library's versions in
-:mod:`engines.libraries`.
+:mod:`engines.selection` decides which plan may serve. :mod:`engines.libraries` handles differences
+between the libraries.
 """
 
 from __future__ import annotations
@@ -35,9 +30,10 @@ from engines.plan import Plan
 
 _logger = logging.getLogger(__name__)
 
-# Of what engines.libraries.invalidity may say; the other causes lie in driver, GPU and memory.
-_MENDED_BY_BUILDING = ("version mismatch", "unsupported cc", "malformed engine")
-# Each holds an execution context, and the stages see few different shapes.
+# Causes from engines.libraries.invalidity that building again removes. The others lie in driver,
+# GPU and memory.
+_REBUILD_HELPS = ("version mismatch", "unsupported cc", "malformed engine")
+# Each holds an execution context. Stages see few different shapes.
 _MAX_GRAPHS = 8
 _DTYPES = {
     "FLOAT": "float32",
@@ -57,18 +53,24 @@ _T = TypeVar("_T")
 class TrtEngine(Engine):
     """One plan, opened on one GPU. Threads may share it; it serves them one after the other.
 
+    Opening allocates buffers and working memory for the greatest shapes of the plan; :meth:`close`
+    frees them, in whatever order engines are closed. A batch larger than the plan allows runs in
+    parts. A shape that occurs again is captured as a CUDA graph, if cuda-python is installed and
+    there is enough memory. Errors contain the library's own message.
+
     Args:
-        plan: one that :func:`engines.plan.check` passed for this GPU and library.
-        library: the one that built it.
+        plan: accepted by :func:`engines.plan.check` for this GPU and library.
+        library: the library that built it.
         ordinal: number of the GPU.
-        graphs: whether to use CUDA graphs; None: where cuda-python is installed.
+        graphs: whether to use CUDA graphs; None uses them if cuda-python is installed.
 
     Attributes:
-        notes: what a reader of its times should know, such as why there are no CUDA graphs.
+        notes: facts that matter to its times, such as why there are no CUDA graphs.
 
     Raises:
-        PlanError: when the plan is damaged, or the library refuses it.
-        EngineError: when there is no GPU, pycuda, or memory, or graphs were asked for in vain.
+        PlanError: the plan is damaged, or the library refuses it.
+        EngineError: there is no GPU, no pycuda or too little memory, or graphs were asked for and
+            cannot be used.
     """
 
     def __init__(
@@ -84,18 +86,18 @@ class TrtEngine(Engine):
         self._loaded = loaded
         self._graphs = graphs
         self._batch = _batch(self.inputs, self.outputs)
-        # Reentrant, because releasing takes it too: at the end of the process other threads may be
-        # in the middle of a run.
+        # Reentrant, because releasing takes it too: when the process ends, other threads may be in
+        # the middle of a run.
         self._lock = threading.RLock()
         self._worker = _Worker(loaded, graphs, self.notes, self._lock)
-        # Also when nobody closes it: as garbage, or at the end of the process.
+        # Also without close(): as garbage, or when the process ends.
         self._release = weakref.finalize(self, self._worker.release)
 
     def another(self) -> TrtEngine:
-        """The same plan for one more thread: weights are shared, all else is its own.
+        """An engine of the same plan for another thread. They share the weights and nothing else.
 
         Raises:
-            EngineError: when there is no memory for it, or this one was closed.
+            EngineError: there is too little memory, or this engine was closed.
         """
         with self._lock:
             self._check_open()
@@ -121,12 +123,12 @@ class TrtEngine(Engine):
     def device_times(self, feeds: Mapping[str, np.ndarray], warmup: int, runs: int) -> list[float]:
         """Milliseconds that the GPU takes for the plan, by CUDA events, once per run.
 
-        Copies to and from the GPU are left out. From the third run of a shape on it is the CUDA
-        graph that is timed, where :meth:`run` would use one: warm up at least twice.
+        Copies to and from the GPU are left out. From the third run of a shape on, the CUDA graph is
+        timed if :meth:`run` would use one, so warm up at least twice.
 
         Args:
-            feeds: as :meth:`run` takes them, but no larger than the plan allows at once.
-            warmup: runs before those that count.
+            feeds: as for :meth:`run`, but no larger than the plan allows at once.
+            warmup: runs that are not timed, before the others.
 
         Raises:
             EngineError: as :meth:`run`.
@@ -155,15 +157,17 @@ class TrtEngine(Engine):
             if not least <= size <= greatest:
                 plan = self._loaded.plan
                 raise EngineError(
-                    f"{name} is {size}, but {plan.path} was built for {least} to {greatest}: feed "
-                    "it such, or take ONNX Runtime"
+                    f"{name} is {size}, but {plan.path} was built for {least} to {greatest}: use "
+                    "a size in that range, or ONNX Runtime"
                 )
 
     def _parts(
         self, feeds: Mapping[str, np.ndarray], dims: dict[str, int]
     ) -> Iterator[tuple[Any, Mapping[str, np.ndarray], dict[str, int]]]:
-        """Rows, feeds and sizes, cut along the batch into nearly equal parts that the plan takes.
-        The rows index outputs; `...` is all of them."""
+        """Cut feeds along the batch into nearly equal parts that the plan accepts.
+
+        Yields the rows of the outputs (``...`` for all), the feeds and the sizes of each part.
+        """
         batch = self._batch
         count = math.ceil(dims[batch] / self._loaded.limits[batch][1]) if batch else 1
         if batch is None or count <= 1:
@@ -180,9 +184,9 @@ class TrtEngine(Engine):
 
 
 class _Loaded:
-    """A plan brought into the library: what the engines of :meth:`TrtEngine.another` share.
+    """A plan loaded into the library, shared by the engines of :meth:`TrtEngine.another`.
 
-    Its user is counted from the start; whoever calls :meth:`release` last gives it back.
+    It counts its users, the first included; the last :meth:`release` frees it.
     """
 
     def __init__(self, plan: Plan, library: Library, ordinal: int) -> None:
@@ -192,9 +196,9 @@ class _Loaded:
         self.cuda = cuda.context(ordinal)
         self.log = _log(library)
         self._users = 1
-        self._lock = threading.RLock()  # garbage collection may release while we retain
+        self._lock = threading.RLock()  # garbage collection may call release inside retain
         with self.cuda.active():
-            self._runtime: Any = self._said(lambda: library.module.Runtime(self.log))
+            self._runtime: Any = self._attempt(lambda: library.module.Runtime(self.log))
             if self._runtime is None:
                 raise EngineError(f"{library.name} does not start here{self.log.said()}")
             try:
@@ -204,8 +208,8 @@ class _Loaded:
                 self.engine = self._runtime = None
                 raise
 
-    def _said(self, call: Callable[[], _T]) -> _T | None:
-        """The result of a call into the library; None where it raised, which then is logged."""
+    def _attempt(self, call: Callable[[], _T]) -> _T | None:
+        """The result of a call into the library; None if it raised, which is logged."""
         self.log.forget()
         try:
             return call()
@@ -217,25 +221,25 @@ class _Loaded:
         reason = libraries.invalidity(self.library, self._runtime, data)
         engine = None
         if reason is None:
-            engine = self._said(lambda: self._runtime.deserialize_cuda_engine(data))
+            engine = self._attempt(lambda: self._runtime.deserialize_cuda_engine(data))
         if engine is not None:
             return engine
         if reason is None and self.cuda.free_bytes()[0] < len(data):
-            # The library does not say so in a form to rely on.
+            # The library does not report this reliably.
             raise EngineError(self.cuda.no_memory(len(data), f"the plan {self.plan.path}"))
-        mend = f"Build it again: `{self.plan.rebuild}`"
-        if reason is not None and not any(cause in reason for cause in _MENDED_BY_BUILDING):
-            mend = "Building it again would not help: `edge-runtime doctor` tells of GPU and driver"
+        remedy = f"Build it again: `{self.plan.rebuild}`"
+        if reason is not None and not any(cause in reason for cause in _REBUILD_HELPS):
+            remedy = "Building it again would not help: `edge-runtime doctor` checks GPU and driver"
         raise PlanError(
             f"{self.library.name} refuses {self.plan.path}"
-            f"{f': {reason}' if reason else self.log.said()}. {mend}"
+            f"{f': {reason}' if reason else self.log.said()}. {remedy}"
         )
 
     def _check(self) -> dict[str, tuple[int, int]]:
         """Least and greatest size of every dynamic dimension.
 
         Raises:
-            PlanError: when the engine is not what the record says.
+            PlanError: the engine contradicts the record.
         """
         record = self.plan.record
         names = {self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)}
@@ -280,7 +284,7 @@ class _Loaded:
             self._users += 1
 
     def release(self) -> None:
-        """To be called inside ``cuda.active()``."""
+        """Call it inside ``cuda.active()``."""
         with self._lock:
             self._users -= 1
             if self._users == 0:
@@ -288,9 +292,9 @@ class _Loaded:
                 self._runtime = None
 
     def new_context(self, buffers: Mapping[str, cuda.Buffer], memory: Any, size: int) -> Any:
-        """An execution context that works in ``buffers`` and ``memory``."""
+        """An execution context that uses ``buffers`` and ``memory``."""
         with self._lock:
-            context = self._said(lambda: libraries.make_context(self.library, self.engine))
+            context = self._attempt(lambda: libraries.make_context(self.library, self.engine))
         if context is None:
             raise self.failed("made no execution context")
         self.log.forget()
@@ -302,13 +306,13 @@ class _Loaded:
                     raise self.failed(f"refuses the memory for {name}")
             return context
         finally:
-            del context  # an error's traceback would keep it, beyond the engine's end
+            del context  # otherwise an error's traceback could keep it beyond the engine's end
 
     def failed(self, what: str) -> EngineError:
-        """An error that ends in what the library had to say."""
+        """An error with the library's own message."""
         return EngineError(
             f"{self.library.name} {what} ({self.plan.path.name}){self.log.said()}. "
-            "Look for an earlier error in the log, or take ONNX Runtime"
+            "Look for an earlier error in the log, or use ONNX Runtime"
         )
 
 
@@ -316,8 +320,8 @@ class _Loaded:
 class _Ready:
     """An execution context whose shapes are set, and the graph captured from it, if any.
 
-    Whoever holds the context holds it through this, and so loses it at :meth:`drop`: the traceback
-    of an error would otherwise keep it beyond the end of all it works with.
+    Contexts are only referenced through this object, so that :meth:`drop` frees them. Otherwise an
+    error's traceback could keep one longer than the engine it belongs to.
     """
 
     context: Any
@@ -331,7 +335,7 @@ class _Ready:
 
 
 class _Worker:
-    """A stream, its buffers and execution contexts. One caller at a time, who holds ``lock``."""
+    """A stream, its buffers and execution contexts. The caller must hold ``lock``."""
 
     def __init__(
         self, loaded: _Loaded, graphs: bool | None, notes: list[str], lock: threading.RLock
@@ -345,7 +349,7 @@ class _Worker:
         self._graph_driver: Any = None
         self._ready: OrderedDict[tuple[int, ...], _Ready] = OrderedDict()
         self._runs: dict[tuple[int, ...], int] = {}
-        self._set: tuple[int, ...] | None = None  # the shapes of the context for all others
+        self._set: tuple[int, ...] | None = None  # the shapes that the main context is set to
         self._buffers: dict[str, cuda.Buffer] = {}
         self._stream: Any = None
         self._stack = ExitStack()
@@ -411,7 +415,7 @@ class _Worker:
             for spec in self._outputs:
                 size = _size(spec, shapes[spec.name])
                 self._buffers[spec.name].download(size, self._stream)
-        for spec in self._outputs:  # the buffers hold the next run's results soon
+        for spec in self._outputs:  # the next run overwrites the buffers
             np.copyto(out[spec.name], self._view(spec, shapes[spec.name]))
         self._runs[key] = self._runs.get(key, 0) + 1
         if key in self._ready and ready.graph is None:
@@ -440,10 +444,10 @@ class _Worker:
         return {spec.name: _shape(spec, dims) for spec in (*self._inputs, *self._outputs)}
 
     def _prepare(self, key: tuple[int, ...], shapes: _Shapes) -> _Ready:
-        """The context to run these shapes: of their own from their second run on, for a graph.
+        """The context to run these shapes: from their second run on one of their own, for a graph.
 
-        The library may keep what depends on the shapes where a graph captured before would read
-        it, so a context with a graph keeps its shapes for ever.
+        A context with a graph keeps its shapes, because the graph may read data of the library that
+        depends on them.
         """
         if key in self._ready:
             self._ready.move_to_end(key)
@@ -493,7 +497,7 @@ class _Worker:
 
     @contextmanager
     def _settled(self) -> Iterator[None]:
-        """Wait for the stream after the block, and also when it fails: buffers are used again."""
+        """Wait for the stream after the block, also if it fails, before buffers are used again."""
         try:
             yield
         except BaseException:
@@ -502,7 +506,7 @@ class _Worker:
         self._stream.synchronize()
 
     def _wait(self) -> None:
-        """Wait for the stream, after something failed; that it failed is known already."""
+        """Wait for the stream after a failure; its own errors are only logged."""
         try:
             if self._stream is not None:
                 self._stream.synchronize()
@@ -510,17 +514,17 @@ class _Worker:
             _logger.debug("%s: %s", self._loaded.plan.path, error)
 
     def _capture(self, key: tuple[int, ...], ready: _Ready) -> None:
-        """Capture what ``ready`` has just run, so that it is warm."""
+        """Capture what ``ready`` has just run."""
         try:
             if not libraries.capturable(ready.context, self._stream.handle):
                 raise EngineError(f"{self._loaded.library.name} cannot capture this plan")
             ready.graph = cuda.Graph(self._graph_driver, self._stream, lambda: self._enqueue(ready))
-        # cuda-python looks for a function of the driver when it is first called.
+        # RuntimeError: cuda-python looks up driver functions when they are first called.
         except (EngineError, RuntimeError) as error:
             self._no_graphs(key, str(error))
 
     def _no_graphs(self, key: tuple[int, ...], reason: str) -> None:
-        """Go on without graphs, those captured before excepted."""
+        """Capture no more graphs; those captured before stay in use."""
         if key in self._ready:
             self._ready.pop(key).drop()
         self._graph_driver = None
@@ -528,12 +532,12 @@ class _Worker:
         _logger.warning("%s runs without CUDA graphs: %s", self._loaded.plan.path, reason)
 
     def _view(self, spec: TensorSpec, shape: tuple[int, ...]) -> np.ndarray:
-        """The tensor's place in its host buffer."""
+        """The tensor as a view of its host buffer."""
         raw = self._buffers[spec.name].host[: _size(spec, shape)]
         return raw.view(spec.numpy_dtype).reshape(shape)
 
     def release(self) -> None:
-        """Give everything back, and the use of the loaded plan; what fails is logged."""
+        """Free everything and the use of the loaded plan; failures are logged."""
         try:
             with self._lock, self._cuda.active():
                 try:
@@ -548,7 +552,7 @@ class _Worker:
 
 
 def _batch(inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> str | None:
-    """The dimension along which feeds may be cut: it leads every output, and is nowhere else."""
+    """The dimension along which feeds may be cut: the first of every output and no other one."""
     leading = {spec.shape[0] for spec in outputs if spec.shape}
     if len(leading) != 1:
         return None
@@ -567,10 +571,10 @@ def _size(spec: TensorSpec, shape: tuple[int, ...]) -> int:
 
 @lru_cache
 def _log(library: Library) -> Any:
-    """A logger for the library: it writes to ours and keeps an error of each thread.
+    """A logger for the library that writes to Python's log and keeps one error of each thread.
 
-    There is one for ever, because the library keeps the first it is given for what belongs to no
-    plan, and complains of others.
+    It is never freed: the library keeps the first logger it is given for messages that belong to no
+    plan, and warns about others.
     """
     base = library.module.ILogger
     levels = {"INTERNAL_ERROR": logging.ERROR, "ERROR": logging.ERROR, "WARNING": logging.WARNING}
@@ -584,7 +588,7 @@ def _log(library: Library) -> Any:
             level = levels.get(severity.name, logging.DEBUG)
             text = one_line(message)
             if level == logging.ERROR and self._error() is None:
-                # The first says what is wrong; those that follow complain of the consequences.
+                # The first error is the cause; those that follow are consequences.
                 self._errors.first = text[:400].rstrip(". ")
             _logger.log(level, "%s: %s", library.name, text)
 
@@ -592,7 +596,7 @@ def _log(library: Library) -> Any:
             return getattr(self._errors, "first", None)
 
         def forget(self) -> None:
-            """Begin anew: errors of this thread before this did no harm."""
+            """Forget this thread's error."""
             self._errors.first = None
 
         def said(self) -> str:

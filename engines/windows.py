@@ -1,10 +1,7 @@
-"""Cut a resized image into the model's attention windows.
+"""Cuts a resized image into the model's attention windows.
 
-Only windows that hold at least one pixel of the image come out: the others are *image padding*
-throughout, their tokens are constants that the tail keeps, and they need not be computed or sent
-anywhere. Pixels are copied, never changed; what lies beyond the image is 0 and told apart from
-black by ``extent``, because SAM pads after it normalises. Placement, transport and mathematics are
-left to others.
+Windows that hold no pixel of the image are left out: their tokens are constants that the tail
+knows.
 """
 
 from __future__ import annotations
@@ -22,10 +19,10 @@ class Windows:
 
     Attributes:
         pixels: uint8 ``[n, w, w, 3]``, 0 outside the image.
-        extent: int64 ``[n, 2]``, rows and columns of the window that lie inside the image (each >=
-            1).
+        extent: int64 ``[n, 2]``, rows and columns of each window that lie inside the image, each
+            >= 1. It tells black pixels from padding, because SAM pads after it normalises.
         window: int64 ``[n]``, index of each window in the square.
-        present: bool ``[windows]``, which windows of the square are here.
+        present: bool ``[windows]``, which windows of the square hold image pixels.
         size: ``(h, w)`` of the resized image.
     """
 
@@ -44,14 +41,14 @@ class Windows:
 
 
 def cut(image: np.ndarray, geometry: Geometry) -> Windows:
-    """Cut an image whose longest side is ``geometry.image_size``.
+    """Cut an image whose longest side is ``geometry.image_size``. Pixels are copied unchanged.
 
     Args:
         image: uint8 ``[h, w, 3]``, as :func:`edge_runtime.imaging.images.resize_longest` makes it.
-        geometry: of the bundle the windows are for.
+        geometry: of the bundle that will compute the windows.
 
     Raises:
-        ValueError: when the image is not uint8 RGB, or not of that size.
+        ValueError: the image is not uint8 RGB, or not of that size.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"image is {image.dtype} {image.shape}, expected uint8 (h, w, 3)")

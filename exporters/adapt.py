@@ -1,11 +1,8 @@
-"""Adapt SAM weights to the reordered blocks, by distilling the stock encoder.
+"""Adapts SAM weights to the reordered blocks, by distilling the stock encoder.
 
-Moving the window blocks to the front changes what the encoder computes. Here a copy with reordered
-blocks learns to give the image embeddings of the stock encoder on unlabelled images; prompt
-encoder and mask decoder stay as they are, for they are fed the same embeddings. The loss is the
-relative squared error of the embedding. A run resumes exactly: every image and crop is a function
-of ``(seed, step, place in the batch)``. Under ``torchrun`` the batch is divided among the
-processes.
+A copy with reordered blocks learns to produce the stock encoder's image embeddings on unlabelled
+images; prompt encoder and mask decoder stay as they are. A run resumes exactly, because every image
+and crop is a function of ``(seed, step, place in the batch)``.
 """
 
 from __future__ import annotations
@@ -29,7 +26,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from edge_common.errors import CheckpointError, ConfigError, ImageError
-from exporters.early import image_files
 from exporters.models import (
     REORDERED,
     ModelSpec,
@@ -39,6 +35,7 @@ from exporters.models import (
     spec_of,
     weights_hash,
 )
+from exporters.path_checks import image_files
 
 _READERS = min(4, max(1, (os.cpu_count() or 2) // 2))  # threads; the rest of the CPU may compute
 STATE_FORMAT = "edge-runtime-adapt"
@@ -80,9 +77,7 @@ class Folder:
         return len(self.paths)
 
     def image(self, number: int) -> np.ndarray:
-        """Image ``number`` of an endless sequence, uint8 [h, w, 3]; the next readable one where one
-        is damaged.
-        """
+        """Image ``number`` of an endless sequence, uint8 [h, w, 3], or the next readable one."""
         for skip in range(len(self.paths)):
             epoch, place = divmod(number + skip, len(self.paths))
             path = self.paths[int(_epoch_order(self.seed, epoch, len(self.paths))[place])]
@@ -95,9 +90,7 @@ class Folder:
 
 
 class Scenes:
-    """Procedural training scenes as an endless sequence of images: ``count`` scenes over again,
-    every other one photo-like.
-    """
+    """An endless sequence of ``count`` procedural scenes, repeated; every other one photo-like."""
 
     def __init__(self, seed: int, size: int, count: int = 2000) -> None:
         self.seed, self.size, self.count = seed, size, count
@@ -128,10 +121,9 @@ def _opens(path: Path) -> bool:
 
 
 def prepare(image: np.ndarray, spec: ModelSpec, rng: np.random.Generator) -> Tensor:
-    """A random crop of an image as SAM is fed it: float32 [3, s, s], normalised, zero in the
-    padding.
+    """A random crop as input of SAM: float32 [3, s, s], normalised, zero in the padding.
 
-    Crops vary the aspect, so that every padding of the square occurs; half are mirrored. Colours
+    Crops vary in aspect, so that every padding of the square occurs; half are mirrored. Colours
     vary a little.
     """
     h, w = image.shape[:2]
@@ -209,7 +201,7 @@ def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
 
 
 def check(order: str, config: AdaptConfig, ranks: Ranks) -> None:
-    """Raises CheckpointError or ConfigError if weights of this order can't be adapted so."""
+    """Raise CheckpointError or ConfigError if these weights can't be adapted so."""
     if order == REORDERED:
         raise CheckpointError(
             "these weights are reordered already; adaptation starts from stock-order weights"
@@ -221,9 +213,7 @@ def check(order: str, config: AdaptConfig, ranks: Ranks) -> None:
 
 
 class Adaptation:
-    """A run of distillation: the stock teacher, the reordered student, the optimiser, and where the
-    run stands.
-    """
+    """A run of distillation: stock teacher, reordered student, optimiser, progress."""
 
     def __init__(
         self,
@@ -273,7 +263,7 @@ class Adaptation:
         return [self._threads.submit(self._one, n) for n in numbers]
 
     def _images(self) -> Tensor:
-        """This process's share of the step's batch; the next one is read meanwhile."""
+        """This process's share of the step's batch; the next batch is read in the background."""
         if self._next is None or self._next[0] != self.step:
             self._next = (self.step, self._order(self.step))
         ready = [future.result() for future in self._next[1]]
@@ -282,7 +272,7 @@ class Adaptation:
         return torch.stack(ready).to(self.device)
 
     def learning_rate(self) -> float:
-        """Warm-up, then a cosine to a fiftieth."""
+        """The learning rate: a warm-up, then a cosine down to a fiftieth."""
         c = self.config
         progress = min(1.0, self.step / max(1, c.steps))
         cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
@@ -315,7 +305,7 @@ class Adaptation:
         return sam
 
     def close(self) -> None:
-        """Let the reading threads end."""
+        """Stop the reading threads."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     def save(self, path: Path | str) -> None:
@@ -335,18 +325,18 @@ class Adaptation:
         )
 
     def restore(self, path: Path | str) -> None:
-        """Continue from :meth:`save`'s file; from the same weights and settings.
+        """Continue from :meth:`save`'s file, with the same weights and settings.
 
-        The number of steps may differ: it reshapes the rest of the learning-rate schedule.
+        The number of steps may differ, which changes the rest of the learning-rate schedule.
         """
         state: Any = read_torch_file(path)
         if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
             raise CheckpointError(
-                f"{path} is not the state of an adaptation; remove it to begin anew"
+                f"{path} is not the state of an adaptation; remove it to start again"
             )
         if state["teacher"] != self.teacher_hash:
             raise CheckpointError(
-                f"{path} belongs to other stock weights; remove it to begin anew with these"
+                f"{path} belongs to other stock weights; remove it to start again with these"
             )
         mine = asdict(self.config)
         differing = [k for k in mine if k != "steps" and state["config"].get(k) != mine[k]]
@@ -359,7 +349,7 @@ class Adaptation:
 
 
 def default_lr(model: str) -> float:
-    """The learning rate that suits this model: small for weights pretrained at length."""
+    """The default learning rate of this model: small for long pretrained weights."""
     return 3e-4 if model == "tiny" else 2e-5
 
 

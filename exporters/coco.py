@@ -1,8 +1,7 @@
-"""Samples from a COCO annotation file and its folder of images.
+"""Reads samples from a COCO annotation file and its folder of images, one image at a time.
 
-Reads the three ways COCO stores a mask (polygons, run lengths, compressed run lengths) without
-pycocotools, by its rules and pixel for pixel. Crowd regions are left out, as usual. Memory holds
-one image at a time.
+Masks (polygons, run lengths, compressed run lengths) equal those of pycocotools pixel for pixel.
+Crowd regions are left out.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ def decode_counts(text: str) -> list[int]:
     """Run lengths from COCO's compressed string: 6 bits a character, differences to the last but
     one run.
 
-    Raises ValueError when the string ends amid a number or holds a foreign character.
+    Raises ValueError if the string ends inside a number or holds an invalid character.
     """
     counts: list[int] = []
     value = shift = 0

@@ -1,10 +1,8 @@
 """Reference masks of scikit-image's photo ``coins``, by its own documented recipe.
 
-Sobel elevation map, markers from the two ends of the histogram, marker-based watershed, holes
-filled: the example "Comparing edge-based and region-based segmentation" of scikit-image's gallery
-(BSD-3-Clause, by the scikit-image team). The photo (Greek coins from Pompeii, Brooklyn Museum
-collection) comes with scikit-image and is never trained on. Run as ``python -m exporters.coins
-OUT.png`` to look at the reference. Needs scikit-image, which ``make venv`` installs.
+The recipe is the example "Comparing edge-based and region-based segmentation" of scikit-image's
+gallery (BSD-3-Clause, by the scikit-image team): Sobel elevation map, markers from both ends of the
+histogram, watershed, holes filled. ``python -m exporters.coins OUT.png`` draws the masks.
 """
 
 from __future__ import annotations

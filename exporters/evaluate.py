@@ -1,10 +1,8 @@
-"""How good a SAM's masks are, from clicks and boxes.
+"""Measures a SAM's mask quality from clicks, boxes and corrective clicks.
 
-Every object is clicked once, at the pixel farthest from its border; of the three masks
-``SamPredictor`` returns, the one with the highest *predicted* IoU counts, and the best of the
-three is given beside it. Boxes and corrective clicks are scored as well. Samples come from held-out
-procedural scenes, from a photo, or from a COCO annotation file (:mod:`exporters.coco`). The models
-run in PyTorch through ``segment_anything``'s own ``SamPredictor``.
+Every object is clicked once, at the pixel farthest from its border. Of the three masks of
+``SamPredictor``, the one with the highest *predicted* IoU counts; the best of the three is reported
+too.
 """
 
 from __future__ import annotations
@@ -70,9 +68,7 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def blurred(sigma: float) -> Callable[[np.ndarray], np.ndarray]:
-    """A Gaussian blur of an image uint8 [h, w, 3]; ``sigma`` counts pixels at a longest side of
-    1024.
-    """
+    """A Gaussian blur of images uint8 [h, w, 3]; ``sigma`` in pixels of a longest side of 1024."""
 
     def blur(image: np.ndarray) -> np.ndarray:
         width = sigma * max(image.shape[:2]) / 1024

@@ -1,8 +1,4 @@
-"""From a SAM checkpoint to a bundle on disk, whole and verified, or nothing.
-
-:func:`export` writes one stage after another into a scratch folder beside the target, verifies each
-against the original, stores a golden sample and moves the folder into place.
-"""
+"""Exports a SAM checkpoint as a bundle: writes each stage and verifies it against the original."""
 
 from __future__ import annotations
 
@@ -26,7 +22,7 @@ from engines.bundle import Bundle, Manifest, Stage, hash_file, write_manifest
 from . import models, stages, verify
 from .golden import make_sample, sample_images, write_sample
 from .onnx_export import stage_specs, write_float32_twin, write_plain_twin, write_stage
-from .plain import write_plain
+from .plain_form import write_plain
 from .precision import TORCH_DTYPES, Precision, cast
 
 _INSTEAD = "choose another --out"
@@ -42,7 +38,7 @@ _SHARES = {
     "plain": 15,
     "end": 14,
 }
-"""How long the parts of an export take, compared with one another: CPU seconds of ViT-B."""
+"""Relative duration of the parts of an export, in CPU seconds of ViT-B."""
 GOLDEN = "golden/0.npz"
 
 UNADAPTED = (
@@ -57,7 +53,7 @@ BF16_TWIN = (
 
 @dataclass(frozen=True)
 class Result:
-    """What an export made: the bundle, how each stage compared, and what the user should know."""
+    """The bundle, the comparison of each stage with the original, and notes for the user."""
 
     bundle: Bundle
     rows: tuple[verify.Row, ...]
@@ -65,16 +61,16 @@ class Result:
 
 
 class Watcher:
-    """What an export tells while it runs; override what you want to know."""
+    """Callbacks of an export; override those you need."""
 
     def begin(self, steps: int, total: float) -> None:
-        """``steps`` calls of :meth:`step` will follow, whose shares add up to ``total``."""
+        """``steps`` calls of :meth:`step` follow; their shares add up to ``total``."""
 
     def step(self, text: str, share: float) -> None:
-        """The next step begins and takes about so much of the whole."""
+        """The next step begins and takes about ``share`` of the total."""
 
     def row(self, row: verify.Row) -> None:
-        """A stage was compared with the original, with whatever outcome."""
+        """A stage was compared with the original and passed or failed."""
 
 
 def export(
@@ -88,18 +84,18 @@ def export(
     node_only: bool = False,
     watcher: Watcher | None = None,
 ) -> Result:
-    """Export ``checkpoint`` as the bundle ``out``.
+    """Export ``checkpoint`` as the bundle ``out``, which appears whole and verified or not at all.
 
     Args:
         checkpoint: of ``segment_anything``, or saved by this project.
         out: directory to make; must not exist.
-        model: the model expected; None takes what the checkpoint looks like.
+        model: the expected model; None recognises it by its weights.
         order: ``stock`` writes one encoder for a single device, ``reordered`` the stages to split.
         precision: of matrices and tokens.
         head_blocks: K >= 0 keeps the patch embedding and K window blocks on the edge; None sends
             pixels to nodes.
         node_only: write the stack alone, as nodes need it.
-        watcher: is told of progress.
+        watcher: receives progress.
 
     Raises:
         CheckpointError: the checkpoint can't be read or is of another model.
@@ -138,7 +134,7 @@ def export(
         twin = msgspec.structs.replace(manifest, precision="fp32", stages={}, golden={})
         tolerance, rows = verify.TOLERANCES[precision], []
 
-        def judge(row: verify.Row) -> None:
+        def check(row: verify.Row) -> None:
             rows.append(row)
             watcher.row(row)
             verify.require(row, precision, tolerance)
@@ -155,12 +151,12 @@ def export(
                 run, at = write_float32_twin(stage, work, scratch), scratch
                 twin.stages[name] = run
                 plain[name] = run, write_plain_twin(stage, work, run, scratch)
-            # The first sample goes through the whole bundle at the end. What takes long and would
-            # be done again there is done for the second alone.
+            # The first sample goes through the whole bundle at the end, so long computations are
+            # done for the second sample only.
             later = 0 if node_only or name == "decoder" else 1
             once = samples[later:] if name in ("tail", "encoder") else samples
             unfinished = later if once is samples else 0
-            judge(
+            check(
                 verify.verify_stage(
                     name, run, at / run.file, once, sam, tolerance, unfinished=unfinished
                 )
@@ -168,7 +164,7 @@ def export(
             gc.collect()
         watcher.step("verifying the plain forms", _SHARES["plain"])
         for row in verify.verify_plain(plain, samples[0], sam, tolerance):
-            judge(row)
+            check(row)
         if node_only:
             watcher.step("finishing", 1)
         else:
@@ -180,9 +176,9 @@ def export(
         if not node_only:
             if precision == "bf16":
                 write_manifest(scratch, twin)
-                judge(verify.verify_bundle(Bundle.load(scratch), samples[0], tolerance))
+                check(verify.verify_bundle(Bundle.load(scratch), samples[0], tolerance))
             else:
-                judge(verify.verify_bundle(bundle, samples[0], tolerance))
+                check(verify.verify_bundle(bundle, samples[0], tolerance))
         try:
             move_folder(work, out)
         except FileExistsError:
@@ -205,7 +201,7 @@ def _stage_names(order: Order, head_blocks: int | None, node_only: bool) -> list
 
 
 def _check_request(checkpoint: models.Checkpoint, order: Order, head_blocks: int | None) -> None:
-    """Raises ExportError if it cannot be made of this checkpoint, of which nothing is read yet."""
+    """Raise ExportError if this checkpoint cannot be exported so. No weights are read."""
     if order == "stock" and checkpoint.order == models.REORDERED:
         raise ExportError(
             f"{checkpoint.path} holds weights trained for reordered blocks; they make no sense in "
@@ -270,12 +266,12 @@ def _manifest(
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # onnxruntime-gpu serves as onnxruntime
+    except importlib.metadata.PackageNotFoundError:  # it may be installed as onnxruntime-gpu
         return "unknown"
 
 
 def _bytes_needed(checkpoint: models.Checkpoint, precision: Precision) -> int:
-    """Disk an export takes at its peak: weights, constants (a tenth), float32 twins."""
+    """Disk space of an export at its peak: weights, constants (a tenth), float32 twins."""
     count = sum(weight.numel() for weight in checkpoint.state.values())
     each = TORCH_DTYPES[precision].itemsize + (4 if precision == "bf16" else 0)
     return int(1.1 * count * each) + (16 << 20)

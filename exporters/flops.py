@@ -1,12 +1,8 @@
-"""How much arithmetic each stage is, from the model's sizes alone.
+"""The number of floating-point operations of each stage, from the model's sizes.
 
-The benchmark divides these numbers by measured times. They count the work of the algorithm as
-``segment_anything`` ships it, so that an engine gains nothing by computing more: a floating-point
-operation is one multiplication or one addition of a matrix product or convolution (two per
-multiply-add); what is elementwise (norms, softmax, GELU, sums) is left out, and so is whatever the
-folded attention adds (its wider heads) and what this project's window batches compute for grid
-padding beyond upstream. A test holds the formulas against PyTorch's own counter on upstream's
-modules.
+Counted are multiplications and additions of matrix products and convolutions as
+``segment_anything`` computes them. Elementwise work, the wider heads of the folded attention and
+additional grid padding are left out, so that an engine gains nothing by computing more.
 """
 
 from __future__ import annotations

@@ -1,11 +1,7 @@
-"""Golden samples: inputs of every stage with what the original model makes of them.
+"""Golden samples: inputs of every stage with the outputs of the original model.
 
-:func:`make_sample` runs the untouched ``segment_anything`` modules on a synthetic image and
-records what goes into and comes out of each stage at the places where the model is split. Export
-verifies every stage against such samples, and one of them is stored in the bundle so that any
-machine can repeat the check without PyTorch. Samples promise to cover image padding that ends
-inside a patch, windows wholly in image padding, grid padding, and every kind of prompt. What
-counts as close enough is decided by :mod:`engines.parity`.
+Export verifies every stage against such samples and stores one in the bundle, so that any machine
+can repeat the check without PyTorch.
 """
 
 from __future__ import annotations
@@ -20,7 +16,7 @@ from segment_anything.modeling import Sam
 from torch import Tensor
 
 from engines.bundle import Stage
-from engines.dtypes import to_wire
+from engines.dtypes import to_stored
 from engines.geometry import Geometry
 from engines.samples import Arrays, synthetic_image
 from engines.windows import Windows, cut
@@ -38,8 +34,8 @@ class Sample:
         arrays: float32 (or the integer type fed), named ``stage.tensor`` for every input and
             output of every stage. Rows of ``head`` and ``stack`` are the windows present;
             ``tail.tokens`` holds every window, zeros where absent.
-        blocks: tokens [windows, t, c] of every window after that many blocks, at the places where
-            the model is split.
+        blocks: tokens [windows, t, c] of every window where the model is split, by the number of
+            blocks before.
     """
 
     windows: Windows
@@ -47,8 +43,8 @@ class Sample:
     blocks: dict[int, Tensor]
 
     def feeds(self, name: str, stage: Stage) -> Arrays:
-        """What an engine of ``stage`` is fed: the arrays in the types it takes."""
-        return {s.name: to_wire(self.arrays[f"{name}.{s.name}"], s.dtype) for s in stage.inputs}
+        """The inputs of ``stage``, in the types that its engine takes."""
+        return {s.name: to_stored(self.arrays[f"{name}.{s.name}"], s.dtype) for s in stage.inputs}
 
     def expected(self, name: str, stage: Stage) -> Arrays:
         """The reference's outputs of ``stage``, float32."""
@@ -70,7 +66,7 @@ def sample_images(geometry: Geometry) -> list[np.ndarray]:
 
 @torch.no_grad()
 def make_sample(sam: Sam, image: np.ndarray, head_blocks: int | None = None) -> Sample:
-    """Run the original modules of ``sam`` on ``image`` and some prompts.
+    """Run the unchanged modules of ``sam`` on ``image`` and some prompts.
 
     Args:
         sam: stock order gives the arrays of ``encoder`` and ``decoder``; reordered those of
@@ -119,7 +115,7 @@ def make_sample(sam: Sam, image: np.ndarray, head_blocks: int | None = None) -> 
 
 @torch.no_grad()
 def finish(sam: Sam, tokens: Tensor, blocks_done: int) -> Tensor:
-    """Embedding [1, d, g, g] the original makes of tokens [windows, t, c] after some blocks."""
+    """The original's embedding [1, d, g, g] of tokens [windows, t, c] after some blocks."""
     encoder = sam.image_encoder
     x = from_windows(tokens, geometry_of(sam))[None]
     for block in encoder.blocks[blocks_done:]:
@@ -129,10 +125,10 @@ def finish(sam: Sam, tokens: Tensor, blocks_done: int) -> Tensor:
 
 @torch.no_grad()
 def decode(sam: Sam, embedding: Tensor, prompts: Mapping[str, np.ndarray]) -> tuple[Tensor, Tensor]:
-    """What the original decoder answers to the prompts of :func:`decode_prompts`, all four masks.
+    """The original decoder's outputs for the prompts of :func:`decode_prompts`, all four masks.
 
-    The original takes points, boxes and masks apart and adds a padding point itself; so each
-    prompt goes through its public interface on its own.
+    The original takes points, boxes and masks separately and adds a padding point itself, so each
+    prompt goes through its public interface alone.
     """
     logits, scores = [], []
     coords = torch.from_numpy(prompts["point_coords"])
@@ -161,7 +157,7 @@ def decode(sam: Sam, embedding: Tensor, prompts: Mapping[str, np.ndarray]) -> tu
 
 
 def decode_prompts(sam: Sam, embedding: Tensor, windows: Windows) -> Arrays:
-    """A point; a point in a box; two points and a mask; with the original decoder's answers."""
+    """A point; a point in a box; two points and a mask; with the original decoder's outputs."""
     geometry = geometry_of(sam)
     h, w = windows.size
     places = np.array(
@@ -188,7 +184,7 @@ def decode_prompts(sam: Sam, embedding: Tensor, windows: Windows) -> Arrays:
 def write_sample(path: Path, sample: Sample, stages: Mapping[str, Stage]) -> None:
     """Store ``sample`` for ``stages``: inputs in the types they take, outputs in float32.
 
-    ``decoder.embedding`` is left out: it is the ``embedding`` of the stage before, stored once.
+    ``decoder.embedding`` is left out: it equals the ``embedding`` of the stage before.
     """
     arrays: Arrays = {}
     for name, stage in stages.items():

@@ -1,12 +1,8 @@
-"""Everything a GPU can tell about this project, in one file: ``python -m exporters.gpu``.
+"""The GPU benchmark: ``python -m exporters.gpu`` verifies and times every stage on every engine.
 
-Verifies and times every stage of every model, with random weights, on every engine the machine
-has, and writes ``docs/results/gpu-NAME.json``. It installs nothing. Each engine runs in a process
-of its own (:mod:`exporters.gpu_worker`), the file is written anew after every row, and ``--resume``
-goes on where a run stopped; so what one engine, a time limit or Ctrl-C takes away is its own rows.
-Numbers are measured or absent with a reason, never filled in. Without an NVIDIA GPU it measures
-nothing and writes nothing; ``--cpu-rehearsal`` runs through the same steps on the CPU, for tests,
-and says so in its file. This module imports neither torch nor anything that needs installing.
+It writes ``docs/results/gpu-NAME.json`` after every row. Each engine runs in a process of its own
+(:mod:`exporters.gpu_worker`), so that a crash loses only that engine's rows. This module imports
+neither torch nor anything else that needs installing.
 """
 
 from __future__ import annotations
@@ -32,12 +28,13 @@ from pathlib import Path
 from typing import Any
 
 from edge_common.files import write_atomically
+from edge_common.signals import child_process
 
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 
-MODELS = ("vit_h", "vit_b", "vit_l", "tiny")  # those with targets first: time may run out
+MODELS = ("vit_h", "vit_b", "vit_l", "tiny")  # models with targets first, because time may run out
 BASELINE = "pytorch-eager"
 ENGINES = (
     BASELINE,
@@ -63,11 +60,11 @@ REHEARSED = (("stack", 25), ("stack", 9), ("tail", 25), ("decoder", 1), ("encode
 
 WORKER = "exporters.gpu_worker"
 REQUIRED = {"msgspec": "msgspec", "segment_anything": "segment-anything"}
-"""What every part needs and a machine set up for PyTorch may lack, by the names pip knows."""
+"""Modules that every part needs beside PyTorch, with their names on PyPI."""
 PYTORCH = ("torch", "torchvision", "numpy")
 
 CLOSING_SECONDS = 20.0
-"""Kept of the time budget for measuring the matrix rate once more at the end."""
+"""Reserved for measuring the matrix rate again at the end."""
 
 NOTES = (
     "Weights are random, so masks mean nothing; parity compares the same weights.",
@@ -87,7 +84,7 @@ Event = dict[str, Any]
 
 @dataclass
 class Results:
-    """The file: loaded, added to and written whole after every change."""
+    """The results file, written whole after every change."""
 
     path: Path
     head: dict[str, Any]
@@ -95,7 +92,7 @@ class Results:
     rows: list[Row] = field(default_factory=list)
 
     def add(self, row: Row) -> None:
-        """Put ``row`` in, in the place of the one about the same thing."""
+        """Add ``row``, in place of one with the same key."""
         self.rows = [r for r in self.rows if key(r) != key(row)] + [row]
         self.write()
 
@@ -103,7 +100,7 @@ class Results:
         return next((r for r in self.rows if key(r) == wanted), None)
 
     def content(self) -> dict[str, Any]:
-        """What the file holds: shares and targets are worked out here, from the rows."""
+        """The content of the file; shares and targets are computed here from the rows."""
         best = best_rates(self.rates)
         for row in self.rows:
             rate = best.get(row.get("precision", ""))
@@ -125,23 +122,23 @@ class Results:
 
 
 def key(row: Row) -> tuple[Any, ...]:
-    """What a row is about."""
+    """Engine, model, precision, stage and size of a row."""
     size = row.get("windows", row.get("prompts"))
     return row["engine"], row.get("model"), row.get("precision"), row.get("stage"), size
 
 
 def best_rates(rates: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """The best rate of each precision, in TFLOP/s: over sizes, and before and after the rows."""
+    """The best rate of each precision, in TFLOP/s, over all sizes and both measurements."""
     best: dict[str, float] = {}
     for rate in rates:
         best[rate["precision"]] = max(best.get(rate["precision"], 0.0), rate["tflops"])
     return best
 
 
-def judge(row: Row) -> None:
-    """Say whether a row's output is close enough, and fail the row when not.
+def check_parity(row: Row) -> None:
+    """Check a row's output against the tolerance, and fail the row if it misses.
 
-    The baseline's own deviation in half precision is written down, not held against it.
+    The baseline never fails: its deviation in half precision is only recorded.
     """
     parity = row.get("parity")
     if not parity:
@@ -164,8 +161,9 @@ TAIL_SPEEDUP, TAIL_MEMORY = 3.0, 0.1
 
 
 def targets(rows: Sequence[Row], head: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each target for ViT-H on a data-centre GPU with what was found: met, missed, or why not
-    measurable. The best engine in half precision counts, against the baseline of its precision.
+    """Each target for ViT-H on a data-centre GPU: met, missed, or why it is not measurable.
+
+    The best engine in half precision counts, compared with the baseline of its precision.
     """
     why = None
     if head.get("rehearsal"):
@@ -250,27 +248,27 @@ def child(request: dict[str, Any], limit: float, handle: Callable[[Event], None]
         handle: called with each event.
 
     Returns:
-        None when it finished, else why not, in one line.
+        None if it finished; otherwise the reason, in one line.
     """
     environment = dict(os.environ)
     paths = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     events: queue.Queue[Event | None] = queue.Queue()
     finished, problem = False, None
-    with tempfile.TemporaryFile("w+", errors="replace") as chatter:
-        process = subprocess.Popen(
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as chatter,
+        child_process(
             [sys.executable, "-m", WORKER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=chatter,
-            text=True,
             env=environment,
-            start_new_session=True,
-        )
+        ) as process,
+    ):
         assert process.stdin is not None
         assert process.stdout is not None
 
-        def read(lines: Iterable[str]) -> None:
+        def read(lines: Iterable[bytes]) -> None:
             for line in lines:
                 with contextlib.suppress(ValueError):
                     events.put(json.loads(line))
@@ -279,33 +277,27 @@ def child(request: dict[str, Any], limit: float, handle: Callable[[Event], None]
         reader = threading.Thread(target=read, args=(process.stdout,), daemon=True)
         reader.start()
         end = time.monotonic() + limit
-        try:
-            with contextlib.suppress(BrokenPipeError):  # it has died already; said below
-                json.dump({**request, "seconds": limit}, process.stdin)
-                process.stdin.close()
-            while True:
-                try:
-                    event = events.get(timeout=max(0.01, end - time.monotonic()))
-                except queue.Empty:
-                    problem = f"no end within {limit:.0f} s"
-                    break
-                if event is None:
-                    break
-                if event["event"] == "done":
-                    finished = True
-                elif event["event"] == "failed":
-                    problem = event["why"]
-                else:
-                    handle(event)
-            if problem is None and not finished:
-                code = process.wait()
-                chatter.seek(0)
-                problem = f"{_ending(code)}{_last_words(chatter.read())}"
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            process.stdout.close()
+        with contextlib.suppress(BrokenPipeError):  # it is dead already, which is reported below
+            process.stdin.write(json.dumps({**request, "seconds": limit}).encode())
+            process.stdin.close()
+        while True:
+            try:
+                event = events.get(timeout=max(0.01, end - time.monotonic()))
+            except queue.Empty:
+                problem = f"no end within {limit:.0f} s"
+                break
+            if event is None:
+                break
+            if event["event"] == "done":
+                finished = True
+            elif event["event"] == "failed":
+                problem = event["why"]
+            else:
+                handle(event)
+        if problem is None and not finished:
+            code = process.wait()
+            chatter.seek(0)
+            problem = f"{_ending(code)}{_last_words(chatter.read())}"
     return problem
 
 
@@ -326,7 +318,7 @@ def _last_words(text: str) -> str:
 
 
 class Benchmark:
-    """One run: what was asked for, what is left of its time, and where rows go."""
+    """One run: its options, its remaining time and its results."""
 
     def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
         self.args = args
@@ -351,13 +343,13 @@ class Benchmark:
         return self.end - time.monotonic()
 
     def ask(self, limit: float | None = None, **request: Any) -> tuple[list[Event], str | None]:
-        """Run a child for ``request``; its events and what went wrong."""
+        """Run a child for ``request``; return its events and its error, if any."""
         events: list[Event] = []
         limit = max(1.0, min(limit or self.args.engine_seconds, self.left()))
         return events, child({**self.base, **request}, limit, events.append)
 
     def machine(self) -> dict[str, Any]:
-        """Ask what the machine is; SystemExit with one line where there is nothing to measure."""
+        """Facts about the machine; SystemExit with one line if there is nothing to measure."""
         events, problem = self.ask(task="probe")
         for event in events:
             if event["event"] == "no gpu":
@@ -367,7 +359,7 @@ class Benchmark:
         sys.exit(f"the machine could not be asked what it is ({problem}): {NOTHING}")
 
     def measure_rates(self, when: str) -> None:
-        """Measure the card's matrix rate; a failure is said and leaves shares unmeasured."""
+        """Measure the GPU's matrix rate. Without it, shares are not measured."""
         if when == "before" and self.left() < CLOSING_SECONDS:
             return
         events, problem = self.ask(limit=max(CLOSING_SECONDS, 60.0), task="rates")
@@ -381,9 +373,9 @@ class Benchmark:
             say(f"matrix rate {when}, {precision}: {rate:.4g} TFLOP/s")
 
     def check_engines(self) -> None:
-        """Find out which engines are here."""
+        """Find the engines of this machine."""
         for engine in self.args.engines:
-            if engine.startswith("pytorch"):  # without it there would be no machine
+            if engine.startswith("pytorch"):  # probing the machine has proved it is here
                 self.versions[engine] = f"PyTorch {self.results.head['machine']['torch']}"
                 continue
             events, problem = self.ask(limit=120, task="check", engine=engine)
@@ -398,7 +390,7 @@ class Benchmark:
                 self.results.add({"engine": engine, "status": f"absent: {self.absent[engine]}"})
 
     def prepare(self, task: str, **request: Any) -> str | None:
-        """Have the reference or a bundle made once; None or why there is none."""
+        """Make the reference or a bundle, once; return why that failed, if so."""
         known = (task, *request.values())
         if known not in self.prepared:
             begun = time.monotonic()
@@ -412,7 +404,7 @@ class Benchmark:
         return self.prepared[known]
 
     def rows(self, model: str, precision: str, engine: str) -> None:
-        """Measure all cases of one engine that are not in the file yet."""
+        """Measure all cases of one engine that the file lacks."""
         about = {"engine": engine, "model": model, "precision": precision}
 
         def size(case: tuple[str, int]) -> dict[str, Any]:
@@ -420,7 +412,7 @@ class Benchmark:
 
         def add(row: Row) -> None:
             row = {**about, **row, "commit": self.commit}
-            judge(row)
+            check_parity(row)
             self.results.add(row)
             say(describe(row))
 
@@ -454,7 +446,7 @@ class Benchmark:
                 row = self.results.find(key({**about, **event}))
                 if row and "parity" in row:
                     row["parity"]["mask_iou"] = event["mask_iou"]
-                    judge(row)
+                    check_parity(row)
                     self.results.write()
 
         end = min(time.monotonic() + self.args.engine_seconds, self.end - CLOSING_SECONDS)
@@ -464,7 +456,7 @@ class Benchmark:
             problem = child(request, max(1.0, end - time.monotonic()), handle)
             if problem is None:
                 break
-            # Whatever case ended the process is lost; the others get another one.
+            # The case that ended the process is lost; the others run in a new process.
             if not begun and todo:
                 begun.append(size(todo[0]))
             for row in begun:
@@ -476,7 +468,7 @@ class Benchmark:
             add({**size(case), "status": "not run: the time was up; --resume goes on"})
 
     def run(self) -> int:
-        """Everything; the number of rows with status ok."""
+        """Measure everything; return the number of rows with status ok."""
         machine = self.machine()
         path, head = (
             self.args.out,
@@ -518,9 +510,9 @@ def _count(row: Row) -> int:
 
 
 def resume(results: Results) -> None:
-    """Take over what an earlier run measured on the same machine; SystemExit when it was another.
+    """Keep what an earlier run measured on this machine; SystemExit if it ran on another.
 
-    Rows that failed, were absent or had no time are measured anew.
+    Rows that failed, were absent or had no time are measured again.
     """
     try:
         old = json.loads(results.path.read_text())
@@ -557,7 +549,7 @@ def describe(row: Row) -> str:
 
 
 def short_name(gpu: str | None) -> str:
-    """``h200`` for ``NVIDIA H200``: what a results file is called."""
+    """The name of a results file: ``h200`` for ``NVIDIA H200``."""
     words = re.findall(r"[a-z0-9]+", (gpu or "unknown").lower())
     ordinary = {"nvidia", "geforce", "tesla", "graphics", "gpu", "device"}
     return "-".join(word for word in words if word not in ordinary) or "unknown"
@@ -575,7 +567,7 @@ def commit() -> str:
 
 
 def missing() -> str | None:
-    """What this Python lacks that everything here needs, and how to bring it; None: nothing."""
+    """The packages this Python lacks, and how to install them; None if it has all."""
 
     def lacking(modules: Iterable[str]) -> list[str]:
         return [module for module in modules if importlib.util.find_spec(module) is None]
@@ -636,7 +628,7 @@ def _stop(*_: Any) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; 0 when at least one row was measured."""
+    """Run the benchmark; return 0 if at least one row was measured."""
     args = parse(sys.argv[1:] if arguments is None else arguments)
     if lacking := missing():
         sys.exit(f"error: {lacking}")

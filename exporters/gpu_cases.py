@@ -1,10 +1,4 @@
-"""What the GPU benchmark runs, and how it is timed.
-
-A :class:`Case` is one stage at one size; this module says what it is fed, what should come out, how
-much arithmetic that is and, in :func:`timed`, how its runs are measured. A :class:`Worker` is the
-child process it happens in: the device, the seed's weights, and where events go. How an engine runs
-a case is in :mod:`exporters.gpu_engines`.
-"""
+"""The cases of the GPU benchmark: their inputs, expected outputs, operations and timing."""
 
 from __future__ import annotations
 
@@ -28,20 +22,20 @@ from . import flops
 from .measure import randomise
 from .models import MODELS, build_from_spec, reorder
 
-WARM_UPS = 3  # of what has a first time: compilers and captured graphs
-POINTS = 2  # of each prompt: one point and the padding point that upstream adds
+WARM_UPS = 3  # for compilers and captured graphs
+POINTS = 2  # per prompt: one point, and the padding point that upstream adds
 
 
 Tensors = dict[str, Tensor]
 
 
 class Absent(Exception):
-    """The engine is not on this machine, or cannot do this at all; the text says why."""
+    """The engine is not installed or cannot run this case; the text says why."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One stage at one size: ``count`` is windows, for the decoder prompts."""
+    """One stage at one size: ``count`` windows, or prompts for the decoder."""
 
     stage: str
     count: int
@@ -56,14 +50,14 @@ class Loaded:
     """A stage ready to run.
 
     Attributes:
-        run: runs it once, on the current stream and without waiting.
-        read: after a run, its outputs by name, as the engine types them, on any device.
-        times: where the engine measures itself, so many milliseconds, one for each run.
-        weights_bytes: bytes of the stage's weights on the device, where known.
-        notes: what should be known of how it runs.
-        close: gives back what the engine holds.
+        run: runs it once, on the current stream, without waiting.
+        read: returns the outputs of the last run by name, on any device.
+        times: if the engine measures itself: returns the milliseconds of that many runs.
+        weights_bytes: bytes of the stage's weights on the device, if known.
+        notes: facts about how it runs.
+        close: frees what the engine holds.
         stream: the torch stream it runs on; None: the current one.
-        kept: what must live as long as this.
+        kept: objects that must live as long as this one.
     """
 
     run: Callable[[], Any]
@@ -77,7 +71,7 @@ class Loaded:
 
 
 class Worker:
-    """What all tasks share: the request, the device and where events go."""
+    """The child process: its request, its device and its events."""
 
     def __init__(self, request: Mapping[str, Any], out: Any) -> None:
         self.request, self._out = request, out
@@ -105,7 +99,7 @@ class Worker:
         return self.directory / f"{self.model}-{self.precision}"
 
     def wait(self) -> None:
-        """Until the device is idle."""
+        """Wait until the device is idle."""
         if self.on_gpu:
             torch.cuda.synchronize()
 
@@ -129,10 +123,10 @@ class Worker:
 def timed(
     worker: Worker, loaded: Loaded, seconds: float, warm_up: float | None = None
 ) -> tuple[list[float], int]:
-    """Milliseconds of each of some runs after warming up, and how many runs that were the warm-up.
+    """Milliseconds of each run after a warm-up, and the number of warm-up runs.
 
-    Runs follow one another without waiting, an event between each two: the time of a run is the
-    device's, launches included where they are what takes longest.
+    Runs follow one another without waiting, with an event between them, so a run's time is the
+    device's time, or the launch's if that takes longer.
     """
     begun, warm_ups = time.perf_counter(), 0
     fewest, most = worker.request["runs"]
@@ -169,8 +163,8 @@ def timed(
 
 
 def chosen(geometry: Geometry, count: int) -> Tensor:
-    """Indices of ``count`` windows: all; those of even rows and columns, the share of a node whose
-    windows may not touch; or the first ones.
+    """Indices of ``count`` windows: all; those of even rows and columns, which do not touch; or the
+    first ones.
     """
     side = geometry.windows_per_side
     apart = [r * side + c for r in range(0, side, 2) for c in range(0, side, 2)]
@@ -178,7 +172,7 @@ def chosen(geometry: Geometry, count: int) -> Tensor:
 
 
 def feeds(case: Case, known: Tensors, geometry: Geometry, dtype: torch.dtype) -> Tensors:
-    """What this project's stage is fed: the reference's own inputs."""
+    """The reference's inputs, for this project's stage."""
     if case.stage == "decoder":
         low = geometry.low_res
         return {
@@ -228,7 +222,7 @@ def geometry_of(model: str) -> Geometry:
 
 
 def line(error: BaseException) -> str:
-    """The first line of an error, with its kind where the text alone says little."""
+    """The first line of an error, with its class unless it is one of ours."""
     text = (str(error).strip().splitlines() or ["no reason given"])[0][:300]
     return (
         text if isinstance(error, (EdgeRuntimeError, Absent)) else f"{type(error).__name__}: {text}"

@@ -1,9 +1,7 @@
 """The engines of the GPU benchmark, each as a function that makes a case ready to run.
 
-Upstream's modules as shipped; this project's modules in PyTorch (eager, compiled, tuned, tuned
-without grid padding); ONNX Runtime, TensorRT and TensorRT-RTX. Each engine's libraries are imported
-when it is asked for, and one that is not there is :class:`~exporters.gpu_cases.Absent` with the
-reason. Timing, memory and comparison, the same for all, are left to :mod:`exporters.gpu_worker`.
+An engine's libraries are imported when it is used; a missing one raises
+:class:`~exporters.gpu_cases.Absent`.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from torch._dynamo.utils import counters
 from edge_common.errors import EdgeRuntimeError, PlanError
 from engines.geometry import Geometry
 
-from . import shipped, stages
+from . import stages, upstream
 from .gpu_cases import (
     WARM_UPS,
     Absent,
@@ -37,7 +35,7 @@ from .gpu_cases import (
     outputs,
     timed,
 )
-from .packed import PackedStack
+from .packed_stack import PackedStack
 from .precision import TORCH_DTYPES, cast
 
 TUNED = (("stack", 25), ("tail", 25))
@@ -69,7 +67,7 @@ class Kind:
         open, version: see the functions.
         graphs: it needs the exported bundle.
         capture: its runs are replayed as a CUDA graph.
-        prepare: what happens before a case is opened, and before its memory is watched.
+        prepare: called before a case is opened and before its memory is watched.
     """
 
     open: Callable[[Worker, Case, Tensors, Geometry], Loaded]
@@ -114,7 +112,7 @@ def _trt_version(flavour: Any) -> Callable[[Worker], str]:
 
 
 def _require_export() -> None:
-    """Graphs have to be written first."""
+    """Raise Absent if graphs cannot be exported."""
     for package in ("onnx", "onnxscript", "onnx_ir"):
         try:
             importlib.import_module(package)
@@ -122,16 +120,16 @@ def _require_export() -> None:
             raise Absent(f"no graph can be exported: {package} cannot be imported") from error
 
 
-def open_shipped(worker: Worker, case: Case, known: Tensors, geometry: Geometry) -> Loaded:
+def open_upstream(worker: Worker, case: Case, known: Tensors, geometry: Geometry) -> Loaded:
     """Upstream's modules, converted to the precision, eager."""
     if case.stage == "stack" and case.count != geometry.windows:
         raise Absent("upstream's window blocks compute whole grids only")
     dtype = TORCH_DTYPES[worker.precision]
     kinds: dict[str, Callable[[Any], nn.Module]] = {
-        "stack": shipped.ShippedStack,
-        "tail": shipped.ShippedTail,
-        "encoder": shipped.ShippedEncoder,
-        "decoder": shipped.ShippedDecoder,
+        "stack": upstream.UpstreamStack,
+        "tail": upstream.UpstreamTail,
+        "encoder": upstream.UpstreamEncoder,
+        "decoder": upstream.UpstreamDecoder,
     }
     module = cast(kinds[case.stage](worker.sam()), worker.precision)  # type: ignore[arg-type]
     worker.tidy()
@@ -178,7 +176,7 @@ def open_compiled(worker: Worker, case: Case, known: Tensors, geometry: Geometry
 
 
 def open_tuned(worker: Worker, case: Case, known: Tensors, geometry: Geometry) -> Loaded:
-    """The same, every matrix product tuned and fused with what follows it."""
+    """The same, with every matrix product tuned and fused with the operations after it."""
     if not worker.on_gpu:
         raise Absent(ON_CPU)
     if (case.stage, case.count) not in TUNED:
@@ -187,7 +185,7 @@ def open_tuned(worker: Worker, case: Case, known: Tensors, geometry: Geometry) -
 
 
 def open_packed(worker: Worker, case: Case, known: Tensors, geometry: Geometry) -> Loaded:
-    """The stack without its grid padding, compiled and tuned likewise."""
+    """The stack without grid padding, compiled and tuned."""
     if case.stage != "stack" or case.count == 1:
         raise Absent("only the stack of several windows has grid padding to leave out")
     stack = folded(worker, case)
@@ -211,12 +209,12 @@ def _compiled(
     counters.clear()
     worker.tidy()
     notes = {"mode": mode, **_choose_attention(worker, case, module)}
-    # Blocks are compiled one by one: they share their code, so all cost as much as one.
+    # Blocks are compiled one by one: they share their code, so it is compiled once.
     blocks = [] if case.stage == "decoder" else list(getattr(module, "blocks", []))
     parts: list[nn.Module] = [*blocks] or [module]
     parts += [p for p in (getattr(module, name, None) for name in ("embed", "neck")) if p]
     for part in parts:
-        # A whole graph or an error: never a silent return to eager.
+        # fullgraph: an error instead of a silent fallback to eager.
         part.compile(mode=mode, dynamic=False, fullgraph=True)
     fed = feeds(case, known, geometry, TORCH_DTYPES[worker.precision])
     loaded = _module(worker, case, module, _to_device(fed, worker.device))
@@ -235,8 +233,8 @@ def _module(worker: Worker, case: Case, module: nn.Module, inputs: tuple[Tensor,
 
     @torch.no_grad()
     def run() -> None:
-        last.clear()  # the output before is not part of a run's memory
-        with worker.device:  # stages.py makes its scalar zeros where the default device is
+        last.clear()  # the previous output must not count as memory of this run
+        with worker.device:  # stages.py makes scalar zeros on the default device
             last[:] = [module(*inputs)]
 
     def read() -> Tensors:
@@ -247,10 +245,10 @@ def _module(worker: Worker, case: Case, module: nn.Module, inputs: tuple[Tensor,
 
 
 def _choose_attention(worker: Worker, case: Case, module: nn.Module) -> dict[str, Any]:
-    """Time PyTorch's attention kernels on a stage's own sizes, and leave the fastest switched on.
+    """Time PyTorch's attention kernels on a stage's sizes, and enable only the fastest.
 
-    The folded attention is wider (112 and 208 for ViT-H's heads of 80) than what kernels are
-    commonly tuned for, so which one takes it best has to be measured.
+    The folded attention is wider (112 and 208 for ViT-H's heads of 80) than kernels are usually
+    tuned for, so the fastest must be measured.
     """
     if not worker.on_gpu or case.stage == "decoder":
         return {}
@@ -267,7 +265,7 @@ def _choose_attention(worker: Worker, case: Case, module: nn.Module) -> dict[str
 
     attention = next(m for m in module.modules() if isinstance(m, stages.Attention))
     squares = case.count if case.stage == "stack" else 1
-    if case.stage == "encoder":  # whichever serves the global blocks, the heavier ones
+    if case.stage == "encoder":  # the last one is in a global block, which takes longer
         attention = [m for m in module.modules() if isinstance(m, stages.Attention)][-1]
     shape = (squares, attention.heads, attention.side**2, attention.width)
     dtype = TORCH_DTYPES[worker.precision]
@@ -314,7 +312,7 @@ def open_ort(worker: Worker, case: Case, known: Tensors, geometry: Geometry) -> 
         stream = torch.cuda.Stream()
         shared = {"use_tf32": "0", "user_compute_stream": str(stream.cuda_stream)}
         providers = [("CUDAExecutionProvider", shared), *providers]
-        # Events on the shared stream tell when a run is over.
+        # Events on the shared stream mark the end of a run.
         run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     def session(cpu_too: bool) -> Any:
@@ -353,12 +351,12 @@ def open_ort(worker: Worker, case: Case, known: Tensors, geometry: Geometry) -> 
     def run() -> None:
         opened.run_with_iobinding(binding, run_options)
 
-    # A binding knows addresses only: what lies there must be kept.
+    # A binding holds only addresses, so the tensors must be kept.
     return Loaded(run, lambda: made, notes=notes, stream=stream, kept=held)
 
 
 def build_trt(flavour: Any) -> Callable[[Worker, Case], None]:
-    """Build the plan of a stage, unless the case before has."""
+    """Build the plan of a stage, unless a case before did."""
 
     def build(worker: Worker, case: Case) -> None:
         from engines import libraries, plan
@@ -385,14 +383,14 @@ def open_trt(flavour: Any) -> Callable[[Worker, Case, Tensors, Geometry], Loaded
         from engines import libraries, plan
         from engines.bundle import Bundle
         from engines.cuda import facts
-        from engines.dtypes import to_wire
+        from engines.dtypes import to_stored
         from engines.trt import TrtEngine
 
         bundle, library, gpu = Bundle.load(worker.bundle), libraries.load(flavour), facts()
         built = plan.find(bundle, case.stage, library, gpu.compute_capability, gpu.name)
         engine = TrtEngine(built, library)
         arrays = {
-            s.name: to_wire(t.float().numpy(), s.dtype)
+            s.name: to_stored(t.float().numpy(), s.dtype)
             if s.dtype == "bfloat16"
             else t.numpy().astype(s.numpy_dtype)
             for s, t in zip(
@@ -431,7 +429,7 @@ def open_trt(flavour: Any) -> Callable[[Worker, Case, Tensors, Geometry], Loaded
 
 
 ENGINES: dict[str, Kind] = {
-    "pytorch-eager": Kind(open_shipped, _pytorch_version),
+    "pytorch-eager": Kind(open_upstream, _pytorch_version),
     "pytorch-folded": Kind(open_folded, _pytorch_version),
     "pytorch-compiled": Kind(open_compiled, _pytorch_version, capture=True),
     "pytorch-tuned": Kind(open_tuned, _pytorch_version, capture=True),

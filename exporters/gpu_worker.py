@@ -1,11 +1,8 @@
-"""One child process of the GPU benchmark: probe, check, reference, export, or one engine's rows.
+"""A child process of the GPU benchmark: probe, check, reference, export, or one engine's rows.
 
-:mod:`exporters.gpu` starts it as ``python -m exporters.gpu_worker`` with a JSON request on standard
-input and reads JSON lines from standard output, so that whatever an engine does to its process (a
-crash, the memory running out, a hang) costs that engine's rows alone. Every process makes the same
-random weights by itself, on the device and from one seed. Every row carries how it was timed, where
-its memory figure comes from and how its output compares with upstream's modules in float32; what
-was not measured is left out, with the reason. What the rows amount to is left to the parent.
+:mod:`exporters.gpu` starts it as ``python -m exporters.gpu_worker``, with a JSON request on
+standard input, and reads events as JSON lines from standard output. Every process makes the same
+random weights from one seed.
 """
 
 from __future__ import annotations
@@ -31,11 +28,11 @@ import torch
 from torch import nn
 
 from edge_common.errors import EdgeRuntimeError
+from engines import parity
 from engines.geometry import Geometry
-from engines.parity import TOLERANCES
 from engines.windows import cut
 
-from . import shipped, stages
+from . import stages, upstream
 from .golden import synthetic_image
 from .gpu_cases import (
     POINTS,
@@ -66,7 +63,7 @@ FREE_MEMORY = (
 
 
 def probe(worker: Worker) -> None:
-    """Tell the machine: the GPU and the version of everything; no host name."""
+    """Emit facts about the machine: the GPU and all versions; no host name."""
     machine: dict[str, Any] = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -111,12 +108,12 @@ def probe(worker: Worker) -> None:
 
 
 def check(worker: Worker) -> None:
-    """Tell whether the request's engine is here, and its version."""
+    """Emit the version of the request's engine, or raise Absent."""
     worker.emit("engine", version=ENGINES[worker.request["engine"]].version(worker))
 
 
 def rates(worker: Worker) -> None:
-    """Tell the rate of dense square matrix products of random values, best size first."""
+    """Emit the rate of dense square matrix products of random values."""
     for precision in worker.request["precisions"]:
         dtype = TORCH_DTYPES[precision]
         for size in MATMUL_SIZES[worker.device.type]:
@@ -143,7 +140,7 @@ def rates(worker: Worker) -> None:
 
 
 def reference(worker: Worker) -> None:
-    """Store what upstream's modules make of one image and some prompts, in float32."""
+    """Store the outputs of upstream's modules for one image and some prompts, in float32."""
     sam = worker.sam()
     geometry = stages.geometry_of(sam)
     image = synthetic_image(geometry.image_size, geometry.image_size, seed=0)
@@ -155,10 +152,10 @@ def reference(worker: Worker) -> None:
     labels = torch.tensor([1.0] * (POINTS - 1) + [-1.0]).expand(most, -1).contiguous()
     with torch.no_grad(), worker.device:
         square = torch.from_numpy(image).permute(2, 0, 1)[None].contiguous()
-        grid = shipped.ShippedStack(sam)(square.to(worker.device))
-        embedding = shipped.ShippedTail(sam)(grid)
-        # In portions: upstream's decoder repeats the image for every prompt.
-        decode = shipped.ShippedDecoder(sam)
+        grid = upstream.UpstreamStack(sam)(square.to(worker.device))
+        embedding = upstream.UpstreamTail(sam)(grid)
+        # In parts, because upstream's decoder repeats the image for every prompt.
+        decode = upstream.UpstreamDecoder(sam)
         answers = [
             decode(embedding, c.to(worker.device), label.to(worker.device))
             for c, label in zip(coords.split(4), labels.split(4), strict=True)
@@ -182,14 +179,12 @@ def reference(worker: Worker) -> None:
 
 
 def export(worker: Worker) -> None:
-    """Write the bundle (stack, tail and decoder, both forms) without comparing it with anything:
-    every row is.
-    """
+    """Write the bundle (stack, tail and decoder, both forms). It is not verified: every row is."""
     from engines.bundle import Bundle, Manifest, write_manifest
 
     from .models import weights_hash
     from .onnx_export import stage_specs, write_stage
-    from .plain import write_plain
+    from .plain_form import write_plain
 
     geometry, written, digest = None, {}, ""
     work = worker.bundle.with_name(worker.bundle.name + ".partial")
@@ -224,7 +219,7 @@ def export(worker: Worker) -> None:
 
 
 def engine(worker: Worker) -> None:
-    """Emit one row for each case, then the mask IoU of each, which needs other stages' weights."""
+    """Emit a row for each case, then its mask IoU, which needs other stages' weights."""
     kind = ENGINES[worker.request["engine"]]
     version = kind.version(worker)
     known = worker.reference()
@@ -278,7 +273,7 @@ def _measure(
         times, warm_ups = timed(worker, loaded, worker.request["row_seconds"])
         if worker.on_gpu and not of_pytorch:
             row["peak_bytes"], row["peak_method"] = least(), FREE_MEMORY
-        loaded.run()  # what is compared is what was timed, a captured graph as well
+        loaded.run()  # compare what was timed, even a captured graph
         worker.wait()
         result = {name: t.float().cpu() for name, t in loaded.read().items()}
     finally:
@@ -297,7 +292,7 @@ def _measure(
         parity={
             "reference": "segment_anything's modules, float32, same device",
             **compare(result, expected(case, known, geometry)),
-            "tolerance": asdict(TOLERANCES[worker.precision]),
+            "tolerance": asdict(parity.TOLERANCES[worker.precision]),
         },
         notes=loaded.notes,
     )
@@ -320,34 +315,18 @@ def capture(worker: Worker, loaded: Loaded) -> None:
 
 
 def compare(got: Tensors, wanted: Tensors) -> dict[str, Any]:
-    """How ``got`` differs from the reference: least cosine similarity over windows or prompts,
-    largest absolute difference, the same as a share of the largest value; worst of all outputs.
-    """
-    finite = all(bool(torch.isfinite(got[name]).all()) for name in wanted)
-    if not finite:
+    """How ``got`` differs from the reference, as :func:`engines.parity.compare` measures it."""
+    found = parity.compare([(got[name].numpy(), array.numpy()) for name, array in wanted.items()])
+    if not found.finite:
         return {"finite": False}
-    cosines, differences, errors = [], [], []
-    for name, reference_ in wanted.items():
-        a, b = got[name].double().flatten(1), reference_.double().flatten(1)
-        lengths = a.norm(dim=1) * b.norm(dim=1)
-        cosines.append(float(((a * b).sum(1) / lengths.clamp_min(1e-300)).min()))
-        differences.append(float((a - b).abs().max()))
-        errors.append(differences[-1] / max(float(b.abs().max()), 1e-12))
-    return {
-        "finite": True,
-        "cosine": min(cosines),
-        "max_abs": max(differences),
-        "error": max(errors),
-    }
+    return {name: getattr(found, name) for name in ("finite", "cosine", "max_abs", "error")}
 
 
 @torch.no_grad()
 def _mask_ious(
     worker: Worker, got: Mapping[Case, Tensors], known: Tensors, geometry: Geometry
 ) -> None:
-    """Put each output in the place of upstream's, let upstream's modules finish in float32, and
-    tell the intersection over union of the masks with the reference's.
-    """
+    """Emit the mask IoU of each case: upstream's modules continue from its outputs in float32."""
     tail: nn.Module | None = None
     decode: nn.Module | None = None
     for case, result in got.items():
@@ -356,7 +335,7 @@ def _mask_ious(
         else:
             if tail is None or decode is None:
                 sam = worker.sam()
-                tail, decode = shipped.ShippedTail(sam), shipped.ShippedDecoder(sam)
+                tail, decode = upstream.UpstreamTail(sam), upstream.UpstreamDecoder(sam)
                 del sam
                 worker.tidy()
             embedding = result.get("embedding")
@@ -380,7 +359,7 @@ def _mask_ious(
 
 @contextlib.contextmanager
 def _least_free(worker: Worker) -> Iterator[Callable[[], int | None]]:
-    """Watch the device's free memory; the function tells how far it sank since the start."""
+    """Watch the device's free memory; the function returns by how much it fell at most."""
     if not worker.on_gpu:
         yield lambda: None
         return
@@ -412,9 +391,7 @@ TASKS: dict[str, Callable[[Worker], None]] = {
 
 
 def main() -> int:
-    """Do what the request on standard input asks; events go to standard output, chatter to
-    standard error.
-    """
+    """Run the task of the request on standard input; other output goes to standard error."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print
     worker = Worker(json.load(sys.stdin), out)

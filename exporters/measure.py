@@ -1,11 +1,7 @@
-"""Measure what exporting and building cost: ``python -m exporters.measure --out
-docs/results/export.json``.
+"""Measures exports and builds: ``python -m exporters.measure --out docs/results/export.json``.
 
-Makes a checkpoint of random weights in the format of ``segment_anything``, so that no download is
-needed, exports it with ``edge-runtime export --json`` and, where a TensorRT library is installed,
-builds its plans with ``edge-runtime build --json``, each in a process of its own. Time, peak
-memory, size, parity, fused attentions and what the encoder takes on the CPU are added to a JSON
-file, with the commands, commit and machine.
+It exports random weights with ``edge-runtime export``, builds plans with ``edge-runtime build`` if
+a TensorRT library is installed, and adds time, memory, size and parity to a JSON file.
 """
 
 from __future__ import annotations
@@ -23,6 +19,7 @@ from typing import Any
 
 import torch
 
+from edge_common.files import write_atomically
 from engines.libraries import installed
 
 from .models import MODELS, build_sam
@@ -31,9 +28,8 @@ from .models import MODELS, build_sam
 def randomise(sam: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Give every weight that SAM initialises to a constant a random value, in place.
 
-    Fresh relative positions, position embeddings, norms and biases are zeros and ones: whatever
-    is done wrongly with them would not show. The values are drawn on the weights' own device, and
-    differ from one kind of device to another.
+    Initial relative positions, position embeddings, norms and biases are zeros and ones, which
+    would hide mistakes in how they are used. Values differ between kinds of devices.
     """
     device = next(sam.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -54,7 +50,7 @@ def random_checkpoint(model: str, path: Path) -> None:
 
 
 def measure(model: str, precision: str, directory: Path, machine: str) -> dict[str, Any]:
-    """Export random weights of ``model`` and return what it took."""
+    """Export random weights of ``model`` and return the measurements."""
     checkpoint, bundle = directory / f"{model}-random.pth", directory / f"{model}-{precision}"
     if not checkpoint.exists():
         making = [sys.executable, "-m", __spec__.name, "--checkpoint", str(checkpoint)]
@@ -81,10 +77,7 @@ def measure(model: str, precision: str, directory: Path, machine: str) -> dict[s
 
 
 def embed(bundle: Path, rounds: int = 3) -> dict[str, float]:
-    """Processor seconds of stack and tail for a square image on the CPU, the least of some rounds.
-
-    Processor time hardly depends on what else the machine does.
-    """
+    """CPU seconds of stack and tail for a square image on the CPU, the least of all rounds."""
     from engines.bundle import Bundle
     from engines.pipeline import Pipeline
     from engines.samples import synthetic_image
@@ -106,7 +99,7 @@ def embed(bundle: Path, rounds: int = 3) -> dict[str, float]:
 
 
 def measure_build(bundle: Path, directory: Path) -> dict[str, Any]:
-    """Build every plan of ``bundle`` with the library at hand and return what it took."""
+    """Build every plan of ``bundle`` and return the measurements."""
     command = ["edge-runtime", "build", bundle.name, "--json"]
     facts, peak_rss = _run(command, directory)
     plans = {
@@ -132,7 +125,7 @@ def measure_build(bundle: Path, directory: Path) -> dict[str, Any]:
 
 
 def _run(command: list[str], directory: Path) -> tuple[dict[str, Any], int]:
-    """The JSON that an ``edge-runtime`` command prints, and its peak memory in MiB."""
+    """Run an ``edge-runtime`` command; return the JSON it prints and its peak memory in MiB."""
     process = subprocess.Popen(
         [sys.executable, "-m", "edge_runtime.cli", *command[1:]],
         stdout=subprocess.PIPE,
@@ -178,7 +171,7 @@ def main() -> None:
                 result = measure(model, precision, Path(directory), args.machine)
                 known = json.loads(args.out.read_text()) if args.out.exists() else {}
                 known[f"{model}-{precision}"] = result
-                args.out.write_text(json.dumps(known, indent=2) + "\n")
+                write_atomically(args.out, json.dumps(known, indent=2) + "\n")
 
 
 if __name__ == "__main__":

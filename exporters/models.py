@@ -1,10 +1,4 @@
-"""The SAM models this project knows, and their checkpoints.
-
-One table of sizes (:data:`MODELS`), one builder that uses the classes of ``segment_anything``
-unchanged, the reordering of blocks that makes a SAM splittable, and loading and saving of weights.
-It promises that whatever :func:`load_checkpoint` returns is complete and of the model named.
-Training, export and evaluation are left to other modules.
-"""
+"""The supported SAM models: their sizes, their block order, and their checkpoints."""
 
 from __future__ import annotations
 
@@ -30,7 +24,7 @@ from segment_anything.modeling import (
 
 from edge_common.errors import CheckpointError
 from edge_common.files import atomic_file
-from exporters.early import check_checkpoint_file
+from exporters.path_checks import check_checkpoint_file
 
 FORMAT = "edge-runtime-sam"
 FORMAT_VERSION = 1
@@ -108,7 +102,7 @@ def spec_of(name: str) -> ModelSpec:
 
 
 def build_from_spec(spec: ModelSpec) -> Sam:
-    """A SAM of these sizes in stock order with fresh weights, in eval mode, float32, on the CPU."""
+    """A SAM of these sizes in stock order, untrained, in eval mode, float32, on the CPU."""
     sam = Sam(
         image_encoder=ImageEncoderViT(
             depth=spec.depth,
@@ -152,7 +146,7 @@ def build_from_spec(spec: ModelSpec) -> Sam:
 
 
 def build_sam(name: str) -> Sam:
-    """A fresh SAM called ``name`` (``tiny``, ``vit_b``, ``vit_l``, ``vit_h``) in stock order.
+    """An untrained SAM called ``name`` (``tiny``, ``vit_b``, ``vit_l``, ``vit_h``) in stock order.
 
     The model carries three attributes beyond upstream's: ``model_name``, ``order`` (``"stock"`` or
     ``"reordered"``) and ``adapted`` (whether its weights were trained for the reordered blocks).
@@ -169,8 +163,8 @@ def reorder(sam: Sam) -> Sam:
     """Put all window blocks first and all global blocks last, in place; returns the same object.
 
     The order within each kind stays. The blocks are the upstream objects, so the keys of the state
-    dict are renumbered with them. A reordered model is returned as it is. Reordering changes the
-    function: see ``edge-runtime adapt``.
+    dict are renumbered with them. A reordered model is returned unchanged. Reordering changes the
+    function, so the weights must be adapted: see ``edge-runtime adapt``.
     """
     encoder = sam.image_encoder
     blocks = list(encoder.blocks)
@@ -194,7 +188,7 @@ def weights_hash(sam: Sam) -> str:
 def save_checkpoint(sam: Sam, path: Path | str, made: Mapping[str, Any] | None = None) -> None:
     """Write ``sam``'s weights in this project's format, atomically.
 
-    ``made`` tells how the weights came about (JSON-like values). Tensors keep their dtype. The
+    ``made`` says how the weights were made (JSON-like values). Tensors keep their dtype. The
     format is a ``torch.save`` dict ``{format, version, model, order, adapted, state_dict, made}``
     that loads with ``weights_only``.
     """
@@ -212,7 +206,7 @@ def save_checkpoint(sam: Sam, path: Path | str, made: Mapping[str, Any] | None =
 
 
 def save_atomically(content: Any, path: Path | str) -> None:
-    """``torch.save`` of which readers never see half a file."""
+    """``torch.save``, whole or not at all."""
     with atomic_file(path, error=CheckpointError) as scratch, open(scratch, "wb") as file:
         torch.save(content, file)
 
@@ -243,7 +237,7 @@ def read_torch_file(path: Path | str, *, lazily: bool = False) -> Any:
 
 
 def recognise(state: Mapping[str, Any]) -> str | None:
-    """The name of the model these weights belong to, by their sizes; None for none of ours."""
+    """The name of the model of these weights, by their sizes; None if it is not supported."""
     patch = state.get("image_encoder.patch_embed.proj.weight")
     if not isinstance(patch, torch.Tensor) or patch.ndim != 4:
         return None
@@ -257,13 +251,13 @@ def recognise(state: Mapping[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose weights are all there, but have not been read.
+    """A complete checkpoint whose weights have not been read yet.
 
     Attributes:
         order: ``"stock"`` or ``"reordered"``.
         adapted: whether the weights were trained for the reordered blocks.
-        made: how they came about.
-        state: the weights, which are read when they are used.
+        made: how they were made.
+        state: the weights, read when they are used.
     """
 
     path: Path
@@ -285,16 +279,15 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path | str, model: str | None = None) -> Checkpoint:
-    """Look into a stock ``segment_anything`` checkpoint or one that this project saved.
+    """Open a stock ``segment_anything`` checkpoint or one that this project saved.
 
     Args:
         path: file written by ``torch.save``: a bare state dict (stock order is assumed) or this
             project's format.
-        model: the name expected; None takes what the weights look like.
+        model: the expected model; None recognises it by its weights.
 
     Raises:
-        CheckpointError: missing, truncated, not a checkpoint, incomplete, or of another model than
-            named.
+        CheckpointError: it is missing, truncated, no checkpoint, incomplete, or of another model.
     """
     if model is not None:
         spec_of(model)

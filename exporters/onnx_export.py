@@ -1,12 +1,4 @@
-"""Stage modules to ONNX files.
-
-One function, :func:`write_stage`: exports a module in opset 23 with dynamic window and prompt
-counts, checks that the graph's inputs and outputs are the ones promised in the manifest, strips
-everything that tells of the machine it was made on, and saves it, weights beside the graph when
-they are large. The same weights give the same bytes, so edges and nodes that export on their own
-agree on a stage's digest. What a stage computes is :mod:`exporters.stages`; whether the file
-computes it is :mod:`exporters.verify`.
-"""
+"""Writes stage modules as ONNX files: the graph, and its weights in a data file beside it."""
 
 from __future__ import annotations
 
@@ -23,17 +15,13 @@ import torch
 from torch import nn
 
 from edge_common.errors import ExportError
-from engines.bundle import Stage, TensorSpec, hash_file, stage_digest
+from engines.bundle import Dtype, Stage, TensorSpec, contract, hash_file, stage_digest
 from engines.geometry import Geometry
 
-from .plain import share_weights, weight_places
 from .precision import Precision
 
 OPSET = 23
-EXTERNAL_FROM = 64 << 20
-"""Weights of this many bytes or more get a file of their own; one protobuf holds 2 GiB at most."""
-
-_FLOAT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_FLOAT: dict[Precision, Dtype] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _EXAMPLE_SIZES = {"n": 3, "p": 2, "k": 4}
 _TORCH = {
     "uint8": torch.uint8,
@@ -50,69 +38,40 @@ Specs = tuple[TensorSpec, ...]
 def stage_specs(
     stage: str, geometry: Geometry, precision: Precision, head_blocks: int | None = None
 ) -> tuple[Specs, Specs]:
-    """Inputs and outputs of ``stage``: the contract its graph has to keep."""
-    g, real = geometry, _FLOAT[precision]
-    w, t, c, low = g.window_pixels, g.tokens_per_window, g.embed_dim, g.low_res
-    pixels = TensorSpec("pixels", "uint8", ("n", w, w, 3))
-    extent = TensorSpec("extent", "int64", ("n", 2))
-    window = TensorSpec("window", "int64", ("n",))
-    hidden = TensorSpec("hidden", real, ("n", t, c))  # type: ignore[arg-type]
-    tokens = TensorSpec("tokens", real, ("n", t, c))  # type: ignore[arg-type]
-    embedding = TensorSpec("embedding", "float32", (1, g.out_chans, g.grid, g.grid))
-    if stage == "head":
-        return (pixels, extent, window), (hidden,)
-    if stage == "stack":
-        return ((pixels, extent) if head_blocks is None else (hidden,)) + (window,), (tokens,)
-    if stage == "tail":
-        every = TensorSpec("tokens", real, (g.windows, t, c))  # type: ignore[arg-type]
-        return (every, TensorSpec("present", "bool", (g.windows,))), (embedding,)
-    if stage == "encoder":
-        return (
-            TensorSpec("pixels", "uint8", (g.windows, w, w, 3)),
-            TensorSpec("extent", "int64", (g.windows, 2)),
-        ), (embedding,)
-    if stage == "decoder":
-        return (
-            embedding,
-            TensorSpec("point_coords", "float32", ("p", "k", 2)),
-            TensorSpec("point_labels", "float32", ("p", "k")),
-            TensorSpec("mask_input", "float32", ("p", 1, low, low)),
-            TensorSpec("has_mask_input", "float32", ("p",)),
-        ), (
-            TensorSpec("low_res_logits", "float32", ("p", 4, low, low)),
-            TensorSpec("iou", "float32", ("p", 4)),
-        )
-    raise ValueError(f"no stage is called {stage!r}")
+    """Inputs and outputs that the graph of ``stage`` must have."""
+    inputs, outputs = (
+        tuple(TensorSpec(name, dtype or _FLOAT[precision], shape) for name, (dtype, shape) in side)
+        for side in map(dict.items, contract(stage, geometry, head_blocks))
+    )
+    return inputs, outputs
 
 
 def write_stage(
     name: str, module: nn.Module, inputs: Specs, outputs: Specs, directory: Path
 ) -> Stage:
-    """Export ``module`` as ``directory/name.onnx`` and describe it for the manifest.
+    """Export ``module`` as ``directory/name.onnx`` in opset 23 and describe it for the manifest.
+
+    Counts of windows and prompts are dynamic. Weights of 256 bytes or more lie in
+    ``name.onnx.data``. The same weights give the same bytes, so that edges and nodes that export on
+    their own agree on a stage's digest; nothing about the exporting machine is in the file.
 
     Raises:
         ExportError: the graph's inputs or outputs are not ``inputs`` and ``outputs``.
         OSError: the file could not be written.
     """
     model = _to_onnx(module.eval(), inputs, outputs)
-    measure_no_uint8(model)
+    avoid_uint8_shapes(model)
     _make_anonymous(model)
     return _save(name, model, inputs, outputs, directory)
 
 
 def _save(name: str, model: ir.Model, inputs: Specs, outputs: Specs, directory: Path) -> Stage:
     _check_signature(name, model, inputs, outputs)
-    file = directory / f"{name}.onnx"
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
-    files = [file.name]
-    if size >= EXTERNAL_FROM:
-        files.append(f"{name}.onnx.data")
-        ir.save(model, file, external_data=files[1])
-    else:
-        ir.save(model, file)
+    files = [f"{name}.onnx", f"{name}.onnx.data"]
+    ir.save(model, directory / files[0], external_data=files[1])
     hashes = {f: hash_file(directory / f) for f in files}
     return Stage(
-        file=file.name, files=hashes, sha256=stage_digest(hashes), inputs=inputs, outputs=outputs
+        file=files[0], files=hashes, sha256=stage_digest(hashes), inputs=inputs, outputs=outputs
     )
 
 
@@ -139,7 +98,7 @@ def _to_onnx(module: nn.Module, inputs: Specs, outputs: Specs) -> ir.Model:
 
 
 class _Positional(nn.Module):
-    """Gives every stage the one signature the exporter's dynamic shapes can be written for."""
+    """Gives every stage a signature for which the exporter accepts dynamic shapes."""
 
     def __init__(self, stage: nn.Module) -> None:
         super().__init__()
@@ -151,7 +110,7 @@ class _Positional(nn.Module):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's chatter off the terminal; its exceptions still say what is wrong."""
+    """Suppress the exporter's output; its exceptions still say what is wrong."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -163,11 +122,11 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def measure_no_uint8(model: ir.Model) -> None:
-    """Let the batch size be read from an input that is not uint8.
+def avoid_uint8_shapes(model: ir.Model) -> None:
+    """Read the batch size from an input that is not uint8.
 
-    TensorRT takes uint8 inputs into a cast and into nothing else
-    (https://github.com/NVIDIA/TensorRT/issues/3985), not even to ask for their shape.
+    TensorRT accepts uint8 inputs only in a cast, not even to ask for their shape
+    (https://github.com/NVIDIA/TensorRT/issues/3985).
     """
     for node in model.graph.all_nodes():
         value = node.inputs[0] if node.op_type == "Shape" else None
@@ -181,7 +140,7 @@ def measure_no_uint8(model: ir.Model) -> None:
 
 
 def _make_anonymous(model: ir.Model) -> None:
-    """Remove stack traces and the like: they hold paths, and make equal graphs differ."""
+    """Remove stack traces and other metadata: they contain paths, and make equal graphs differ."""
     model.metadata_props.clear()
     model.doc_string = None
     model.producer_name, model.producer_version = "edge-runtime", None
@@ -219,10 +178,9 @@ def _describe(value: ir.Value) -> tuple[str | None, str, tuple[int | str | None,
 
 
 def write_float32_twin(stage: Stage, source: Path, directory: Path) -> Stage:
-    """Rewrite a bfloat16 stage as float32: same graph, same (already rounded) weights.
+    """Rewrite a bfloat16 stage as float32, with the same graph and the same rounded weights.
 
-    ONNX Runtime has no bfloat16 arithmetic on CPUs; the twin lets the graph that was written be
-    run there.
+    ONNX Runtime has no bfloat16 arithmetic on CPUs, so the twin is verified there instead.
 
     Args:
         stage: the stage to rewrite, its files in ``source``.
@@ -241,16 +199,19 @@ def write_float32_twin(stage: Stage, source: Path, directory: Path) -> Stage:
 
 
 def write_plain_twin(stage: Stage, source: Path, twin: Stage, directory: Path) -> Path:
-    """Rewrite the plain form of a bfloat16 stage as float32; returns the file.
+    """Rewrite the plain form of a bfloat16 stage as float32 and return the file.
 
     Args:
         stage: the stage with its plain form, its files in ``source``.
-        twin: what :func:`write_float32_twin` made of it in ``directory``; its weights are shared.
+        twin: what :func:`write_float32_twin` made of it in ``directory``; its weights are used.
         directory: where the file goes.
     """
     assert stage.plain is not None
     model = ir.load(source / stage.plain.file)
-    share_weights(model, weight_places(directory / twin.file), directory)
+    weights = ir.load(directory / twin.file).graph.initializers
+    for name, value in model.graph.initializers.items():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value, value.dtype = weights[name].const_value, ir.DataType.FLOAT
     _to_float32(model)
     path = directory / stage.plain.file
     ir.save(model, path)
@@ -258,7 +219,7 @@ def write_plain_twin(stage: Stage, source: Path, twin: Stage, directory: Path) -
 
 
 def _to_float32(model: ir.Model) -> None:
-    """Make every bfloat16 of ``model`` a float32, in place; the values stay."""
+    """Make every bfloat16 of ``model`` a float32 of the same value, in place."""
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if tensor is not None and tensor.dtype == ir.DataType.BFLOAT16:

@@ -1,10 +1,8 @@
-"""In which type a stage's weights are stored and its layers compute.
+"""Converts the weights of a stage to fp32, fp16 or bf16.
 
-``fp32``, ``fp16`` or ``bf16``: matrices, tokens and attention take that type; what is fragile stays
-in float32 whatever was asked for: layer normalisations, softmax statistics, pixel normalisation,
-the prompt encoder, the mask decoder's heads and everything that leaves the tail or the decoder.
-Precision is part of the graph, so engines need no flags and cannot choose otherwise.
-:mod:`exporters.stages` places the casts; this module only converts weights.
+Matrices, tokens and attention take that type. Layer normalisations, softmax statistics, pixel
+normalisation, the prompt encoder, the mask decoder's heads and all outputs of tail and decoder stay
+in float32. :mod:`exporters.stages` places the casts.
 """
 
 from __future__ import annotations
@@ -29,8 +27,7 @@ Stage = TypeVar("Stage", bound=nn.Module)
 def cast(stage: Stage, precision: Precision) -> Stage:
     """A copy of ``stage`` whose weights have ``precision``, except in modules marked ``keep_fp32``.
 
-    The original is left as it is, and weights that need no conversion are shared with it: a copy of
-    ViT-H in float32 costs nothing.
+    Weights that need no conversion are shared with the original.
     """
     return _cast(stage, TORCH_DTYPES[precision])
 

@@ -1,11 +1,7 @@
-"""Procedural scenes with exact masks, on which ``tiny`` is trained and judged.
+"""Draws procedural scenes with exact masks, on which ``tiny`` is trained and evaluated.
 
-A scene is an RGB image and a label map, both a pure function of ``(seed, size, kind)``; no photo is
-involved. Four kinds are drawn here: textured objects that occlude one another on a textured
-background; partitions of the whole image into cells; many small objects alike in colour and texture
-on a shaded background, often grey, where only the place of a click tells them apart; and objects
-made of parts, whose inside varies more than their edge. :mod:`exporters.photolike` draws the fifth.
-Labels are drawn without antialiasing, so masks are exact; the image is softened afterwards.
+A scene is an RGB image and a label map, both a pure function of ``(seed, size, kind)``. Labels are
+drawn without antialiasing, so masks are exact; the image is softened afterwards.
 """
 
 from __future__ import annotations
@@ -17,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from scipy import ndimage
 
-from exporters import photolike
+from exporters import photolike_scenes
 
 KINDS = ("objects", "partition", "alike", "parts")
 SHARES = (0.26, 0.28, 0.34, 0.12)
@@ -277,9 +273,7 @@ def _partition(rng: np.random.Generator, size: int, grey: bool) -> tuple[np.ndar
 
 
 def _alike(rng: np.random.Generator, size: int, grey: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Many small objects of one look on a background whose brightness drifts: only place tells them
-    apart.
-    """
+    """Many small, similar objects on a background of varying brightness."""
     base = _distinct(rng, grey, [], 0)
     drift = _ramp(rng, size) * rng.uniform(0, 60) + _noise(
         rng, size, rng.uniform(1, 4)
@@ -348,7 +342,7 @@ def make_scene(seed: int, size: int = 192, kind: str | None = None) -> Scene:
     """
     rng = np.random.default_rng([seed, 7])
     if kind == PHOTO_LIKE:
-        image, labels, wholes = photolike.paint(rng, size)
+        image, labels, wholes = photolike_scenes.paint(rng, size)
         return Scene(image, labels, kind, wholes)
     drawn = KINDS[int(rng.choice(len(KINDS), p=SHARES))]
     kind = drawn if kind is None else kind

@@ -1,22 +1,18 @@
-"""The stages of a split SAM as modules: Head, Stack, Tail, Encoder, Decoder.
+"""The stages of a split SAM as PyTorch modules: head, stack, tail, encoder, decoder.
 
-Each module holds the weights of a ``segment_anything`` model and computes the same function in a
-form that suits inference: windows stand alone, relative position is folded into plain
-scaled-dot-product attention, and everything the model knows (normalisation, position, padding) is
-inside, so that callers move bytes and know no mathematics. Equality with the original, for every
-kind of padding, is what the tests of this module and :mod:`exporters.verify` check. Precision is
-chosen by :mod:`exporters.precision`, the file format by :mod:`exporters.onnx_export`.
-
-Two paddings, never to be confused. *Image padding* is inside SAM's square but outside the image;
-SAM pads with zeros after normalisation, so ``extent`` tells how many rows and columns of a window
-hold image and the rest becomes zero after normalisation. *Grid padding* are the tokens that fill
-up the last windows of a grid that is not a multiple of the window; SAM adds them as zeros after
-each block's first norm, where they act as keys and values through the biases.
-
-Tensors are token-major (``[..., tokens, channels]``), tokens row by row. Weights set the type a
-layer computes in; normalisations, softmax statistics and the prompt encoder stay in float32
-whatever that type is.
+Each module holds weights of a ``segment_anything`` model and computes the same function, with each
+window on its own and with normalisation, position and padding inside. Tensors are token-major
+(``[..., tokens, channels]``), tokens row by row.
 """
+
+# There are two kinds of padding. Image padding lies inside SAM's square but outside the image: SAM
+# pads with zeros after normalisation, so ``extent`` says how many rows and columns of a window hold
+# image, and the rest is set to zero after normalisation. Grid padding are the tokens that fill up
+# the last windows of a grid that is not a multiple of the window: SAM adds them as zeros after each
+# block's first norm, and through the biases they act as keys and values.
+#
+# A layer computes in the type of its weights. Normalisations, softmax statistics and the prompt
+# encoder always stay in float32.
 
 from __future__ import annotations
 
@@ -78,10 +74,9 @@ def from_windows(windows: Tensor, geometry: Geometry) -> Tensor:
 
 
 class Norm(nn.Module):
-    """Layer normalisation over channels in float32, for SAM's ``LayerNorm`` and ``LayerNorm2d``
-    alike.
+    """Layer normalisation over channels, for SAM's ``LayerNorm`` and ``LayerNorm2d``.
 
-    Takes any float type and returns float32; the caller casts.
+    It takes any float type and returns float32.
     """
 
     keep_fp32 = True
@@ -107,12 +102,10 @@ class TokenLinear(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Fused attention without scaling; q, k, v and the result are [n, heads, tokens, width].
+    """Attention without scaling; q, k, v and the result are [n, heads, tokens, width].
 
-    One operator (opset 23 ``Attention``) whose fused kernels keep softmax statistics in float32
-    on their own; its ``softmax_precision`` attribute stays unset because TensorRT's parser
-    refuses it. All encoder attention comes through here, so another form for engines that lack
-    the operator replaces this function alone.
+    It is exported as one ``Attention`` of opset 23. Fused kernels keep softmax statistics in
+    float32; the attribute ``softmax_precision`` stays unset because TensorRT's parser refuses it.
     """
     return F.scaled_dot_product_attention(q, k, v, scale=1.0)
 
@@ -177,7 +170,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """``valid`` bool [n, t, 1] marks tokens inside the grid; None where all are."""
         y = self.norm1(x).to(x.dtype)
-        if valid is not None:  # by selection: multiplying would turn an Inf into NaN
+        if valid is not None:  # select: multiplying by zero would turn an Inf into NaN
             y = torch.where(valid, y, torch.zeros((), dtype=y.dtype))
         x = x + self.attn(y)
         return x + self.mlp(self.norm2(x).to(x.dtype))
@@ -228,7 +221,7 @@ def positions(encoder: ImageEncoderViT, geometry: Geometry) -> Tensor:
 
 
 class Stack(nn.Module):
-    """Window blocks on windows that know nothing of one another.
+    """Window blocks, each window on its own.
 
     With ``pixels``: (pixels uint8 [n, w, w, 3], extent int64 [n, 2], window int64 [n]) to tokens
     [n, t, c].
@@ -265,12 +258,12 @@ def window_blocks(encoder: ImageEncoderViT) -> list[SamBlock]:
 
 
 def make_head(sam: Sam, head_blocks: int) -> Stack:
-    """The part before the wire: patch embedding and the first ``head_blocks`` window blocks."""
+    """The part on the edge: patch embedding and the first ``head_blocks`` window blocks."""
     return Stack(sam, window_blocks(sam.image_encoder)[:head_blocks], pixels=True)
 
 
 def make_stack(sam: Sam, head_blocks: int | None) -> Stack:
-    """The part nodes compute: all window blocks, or those after the head's."""
+    """The part on nodes: all window blocks, or those after the head's."""
     return Stack(sam, window_blocks(sam.image_encoder)[head_blocks or 0 :], head_blocks is None)
 
 
@@ -293,8 +286,8 @@ class Tail(nn.Module):
     """Global blocks and neck: (tokens [windows, t, c], present bool [windows]) to embedding
     float32 [1, d, g, g].
 
-    A window that is not present lies wholly in image padding. Its tokens depend on its index
-    alone; they are held here, and whatever ``tokens`` says of it is ignored.
+    A window that is not present lies wholly in image padding. Its tokens depend only on its index
+    and are stored here; its rows in ``tokens`` are ignored.
     """
 
     absent: Tensor  # [windows, t, c]
@@ -368,7 +361,7 @@ class Encoder(nn.Module):
 
 
 class Prompts(nn.Module):
-    """SAM's prompt encoder as selections instead of indexed writes; float32.
+    """SAM's prompt encoder with selections instead of indexed writes; float32.
 
     (point_coords [p, k, 2] in pixels of the square, point_labels [p, k], mask_input [p, 1, 4g,
     4g], has_mask_input [p]) to sparse [p, k, d] and dense [p, g * g, d]. Labels: 1 foreground, 0
@@ -427,10 +420,9 @@ class Prompts(nn.Module):
 
 
 class DecoderAttention(nn.Module):
-    """Attention of the mask decoder in its plain form, softmax in float32.
+    """Attention of the mask decoder, written out, with softmax in float32.
 
-    Its logits are small (a few prompt tokens on one side), so nothing is to be gained from fusing
-    and the plain form runs everywhere.
+    Its logits are small (a few prompt tokens on one side), so fusing gains nothing.
     """
 
     def __init__(self, attention: SamDecoderAttention) -> None:
@@ -483,7 +475,7 @@ class DecoderBlock(nn.Module):
 
 
 class Fp32Mlp(nn.Module):
-    """One of the decoder's small heads; float32, for its output decides masks and their ranking."""
+    """One of the decoder's small heads, in float32: its output decides masks and their ranking."""
 
     keep_fp32 = True
 

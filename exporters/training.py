@@ -1,10 +1,7 @@
-"""How a SAM is trained here: batches of scenes and prompts, losses, and a trainer whose runs resume
-exactly.
+"""Trains a small SAM: batches of scenes and prompts, losses, and a trainer that resumes exactly.
 
-Every batch is a pure function of ``(seed, step)``, so a run interrupted and resumed takes the same
-steps as one that was not. Each object is prompted several times, as SAM was trained: first with a
-point or a box, then with corrective clicks on the model's own errors. ``docs/training.md`` gives
-the recipe and its reasons.
+Every batch is a pure function of ``(seed, step)``. Each object is prompted several times: first
+with a point or a box, then with corrective clicks. ``docs/training.md`` explains the recipe.
 """
 
 from __future__ import annotations
@@ -40,7 +37,7 @@ FIRST_ROUND = 0.4  # weight of the first round's loss; the corrections share the
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides what a run computes."""
+    """All settings of a run."""
 
     model: str = "tiny"
     seed: int = 1
@@ -138,7 +135,7 @@ def _augment_colour(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
 def _crop(
     rng: np.random.Generator, image: np.ndarray, label: np.ndarray, depth: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Turn, mirror, zoom into and cut a scene; its longest side stays as it was."""
+    """Rotate, mirror, zoom and crop a scene; its longest side stays the same."""
     s, turns, flip = len(image), int(rng.integers(4)), rng.random() < 0.5
     image, label, depth = (np.rot90(a, turns) for a in (image, label, depth))
     if flip:
@@ -415,7 +412,7 @@ def resize_state(state: dict[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]
 
 
 class Trainer:
-    """A run of training: model, optimiser, running average, and where it stands."""
+    """A run of training: model, optimiser, running average, progress."""
 
     def __init__(self, config: TrainConfig, device: torch.device | None = None) -> None:
         self.config, self.step = config, 0
@@ -434,7 +431,7 @@ class Trainer:
         self._attach()
 
     def begin_from(self, sam: Sam) -> None:
-        """Take over the weights of a stock-order model of the same kind before the first step."""
+        """Start from the weights of a stock-order model of the same kind."""
         state = resize_state(sam.state_dict(), self.spec)
         self.sam.load_state_dict(state)
         self.average = {k: v.detach().clone() for k, v in self.sam.state_dict().items()}
@@ -499,7 +496,7 @@ class Trainer:
         return float(np.interp(progress, (0.25, 0.5), (1.0, 0.2)))
 
     def agreement(self) -> float:
-        """Weight of all three masks at this step: they part at first and agree more and more.
+        """Weight of all three masks' mean loss at this step; it grows, so that the masks agree.
 
         Most prompts are hardly ambiguous: with three masks far apart, choosing by predicted IoU
         lost more than the best of them gained (0.799 chosen, 0.814 for the single mask).
@@ -625,9 +622,7 @@ class Trainer:
     def resume(
         cls, path: Path, device: torch.device | None = None, steps: int | None = None
     ) -> Trainer:
-        """Continue a run from :meth:`save`'s file; ``steps`` replaces its budget, reshaping its
-        schedule.
-        """
+        """Continue a run from :meth:`save`'s file; ``steps`` replaces its number of steps."""
         state = read_torch_file(path)
         if not isinstance(state, dict) or state.get("format") != "edge-runtime-train":
             raise CheckpointError(f"{path} is not the state of a training run")

@@ -1,7 +1,7 @@
-"""Compare what was written with the original model.
+"""Compares written stages with the original model.
 
-Stages run in ONNX Runtime, through the engine that will serve them, on samples whose answers come
-from the untouched ``segment_anything`` modules (:mod:`exporters.golden`).
+Stages run in ONNX Runtime, on samples with the outputs of the unchanged ``segment_anything``
+modules (:mod:`exporters.golden`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from segment_anything.modeling import Sam
 
 from edge_common.errors import ExportError
 from engines.bundle import Bundle, Stage
-from engines.dtypes import from_wire
+from engines.dtypes import to_float32
 from engines.ort import OrtEngine
 from engines.parity import TOLERANCES as TOLERANCES
 from engines.parity import Comparison, Pair, Tolerance, compare
@@ -32,7 +32,7 @@ class Row(Comparison):
 
     Attributes:
         stage: name of the stage, or ``end to end``.
-        passed: whether all of it is within tolerance.
+        passed: whether everything is within tolerance.
     """
 
     stage: str
@@ -52,13 +52,12 @@ def verify_stage(
 ) -> Row:
     """Compare the stage in file ``path`` with the original on every sample.
 
-    The stage is fed the reference's inputs, so that the row tells of this stage alone. For the
-    masks, the original continues from the stage's outputs, which for most stages takes longer than
-    all the rest.
+    The stage gets the reference's inputs, so that the row measures this stage alone. For the masks,
+    the original continues from the stage's outputs, which takes most of the time.
 
     Args:
-        unfinished: for so many of the first samples, masks are not compared: :func:`verify_bundle`
-            compares them.
+        unfinished: number of samples, from the first on, whose masks are not compared here, because
+            :func:`verify_bundle` compares them.
 
     Raises:
         EngineError: ONNX Runtime can't open or run it.
@@ -77,11 +76,10 @@ def verify_stage(
 def verify_plain(
     graphs: Mapping[str, tuple[Stage, Path]], sample: Sample, sam: Sam, tolerance: Tolerance
 ) -> list[Row]:
-    """Compare the plain forms of all stages with the original, each fed what the one before gave.
+    """Compare the plain forms of all stages with the original, each fed by the stage before.
 
-    They share the weights of the main forms, so one sample shows whether they compute the same.
-    Errors add up along the way, and every stage but the decoder is charged with the masks at its
-    end, so this is stricter than :func:`verify_stage`.
+    They share the weights of the main forms, so one sample is enough. Errors add up, and the masks
+    at the end count for every stage, so this is stricter than :func:`verify_stage`.
 
     Args:
         graphs: by name, in the order in which they run.
@@ -111,7 +109,7 @@ def verify_plain(
 
 def _run(engine: OrtEngine, name: str, stage: Stage, sample: Sample) -> Arrays:
     answer = engine.run(sample.feeds(name, stage))
-    return {s.name: from_wire(answer[s.name], s.dtype) for s in stage.outputs}
+    return {s.name: to_float32(answer[s.name], s.dtype) for s in stage.outputs}
 
 
 def _pairs(name: str, stage: Stage, got: Arrays, sample: Sample) -> list[Pair]:
@@ -119,7 +117,7 @@ def _pairs(name: str, stage: Stage, got: Arrays, sample: Sample) -> list[Pair]:
 
 
 def _fed(sample: Sample, name: str, got: Arrays) -> Sample:
-    """The sample with a stage's outputs in the place of the reference's."""
+    """The sample with a stage's outputs in place of the reference's."""
     if name == "head":
         new = {"stack.hidden": got["hidden"]}
     elif name == "stack":
@@ -132,7 +130,7 @@ def _fed(sample: Sample, name: str, got: Arrays) -> Sample:
 
 
 def verify_bundle(bundle: Bundle, sample: Sample, tolerance: Tolerance) -> Row:
-    """Compare the image embedding and the masks of a whole bundle, run as a deployment runs it."""
+    """Compare the image embedding and the masks of a whole bundle, run by :class:`Pipeline`."""
     prompts = ("point_coords", "point_labels", "mask_input", "has_mask_input")
     with Pipeline(bundle, device="cpu") as pipeline:
         embedding = pipeline.embed(sample.windows)
@@ -143,13 +141,13 @@ def verify_bundle(bundle: Bundle, sample: Sample, tolerance: Tolerance) -> Row:
 
 
 def require(row: Row, precision: Precision, tolerance: Tolerance) -> None:
-    """Raise ExportError, saying what was missed and what may help, unless ``row`` passed."""
+    """Raise ExportError unless ``row`` passed; it says what was missed and what may help."""
     if row.passed:
         return
     advice = {
         "fp32": "the checkpoint may hold values no float32 graph can reproduce",
         "fp16": "the weights may be too large for fp16: try --precision bf16 or fp32",
-        "bf16": "the weights do not bear bf16: try --precision fp16 or fp32",
+        "bf16": "the weights lose too much in bf16: try --precision fp16 or fp32",
     }[precision]
     if not row.finite:
         raise ExportError(f"{row.stage} gives NaN or Inf in {precision}; {advice}")
@@ -158,7 +156,7 @@ def require(row: Row, precision: Precision, tolerance: Tolerance) -> None:
 
 
 def _masks(name: str, got: Arrays, sample: Sample, sam: Sam) -> np.ndarray:
-    """Logits [p, 4, 4g, 4g] of the original when ``got`` stands in for one stage's outputs."""
+    """Logits [p, 4, 4g, 4g] of the original with ``got`` in place of a stage's outputs."""
     if name == "decoder":
         return got["low_res_logits"]
     if name in ("tail", "encoder"):

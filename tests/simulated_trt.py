@@ -147,5 +147,5 @@ def install(monkeypatch: pytest.MonkeyPatch) -> SimulatedMachine:
     monkeypatch.setattr(libraries, "installed", machine.installed)
     monkeypatch.setattr(libraries, "load", machine.load)
     monkeypatch.setattr(selection, "open_plan", machine.open_plan)
-    selection._say.cache_clear()
+    selection._warn_once.cache_clear()
     return machine

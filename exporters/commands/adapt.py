@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_common.options import COUNT, RATE, SEED, THREADS
-from exporters.early import DEVICE_HELP
+from exporters.path_checks import DEVICE_HELP
 
 if TYPE_CHECKING:
     from edge_common.progress import Progress
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     """Adapt until the budget of steps is spent, or until interrupted."""
     from edge_common.errors import ConfigError
     from edge_common.progress import progress
-    from exporters.early import check_checkpoint_file, check_place, image_files
+    from exporters.path_checks import check_checkpoint_file, check_place, image_files
 
     if args.out.exists() and not args.force:
         raise ConfigError(f"{args.out} exists already; choose another --out or add --force")
@@ -77,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
         work.note = "loading PyTorch"
         adaptation = _prepare(args, work)
     from exporters.adapt import smoothed
+    from exporters.commands.common import made_with, say
     from exporters.models import save_checkpoint
-    from exporters.runs import made_with, say
 
     ranks, config = adaptation.ranks, adaptation.config
     state = _state_of(args.out)
@@ -113,12 +113,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace, work: Progress) -> Adaptation:
-    """Everything before the first step, the quickest checks first."""
+    """Everything before the first step, quickest checks first."""
     import torch
 
     from exporters.adapt import Adaptation, AdaptConfig, Folder, Ranks, Scenes, check, default_lr
+    from exporters.commands.common import choose_device, say
     from exporters.models import open_checkpoint, spec_of
-    from exporters.runs import choose_device, say
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -163,7 +163,7 @@ def _state_of(out: Path) -> Path:
 
 
 def _report(args: argparse.Namespace, model: str, error: float, steps: int) -> None:
-    from exporters.runs import say
+    from exporters.commands.common import say
 
     out, bundle = shlex.quote(str(args.out)), shlex.quote(args.out.stem)
     following = f"edge-runtime export --model {model} --checkpoint {out} --out {bundle}"
@@ -182,7 +182,7 @@ def _steps(adaptation: Adaptation, state: Path, save_every: int) -> bool:
 
     from edge_common.signals import stop_requests
     from exporters.adapt import smoothed
-    from exporters.runs import STOPPING, progress_bar, say
+    from exporters.commands.common import STOPPING, progress_bar, say
 
     steps, ranks = adaptation.config.steps, adaptation.ranks
     quiet = ranks.rank != 0

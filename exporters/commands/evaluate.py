@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_common.options import COUNT, THREADS
-from exporters.early import DEVICE_HELP, check_checkpoint_file
+from exporters.path_checks import DEVICE_HELP, check_checkpoint_file
 
 if TYPE_CHECKING:
     from edge_common.progress import Progress
@@ -88,8 +88,8 @@ def run(args: argparse.Namespace) -> int:
             check_checkpoint_file(path)
     with progress("preparing") as work:
         work.note = "loading PyTorch"
+        from exporters.commands.common import choose_device, made_with, progress_bar
         from exporters.evaluate import blurred, evaluate
-        from exporters.runs import choose_device, made_with, progress_bar
 
         device = choose_device(args.device)
         rows, weights = _rows(args, work)
@@ -175,8 +175,8 @@ def _rows(
 def _sets(args: argparse.Namespace) -> list[tuple[str, Any]]:
     """The data to score on: what it is, and its samples."""
     from exporters.coco import CocoFile
+    from exporters.demo_photo import demo_photo
     from exporters.evaluate import Sample, held_out_scenes
-    from exporters.photos import demo_photo
     from exporters.scenes import PHOTO_LIKE
 
     if args.annotations is not None:
@@ -196,7 +196,7 @@ def _sets(args: argparse.Namespace) -> list[tuple[str, Any]]:
 
 
 def _command(args: argparse.Namespace) -> str:
-    """The command line that gives these figures; of files the names alone, not where they lie."""
+    """The command line that gives these figures, with file names but no folders."""
     words = ["edge-runtime", "evaluate"]
     for name in ("stock", "adapted", "annotations", "images"):
         path: Path | None = getattr(args, name)

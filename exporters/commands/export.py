@@ -1,7 +1,4 @@
-"""``edge-runtime export``: make a bundle from a SAM checkpoint.
-
-Parses arguments and shows progress and the table of parity; the work is :mod:`exporters.export`'s.
-"""
+"""``edge-runtime export``: make a bundle from a SAM checkpoint."""
 
 from __future__ import annotations
 
@@ -93,12 +90,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export, then print the table of parity and where to go next."""
+    """Export, then print the table of parity and the next steps."""
     from rich.console import Console
 
     from edge_common.errors import ExportError
     from edge_common.files import refuse_existing
-    from exporters.early import check_checkpoint_file, check_place
+    from exporters.path_checks import check_checkpoint_file, check_place
 
     started = time.monotonic()
     refuse_existing(args.out, ExportError, "choose another --out")
@@ -187,10 +184,10 @@ def _run_export(
 
 
 def _give_memory_back() -> None:
-    """Have glibc return freed blocks of 4 MiB and more to the system at once.
+    """Make glibc return freed blocks of 4 MiB and more to the system at once.
 
-    By default it raises that size as it goes and keeps what a closed engine held: over 2 GB after
-    the first of ViT-H's, in pieces that the next engine cannot use.
+    By default it raises that size and keeps the memory of a closed engine: over 2 GB after the
+    first of ViT-H's, in pieces that the next engine cannot use.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 4 << 20)

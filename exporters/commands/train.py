@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_common.options import COUNT, RATE, SEED, THREADS, Number
-from exporters.early import DEVICE_HELP
+from exporters.path_checks import DEVICE_HELP
 
 _NONE = Number(0, 10_000_000, whole=True)
 _DESCRIPTION = """\
@@ -67,9 +67,9 @@ def run(args: argparse.Namespace) -> int:
 
     from edge_common.errors import ConfigError
     from edge_common.signals import stop_requests
+    from exporters.commands.common import STOPPING, choose_device, made_with, progress_bar, say
     from exporters.evaluate import CORRECTIONS, evaluate, held_out_scenes
     from exporters.models import STOCK, load_checkpoint, save_checkpoint
-    from exporters.runs import STOPPING, choose_device, made_with, progress_bar, say
     from exporters.scenes import PHOTO_LIKE
     from exporters.training import TrainConfig, Trainer
 

@@ -202,7 +202,7 @@ def test_what_an_edge_asked_before_it_left_is_not_computed(
         accepted(left, five)
         sent = accepted(other, five)
         left.socket.close(linger=0)
-        until(lambda: "has left; 1 of its requests waited" in shared.logged())
+        until(lambda: "has ended with 1 waiting requests" in shared.logged())
     message, _ = other.receive()
     assert isinstance(message, Result)
     assert message.id == sent

@@ -27,7 +27,7 @@ from node_metrics import nonzero
 
 from cloud_node import listener, server
 from cloud_node.config import NodeConfig, Prepared, prepare
-from cloud_node.poison import Suspects
+from cloud_node.poison import PoisonTracker
 from cloud_node.pool import OnEvent, Pool, PoolClosed, Slot, WorkerDied, WorkerEvent
 from cloud_node.queue import Queue
 from cloud_node.server import Server
@@ -93,7 +93,7 @@ class Fault:
             raise Injected(place)
 
     def _under(self, frame: FrameType | None) -> bool:
-        while frame is not None and frame.f_code is not Server._left_soon.__code__:
+        while frame is not None and frame.f_code is not Server._on_frame_freed.__code__:
             if frame.f_code is self._root:
                 return True
             frame = frame.f_back
@@ -108,6 +108,7 @@ class Worker(Pool):
         self.max_batch, self.lanes = prepared.bundle.geometry.windows, 1
         self.ends: Ends = []
         self.out: set[Batch] = set()
+        self.runs = 0
         self.computing = self.busy = self.closed = False
 
     @property
@@ -142,6 +143,7 @@ class Batch(Slot):
     def __init__(self, worker: Worker) -> None:
         super().__init__(_arrays(worker.stage.inputs, worker.max_batch))
         self.worker = worker
+        self.outputs: Feeds = {}
         worker.out.add(self)
 
     async def run(self, n: int) -> Feeds:
@@ -157,9 +159,13 @@ class Batch(Slot):
         if error := (worker.ends.pop(0) if worker.ends else None):
             raise error
         self.compute_us = 10
-        return _arrays(worker.stage.outputs, n)
+        worker.runs += 1
+        self.outputs = _arrays(worker.stage.outputs, n)
+        return self.outputs
 
     def _recycle(self) -> None:
+        for array in self.outputs.values():
+            array[:] = 7  # the next batch writes here
         self.worker.out.discard(self)
         self.worker.idle.set()
 
@@ -292,7 +298,7 @@ class Running:
             queue = self.server._queue
             for job in self.server._open:
                 job.due = 0.0
-            queue._dues = [(0.0, number) for number in queue._jobs]
+            queue._deadlines = [(0.0, number) for number in queue._jobs]
 
         self.call(work)
 
@@ -418,7 +424,7 @@ def expired_again(running: Running) -> tuple[list[bytes], int]:
     late = running.computing(*(running.request(windows) for windows in (2, 3, 4)))
     running.worker.busy = True
     running.call(running.worker.go.set)
-    running.until(lambda: bool(running.server._again))
+    running.until(lambda: bool(running.server._retries))
     running.arm()
     running.make_late()
     running.until(lambda: set(running.told(Refused)) >= set(late))
@@ -478,9 +484,9 @@ ACTS = {
     "shed": Act(Server._handle, shed),
     "expired": Act(Server._expire, expired),
     "expired again": Act(Server._expire, expired_again),
-    "worker event": Act(Server._heard, worker_event),
-    "left": Act(Server._left_behind, left),
-    "revoked": Act(Server._revoked, revoked),
+    "worker event": Act(Server._on_worker_event, worker_event),
+    "left": Act(Server._on_connection_ended, left),
+    "revoked": Act(Server._on_revoked, revoked),
 }
 
 
@@ -519,11 +525,11 @@ class Deaf(logging.Filter):
 BROKEN: dict[str, tuple[str, Any, str]] = {
     "sending": ("computed", listener.Door, "send"),
     "encoding": ("computed", server, "encode"),
-    "estimating": ("computed", Queue, "measured"),
+    "estimating": ("computed", Queue, "record_batch"),
     "logging results": ("computed", server.log, "filters"),
     "refusing": ("one failed", server, "refuse"),
     "logging failures": ("failed alone", server.log, "filters"),
-    "suspecting": ("died", Suspects, "died"),
+    "suspecting": ("died", PoisonTracker, "died"),
     "logging deaths": ("died", server.log, "filters"),
 }
 
@@ -552,3 +558,57 @@ def test_what_raises_again_and_again_keeps_nothing_open(
     assert running.server._queue.running == 0
     told = running.told(Result, Refused)
     assert sorted(told) == (sorted(sent) if what not in ("send", "encode", "refuse") else [])
+
+
+def test_a_request_is_late_between_two_ticks_too(
+    start: Callable[[], Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_TICK_S", 3600.0)
+    running = start()
+    running.worker.go.clear()
+    first = running.request(9)
+    running.computing(first)
+    late = running.request(9, deadline_ms=50)
+    running.accepted(late)
+    due = max(job.due for job in running.server._open if job.id == late)
+    running.until(lambda: running.loop.time() > due)
+    running.settle([first, late])
+    assert running.told(Result) == [first]
+    assert [m.code for m in running.heard if isinstance(m, Refused)] == ["deadline"]
+    assert running.worker.runs == 1
+
+
+def test_a_batch_that_only_waited_for_a_worker_that_died_is_run_again(
+    start: Callable[[], Running],
+) -> None:
+    running = start()
+    running.worker.ends = [WorkerDied("no", began=False)]
+    sent = [running.request(windows) for windows in (2, 3, 4)]
+    running.settle(running.computing(*sent))
+    assert sorted(running.told(Result)) == sorted(sent)
+    assert not running.server._poison._deaths
+
+
+def test_a_draining_node_waits_for_replies_that_have_not_left(
+    start: Callable[[], Running],
+) -> None:
+    running = start()
+    running.call(running.server._unread.update, {"a": 1000})
+    running.call(running.stop.set)
+    running.thread.join(0.5)
+    assert running.thread.is_alive()
+    running.call(running.server._on_frame_freed, "a", 1000)
+    running.thread.join(30)
+    assert not running.thread.is_alive()
+
+
+def test_the_outputs_of_a_batch_are_in_the_reply_before_their_memory_is_used_again(
+    start: Callable[[], Running],
+) -> None:
+    running = start()
+    running.worker.go.set()
+    running.request(9)
+    (accepted, _), (result, outputs) = running.edge.receive(), running.edge.receive()
+    assert isinstance(accepted, Accepted)
+    assert isinstance(result, Result)
+    assert not outputs["tokens"].any()

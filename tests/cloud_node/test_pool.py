@@ -104,7 +104,8 @@ async def running(bundle: Path | Bundle, **options: Any) -> AsyncIterator[Watche
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(main)
+    """A fault ends in a failure, not in a wait without end."""
+    asyncio.run(asyncio.wait_for(main, 90))
 
 
 def fill(slot: Slot, feeds: Feeds) -> int:
@@ -319,7 +320,7 @@ def test_a_run_that_the_node_cannot_handle_is_lost_with_its_worker(
     async def main() -> None:
         async with running(bundle_of("pixels"), noop=True) as pool:
             with monkeypatch.context() as patch:
-                patch.setattr(pool_module._Lane, "_done", lambda *_: 1 // 0)
+                patch.setattr(pool_module._Lane, "_end_run", lambda *_: 1 // 0)
                 slot = await pool.acquire()
                 with pytest.raises(WorkerDied):
                     await slot.run(fill(slot, batch(2)))
@@ -341,7 +342,9 @@ def test_a_lane_that_nobody_looks_after_ends_the_pool(
             os.kill(pid, signal.SIGSTOP)  # so that the run can't be over before
             slots = [await pool.acquire() for _ in range(2)]
             runs = [asyncio.ensure_future(slot.run(fill(slot, batch(2)))) for slot in slots]
-            monkeypatch.setattr(pool_module._Lane, "_lose", _once(pool_module._Lane._lose))
+            monkeypatch.setattr(
+                pool_module._Lane, "_fail_runs", _once(pool_module._Lane._fail_runs)
+            )
             os.kill(pid, signal.SIGKILL)
             with pytest.raises(ZeroDivisionError):
                 await asyncio.wait_for(following, 60)
@@ -919,8 +922,8 @@ def test_nothing_mixes_in_a_storm(
             await asyncio.gather(*(client(pool, 10) for _ in range(8)))
             assert answered > 100
             for lane in pool._lanes:  # and everything is back
-                assert sorted(lane._places) == [0, 1]
-                assert (lane._out, lane.flights) == (set(), {})
+                assert sorted(lane._free_places) == [0, 1]
+                assert (lane._slots, lane.runs) == (set(), {})
 
     run(main())
 

@@ -241,10 +241,10 @@ def test_a_place_that_cannot_be_written_is_told_before_any_node_starts(
 
 
 def test_the_committed_reference_is_what_its_recipe_makes() -> None:
-    from exporters import photos
+    from exporters import demo_photo
 
     with Image.open(demo.REFERENCE) as committed:
-        assert np.array_equal(np.array(committed), photos.labels())
+        assert np.array_equal(np.array(committed), demo_photo.labels())
     import skimage
 
     source = Path(skimage.__file__).parent / "data" / "coins.png"

@@ -568,7 +568,7 @@ def test_unfused_and_unknown_attention_is_told_apart(record: PlanRecord) -> None
     text = unfused(msgspec.structs.replace(record, attention=attention))
     assert text is not None
     assert "1 of 3 attentions were NOT fused (b)" in text
-    assert "the engine inspector does not tell whether 1 of 3 attentions were fused (c)" in text
+    assert "the engine inspector does not say whether 1 of 3 attentions were fused (c)" in text
 
 
 def test_a_stage_without_any_attention_is_not_taken_for_fused(record: PlanRecord) -> None:

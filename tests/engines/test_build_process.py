@@ -55,7 +55,7 @@ def test_warnings_alike_but_for_numbers_are_passed_on_once(heard: list[Event]) -
     log.add(2, "another")
     assert texts(heard) == ["Running layernorm after self-attention in FP16, layer 0", "another"]
     log.summarise()
-    assert texts(heard)[2:] == ["31 more warnings, alike but for their numbers"]
+    assert texts(heard)[2:] == ["31 more warnings that differ only in numbers"]
 
 
 def test_talk_below_a_warning_and_settled_warnings_are_left_out(heard: list[Event]) -> None:

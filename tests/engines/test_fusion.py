@@ -351,6 +351,16 @@ def test_inspector_one_block_missing_is_untold() -> None:
     assert states(inspect([fused_block(0)], PLAIN)) == {"attention.0": None}
 
 
+@pytest.mark.parametrize("missing", ["logits", "softmax", "values"])
+def test_inspector_an_attention_kernel_for_part_of_an_attention_is_untold(missing: str) -> None:
+    names = {step: f"attention.0/block.1/{step}" for step in ("logits", "softmax", "values")}
+    rest = names.pop(missing)
+    part = layer("_gemm_mha_v2_myl0_18", "kgen", "_gemm_mha_v2_0x95", *names.values())
+    other = layer("__myl_MaxrSubExpSumDivMul_myl0_2", "kgen", "__myl_MaxrSub_0x12", rest)
+    assert states(inspect([fused_block(0), part, other], PLAIN)) == {"attention.0": None}
+    assert states(inspect([fused_block(0), part], PLAIN)) == {"attention.0": None}
+
+
 def test_inspector_names_of_nodes_are_no_evidence() -> None:
     """Real graphs have nodes such as /encoder/layers_2/mha/attn/MatMul (NVIDIA/TensorRT#4397)."""
     core = frozenset({"/mha/QK", "/mha/Softmax", "/mha/AV"})

@@ -72,13 +72,16 @@ def test_outputs_go_where_they_are_wanted(engine: OrtEngine) -> None:
 @pytest.mark.parametrize(
     ("out", "reason"),
     [
-        ({}, "returns tokens, but there is room for nothing"),
-        ({"masks": np.empty((2, 16, 8), "f4")}, "returns tokens, but there is room for masks"),
+        ({}, "returns tokens, but out has nothing"),
+        ({"masks": np.empty((2, 16, 8), "f4")}, "returns tokens, but out has masks"),
         ({"tokens": np.empty((3, 16, 8), "f4")}, r"float32 \(2, 16, 8\), .* float32 \(3, 16, 8\)"),
-        ({"tokens": np.empty((2, 16), "f4")}, r"room for float32 \(2, 16\)"),
-        ({"tokens": np.empty((2, 16, 8), "f8")}, "room for float64"),
-        ({"tokens": np.empty((2, 8, 16), "f4").transpose(0, 2, 1)}, "not writable memory of one"),
-        ({"tokens": np.frombuffer(bytes(1024), "f4").reshape(2, 16, 8)}, "not writable memory"),
+        ({"tokens": np.empty((2, 16), "f4")}, r"out has float32 \(2, 16\)"),
+        ({"tokens": np.empty((2, 16, 8), "f8")}, "out has float64"),
+        (
+            {"tokens": np.empty((2, 8, 16), "f4").transpose(0, 2, 1)},
+            "is not a writable",
+        ),
+        ({"tokens": np.frombuffer(bytes(1024), "f4").reshape(2, 16, 8)}, "is not a writable"),
     ],
 )
 def test_room_that_does_not_fit_is_refused(

@@ -22,7 +22,7 @@ from engines.bundle import (
     stage_digest,
     write_manifest,
 )
-from engines.dtypes import from_wire, to_wire
+from engines.dtypes import to_float32, to_stored
 from engines.engine import Engine
 from engines.ort import OrtEngine
 from engines.parity import END_TO_END, TOLERANCES, Report, Verdict, Watcher, compare, gate
@@ -685,13 +685,13 @@ class Rounded(Engine):
     def run(self, feeds: Any, out: Any = None) -> dict[str, np.ndarray]:
         assert out is None
         plain = {
-            spec.name: from_wire(feeds[spec.name], spec.dtype)
+            spec.name: to_float32(feeds[spec.name], spec.dtype)
             if spec.dtype == "bfloat16"
             else feeds[spec.name]
             for spec in self.inputs
         }
         found = self._engine.run(plain)
-        wire = {spec.name: to_wire(found[spec.name], spec.dtype) for spec in self.outputs}
+        wire = {spec.name: to_stored(found[spec.name], spec.dtype) for spec in self.outputs}
         return self._machine.spoil(self._stage, wire)
 
     def close(self) -> None:

@@ -224,26 +224,26 @@ def test_a_pipe_in_place_of_a_plan_does_not_hang(bundle: Bundle) -> None:
 @pytest.mark.parametrize(
     ("number", "mend"),
     [
-        (errno.ENOSPC, "Make room"),
-        (errno.EDQUOT, "Make room"),
-        (errno.EROFS, "copy the bundle to a directory that you may write"),
-        (errno.EACCES, "copy the bundle to a directory that you may write"),
+        (errno.ENOSPC, "make room"),
+        (errno.EDQUOT, "make room"),
+        (errno.EROFS, "copy the bundle, .* to a directory that you may write"),
+        (errno.EACCES, "copy the bundle, .* to a directory that you may write"),
         (errno.EIO, "Input/output error"),
     ],
 )
-@pytest.mark.parametrize("step", ["_flush", "_write_whole"])
+@pytest.mark.parametrize("step", ["flush_to_disk", "json_bytes"])
 def test_a_disk_that_refuses_leaves_the_old_plan(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, number: int, mend: str, step: str
 ) -> None:
     old = put(bundle, record_of(bundle))
 
-    def refuse(*args: object) -> None:
+    def refuse(*args: object, **more: object) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(plan_module, step, refuse)
     with pytest.raises(BuildError, match=mend) as caught:
         put(bundle, record_of(bundle, build_seconds=9.0))
-    assert str(old.path) in str(caught.value)
+    assert str(old.path.with_suffix("")) in str(caught.value)
     assert plans(bundle) == [old]
     assert old.read() == CONTENT
     assert len(list(old.path.parent.iterdir())) == 2  # no leftovers
@@ -316,7 +316,7 @@ def test_a_library_that_lacks_the_gpu_is_not_asked_to_build_again(
     plan = put(bundle, record_of(bundle, library=RTX, capabilities=PORTABLE))
     assert f"this GPU has {capability}" in told()
     refused(told(), bundle, "tensorrt")
-    with pytest.raises(PlanError, match="however often") as caught:
+    with pytest.raises(PlanError, match="building again does not help") as caught:
         check(plan, bundle, RTX, capability, gpu)
     refused(str(caught.value), bundle, "tensorrt")
 
@@ -409,6 +409,9 @@ def test_the_newest_of_several_that_fit_is_found(bundle: Bundle) -> None:
         ({}, RTX, "8.6", "Orin", "built with tensorrt 10.3.0, this is tensorrt-rtx"),
         ({}, JETPACK, "8.6", "Orin", "compute capability 8.7, this GPU has 8.6"),
         ({}, JETPACK, "8.7", "Other", "on the GPU Orin, this is Other"),
+        ({}, JETPACK, "8.7", "Orin Nano", "on the GPU Orin, this is Orin Nano"),
+        ({"gpu": "Orin Nano"}, JETPACK, "8.7", "Orin", "on the GPU Orin Nano, this is Orin"),
+        ({"gpu": None}, JETPACK, "8.7", "Orin", "on a GPU without a name, this is Orin"),
         ({"model": "vit_b"}, JETPACK, "8.7", "Orin", "stale: .* the model vit_b"),
         ({"precision": "bf16"}, JETPACK, "8.7", "Orin", "the precision bf16"),
         ({"weights_sha256": "3" * 64}, JETPACK, "8.7", "Orin", "the weights 3333"),
@@ -531,7 +534,7 @@ def test_a_record_is_read_within_bounds(bundle: Bundle) -> None:
         plans(bundle)
     note_of(plan).unlink()
     os.mkfifo(note_of(plan))
-    with pytest.raises(PlanError, match="no file"):
+    with pytest.raises(PlanError, match="is not a file"):
         plans(bundle)
 
 
@@ -676,7 +679,7 @@ def test_a_verdict_on_a_plan_that_was_replaced_is_refused(bundle: Bundle) -> Non
     new = CONTENT + b"!"
     digest = hashlib.sha256(new).hexdigest()
     put(bundle, record_of(bundle, plan_sha256=digest, plan_bytes=len(new)), new)
-    with pytest.raises(PlanError, match="built anew"):
+    with pytest.raises(PlanError, match="rebuilt while the old one was measured"):
         write_parity(old, parity())
     assert plans(bundle)[0].record.parity is None
 
@@ -689,15 +692,15 @@ def test_a_build_that_ends_while_a_verdict_is_written_loses_nothing(
     digest = hashlib.sha256(new).hexdigest()
     record = record_of(bundle, plan_sha256=digest, plan_bytes=len(new))
     build = threading.Thread(target=put, args=(bundle, record, new))
-    real = plan_module._decode
+    real = plan_module.read_json
 
-    def decode(*args: Any) -> PlanRecord:
-        read = real(*args)
+    def decode(*args: Any, **options: Any) -> PlanRecord:
+        read: PlanRecord = real(*args, **options)
         build.start()
         build.join(0.5)  # without a lock it ends here, and its record is written over
         return read
 
-    monkeypatch.setattr(plan_module, "_decode", decode)
+    monkeypatch.setattr(plan_module, "read_json", decode)
     write_parity(old, parity())
     build.join()
     monkeypatch.undo()
@@ -711,10 +714,10 @@ def test_a_verdict_that_cannot_be_written_says_what_to_do(
 ) -> None:
     plan = put(bundle, record_of(bundle))
 
-    def refuse(*args: object) -> None:
+    def refuse(*args: object, **options: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(plan_module, "_write_whole", refuse)
+    monkeypatch.setattr(plan_module, "json_bytes", refuse)
     with pytest.raises(PlanError, match="copy the bundle"):
         write_parity(plan, parity())
     assert plans(bundle) == [plan]

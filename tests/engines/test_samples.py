@@ -12,7 +12,7 @@ import pytest
 
 from edge_common.errors import BundleError
 from engines.bundle import Bundle, hash_file, node_bundle, shipped_bundle
-from engines.dtypes import from_wire
+from engines.dtypes import to_float32
 from engines.engine import check_feeds
 from engines.geometry import Geometry
 from engines.samples import (
@@ -159,7 +159,7 @@ def test_random_inputs_are_such_as_an_image_gives(bundle: Bundle, seed: int) -> 
         assert not pixels[rows:].any()
         assert not pixels[:, cols:].any()
         assert pixels[:rows, :cols].any()
-    tokens = from_wire(sample.arrays["tail.tokens"], "float16")
+    tokens = to_float32(sample.arrays["tail.tokens"], "float16")
     golden = golden_samples(bundle)[0].arrays["stack.tokens"]
     assert 0.5 < tokens.std() / golden.std() < 2
     coords = sample.arrays["decoder.point_coords"]

@@ -10,9 +10,9 @@ import torch
 
 from edge_runtime.cli import main
 from exporters.coins import coins
+from exporters.demo_photo import demo_photo
 from exporters.evaluate import Sample, blurred, box_of, evaluate, held_out_scenes, iou, predict
 from exporters.models import Checkpoint, build_sam, reorder, save_checkpoint
-from exporters.photos import demo_photo
 from exporters.scenes import HELD_OUT, PHOTO_LIKE, make_scene
 
 

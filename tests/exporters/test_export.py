@@ -29,7 +29,7 @@ from engines.ort import OrtEngine
 from engines.pipeline import Pipeline
 from engines.windows import cut
 from exporters import export as export_module
-from exporters import onnx_export, plain, verify
+from exporters import plain_form, verify
 from exporters.export import GOLDEN, UNADAPTED, Watcher, export
 from exporters.golden import synthetic_image
 from exporters.models import Checkpoint, load_checkpoint, reorder, save_checkpoint, weights_hash
@@ -190,34 +190,15 @@ def test_node_bundle_has_the_same_stack(
         assert {name.split(".")[0] for name in golden.files} == {"stack"}
 
 
-def test_large_weights_lie_beside_the_graph(
-    random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(onnx_export, "EXTERNAL_FROM", 1 << 20)
-    bundle = export(random_checkpoint, tmp_path / "b", node_only=True).bundle
-    assert sorted(bundle.stage("stack").files) == ["stack.onnx", "stack.onnx.data"]
-    assert (bundle.path / "stack.onnx").stat().st_size < 1 << 20
+def test_weights_lie_beside_the_graph(random_bundle: Path) -> None:
+    bundle = Bundle.load(random_bundle)
+    for name, stage in bundle.manifest.stages.items():
+        assert sorted(stage.files) == [f"{name}.onnx", f"{name}.onnx.data"]
+        assert bundle.stage_path(name).stat().st_size < 1 << 20
+        values = ir.load(bundle.plain_path(name)).graph.initializers.values()
+        shared = [v.const_value for v in values if isinstance(v.const_value, ir.ExternalTensor)]
+        assert {tensor.location for tensor in shared} == {f"{name}.onnx.data"}
     bundle.verify_hashes()
-    located = {t.location for t in plain_weights(bundle.plain_path("stack"))}
-    assert located == {"stack.onnx.data", "stack.onnx"}, "weights below 256 bytes are in the graph"
-
-
-def test_bf16_with_large_weights(
-    adapted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Beside the float32 twin's graphs lie weights of another layout."""
-    monkeypatch.setattr(onnx_export, "EXTERNAL_FROM", 1)
-    result = export(adapted, tmp_path / "b", precision="bf16", node_only=True)
-    assert [row.passed for row in result.rows] == [True, True]
-    graph = ir.load(result.bundle.plain_path("stack")).graph
-    masks = [v.const_value for v in graph.initializers.values() if v.dtype == ir.DataType.BOOL]
-    assert masks
-    assert not any(isinstance(mask, ir.ExternalTensor) for mask in masks)
-
-
-def plain_weights(path: Path) -> list[ir.ExternalTensor]:
-    values = ir.load(path).graph.initializers.values()
-    return [v.const_value for v in values if isinstance(v.const_value, ir.ExternalTensor)]
 
 
 def test_a_plain_form_that_misses_its_tolerance(
@@ -228,8 +209,8 @@ def test_a_plain_form_that_misses_its_tolerance(
         nodes[-1].inputs[1].const_value = ir.tensor(0.49, dtype=ir.DataType.FLOAT)
         return nodes
 
-    right = plain._gelu
-    monkeypatch.setattr(plain, "_gelu", wrong)
+    right = plain_form._gelu
+    monkeypatch.setattr(plain_form, "_gelu", wrong)
     with pytest.raises(ExportError, match=r"stack \(plain\) differs from the original in fp32"):
         export(random_checkpoint, room / "b", node_only=True)
 
@@ -499,12 +480,8 @@ def test_disk_too_small(
         export(random_checkpoint, room / "b")
 
 
-@pytest.mark.parametrize("external", [False, True])
-def test_disk_fills_up(
-    random_checkpoint: Path, room: Path, monkeypatch: pytest.MonkeyPatch, external: bool
-) -> None:
+def test_disk_fills_up(random_checkpoint: Path, room: Path) -> None:
     """A limit on file size stands in for a full disk: both fail in the middle of a write."""
-    monkeypatch.setattr(onnx_export, "EXTERNAL_FROM", 1 if external else 1 << 40)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:

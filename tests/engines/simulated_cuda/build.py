@@ -1,9 +1,9 @@
-"""Build what the tests of the TensorRT engine run on: a simulated CUDA driver, and real pycuda.
+"""Builds what the tests of the TensorRT engine run on: a simulated CUDA driver, and real pycuda.
 
-The driver is ``libcuda.c`` beside this file. pycuda has no wheels, so it is compiled from its
-source distribution (version and hash pinned below) with the headers that torch's dependencies
-bring. Both are kept in ``build/simulated-cuda`` and built again only when something they depend on
-changed.
+The driver is ``libcuda.c`` beside this file. pycuda has no wheels, so it is compiled, for minutes,
+from its source distribution with the headers that torch's dependencies bring. Both are cached in
+``~/.cache/edge-runtime-tests`` for all checkouts, and built again only when their sources, their
+headers or the interpreter change.
 ``python tests/engines/simulated_cuda/build.py`` builds by hand and prints the environment to use.
 """
 
@@ -19,12 +19,13 @@ import sysconfig
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-CACHE = HERE.parents[2] / "build" / "simulated-cuda"
+# Not XDG_CACHE_HOME, which the tests set to a folder of their own.
+CACHE = Path.home() / ".cache" / "edge-runtime-tests" / "simulated-cuda"
 PYCUDA = (
     "pycuda==2026.1 "
     "--hash=sha256:759516160628ba06f32ce7e563e3f5b9214691dc9528a03ea99ea1073f4e14ba\n"
-)  # `import pycuda.driver` needs none of its dependencies but numpy
-# Speed of the wrapper does not matter here, that of its compiler does. No CURAND: no wheel has it.
+)  # of its dependencies, `import pycuda.driver` needs numpy alone
+# -O0: compiling takes longer than the tests run. No wheel has CURAND's headers.
 _CONFIGURATION = "CUDA_ENABLE_CURAND = False\nCXXFLAGS = ['-O0', '-g0', '-w']\n"
 
 
@@ -33,15 +34,17 @@ class Unavailable(Exception):
 
 
 class Failed(Exception):
-    """It should have been able to."""
+    """Compiling failed although everything needed is here."""
 
 
 def environment() -> dict[str, str]:
-    """Build what is not there yet and return the environment variables that make Python find it.
+    """Build what is missing and return the environment variables that make Python find it.
+
+    Processes that ask at the same time wait for the first one, which builds.
 
     Raises:
         Unavailable: no compiler, no headers, or pycuda's source cannot be had.
-        Failed: what was there did not compile.
+        Failed: the sources did not compile.
     """
     compiler, headers = _tools()
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -71,10 +74,12 @@ def _tools() -> tuple[str, Path]:
 
 
 def _library(compiler: str, headers: Path, pycuda: Path | None) -> Path:
-    """Compile the simulated driver; its folder. With ``pycuda``, it also has a stub for every
-    function that pycuda links to and the simulation lacks."""
+    """Compile the simulated driver and return its folder.
+
+    With ``pycuda``, it also gets a stub for every function that pycuda links to and it lacks.
+    """
     source = HERE / "libcuda.c"
-    key = _key(source.read_bytes(), headers / "cuda.h", str(pycuda))
+    key = _key(source, headers / "cuda.h", Path(__file__), more=str(pycuda))
     folder = CACHE / f"driver-{key}"
     if (folder / "libcuda.so.1").exists():
         return folder
@@ -105,8 +110,10 @@ def _symbols(library: Path, which: str) -> set[str]:
 
 
 def _pycuda(headers: Path, library: Path) -> Path:
-    """Compile pycuda against the simulated driver; the folder to import it from."""
-    key = _key(PYCUDA.encode(), headers / "cuda.h", sys.version)
+    """Compile pycuda against the simulated driver and return the folder to import it from."""
+    ours = sorted(path for path in (HERE / "include").rglob("*") if path.is_file())
+    more = PYCUDA + _CONFIGURATION + sys.version
+    key = _key(headers / "cuda.h", *ours, more=more)
     folder = CACHE / f"pycuda-{key}"
     if folder.exists():
         return folder
@@ -125,7 +132,7 @@ def _pycuda(headers: Path, library: Path) -> Path:
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--no-binary=pycuda", "--require-hashes", "--target", str(temporary)]
     command += ["--no-cache-dir"]  # it may hold a wheel that was built on a real driver
-    more = {
+    variables = {
         "HOME": str(home),
         "CPLUS_INCLUDE_PATH": f"{headers}:{HERE / 'include'}",
         "LDFLAGS": f"-L{library} -Wl,--no-as-needed",
@@ -133,7 +140,7 @@ def _pycuda(headers: Path, library: Path) -> Path:
         "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
     }
     try:
-        _run([*command, "-r", str(requirements)], more)
+        _run([*command, "-r", str(requirements)], variables)
     except Failed as error:
         if "Failed building wheel" in str(error):
             raise
@@ -142,9 +149,10 @@ def _pycuda(headers: Path, library: Path) -> Path:
     return folder
 
 
-def _key(source: bytes, header: Path, more: str) -> str:
-    digest = hashlib.sha256(source + header.read_bytes() + more.encode())
-    digest.update(Path(__file__).read_bytes())
+def _key(*sources: Path, more: str) -> str:
+    digest = hashlib.sha256(more.encode())
+    for source in sources:
+        digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 
 

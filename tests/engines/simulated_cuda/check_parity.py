@@ -29,7 +29,7 @@ def fp16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
     """The shipped fp16 bundle with a plan of every stage, on a machine with TensorRT 10.3."""
     monkeypatch.setattr(libraries, "installed", lambda: ["tensorrt"])
     monkeypatch.setattr(libraries, "load", lambda flavour: simulated.library(flavour))
-    selection._say.cache_clear()
+    selection._warn_once.cache_clear()
     bundle = Bundle.load(shutil.copytree(shipped_bundle("fp16"), tmp_path / "fp16"))
     for stage, greatest in DIMS.items():
         plain = bundle.stage(stage).plain

@@ -142,7 +142,7 @@ def test_outputs_go_where_they_are_wanted(open_stack: Opener, toy: Toy, n: int) 
     feeds, room = stack_feeds(n), np.full((n + 2, 16, 8), np.nan, np.float32)
     with open_stack() as engine:
         assert engine.run(feeds, {"tokens": room[1:-1]})["tokens"].base is room
-        with pytest.raises(EngineError, match="room for float32"):
+        with pytest.raises(EngineError, match="out has float32"):
             engine.run(feeds, {"tokens": room})
     np.testing.assert_allclose(room[1:-1], toy.stack(**feeds), **CLOSE)
     assert np.isnan(room[[0, -1]]).all()

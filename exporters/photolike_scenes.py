@@ -1,8 +1,7 @@
-"""Procedural scenes that look more like photos than those of :mod:`exporters.scenes`.
+"""Draws procedural scenes that look more like photos than those of :mod:`exporters.scenes`.
 
-Large objects made of several materials or of parts, silhouettes against a sky, low contrast, thin
-structures, holes, cloth, wood, grass and fur, light and shadow, and the faults of cameras. Painting
-returns a picture, its labels, and the groups of labels that are the parts of one whole.
+They have large objects of several materials, silhouettes, thin structures, holes, low contrast,
+light and shadow, and the defects of cameras.
 """
 
 from __future__ import annotations
@@ -328,7 +327,7 @@ def _light(rng: np.random.Generator, mask: np.ndarray, surface: np.ndarray) -> N
 
 
 class _Canvas:
-    """A picture under way: pixels, labels and wholes."""
+    """A picture being painted: pixels, labels and wholes."""
 
     def __init__(self, rng: np.random.Generator, size: int) -> None:
         self.rng, self.size = rng, size
@@ -517,7 +516,7 @@ def _wall(canvas: _Canvas) -> None:
 
 
 def camera(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """What a camera makes of a scene: uneven light, blur, noise, white balance, JPEG; uint8."""
+    """Add the defects of a camera: uneven light, blur, noise, white balance, JPEG; uint8."""
     size = len(image)
     if rng.random() < 0.5:
         image = image * (1 + _ramp(rng, size) * np.float32(rng.uniform(0, 0.35)))[..., None]

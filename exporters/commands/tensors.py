@@ -14,7 +14,7 @@ from edge_common.text import printable
 from engines.bundle import Bundle
 
 if TYPE_CHECKING:
-    from exporters.tensors import Report
+    from exporters.tensor_sizes import Report
 
 _DESCRIPTION = """\
 Show the largest tensors that pass between the nodes of a graph, by ONNX's shape inference, without
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from exporters.tensors import report
+    from exporters.tensor_sizes import report
 
     graphs, windows = _graphs(args)
     sizes = {"n": windows, "p": args.prompts, "k": args.points}

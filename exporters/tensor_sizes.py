@@ -1,10 +1,4 @@
-"""How large the tensors between a graph's nodes get, found without running it.
-
-:func:`report` gives every dynamic dimension a size, has ONNX infer all shapes, and sorts the
-results of the nodes by bytes: what each would take if an engine fused nothing and kept it whole.
-It promises to count what it could not infer instead of leaving it out, and not to read weights that
-lie outside the graph's file. What an engine really allocates, which is less, is in its plan.
-"""
+"""Sizes of the tensors between a graph's nodes, found by shape inference without running it."""
 
 from __future__ import annotations
 
@@ -26,7 +20,7 @@ Kind = tuple[str, str, tuple[int, ...]]  # operator, type, shape
 
 @dataclass(frozen=True)
 class Group:
-    """Results of nodes that have operator, type and shape in common.
+    """Outputs of nodes with the same operator, type and shape.
 
     Attributes:
         name: the first of them, in the order of the graph.
@@ -47,7 +41,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Report:
-    """All results of a graph's nodes, largest first, and the names of those of unknown shape."""
+    """All outputs of a graph's nodes, largest first, and the names of those of unknown shape."""
 
     groups: tuple[Group, ...]
     unknown: tuple[str, ...]
@@ -65,7 +59,10 @@ class Report:
 
 
 def report(path: Path, sizes: Mapping[str, int]) -> Report:
-    """Measure the tensors of the graph in file ``path``.
+    """Measure the tensors of the graph in file ``path``, largest first.
+
+    A tensor counts as an engine would store it that fuses nothing. Tensors whose shape cannot be
+    inferred are listed as unknown. Weights in other files are not read.
 
     Args:
         path: ONNX file; weights outside it need not exist.
@@ -107,7 +104,7 @@ def report(path: Path, sizes: Mapping[str, int]) -> Report:
         found(op, name, str(value.dtype), value.shape)
     for node in graph.node:
         operators[node.op_type] = operators.get(node.op_type, 0) + 1
-        # What happens inside a branch or a loop is not inferred here.
+        # Branches and loops are not inferred.
         unknown += [f"{node.name}/{a.name}" for a in node.attribute if a.HasField("g") or a.graphs]
         for name in filter(None, node.output):
             described = _describe(known.get(name))
@@ -123,7 +120,7 @@ def report(path: Path, sizes: Mapping[str, int]) -> Report:
 
 
 def _fix_sizes(path: Path, model: onnx.ModelProto, sizes: Mapping[str, int]) -> None:
-    """Fill in the inputs' dynamic dimensions, and forget what the file says of other shapes."""
+    """Set the inputs' dynamic dimensions, and remove other shapes from the graph."""
     for value in model.graph.input:
         for dim in value.type.tensor_type.shape.dim:
             if dim.HasField("dim_value"):
@@ -151,10 +148,10 @@ def _infer(path: Path, model: onnx.ModelProto) -> onnx.GraphProto:
 def _fold_shapes(
     model: onnx.ModelProto, inferred: onnx.GraphProto
 ) -> dict[str, tuple[str, np.ndarray]]:
-    """Compute what follows from known shapes alone and make it a constant of ``model``.
+    """Compute values that depend only on known shapes and make them constants of ``model``.
 
-    ONNX's own inference does not follow a shape through every operator. Returns each value
-    computed, with the operator that made it; empty when there is nothing more to compute.
+    ONNX's own inference does not follow shapes through every operator. Returns the computed values
+    with the operators that made them; empty if there are none left.
     """
     import onnx
     from onnx import helper, numpy_helper

@@ -1,8 +1,7 @@
-"""Turn the log of a training run into ``docs/results``: figures as data, curves, predicted masks.
+"""Turns the log of a training run into ``docs/results``: figures as data, curves, predicted masks.
 
-Run as ``python -m exporters.report RUN_DIR --out docs/results``. Needs matplotlib and scikit-image,
-which ``make venv`` installs. It reads ``log.jsonl`` as ``edge-runtime train`` writes it and
-the shipped weights; it measures nothing that ``edge-runtime evaluate`` measures.
+Run it as ``python -m exporters.training_report RUN_DIR --out docs/results``. It needs matplotlib
+and scikit-image, which ``make venv`` installs.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from scipy import ndimage
+
+from edge_common.files import write_atomically
 
 CONTOUR, MASK, CLICK = (255, 225, 0), (230, 40, 40), (40, 230, 60)
 
@@ -113,7 +114,7 @@ def main() -> None:
     adapted = load_checkpoint(shipped_weights("adapted"))
     losses = adapted.made.get("losses", [])
     report = {
-        "command": f"python -m exporters.report {args.run.name}",
+        "command": f"python -m exporters.training_report {args.run.name}",
         "machine": "2-core x86-64 CPU (AMD EPYC), bfloat16, shared with other work",
         "notes": args.note,
         "config": state["config"],
@@ -135,7 +136,7 @@ def main() -> None:
     }
     args.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=1)
-    (args.out / "training.json").write_text(text + "\n", encoding="utf-8")
+    write_atomically(args.out / "training.json", text + "\n")
     curves(steps, scores, args.out / "training.png")
     masks_picture(adapted, args.out / "training-masks.jpg")
     print(f"{args.out}/training.json, training.png, training-masks.jpg")

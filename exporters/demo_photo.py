@@ -1,9 +1,8 @@
-"""Makes the photo that the demo segments, and its reference masks.
+"""Writes the photo of the demo and its reference masks: ``python -m exporters.demo_photo``.
 
-``python -m exporters.photos`` copies scikit-image's ``coins`` byte for byte to
-``edge_runtime/photos/coins.png`` and writes the reference masks of :mod:`exporters.coins` beside it
-as one label image: 0 is background, k the k-th coin. ``edge_runtime/photos/README.md`` says where
-the photo comes from. Needs scikit-image, which ``make venv`` installs.
+It copies scikit-image's ``coins`` to ``edge_runtime/photos/coins.png`` and writes the masks of
+:mod:`exporters.coins` beside it as a label image. It needs scikit-image, which ``make venv``
+installs.
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
-"""A stack for windows known beforehand, which computes no grid padding.
+"""A stack without grid padding, for windows known beforehand (the benchmark's ``pytorch-packed``).
 
-A sixth of the tokens of SAM's 25 windows lie outside its grid. As keys and values they are constant
-(what the linear map makes of zero is its bias) and nobody reads what becomes of them. So here only
-tokens inside the grid are kept, packed one after another; windows are filled up for the attention
-alone. The function is that of :class:`exporters.stages.Stack`, to which the tests hold it. Which
-tokens are inside is fixed when it is made: it shows what a GPU can reach (the benchmark's
-``pytorch-packed``) and is not exported.
+A sixth of the tokens of SAM's 25 windows are grid padding: as keys and values they are constant
+(the bias of the linear map), and their outputs are unused. So only tokens inside the grid are kept,
+and windows are filled up only for the attention.
 """
 
 from __future__ import annotations
@@ -40,8 +37,9 @@ class PackedBlock(nn.Module):
 
 
 class PackedStack(nn.Module):
-    """``stack`` for the windows of these indices: (pixels, extent, window) to tokens [n, t, c],
-    ``window`` being ignored.
+    """``stack`` for the windows of these indices: (pixels, extent, window) to tokens [n, t, c].
+
+    It computes the same function as :class:`exporters.stages.Stack`; ``window`` is ignored.
     """
 
     positions: Tensor  # [v, c]

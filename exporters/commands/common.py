@@ -1,4 +1,4 @@
-"""What long runs share: a progress line, the device, and facts about how a result was made."""
+"""Shared by commands with long runs: progress, choice of device, and how a result was made."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edge_common.errors import ConfigError
 from edge_common.progress import progress
 from edge_common.text import printable
 
-STOPPING = "stopping: this step is finished and saved first; once more ends at once, without it"
+STOPPING = "stopping: this step is finished and saved first; a second signal ends at once"
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def made_with(command: str) -> dict[str, str]:
-    """Versions and command line, for provenance notes."""
+    """The command line and versions, for the record."""
     return {
         "command": command,
         "torch": str(torch.__version__),
@@ -52,5 +52,5 @@ def made_with(command: str) -> dict[str, str]:
 
 
 def say(text: str) -> None:
-    """One line on stderr."""
+    """Print one line on stderr."""
     print(printable(text), file=sys.stderr, flush=True)

@@ -10,7 +10,7 @@ import torch
 from small_sams import CASES, as_tensors
 
 from exporters import stages
-from exporters.packed import PackedStack
+from exporters.packed_stack import PackedStack
 from exporters.precision import cast
 
 

@@ -1,26 +1,13 @@
-"""The plain form: a written stage once more, in operators that older TensorRT parsers know.
+"""The plain form: a stage written once more, in operators that older TensorRT parsers know.
 
 The main form of a stage is opset 23 with one ``Attention`` per block, which TensorRT parses from
-10.14 on. :func:`write_plain` rewrites it as ``<stage>.plain.onnx``: opset 17, attention as
-MatMul, Softmax in float32, MatMul over *blocks of queries*, ``Gelu`` as the expression with
-``Erf``. It promises that the graph computes the same function, that no attention block's logits
-exceed :data:`LIMIT` bytes even where nothing is fused, that equal main forms give equal bytes, and
-that no weight is stored twice: every float tensor is ONNX external data that points into the main
-form's own files. Whether the file computes what the original computes is :mod:`exporters.verify`.
-
-What is known of fusing, from the text of plans that TensorRT-RTX 1.7.1 built of ``tiny`` in fp16 on
-a machine without a GPU: ``_gemm_mha_v2`` takes the place of every MatMul-Softmax-MatMul, with or
-without the casts around Softmax, whole or in blocks of queries (a kernel per block, also for blocks
-of an odd size). So Softmax stays in float32 at no cost. In fp32 no such kernel exists: the plain
-form builds unfused, the main form does not build at all. What TensorRT 10.3 fuses has to be read
-back from the plan it builds.
+10.14 on. The plain form is opset 17, with attention as MatMul, Softmax and MatMul.
 """
 
 from __future__ import annotations
 
 import math
-import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,19 +19,18 @@ from edge_common.errors import ExportError
 from engines.bundle import PlainForm, Stage, hash_file
 
 OPSET = 17
-"""Lowest opset with all operators needed (LayerNormalization came last).
+"""Lowest opset with all needed operators (LayerNormalization came last).
 
-onnx-tensorrt's docs/operators.md says opset 19 for TensorRT 9.2 and 22 for 10.6.
+According to onnx-tensorrt's docs/operators.md, TensorRT 9.2 knows opset 19 and 10.6 opset 22.
 """
 IR_VERSION = 8
 LIMIT = 64_000_000
-"""Bytes that the logits of one block of queries may take, in float32."""
+"""Most bytes of the float32 logits of one block of queries."""
 _TILE = 64  # queries per block come in multiples of this: matrix kernels work in tiles of it
 
-# What the rewritten graphs may hold: operators of opset 17 that mean the same in opset 23, with the
-# attributes that they had then already. onnx-tensorrt lists all of them for TensorRT 9.2 and
-# for 10.6, in every type used here. Gelu and Attention are not among them. ONNX itself allows Conv
-# in bfloat16 from opset 22 only; TensorRT's parser allows it here too.
+# Operators that rewritten graphs may contain: they mean the same in opsets 17 and 23, with these
+# attributes. onnx-tensorrt lists all of them for TensorRT 9.2 and 10.6, in every type used here.
+# ONNX allows Conv in bfloat16 from opset 22 on only; TensorRT's parser allows it here too.
 OPERATORS: Mapping[str, frozenset[str]] = {
     **{
         name: frozenset()
@@ -68,12 +54,23 @@ OPERATORS: Mapping[str, frozenset[str]] = {
 
 
 def write_plain(stage: Stage, directory: Path, windows: int, limit: int = LIMIT) -> Stage:
-    """Write the plain form of ``stage`` beside it and return the stage with it.
+    """Write ``<stage>.plain.onnx`` beside ``stage`` and return the stage with it.
+
+    The plain form computes the same function with the same weights: its graph names the main form's
+    data file. Attention is computed for one block of queries at a time, so that its logits stay
+    within ``limit`` bytes even where nothing is fused. Softmax is in float32. Equal main forms give
+    equal bytes. Whether the file computes what the original computes is checked by
+    :mod:`exporters.verify`.
+
+    Softmax in float32 costs nothing where TensorRT fuses: in plans of ``tiny`` in fp16 that
+    TensorRT-RTX 1.7.1 built, ``_gemm_mha_v2`` replaces every MatMul-Softmax-MatMul, with or without
+    the casts, whole or per block of queries. In fp32 no such kernel exists: the plain form is built
+    unfused, and the main form does not build at all.
 
     Args:
-        stage: a stage whose files lie in ``directory``.
+        stage: a stage whose files lie in ``directory``, as ``write_stage`` leaves them.
         directory: of the bundle.
-        windows: the most windows a stack is given at once; sizes its blocks of queries.
+        windows: most windows that a stack computes at once; sizes its blocks of queries.
         limit: bytes of the largest logits, float32.
 
     Raises:
@@ -82,14 +79,17 @@ def write_plain(stage: Stage, directory: Path, windows: int, limit: int = LIMIT)
     """
     model = ir.load(directory / stage.file)
     _rewrite(model, windows, limit)
-    share_weights(model, weight_places(directory / stage.file), directory)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and not tensor.dtype.is_floating_point():
+            value.const_value = ir.Tensor(tensor.numpy().copy(), name=value.name)
     path = directory / f"{Path(stage.file).stem}.plain.onnx"
     ir.save(model, path)
     return msgspec.structs.replace(stage, plain=PlainForm(path.name, hash_file(path)))
 
 
 def queries_per_block(tokens: int, bytes_per_query: int, limit: int = LIMIT) -> int:
-    """How many of ``tokens`` queries to attend with at once: all, or a multiple of 64 if possible.
+    """The number of queries in a block: all ``tokens``, or a multiple of 64 if possible.
 
     ``bytes_per_query``: of the float32 logits of one query, over all heads and windows.
     """
@@ -100,7 +100,7 @@ def queries_per_block(tokens: int, bytes_per_query: int, limit: int = LIMIT) -> 
 
 
 def _rewrite(model: ir.Model, windows: int, limit: int) -> None:
-    """Replace what opset 17 lacks, in place, and declare opset 17."""
+    """Replace operators that opset 17 lacks, in place, and declare opset 17."""
     attentions = 0
     for node in list(model.graph):
         if node.op_type == "Attention":
@@ -122,7 +122,7 @@ def _rewrite(model: ir.Model, windows: int, limit: int) -> None:
 
 
 def _typed(value: ir.Value | None) -> tuple[ir.Value, ir.DataType, list[Any]]:
-    """A node's input with its type and dimensions: ints, or symbols for windows or prompts."""
+    """A node's input with its type and dimensions: ints, or symbols for windows and prompts."""
     if value is None or value.dtype is None or value.shape is None:
         raise ExportError(f"no plain form without type and shape of {value}")
     return value, value.dtype, list(value.shape)
@@ -136,7 +136,7 @@ def _replace(graph: ir.Graph, old: ir.Node, new: Sequence[ir.Node]) -> None:
 
 @dataclass
 class _Maker:
-    """Makes nodes named ``prefix/step`` whose one output has the same name."""
+    """Makes nodes named ``prefix/step`` with one output of the same name."""
 
     graph: ir.Graph
     prefix: str
@@ -172,8 +172,8 @@ def _attention(
 ) -> list[ir.Node]:
     """MatMul, Softmax, MatMul for ``Attention`` of scale 1 without mask, bias or cache.
 
-    q, k and v are [n, heads, tokens, width]. Names start with ``attention.INDEX``, those of a block
-    of queries with ``attention.INDEX/block.BLOCK``, so that reports can put them together again.
+    q, k and v are [n, heads, tokens, width]. Names start with ``attention.INDEX``, in a block of
+    queries with ``attention.INDEX/block.BLOCK``, so that :mod:`engines.fusion` can group them.
     """
     defaults = {"scale": 1.0, "is_causal": 0, "softcap": 0.0, "qk_matmul_output_mode": 0}
     plain = all(defaults.get(a.name) == a.value for a in node.attributes.values())
@@ -223,9 +223,9 @@ def _attention(
 
 
 def _gelu(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
-    """``0.5 x (1 + erf(x / sqrt 2))``, in the order in which TensorRT knows it as GELU.
+    """``0.5 x (1 + erf(x / sqrt 2))``, in the order that TensorRT recognises as GELU.
 
-    It stays in the type of x: in float32 it would be a stage's largest tensor.
+    It is computed in the type of x: in float32 it would be a stage's largest tensor.
     """
     if "approximate" in node.attributes and node.attributes["approximate"].value != "none":
         raise ExportError(f"{node.name} is an approximated Gelu, which has no plain form")
@@ -241,115 +241,3 @@ def _gelu(graph: ir.Graph, node: ir.Node) -> list[ir.Node]:
     times = make.node("times", "Mul", [x, plus.outputs[0]], real, shape)
     half = make.node("half", "Mul", [times.outputs[0], number("a_half", 0.5)], real, shape)
     return [divided, erf, plus, times, half]
-
-
-@dataclass(frozen=True)
-class Place:
-    """A weight, and where its bytes lie: file (relative to the graph's), offset and length."""
-
-    dtype: ir.DataType
-    location: str
-    offset: int
-    length: int
-
-
-def weight_places(path: Path) -> dict[str, Place]:
-    """Where each weight of the graph in file ``path`` is stored.
-
-    Raises:
-        ExportError: a weight is stored in a way that cannot be pointed into.
-    """
-    inside = dict(_raw_tensors(path))
-    places = {}
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for name, tensor in _weights(ir.load(path)):
-            if isinstance(tensor, ir.ExternalTensor):
-                at = (str(tensor.location), tensor.offset or 0, tensor.nbytes)
-            else:
-                start, end = inside.get(name, (0, 0))
-                if data[start:end] != tensor.tobytes():
-                    raise ExportError(f"{path} does not hold the weight {name!r} as raw data")
-                at = (path.name, start, end - start)
-            places[name] = Place(tensor.dtype, *at)
-    return places
-
-
-def share_weights(model: ir.Model, places: Mapping[str, Place], directory: Path) -> None:
-    """Make every weight of ``model``, a graph for ``directory``, external data at its place.
-
-    All else that the graph holds comes inside it.
-    """
-    weights = dict(_weights(model))
-    for name, value in model.graph.initializers.items():
-        if name not in weights and isinstance(value.const_value, ir.ExternalTensor):
-            value.const_value = ir.Tensor(value.const_value.numpy().copy(), name=name)
-    for name, tensor in weights.items():
-        place = places[name]
-        model.graph.initializers[name].const_value = ir.ExternalTensor(
-            place.location,
-            place.offset,
-            place.length,
-            place.dtype,
-            shape=ir.Shape(tensor.shape.numpy()),
-            name=name,
-            base_dir=directory,
-        )
-        model.graph.initializers[name].dtype = place.dtype
-
-
-def _weights(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
-    """The tensors to share. Shapes, indices, masks and single numbers are held by every graph."""
-    for name, value in model.graph.initializers.items():
-        tensor = value.const_value
-        if tensor is not None and tensor.dtype.is_floating_point() and tensor.size > 1:
-            yield name, tensor
-
-
-# Field numbers of onnx.proto3 and the wire format's types, as far as they are needed to find where
-# the bytes of an initialiser lie. No protobuf library tells positions.
-_MODEL_GRAPH, _GRAPH_INITIALIZER, _TENSOR_NAME, _TENSOR_RAW_DATA = 7, 5, 8, 9
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-
-
-def _raw_tensors(path: Path) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Name and [start, end) of the raw data of every initialiser stored inside a model file."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for number, start, end in _fields(data, 0, len(data)):
-            if number != _MODEL_GRAPH:
-                continue
-            for inner, first, last in _fields(data, start, end):
-                if inner != _GRAPH_INITIALIZER:
-                    continue
-                found = {field: (a, b) for field, a, b in _fields(data, first, last)}
-                if _TENSOR_NAME in found and _TENSOR_RAW_DATA in found:
-                    a, b = found[_TENSOR_NAME]
-                    yield data[a:b].decode(), found[_TENSOR_RAW_DATA]
-
-
-def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Number and [start, end) of each field with a length in one protobuf message."""
-    while start < end:
-        key, start = _varint(data, start)
-        kind = key & 7
-        if kind == _VARINT:
-            _, start = _varint(data, start)
-        elif kind in (_FIXED64, _FIXED32):
-            start += 8 if kind == _FIXED64 else 4
-        elif kind == _BYTES:
-            length, start = _varint(data, start)
-            yield key >> 3, start, start + length
-            start += length
-        else:
-            raise ExportError(f"not an ONNX file: wire type {kind} at byte {start}")
-    if start != end:
-        raise ExportError(f"not an ONNX file: a field ends at byte {start}, its message at {end}")
-
-
-def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            return value, at

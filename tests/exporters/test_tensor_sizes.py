@@ -12,7 +12,7 @@ from onnx import numpy_helper
 from edge_common.errors import ExportError
 from engines.bundle import Bundle
 from engines.ort import OrtEngine
-from exporters.tensors import report
+from exporters.tensor_sizes import report
 
 SIZES = {"n": 5, "p": 3, "k": 2}
 

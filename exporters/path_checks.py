@@ -1,4 +1,4 @@
-"""Checks of paths that need no PyTorch, made before a command loads anything large."""
+"""Checks of paths that commands make before they load PyTorch or weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 def check_checkpoint_file(path: Path) -> None:
-    """Raises CheckpointError unless ``path`` is a file that holds something and may be read."""
+    """Raise CheckpointError unless ``path`` is a readable file that is not empty."""
     if not path.is_file():
         what = "is a directory" if path.is_dir() else "does not exist"
         raise CheckpointError(f"checkpoint {path} {what}; give the path of a .pt or .pth file")
@@ -23,7 +23,7 @@ def check_checkpoint_file(path: Path) -> None:
 
 
 def check_place(out: Path, error: type[EdgeRuntimeError]) -> None:
-    """Raises ``error`` unless something can be written at ``out``, whose folders may be missing."""
+    """Raise ``error`` unless ``out`` can be written. Its folders may be missing."""
     for folder in out.absolute().parents:
         if not os.path.lexists(folder):
             continue
@@ -38,7 +38,7 @@ def check_place(out: Path, error: type[EdgeRuntimeError]) -> None:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The files under ``folder`` that look like images by their names, sorted.
+    """The files under ``folder`` with names of images, sorted.
 
     Raises:
         ImageError: there are none.

@@ -1,10 +1,8 @@
-"""Upstream's own modules, cut where this project cuts them, to measure against.
+"""Modules of ``segment_anything``, split like this project's stages: the benchmark's baseline.
 
-Nothing of ``segment_anything`` is rewritten: the blocks, the neck, the prompt encoder and the mask
-decoder are called as upstream's ``ImageEncoderViT`` and ``Sam`` call them, on one image that fills
-the square. In half precision they run as users run them: the weights converted, everything else
-left to the modules, except that the prompt encoder stays in float32, because upstream's fails in
-any other type. :mod:`exporters.stages` is what they are compared with.
+Blocks, neck, prompt encoder and mask decoder are called as upstream calls them, on one image that
+fills the square. In half precision all weights are converted but the prompt encoder's, which fails
+in any type but float32.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 from .models import is_window_block
 
 
-class ShippedStack(nn.Module):
+class UpstreamStack(nn.Module):
     """Normalisation, patch embedding and window blocks: image [1, 3, s, s] to grid [1, g, g, c]."""
 
     mean: Tensor  # [3, 1, 1]
@@ -36,7 +34,7 @@ class ShippedStack(nn.Module):
         return x
 
 
-class ShippedTail(nn.Module):
+class UpstreamTail(nn.Module):
     """Global blocks and neck: grid [1, g, g, c] to embedding [1, d, g, g]."""
 
     def __init__(self, sam: Sam) -> None:
@@ -51,18 +49,18 @@ class ShippedTail(nn.Module):
         return self.neck(x.permute(0, 3, 1, 2))
 
 
-class ShippedEncoder(nn.Module):
+class UpstreamEncoder(nn.Module):
     """The whole encoder, its blocks in the order ``sam`` has them: image to embedding."""
 
     def __init__(self, sam: Sam) -> None:
         super().__init__()
-        self.stack, self.tail = ShippedStack(sam), ShippedTail(sam)
+        self.stack, self.tail = UpstreamStack(sam), UpstreamTail(sam)
 
     def forward(self, image: Tensor) -> Tensor:
         return self.tail(self.stack(image))
 
 
-class ShippedDecoder(nn.Module):
+class UpstreamDecoder(nn.Module):
     """Prompt encoder and mask decoder for points: (embedding [1, d, g, g], coords [p, k, 2],
     labels [p, k]) to logits [p, 4, 4g, 4g] and scores [p, 4].
 
@@ -72,7 +70,7 @@ class ShippedDecoder(nn.Module):
     def __init__(self, sam: Sam) -> None:
         super().__init__()
         self.prompts, self.masks = sam.prompt_encoder, sam.mask_decoder
-        self.prompts.keep_fp32 = True  # heeded by exporters.precision.cast
+        self.prompts.keep_fp32 = True  # read by exporters.precision.cast
 
     def forward(self, embedding: Tensor, coords: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         dtype = self.masks.iou_token.weight.dtype

@@ -14,7 +14,7 @@ from typing import Any
 from engines.bundle import Bundle, Manifest, Stage, hash_file, stage_digest, write_manifest
 
 
-def write_giant(name: str, directory: Path) -> Bundle:
+def write_large_bundle(name: str, directory: Path) -> Bundle:
     """Write ``vit_b``, ``vit_l`` or ``vit_h`` as a full fp16 bundle without golden samples."""
     import torch
 

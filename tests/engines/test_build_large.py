@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from giants import write_giant
+from large_bundles import write_large_bundle
 
 from engines.build import BuildOptions, Watcher, build_stage
 from engines.bundle import Bundle
@@ -27,10 +27,10 @@ BUILDER_MIB = 6_000
 
 
 @pytest.fixture(scope="module", params=["vit_b", "vit_h"])
-def giant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
-    directory = tmp_path_factory.mktemp("giant") / request.param
+def large(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    directory = tmp_path_factory.mktemp("large") / request.param
     try:
-        yield write_giant(request.param, directory)
+        yield write_large_bundle(request.param, directory)
     finally:
         shutil.rmtree(directory, ignore_errors=True)  # ViT-H and its plans take 2.6 GB
 
@@ -42,16 +42,16 @@ class Loud(Watcher):
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("stage", ["stack", "tail"])
-def test_attention_is_fused_in_every_block(giant: Bundle, stage: str) -> None:
+def test_attention_is_fused_in_every_block(large: Bundle, stage: str) -> None:
     options = BuildOptions(backend="tensorrt-rtx", strict=True)
-    plan = build_stage(giant, stage, options, Loud())
+    plan = build_stage(large, stage, options, Loud())
     record = plan.record
-    depth = DEPTHS[giant.manifest.model]
+    depth = DEPTHS[large.manifest.model]
     blocks = GLOBAL if stage == "tail" else depth - GLOBAL
     assert record.form == "attention"
     assert [attention.fused for attention in record.attention] == [True] * blocks
     # Nearly all of a plan is its weights: there is one copy of them, in the graph's precision.
-    weights = (giant.path / f"{stage}.onnx.data").stat().st_size
+    weights = (large.path / f"{stage}.onnx.data").stat().st_size
     assert 0.95 * weights < record.plan_bytes < 1.1 * weights
     peak = record.flags["builder_peak_rss_bytes"]
     assert isinstance(peak, int)
@@ -59,38 +59,38 @@ def test_attention_is_fused_in_every_block(giant: Bundle, stage: str) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_a_signal_in_the_middle_of_a_long_build_leaves_nothing(giant: Bundle) -> None:
-    number = {"vit_b": signal.SIGTERM, "vit_h": signal.SIGINT}[giant.manifest.model]
-    code, builder = interrupt(giant, number)
+def test_a_signal_in_the_middle_of_a_long_build_leaves_nothing(large: Bundle) -> None:
+    number = {"vit_b": signal.SIGTERM, "vit_h": signal.SIGINT}[large.manifest.model]
+    code, builder = interrupt(large, number)
     assert code == 128 + number
-    assert not (giant.path / "plans").exists()
+    assert not (large.path / "plans").exists()
     assert is_gone(builder)
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("giant", ["vit_b"], indirect=True)
-def test_a_builder_does_not_outlive_a_killed_parent(giant: Bundle) -> None:
-    code, builder = interrupt(giant, signal.SIGKILL)
+@pytest.mark.parametrize("large", ["vit_b"], indirect=True)
+def test_a_builder_does_not_outlive_a_killed_parent(large: Bundle) -> None:
+    code, builder = interrupt(large, signal.SIGKILL)
     assert code == -signal.SIGKILL
     while not is_gone(builder):
         time.sleep(0.01)
-    assert [path.suffix for path in giant.path.glob("plans/*")] == [".partial"]
-    build_stage(giant, "tail", BuildOptions(backend="tensorrt-rtx"))
-    assert not list(giant.path.glob("plans/.*"))
+    assert [path.suffix for path in large.path.glob("plans/*")] == [".partial"]
+    build_stage(large, "tail", BuildOptions(backend="tensorrt-rtx"))
+    assert not list(large.path.glob("plans/.*"))
 
 
-def interrupt(giant: Bundle, number: signal.Signals) -> tuple[int, int]:
+def interrupt(large: Bundle, number: signal.Signals) -> tuple[int, int]:
     """Send a signal to a real build of the stack in its midst; its exit code, its builder's id."""
-    shutil.rmtree(giant.path / "plans", ignore_errors=True)
-    command = [sys.executable, "-m", "edge_runtime.cli", "build", str(giant.path)]
+    shutil.rmtree(large.path / "plans", ignore_errors=True)
+    command = [sys.executable, "-m", "edge_runtime.cli", "build", str(large.path)]
     edge = subprocess.Popen(
         [*command, "--stage", "stack", "--backend", "tensorrt-rtx"],
         # Whoever started the tests in the background had SIGINT ignored, and that is inherited.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
-        builder = wait_until_it_builds(edge, giant)
-        assert [path.suffix for path in giant.path.glob("plans/*")] == [".partial"]
+        builder = wait_until_it_builds(edge, large)
+        assert [path.suffix for path in large.path.glob("plans/*")] == [".partial"]
         edge.send_signal(number)
         return edge.wait(), builder
     finally:
@@ -98,9 +98,9 @@ def interrupt(giant: Bundle, number: signal.Signals) -> tuple[int, int]:
         edge.wait()
 
 
-def wait_until_it_builds(edge: subprocess.Popen[bytes], giant: Bundle) -> int:
+def wait_until_it_builds(edge: subprocess.Popen[bytes], large: Bundle) -> int:
     """Until the builder holds the weights, which it reads last before the long part begins."""
-    weights = (giant.path / "stack.onnx.data").stat().st_size
+    weights = (large.path / "stack.onnx.data").stat().st_size
     while edge.poll() is None:
         listed = Path(f"/proc/{edge.pid}/task/{edge.pid}/children").read_text().split()
         for pid in listed:
