@@ -15,13 +15,12 @@ import torch
 from torch import nn
 
 from edge_common.errors import ExportError
-from engines.bundle import Dtype, Stage, TensorSpec, contract, hash_file, stage_digest
+from engines.bundle import FLOAT_TYPES, Stage, TensorSpec, contract, hash_file, stage_digest
 from engines.geometry import Geometry
 
 from .precision import Precision
 
 OPSET = 23
-_FLOAT: dict[Precision, Dtype] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _EXAMPLE_SIZES = {"n": 3, "p": 2, "k": 4}
 _TORCH = {
     "uint8": torch.uint8,
@@ -40,7 +39,10 @@ def stage_specs(
 ) -> tuple[Specs, Specs]:
     """Inputs and outputs that the graph of ``stage`` must have."""
     inputs, outputs = (
-        tuple(TensorSpec(name, dtype or _FLOAT[precision], shape) for name, (dtype, shape) in side)
+        tuple(
+            TensorSpec(name, dtype or FLOAT_TYPES[precision], shape)
+            for name, (dtype, shape) in side
+        )
         for side in map(dict.items, contract(stage, geometry, head_blocks))
     )
     return inputs, outputs
