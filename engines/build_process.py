@@ -457,7 +457,7 @@ def _read_back(
 ) -> tuple[Literal["engine inspector", "serialised plan"], Any, int | None]:
     """Read layers and attentions from the engine inspector if a GPU opens the plan, or its bytes.
 
-    The bytes are also used if they tell the fusion of every attention and the inspector does not.
+    The bytes are also used if only they show for every attention whether it was fused.
     """
     from_bytes = fusion.from_plan(data, attentions)
     memory = None

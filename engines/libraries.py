@@ -108,12 +108,12 @@ def load(flavour: Flavour) -> Library:
     library = Library(flavour, (major, minor, patch), module)
     if library.version < _OLDEST[flavour]:
         oldest = ".".join(map(str, _OLDEST[flavour]))
-        mend = (
+        remedy = (
             "JetPack 6.1 or later has it"
             if flavour == "tensorrt"
             else "`pip install --upgrade tensorrt-rtx-cu13` installs it"
         )
-        raise EngineError(f"{library.name} is too old, expected {oldest} or later: {mend}")
+        raise EngineError(f"{library.name} is too old, expected {oldest} or later: {remedy}")
     return library
 
 

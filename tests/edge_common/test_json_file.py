@@ -56,5 +56,5 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         read(tmp_path / "missing.json")
     os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer
     for name in ("pipe", "."):
-        with pytest.raises(ConfigError, match="is not a file. Write it again"):
+        with pytest.raises(ConfigError, match=r"is not a file\. Write it again"):
             read(tmp_path / name)
