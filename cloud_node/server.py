@@ -206,7 +206,7 @@ class Server:
     # What arrives
 
     def _handle(self, frame: zmq.Frame, to: bytes, name: str) -> bool:
-        """Handle a message; returns whether it was of use, which the limit on messages considers."""
+        """Handle a message; returns whether it was of use, for the limit on messages."""
         message_id = NO_ID
         try:
             message = decode_header(frame)
@@ -249,7 +249,7 @@ class Server:
         windows = check_windows(feeds, prepared.stage, prepared.bundle.geometry)
         deaths = self._poison.deaths(name, feeds, now)
         if deaths > 1:
-            raise _POISON
+            raise Refusal(_POISON.code, str(_POISON))
         job = Job(
             client=name,
             id=request.id,

@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check everything, then write. Raises ConfigError or KeyFileError before anything is written."""
+    """Check everything, then write. Raises ConfigError or KeyFileError before it writes."""
     from edge_common.errors import ConfigError, KeyFileError
     from edge_common.files import refuse_existing, write_atomically
     from edge_common.permissions import why_untrusted

@@ -38,7 +38,7 @@ cosine: least cosine similarity of a window's tokens, an embedding, or a prompt'
 max abs: largest absolute difference; of peak: as a share of the largest absolute value.
 mask IoU: intersection over union of the masks, the least and the mean.
 bf16: ONNX Runtime cannot compute it on the CPU. Results for random inputs are then compared with
-ONNX Runtime on CUDA if it is installed. Otherwise they must be finite and not depend on batching."""
+ONNX Runtime on CUDA if installed; otherwise they must be finite and independent of batching."""
 
 _ONLY_CPU = """\
 Nothing but ONNX Runtime on the CPU is here: the bundle has no TensorRT plans

@@ -1,4 +1,4 @@
-"""Asks each library in a child process of its own, because a broken one may crash, hang or print."""
+"""Asks each library in its own child process, because a broken one may crash, hang or print."""
 
 from __future__ import annotations
 

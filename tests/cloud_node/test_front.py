@@ -193,7 +193,7 @@ def test_cancelled_requests_are_not_computed_or_not_answered(
     assert isinstance(edge.receive(tensors=False)[0], Result)
 
 
-def test_what_an_edge_asked_before_it_left_is_not_computed(
+def test_requests_of_an_ended_connection_are_not_computed(
     shared: Any, connect: Any, five: Feeds
 ) -> None:
     left, other = connect(shared), connect(shared)
@@ -351,7 +351,7 @@ def test_an_edge_that_never_reads_disturbs_nobody(
 
 
 @needs_sodium
-def test_nobody_can_read_the_results_of_an_edge_whose_routing_id_it_takes(
+def test_an_edge_that_takes_another_ones_routing_id_cannot_read_its_results(
     start_node: Any, connect: Any, feeds: Feeds, local: Any
 ) -> None:
     """Even if the node notices nothing, and sends them all."""

@@ -77,7 +77,7 @@ def test_a_nodes_bundle_is_built_for_fewer_windows(
     [
         (["--stage", "encoder"], "has no encoder"),
         (["--max-windows", "26"], "expected 1 to 25"),
-        (["--backend", "tensorrt-rtx", "--timing-cache", "x"], "TensorRT-RTX builds without"),
+        (["--backend", "tensorrt-rtx", "--timing-cache", "x"], "TensorRT-RTX measures no timings"),
     ],
 )
 def test_what_cannot_be_is_one_line(

@@ -171,8 +171,8 @@ class Questions:
         try:
             reply = await ask(client, self.fed[seed], seconds)
         except OffloadError as error:
-            text = str(error).partition("): ")[2] or str(error)
-            self.failed[" ".join(text.split()[:4])] += 1
+            reason = getattr(error, "reason", "") or error.found
+            self.failed[" ".join(reason.split()[:4])] += 1
             return False
         else:
             same = not self.compare or all(

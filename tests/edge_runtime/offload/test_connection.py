@@ -165,7 +165,7 @@ def run(tmp_path: Path, toy_bundle: Path) -> Callable[..., Any]:
             async with connected(tmp_path, toy_bundle, behaviour) as case:
                 return await work(case)
 
-        return asyncio.run(all_of_it())
+        return asyncio.run(asyncio.wait_for(all_of_it(), 90))  # a fault must not end in a hang
 
     return run
 
@@ -878,6 +878,44 @@ def test_a_node_of_another_version_is_told_ours_once_a_connection(
     with FaultyNode(bundle, tmp_path, Act("version"), wire=wire) as node:
         asyncio.run(asyncio.wait_for(scene(node), 120))
         assert not node.did["garbage"]
+
+
+def test_after_a_lost_link_a_node_is_told_our_versions_again(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, lost, again = client_module.watch, asyncio.Event(), asyncio.Event()
+
+    async def watching(*arguments: Any, **options: Any) -> AsyncIterator[LinkEvent]:
+        async for event in real(*arguments, **options):
+            yield event
+            if event.state == "up":
+                await lost.wait()
+                yield LinkEvent("down", "lost")
+                yield event
+                again.set()
+
+    monkeypatch.setattr(client_module, "watch", watching)
+
+    async def unknown(message: Any, say: Say) -> None:
+        if isinstance(message, VersionsSpoken):
+            told.append(message)
+        else:
+            await say(None, raw=[b"ERT\xfe" + bytes(20)])
+
+    told: list[VersionsSpoken] = []
+
+    async def work(case: Case) -> None:
+        for count in (1, 2):
+            for _ in range(2):
+                with pytest.raises(OffloadError, match="version 254"):
+                    await case.infer()
+            while len(told) < count:
+                await asyncio.sleep(0.01)
+            lost.set()
+            await again.wait()
+        assert len(told) == 2
+
+    run(unknown, work)
 
 
 def test_a_closed_client_can_be_started_again(run: Callable[..., Any]) -> None:

@@ -397,6 +397,12 @@ def test_home_takes_only_what_the_nodes_may_not_see() -> None:
     assert list(nothing.home) == windows
 
 
+@pytest.mark.parametrize(("most", "home"), [(8, (4,)), (6, (2,)), (5, (0,)), (3, (0, 4))])
+def test_home_takes_the_smallest_window_that_suffices(most: int, home: tuple[int, ...]) -> None:
+    found = place([5, 3, 1], [0, 2, 4], 5, ["a"], most / 9, SECRET, b"x", keep_home=True)
+    assert found.home == home
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
