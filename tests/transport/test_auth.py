@@ -20,7 +20,7 @@ from faults.background import cancel_all
 from faults.zmtp import Peer, PeerError
 from zmq.utils import z85
 
-from transport import link, sockets
+from transport import auth, link, sockets
 from transport.allow_list import AllowList
 from transport.auth import Authenticator
 from transport.dos_protection import PenaltyBox
@@ -274,6 +274,26 @@ def test_strangers_make_it_read_the_folder_only_so_often(
         assert authenticator._answer(question)[2] == b"400"
         clock[0] += 0.001
     assert 5 < len(scans) < 20  # a tenth of the time, and a second's share at once
+
+
+def test_a_key_that_was_revoked_and_authorised_again_starts_anew(
+    authorized: Path, authorise: Any, new_pair: NewPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auth, "_HANDSHAKES", 2)
+    monkeypatch.setattr(auth, "_HANDSHAKES_PER_S", 0.001)
+    pair = new_pair("edge")
+    authorise(pair)
+    authenticator = Authenticator(zmq.Context.instance(), AllowList(authorized))
+
+    def answers() -> list[bytes]:
+        return [authenticator._answer(_question(pair))[2] for _ in range(3)]
+
+    assert answers() == [b"200", b"200", b"500"]
+    (authorized / "edge.pub").unlink()
+    authenticator._reload()
+    authorise(pair)
+    authenticator._reload()
+    assert answers() == [b"200", b"200", b"500"]
 
 
 def test_refusals_are_logged_once_a_minute_and_key(
