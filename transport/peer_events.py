@@ -92,8 +92,7 @@ class _Follower:
         self._plain: zmq.Socket[bytes] = zmq.Socket.shadow(self._monitor)
         self._limiter = LogLimiter()
         self._news: collections.deque[PeerEvent] = collections.deque()
-        self._failed = ""  # why the connection failed whose end libzmq reports next
-        self._refused = 0  # refused by the authenticator; their ends come later
+        self._handshakes = FailedHandshakes()
         connections.read_events = self._read
 
     async def events(self, every_s: float) -> AsyncGenerator[PeerEvent, None]:
@@ -132,24 +131,13 @@ class _Follower:
                     "connections dropped: no file descriptors are left; raise the limit (ulimit "
                     "-n, or LimitNOFILE= of the service)"
                 )
-        elif kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-            self._refused += 1
-        elif kind == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
-            self._failed = "timeout" if value in (errno.EAGAIN, errno.ETIMEDOUT) else "left"
+        elif kind & HANDSHAKE_FAILED:
+            self._handshakes.failed(kind, value)
         else:
-            self._ended(self._connections.closed(value))
+            self._ended(self._connections.closed(value) or Connection(-1, "", 0.0))
 
-    def _ended(self, ended: Connection | None) -> None:
-        ended = ended or Connection(-1, "", 0.0)
-        reason, self._failed = self._failed, ""
-        if ended.authenticated:
-            reason = ""
-        elif not reason:
-            if self._refused and (not ended.sent or ended.sent >= _WELCOMED_BYTES):
-                self._refused -= 1
-            else:
-                reason = _mismatch(ended)
-        if reason:
+    def _ended(self, ended: Connection) -> None:
+        if reason := self._handshakes.reason(ended):
             self._news.append(PeerEvent("refused", reason, ended.address))
             if self._limiter.allows((reason, ended.address)):
                 whose = ended.address or "a connection"
@@ -164,8 +152,29 @@ class _Follower:
             self._news.append(PeerEvent("dropped", dropped.reason, peer.address, peer.user))
 
 
-def _mismatch(ended: Connection) -> str:
-    """Why libzmq ended a handshake without a reason, by the bytes that were exchanged."""
-    greeted = ended.sent >= _GREETING_BYTES
-    hello = ended.received >= _GREETING_BYTES + _HELLO_BYTES
-    return "wrong_key" if greeted and hello else "protocol"
+class FailedHandshakes:
+    """Finds out why handshakes failed, from events and the bytes that were exchanged."""
+
+    def __init__(self) -> None:
+        self._failed = ""  # why the connection failed whose end libzmq reports next
+        self._refused = 0  # refused by the authenticator; their ends come later
+
+    def failed(self, kind: int, value: int) -> None:
+        """One of `HANDSHAKE_FAILED` was reported."""
+        if kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            self._refused += 1
+        else:
+            self._failed = "timeout" if value in (errno.EAGAIN, errno.ETIMEDOUT) else "left"
+
+    def reason(self, ended: Connection) -> str:
+        """Why a handshake failed, one of `REFUSALS`. Empty if it had succeeded, or if the
+        authenticator refused it: the authenticator counts that itself."""
+        reason, self._failed = self._failed, ""
+        if ended.authenticated or reason:
+            return "" if ended.authenticated else reason
+        if self._refused and (not ended.sent or ended.sent >= _WELCOMED_BYTES):
+            self._refused -= 1
+            return ""
+        greeted = ended.sent >= _GREETING_BYTES
+        hello = ended.received >= _GREETING_BYTES + _HELLO_BYTES
+        return "wrong_key" if greeted and hello else "protocol"

@@ -69,6 +69,7 @@ def test_a_key_file_that_others_may_write_shuts_out_its_holder_alone(
     new_pair: NewPair,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     kept, loose, linked = map(new_pair, ("kept", "loose", "linked"))
     authorise(kept)
@@ -76,6 +77,8 @@ def test_a_key_file_that_others_may_write_shuts_out_its_holder_alone(
     target = make_directory(tmp_path / "elsewhere") / "linked"
     write_public(target, linked.public, "linked")
     (authorized / "linked.pub").symlink_to(target)
+    later = time.time_ns() + 3_000_000_000  # no file is read again for being new
+    monkeypatch.setattr(time, "time_ns", lambda: later)
     allowed = AllowList(authorized)
     assert sorted(allowed.reload().values()) == ["kept", "linked", "loose"]
     (authorized / "loose.pub").chmod(0o646)
@@ -121,10 +124,12 @@ def _replace_in_place(file: Path, public: str) -> None:
 
 
 def test_a_key_replaced_in_place_with_size_and_time_kept_is_noticed(
-    authorized: Path, authorise: Any, new_pair: NewPair
+    authorized: Path, authorise: Any, new_pair: NewPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, new = new_pair("edge"), new_pair("edge")
     authorise(old)
+    later = time.time_ns() + 3_000_000_000  # the file is not read again for being new
+    monkeypatch.setattr(time, "time_ns", lambda: later)
     file = authorized / "edge.pub"
     allowed = AllowList(authorized)
     before = file.stat().st_ctime_ns

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket as plain
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from transport import link, messages, peer_events, sockets
 from transport.allow_list import AllowList
 from transport.auth import Authenticator
 from transport.dos_protection import Connections, connection_limits
+from transport.dos_protection.byte_accounting import Connection
 from transport.keys import KeyPair
 from transport.link import LinkEvent
 from transport.messages import Limits, StageLimits
@@ -334,6 +336,21 @@ def test_a_server_tells_why_a_handshake_failed(
     run_scene(scene)
     if reason not in ("wrong_key", "null"):
         assert peer_events.REFUSALS[reason] in caplog.text
+
+
+def test_a_failed_handshake_is_explained_once() -> None:
+    failures = peer_events.FailedHandshakes()
+    stranger, scan, finished = (Connection(fd, "10.0.0.1", 0.0) for fd in range(3))
+    stranger.count(600, 0, 246, 0.0)  # it was welcomed, and then refused
+    finished.count(600, 0, 301, 0.0)
+    failures.failed(zmq.EVENT_HANDSHAKE_FAILED_AUTH, 400)
+    assert failures.reason(finished) == ""
+    assert failures.reason(stranger) == "", "the authenticator has told it"
+    assert failures.reason(stranger) == "wrong_key", "this one it has not"
+    failures.failed(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, errno.ETIMEDOUT)
+    assert [failures.reason(scan) for _ in range(2)] == ["timeout", "protocol"]
+    failures.failed(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, errno.EPIPE)
+    assert failures.reason(scan) == "left"
 
 
 def connections_of(limits: StageLimits) -> Connections:
