@@ -116,6 +116,10 @@ def test_a_limit_that_changes_changes_the_budget(caplog: pytest.LogCaptureFixtur
     assert "not 256 MiB" in caplog.text
     told.limits = [replace(LIMIT, used=300 * MIB)]  # by requests: that is what it is for
     assert not memory.update()
+    told.limits = [replace(LIMIT, most=500 * MIB, used=300 * MIB)]
+    assert memory.update()
+    smaller = replace(LIMIT, most=500 * MIB)
+    assert memory.budget == divide(smaller, 100 * MIB, WANTED, NEEDS), "100 MiB of it when idle"
     told.limits = [replace(LIMIT, most=100 * MIB, used=90 * MIB)]
     with pytest.raises(TooLittle):
         memory.update()

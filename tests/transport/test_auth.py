@@ -535,3 +535,4 @@ def test_an_edge_that_loses_its_connection_again_and_again_is_never_refused(
             client.send(b"1 1000000")  # more than it may be owed: cut off, it comes back
         client.close()
     assert not node.stats()["refused"]
+    assert node.log.count("does not read its replies") == 1
