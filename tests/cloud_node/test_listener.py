@@ -468,3 +468,23 @@ def test_an_edge_that_was_banned_is_banned_again_sooner(
 
     within(work())
     assert len(seen) == 5, "a tenth of the burst"
+
+
+@needs_sodium
+def test_a_newcomer_with_anothers_routing_id_does_not_get_its_replies(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    async def work() -> None:
+        echo = Echo()
+        async with listening(prepared, None, echo) as listener:
+            echo.listener = listener
+            first, thief = (hostile(prepared, listener, tmp_path, name) for name in ("one", "two"))
+            async with await first.connect(identity=b"same") as peer:
+                await peer.send_message([b"x"])
+                assert await peer.read_message() == [b"one x"]
+                async with await thief.connect(identity=b"same") as other:
+                    await other.send_message([b"y"])
+                    await peer.send_message([b"z"])
+                    assert await peer.read_message() == [b"one z"]
+
+    within(work())

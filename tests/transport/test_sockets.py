@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import socket as plain
 import subprocess
@@ -211,6 +212,49 @@ def test_something_else_listens_there(run_scene: Any, new_pair: NewPair) -> None
         web.close()
 
     run_scene(scene)
+
+
+def test_the_wait_before_a_retry_doubles_up_to_the_longest(
+    run_scene: Any, new_pair: NewPair, limits: StageLimits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleep, waits = asyncio.sleep, list[float]()
+
+    async def short(seconds: float) -> None:
+        if seconds in (0.11, 0.22, 0.44):
+            waits.append(seconds)
+            seconds = 0.01
+        await sleep(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", short)
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(10)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n" + b"x" * 100)
+        writer.close()
+
+    async def scene(stage: Any) -> None:
+        web = await asyncio.start_server(refuse, "127.0.0.1", 0)
+        endpoint = f"tcp://127.0.0.1:{web.sockets[0].getsockname()[1]}"
+        key, pair = stage.node.public, new_pair("edge")
+        client = sockets.client(stage.ctx, endpoint, key, pair, limits, connect=False)
+        async with contextlib.aclosing(
+            link.watch(client, endpoint, first_retry_s=0.11, last_retry_s=0.44)
+        ) as events:
+
+            async def follow() -> None:
+                async for _ in events:
+                    pass
+
+            task = asyncio.create_task(follow())
+            while len(waits) < 4:
+                await sleep(0.01)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        client.close()
+        web.close()
+
+    run_scene(scene)
+    assert waits[:4] == [0.11, 0.22, 0.44, 0.44]
 
 
 def test_a_frozen_listener(run_scene: Any, new_pair: NewPair) -> None:
