@@ -2,16 +2,17 @@
 
 Results that nobody reads fill the memory, and a result that can't be sent was computed for nothing.
 So requests wait in the queue, where deadlines and refusals see them, while enough results are on
-their way: to their edge, or to all edges together. Pure arithmetic.
+their way: to their edge, or to all edges together, by what these read in a few seconds.
 """
 
 from __future__ import annotations
 
+_DRAIN_S = 3.0
 _LEAST_BYTES = 32 << 20
 
 
 def has_room(
-    size: int, *, own: int, everybody: int, unacked: int, total: int, largest: int, lanes: int
+    size: int, *, own: int, everybody: int, unacked: int, total: int, largest: int, rate: float
 ) -> bool:
     """Whether `size` bytes of results of one edge may be added.
 
@@ -23,10 +24,10 @@ def has_room(
         unacked: at which an edge counts as one that does not read.
         total: at which connections are dropped because all together hold too much.
         largest: bytes of the largest result.
-        lanes: batches that compute at the same time.
+        rate: bytes per second that all edges together read lately.
     """
     if own + size > unacked * 3 // 4:
         return False
-    allowed = min(total // 2, max(_LEAST_BYTES, (2 * lanes + 2) * largest))
+    allowed = min(total // 2, max(2 * largest, _LEAST_BYTES, int(rate * _DRAIN_S)))
     # An edge that has nothing on its way gets past others that have and don't read it.
     return everybody + size <= (allowed if own else allowed * 3 // 2)

@@ -250,6 +250,11 @@ class Listener:
         """Bytes sent to an edge, or to all, and not acknowledged; 0 where that is unknown."""
         return self._connections.unread(name)
 
+    @property
+    def read_rate(self) -> float:
+        """Bytes per second that all edges together read lately."""
+        return self._connections.read_rate
+
     def refresh(self) -> bool:
         """Bring `unread` up to date. Returns False if that was done a moment ago."""
         return self._connections.refresh()

@@ -362,7 +362,7 @@ class Server:
             unacked=self._listener.limits.unacked,
             total=self._listener.limits.total,
             largest=self._prepared.limits.result.total_bytes,
-            lanes=self._pool.lanes,
+            rate=self._listener.read_rate,
         )
 
     async def _run(self, slot: Slot, jobs: Sequence[Job]) -> None:

@@ -151,6 +151,27 @@ def test_together_too_much_costs_the_party_that_holds_most() -> None:
     assert not peers.told()
 
 
+def test_the_rate_at_which_all_read() -> None:
+    peers = Unconnected(2)
+    peers.check(0.0)
+    assert peers.read_rate == 0
+    for fd in (1, 2):
+        peers.hand_over(fd, 900, 0.0)
+    for tenth in range(1, 11):
+        peers.count(1, tenth / 10, acked=30 * tenth)
+        peers.count(2, tenth / 10, acked=20 * tenth)
+        peers.check(tenth / 10)
+    assert peers.read_rate == pytest.approx(500)
+    peers.count(1, 2.0, acked=400)
+    peers.check(2.0)
+    assert peers.read_rate == pytest.approx(100), "it has become slower"
+    for fd in (1, 2):
+        peers.count(fd, 2.1, acked=900)
+    peers.check(2.1)
+    peers.check(100.0)
+    assert peers.read_rate == pytest.approx(100), "with nothing to read they are no slower"
+
+
 def test_a_handshake_that_takes_too_many_bytes() -> None:
     peers = Unconnected(undelivered=MIB, total=MIB)
     peers.add(1, "10.0.0.1")

@@ -46,6 +46,7 @@ class Unconnected(Connections):
     def count(
         self, fd: int, now: float, *, received: int = 0, acked: int = 0, sent: int = 0
     ) -> None:
+        self._acked += acked - self._open[fd].acked
         self._open[fd].count(received, acked, sent, now)
 
     def deliver(self, fd: int, size: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import time
 from collections.abc import Callable, Collection
 from typing import NamedTuple
@@ -24,6 +25,7 @@ LET_IN_AT = "X-Since"
 """Property of every message: when its connection was let in (`time.monotonic`). The authenticator
 sets it; a peer can't override it."""
 _REFRESH_S = 0.002
+_RATE_S = 1.0
 _EXPLAINED: dict[Reason, str] = {
     "endless": "it sent {} without ending a message, or too fast to be read",
     "slow": "it does not read its replies, or too slowly; {} wait",
@@ -63,6 +65,7 @@ class Connections:
     Attributes:
         limits: may be replaced at any time.
         metered: whether the kernel counts bytes.
+        read_rate: bytes per second that all peers together acknowledged lately.
         read_events: reads the monitor's events that wait. Set by `peer_events.follow`.
     """
 
@@ -70,6 +73,8 @@ class Connections:
         self.limits = limits
         self.metered = tcp.AVAILABLE
         self.read_events: Callable[[], None] = lambda: None
+        self.read_rate = 0.0
+        self._rate_since, self._acked, self._idle = -math.inf, 0, False
         self._open: dict[int, Connection] = {}
         self._by_route: dict[bytes, Connection] = {}
         self._handshakes = Handshakes()
@@ -203,6 +208,7 @@ class Connections:
         """Count bytes, drop the connections that break a limit, and return all that were dropped
         since the last call."""
         self._count_all(now)
+        self._measure_rate(now)
         self._handshakes.finish_old(now)
         live = [each for each in self._open.values() if not each.dropped]
         for each, reason, size in too_many_bytes(live, self.limits, now):
@@ -235,9 +241,19 @@ class Connections:
             if counters is None:
                 self.metered = False
                 return
+            self._acked += counters[1] - connection.acked
             connection.count(*counters, now)
             if connection.authenticated:
                 self._handshakes.finish(connection)
+
+    def _measure_rate(self, now: float) -> None:
+        self._idle = self._idle or not self.unread()
+        seconds = now - self._rate_since
+        if seconds >= _RATE_S:
+            rate = self._acked / seconds
+            # If there was nothing to read for a while, the peers might have read more.
+            self.read_rate = max(self.read_rate, rate) if self._idle else rate
+            self._rate_since, self._acked, self._idle = now, 0, False
 
     def _drop(self, connection: Connection, reason: Reason, held: float = 0) -> None:
         """The one place where connections are dropped."""
