@@ -235,5 +235,5 @@ def test_a_node_follows_a_limit_that_is_set_while_it_runs(
                 time.sleep(0.02)
 
         limit(idle + 240 * MIB, "may wait in the queue, not 256 MiB")
-        limit(idle + 20 * MIB, "a limit has changed, and this process may end of it")
+        limit(idle + 20 * MIB, "a limit has changed, and this process may fail because of it")
         limit(resource.RLIM_INFINITY, "leave room for all that is configured")
