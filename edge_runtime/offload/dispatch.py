@@ -91,7 +91,7 @@ class Dispatch:
             kept = np.flatnonzero(np.isin(self._windows.window, placement.home))
             tasks.append(asyncio.create_task(self._compute(kept)))
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-            _raise_first([task.exception() for task in done])
+            _raise_first([task.exception() for task in tasks if task in done])
         finally:
             for task in tasks:
                 task.cancel()
