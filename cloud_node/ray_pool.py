@@ -63,22 +63,23 @@ _AUTOSCALING: dict[str, float] = {"upscale_delay_s": 15.0, "downscale_delay_s": 
 _MIN_STORE = 80 << 20
 """Ray refuses smaller object stores."""
 
-Sealed = dict[str, tuple[str, tuple[int, ...], np.ndarray]]
-"""Encrypted tensors by name: dtype, shape, and bytes as an array, which Ray does not copy."""
+Sealed = dict[str, tuple[str, tuple[int, ...], bytes, np.ndarray]]
+"""Encrypted tensors by name: dtype, shape, nonce, and bytes as an array: Ray copies no arrays."""
 
 
 def seal(tensors: Mapping[str, np.ndarray], key: bytes, *, result: bool) -> Sealed:
     """Encrypt tensors with AES-GCM.
 
     Args:
-        key: used for one batch and its result only, so that no nonce is used twice.
-        result: whether these are the outputs.
+        key: for one batch and its result only.
+        result: whether these are the outputs, so that neither passes for the other.
     """
     cipher, sealed = AESGCM(key), Sealed()
-    for number, (name, array) in enumerate(sorted(tensors.items())):
+    for name, array in tensors.items():
         content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-        data = cipher.encrypt(_nonce(number, result), content, name.encode())
-        sealed[name] = array.dtype.str, array.shape, np.frombuffer(data, np.uint8)
+        dtype, nonce = array.dtype.str, secrets.token_bytes(12)
+        data = cipher.encrypt(nonce, content, _header(name, dtype, array.shape, result))
+        sealed[name] = dtype, array.shape, nonce, np.frombuffer(data, np.uint8)
     return sealed
 
 
@@ -89,17 +90,17 @@ def unseal(sealed: Sealed, key: bytes, *, result: bool) -> dict[str, np.ndarray]
         ValueError: they are not what was sealed with this key.
     """
     cipher, tensors = AESGCM(key), {}
-    for number, (name, (dtype, shape, data)) in enumerate(sorted(sealed.items())):
+    for name, (dtype, shape, nonce, data) in sealed.items():
         try:
-            content = cipher.decrypt(_nonce(number, result), data.data, name.encode())
+            content = cipher.decrypt(nonce, data.data, _header(name, dtype, shape, result))
         except InvalidTag:
             raise ValueError("sealed tensors were changed") from None
         tensors[name] = np.frombuffer(content, dtype).reshape(shape)
     return tensors
 
 
-def _nonce(number: int, result: bool) -> bytes:
-    return bytes([result]) + number.to_bytes(11, "big")
+def _header(name: str, dtype: str, shape: tuple[int, ...], result: bool) -> bytes:
+    return f"{name} {dtype} {shape} {result}".encode()
 
 
 class RayPool(QueuedPool):
@@ -542,8 +543,8 @@ class _Cluster:
         os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
         if address == "local":
             os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # send nothing to Ray's makers
-            # Other users of this machine could otherwise use Ray's ports. Given a token in the
-            # environment, Ray does not store one in the user's home.
+            # Ray's ports are open on all addresses of this machine, and ask for a token. Given one
+            # in the environment, Ray does not store one in the user's home.
             if "RAY_AUTH_TOKEN_PATH" not in os.environ:
                 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         import ray
@@ -565,7 +566,6 @@ class _Cluster:
                     "object_store_memory": max(_MIN_STORE, most * 5 * batch_bytes),
                     "include_dashboard": False,
                     "_temp_dir": str(Path(self._folder, "ray")),  # Ray opens it to all users
-                    "_node_ip_address": "127.0.0.1",
                 }
             else:
                 self.place = address

@@ -25,7 +25,7 @@ import zmq
 from cloud_node.admission import Refusal, check_stage, check_windows
 from cloud_node.backpressure import has_room
 from cloud_node.config import Prepared
-from cloud_node.listener import Door
+from cloud_node.listener import Listener
 from cloud_node.memory import Budget, Memory, Needs, TooLittle, check_threads
 from cloud_node.metrics import Metrics
 from cloud_node.poison import PoisonTracker
@@ -37,6 +37,7 @@ from edge_common.logs import LogLimiter, log_defect
 from edge_common.memory_limits import MemoryLimits
 from edge_common.process import give_freed_memory_back
 from engines.bundle import TensorSpec
+from transport.dos_protection import MemoryWatch
 from transport.messages import (
     HEADER_BYTES,
     NO_ID,
@@ -56,8 +57,8 @@ from transport.messages import (
     encode,
     refuse,
 )
-from transport.meter import MemoryWatch, message_bytes
 from transport.sockets import start_sending
+from transport.wire_size import message_bytes
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ class Server:
         self._loop = asyncio.get_running_loop()
         self._broken = self._loop.create_future()  # fails if the node cannot continue
         self._work = asyncio.Event()  # there may be something to dispatch
-        self._door = Door(
+        self._listener = Listener(
             self._prepared,
             self.metrics,
             self._handle,
@@ -138,7 +139,7 @@ class Server:
             lanes=self._pool.lanes,
         )
         check_threads()
-        self._door.try_address()
+        self._listener.try_address()
         stopping = asyncio.create_task(stop.wait(), name="stop")
         tasks: set[asyncio.Future[Any]] = set()
         try:
@@ -149,7 +150,7 @@ class Server:
                 await asyncio.gather(starting, return_exceptions=True)
                 return
             starting.result()
-            self._door.open()
+            self._listener.open()
             self._limits = MemoryLimits()
             self._watch = MemoryWatch(self._held(), self._limits.resident)
             self._measure()
@@ -157,7 +158,7 @@ class Server:
                 asyncio.create_task(self._dispatch(), name="dispatch"),
                 asyncio.create_task(self._tick(), name="tick"),
                 asyncio.create_task(self._pool.follow(), name="pool"),
-                self._door.broken,
+                self._listener.broken,
                 self._broken,
             }
             self._bound = True
@@ -183,7 +184,7 @@ class Server:
             finally:
                 for job in list(self._open):
                     self._finish(job, _STOPPING)
-                await self._door.close(_FLUSH_S if self._bound else 0)
+                await self._listener.close(_FLUSH_S if self._bound else 0)
 
     async def _drain(self, tasks: Iterable[asyncio.Future[Any]]) -> None:
         """Wait until edges have the replies to all admitted requests, but no longer than the drain
@@ -197,7 +198,7 @@ class Server:
             extra={"event": "stopping"},
         )
         give_up = self._loop.time() + self._prepared.config.drain_s
-        while self._open or self._door.waiting() or self._unread:
+        while self._open or self._listener.unread() or self._unread:
             if self._loop.time() >= give_up or any(task.done() for task in tasks):
                 return
             await asyncio.sleep(min(0.02, max(0.0, give_up - self._loop.time())))
@@ -205,7 +206,7 @@ class Server:
     # What arrives
 
     def _handle(self, frame: zmq.Frame, to: bytes, name: str) -> bool:
-        """Handle a message; returns whether it was of use, which the limit on messages considers."""
+        """Handle a message; returns whether it was of use, for the limit on messages."""
         message_id = NO_ID
         try:
             message = decode_header(frame)
@@ -228,7 +229,7 @@ class Server:
             self._refuse_new(to, name, message_id, Refusal("malformed", str(error)))
         except Refusal as refusal:
             self._refuse_new(to, name, message_id, refusal)
-        except Exception:  # a defect, which the door logs
+        except Exception:  # a defect, which the listener logs
             if not any((job.client, job.id) == (name, message_id) for job in self._open):
                 self._refuse_new(to, name, message_id, _FAILED)
             raise
@@ -248,7 +249,7 @@ class Server:
         windows = check_windows(feeds, prepared.stage, prepared.bundle.geometry)
         deaths = self._poison.deaths(name, feeds, now)
         if deaths > 1:
-            raise _POISON
+            raise Refusal(_POISON.code, str(_POISON))
         job = Job(
             client=name,
             id=request.id,
@@ -346,22 +347,22 @@ class Server:
         """Whether there is room for the results of `windows` of a client with `running` windows,
         beside the results that it has not read yet."""
         return self._has_room(client, running, windows) or (
-            self._door.look_again() and self._has_room(client, running, windows)
+            self._listener.refresh() and self._has_room(client, running, windows)
         )
 
     def _has_room(self, client: str, running: int, windows: int) -> bool:
         # The kernel's figures include what libzmq has encrypted or is writing. On systems without
         # such figures, the bytes that wait in libzmq are known at least.
-        own = max(self._door.waiting(client), self._unread.get(client, 0))
-        everybody = max(self._door.waiting(), self._unread_total)
+        own = max(self._listener.unread(client), self._unread.get(client, 0))
+        everybody = max(self._listener.unread(), self._unread_total)
         return has_room(
             windows * self._window_bytes,
             own=own + running * self._window_bytes,
             everybody=everybody + self._queue.running_windows * self._window_bytes,
-            unsent=self._door.unsent,
-            total=self._door.total,
+            unacked=self._listener.limits.unacked,
+            total=self._listener.limits.total,
             largest=self._prepared.limits.result.total_bytes,
-            rate=self._door.rate,
+            lanes=self._pool.lanes,
         )
 
     async def _run(self, slot: Slot, jobs: Sequence[Job]) -> None:
@@ -500,7 +501,7 @@ class Server:
         metrics.waiting_requests.set(len(self._queue))
         metrics.waiting_bytes.set(self._queue.bytes)
         metrics.workers_ready, metrics.workers = ready, self._pool.lanes
-        self._door.look()
+        self._listener.update_gauges()
         if self._draining:
             metrics.state = "draining"
         elif not self._bound:
@@ -527,19 +528,20 @@ class Server:
             shared=shared,
         )
         self._idle = self._held()
-        wanted = Budget(config.queue_bytes, self._door.total, self._door.connections)
+        most = self._listener.limits
+        wanted = Budget(config.queue_bytes, most.total, most.connections)
         self._memory = Memory(wanted, needs, self._limits)
         self._watch.ceiling = self._ceiling()
         self._fit_memory()
 
     def _fit_memory(self) -> None:
-        """Have queue and door hold no more than limits on memory allow.
+        """Have queue and listener hold no more than limits on memory allow.
 
         Raises:
             TooLittle: they allow too little, and the node does not serve yet.
         """
         try:
-            if not self._memory.look():
+            if not self._memory.update():
                 return
         except TooLittle as error:
             if not self._bound:
@@ -549,7 +551,7 @@ class Server:
             give_freed_memory_back()
         budget = self._memory.budget
         self._shed(self._queue.set_limit(budget.queue), self._loop.time())
-        self._door.bound(budget.transit, budget.connections)
+        self._listener.lower_limits(budget.transit, budget.connections)
         self._watch.ceiling = self._ceiling()
 
     def _held(self) -> int:
@@ -563,7 +565,7 @@ class Server:
         batches = 4 * self._pool.lanes * (limits.request.total_bytes + limits.result.total_bytes)
         shared: int = getattr(self._pool, "shared_bytes", 0)
         # Waiting in the queue, and in libzmq.
-        allowed = self._queue.most_bytes + self._door.total + batches + shared
+        allowed = self._queue.most_bytes + self._listener.limits.total + batches + shared
         return self._idle + allowed * 5 // 4
 
     async def _rebind(self, held: int, most: str) -> None:
@@ -576,7 +578,7 @@ class Server:
         self.metrics.rebinds.inc()
         self._finish_all(self._queue.drop_all())
         begun = self._loop.time()
-        await self._door.reopen()
+        await self._listener.reopen()
         log.info(
             "bound anew after %.2f s, %d MB held",
             *(self._loop.time() - begun, self._held() >> 20),
@@ -601,7 +603,7 @@ class Server:
         """Send without waiting; returns the outcome of the request if that failed, else an empty
         text."""
         size = frame.nbytes
-        if self._unread.get(name, 0) + size > self._door.unsent:
+        if self._unread.get(name, 0) + size > self._listener.limits.unacked:
             outcome: str = "unread"
         else:
             if size > HEADER_BYTES:
@@ -609,7 +611,7 @@ class Server:
                 weakref.finalize(frame.obj, self._on_frame_freed, name, size).atexit = False
                 self._unread[name] = self._unread.get(name, 0) + size
                 self._unread_total += size
-            outcome = self._door.send(peer, frame)
+            outcome = self._listener.send(peer, frame)
         if outcome == "sent":
             return ""
         why = "it disconnected" if outcome == "lost" else "it does not read its replies"
@@ -655,7 +657,7 @@ class Server:
         """During the block, announce the node in the ready file; also log where it listens."""
         prepared = self._prepared
         ready = {
-            "endpoint": self._door.endpoint,
+            "endpoint": self._listener.endpoint,
             "public_key": prepared.keypair.public,
             "bundle": prepared.label,
             "stack_sha256": prepared.stage.sha256,

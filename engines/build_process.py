@@ -24,7 +24,7 @@ import msgspec
 from edge_common.errors import BuildError, EdgeRuntimeError, EngineError
 from edge_common.files import explain_write_errors
 from engines import cuda, fusion, libraries
-from engines.bundle import TensorSpec
+from engines.bundle import FLOAT_TYPES, TensorSpec
 from engines.libraries import Backend, Flavour, Library
 from engines.plan import AttentionReport, Form, LayerReport, Shape, another_place, target
 
@@ -381,22 +381,9 @@ def _parse_errors(parser: Any, log: Log) -> str:
     return "\n  ".join([*found, *(text.strip() for text in known)] if found else [logged])
 
 
-_DTYPES = {
-    "BOOL": "bool",
-    "UINT8": "uint8",
-    "INT8": "int8",
-    "INT32": "int32",
-    "INT64": "int64",
-    "HALF": "float16",
-    "BF16": "bfloat16",
-    "FLOAT": "float32",
-}
-_REAL = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-
-
 def _dtype(value: Any) -> str:
     name = str(value).rpartition(".")[2]
-    return _DTYPES.get(name, name)
+    return libraries.DTYPES.get(name, name)
 
 
 def _check_network(library: Library, network: Any, request: Request, graph: str) -> None:
@@ -419,7 +406,7 @@ def _check_network(library: Library, network: Any, request: Request, graph: str)
     multiply = library.module.LayerType.MATRIX_MULTIPLY
     layers = (network.get_layer(index) for index in range(network.num_layers))
     types = {_dtype(layer.get_output(0).dtype) for layer in layers if layer.type == multiply}
-    wanted_type = _REAL[request.precision]
+    wanted_type = FLOAT_TYPES[request.precision]
     wrong = types - {"float32"} if wanted_type == "float32" else wanted_type not in types
     if types and wrong:
         raise BuildError(
@@ -470,7 +457,7 @@ def _read_back(
 ) -> tuple[Literal["engine inspector", "serialised plan"], Any, int | None]:
     """Read layers and attentions from the engine inspector if a GPU opens the plan, or its bytes.
 
-    The bytes are also used if they tell the fusion of every attention and the inspector does not.
+    The bytes are also used if only they show for every attention whether it was fused.
     """
     from_bytes = fusion.from_plan(data, attentions)
     memory = None

@@ -34,7 +34,9 @@ _CHUNK = 1 << 20
 Dtype = Literal[
     "bool", "uint8", "int8", "uint16", "int16", "int32", "int64", "float16", "float32", "bfloat16"
 ]
-# Text of a manifest ends up on terminals and in logs.
+FLOAT_TYPES: dict[str, Dtype] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""The type of tokens and matrices, by precision."""
+# Text of a manifest is printed on terminals and in logs.
 _PRINTABLE = rf"\A[^{UNPRINTABLE}]*\Z"
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200, pattern=_PRINTABLE)]
 Line = Annotated[str, msgspec.Meta(max_length=4096, pattern=_PRINTABLE)]

@@ -23,6 +23,17 @@ Backend = Literal["auto", "tensorrt", "tensorrt-rtx"]
 FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt-rtx")
 _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _TITLES: dict[Flavour, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
+DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT8": "int8",
+    "INT32": "int32",
+    "INT64": "int64",
+    "BOOL": "bool",
+    "UINT8": "uint8",
+}
+"""Names of both libraries' ``DataType`` members, as :class:`engines.bundle.TensorSpec` has them."""
 # JetPack 6 has TensorRT 10.3. The tests run TensorRT-RTX 1.7.1; pip can upgrade older ones to it.
 _OLDEST: dict[Flavour, Version] = {"tensorrt": (10, 3, 0), "tensorrt-rtx": (1, 7, 0)}
 _INSTALL: dict[Flavour, str] = {
@@ -97,12 +108,12 @@ def load(flavour: Flavour) -> Library:
     library = Library(flavour, (major, minor, patch), module)
     if library.version < _OLDEST[flavour]:
         oldest = ".".join(map(str, _OLDEST[flavour]))
-        mend = (
+        remedy = (
             "JetPack 6.1 or later has it"
             if flavour == "tensorrt"
             else "`pip install --upgrade tensorrt-rtx-cu13` installs it"
         )
-        raise EngineError(f"{library.name} is too old, expected {oldest} or later: {mend}")
+        raise EngineError(f"{library.name} is too old, expected {oldest} or later: {remedy}")
     return library
 
 

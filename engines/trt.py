@@ -35,16 +35,6 @@ _logger = logging.getLogger(__name__)
 _REBUILD_HELPS = ("version mismatch", "unsupported cc", "malformed engine")
 # Each holds an execution context. Stages see few different shapes.
 _MAX_GRAPHS = 8
-_DTYPES = {
-    "FLOAT": "float32",
-    "HALF": "float16",
-    "BF16": "bfloat16",
-    "INT8": "int8",
-    "INT32": "int32",
-    "INT64": "int64",
-    "BOOL": "bool",
-    "UINT8": "uint8",
-}
 
 _Shapes = Mapping[str, tuple[int, ...]]
 _T = TypeVar("_T")
@@ -269,7 +259,7 @@ class _Loaded:
 
     def _describe(self, name: str) -> str:
         engine = self.engine
-        dtype = _DTYPES.get(engine.get_tensor_dtype(name).name, "unknown")
+        dtype = libraries.DTYPES.get(engine.get_tensor_dtype(name).name, "unknown")
         where = f"{engine.get_tensor_mode(name).name} {engine.get_tensor_location(name).name}"
         return f"{where} {dtype} {tuple(engine.get_tensor_shape(name))}"
 

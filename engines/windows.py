@@ -20,7 +20,7 @@ class Windows:
     Attributes:
         pixels: uint8 ``[n, w, w, 3]``, 0 outside the image.
         extent: int64 ``[n, 2]``, rows and columns of each window that lie inside the image, each
-            >= 1. It tells black pixels from padding, because SAM pads after it normalises.
+            >= 1. It separates black pixels from padding, because SAM pads after it normalises.
         window: int64 ``[n]``, index of each window in the square.
         present: bool ``[windows]``, which windows of the square hold image pixels.
         size: ``(h, w)`` of the resized image.

@@ -36,7 +36,7 @@ from .gpu_cases import (
     timed,
 )
 from .packed_stack import PackedStack
-from .precision import TORCH_DTYPES, cast
+from .precision import TENSOR_DTYPES, TORCH_DTYPES, cast
 
 TUNED = (("stack", 25), ("tail", 25))
 TUNING = "max-autotune-no-cudagraphs"
@@ -48,14 +48,6 @@ _ONNX_TYPES = {
     torch.bool: 9,
     torch.float16: 10,
     torch.bfloat16: 16,
-}
-_TORCH_TYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "uint8": torch.uint8,
-    "int64": torch.int64,
-    "bool": torch.bool,
 }
 
 
@@ -336,7 +328,7 @@ def open_ort(worker: Worker, case: Case, known: Tensors, geometry: Geometry) -> 
     made = {
         s.name: torch.empty(
             [case.count if isinstance(d, str) else d for d in s.shape],
-            dtype=_TORCH_TYPES[s.dtype],
+            dtype=TENSOR_DTYPES[s.dtype],
             device=worker.device,
         )
         for s in stage.outputs

@@ -15,22 +15,13 @@ import torch
 from torch import nn
 
 from edge_common.errors import ExportError
-from engines.bundle import Dtype, Stage, TensorSpec, contract, hash_file, stage_digest
+from engines.bundle import FLOAT_TYPES, Stage, TensorSpec, contract, hash_file, stage_digest
 from engines.geometry import Geometry
 
-from .precision import Precision
+from .precision import TENSOR_DTYPES, Precision
 
 OPSET = 23
-_FLOAT: dict[Precision, Dtype] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _EXAMPLE_SIZES = {"n": 3, "p": 2, "k": 4}
-_TORCH = {
-    "uint8": torch.uint8,
-    "int64": torch.int64,
-    "bool": torch.bool,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
 
 Specs = tuple[TensorSpec, ...]
 
@@ -40,7 +31,10 @@ def stage_specs(
 ) -> tuple[Specs, Specs]:
     """Inputs and outputs that the graph of ``stage`` must have."""
     inputs, outputs = (
-        tuple(TensorSpec(name, dtype or _FLOAT[precision], shape) for name, (dtype, shape) in side)
+        tuple(
+            TensorSpec(name, dtype or FLOAT_TYPES[precision], shape)
+            for name, (dtype, shape) in side
+        )
         for side in map(dict.items, contract(stage, geometry, head_blocks))
     )
     return inputs, outputs
@@ -80,7 +74,7 @@ def _to_onnx(module: nn.Module, inputs: Specs, outputs: Specs) -> ir.Model:
     examples, dynamic = [], []
     for spec in inputs:
         shape = [_EXAMPLE_SIZES[d] if isinstance(d, str) else d for d in spec.shape]
-        examples.append(torch.zeros(shape, dtype=_TORCH[spec.dtype]))
+        examples.append(torch.zeros(shape, dtype=TENSOR_DTYPES[spec.dtype]))
         dynamic.append({i: dims[d] for i, d in enumerate(spec.shape) if isinstance(d, str)})
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(

@@ -20,6 +20,11 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
+TENSOR_DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, name)
+    for name in ("uint8", "int64", "bool", "float32", "float16", "bfloat16")
+}
+"""Types of a stage's tensors, by their names in :class:`engines.bundle.TensorSpec`."""
 
 Stage = TypeVar("Stage", bound=nn.Module)
 

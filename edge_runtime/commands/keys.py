@@ -184,7 +184,7 @@ Next:
 
 def _authorize(args: argparse.Namespace) -> tuple[dict[str, object], str]:
     from edge_common.errors import KeyFileError
-    from transport.auth import AllowList
+    from transport.allow_list import AllowList
     from transport.keys import AUTHORIZED, check_name, read_public, write_public
 
     folder: Path = args.dir

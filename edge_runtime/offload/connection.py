@@ -19,6 +19,8 @@ from edge_runtime.config import Node
 from edge_runtime.offload.integrity import check_reply
 from edge_runtime.offload.ledger import Permit
 from engines.bundle import Stage
+from transport.dos_protection import Connections, connection_limits
+from transport.link import NOT_AUTHORISED, LinkEvent, watch
 from transport.messages import (
     NO_ID,
     VERSIONS,
@@ -39,8 +41,7 @@ from transport.messages import (
     new_id,
     new_seal,
 )
-from transport.meter import Meter, bounds
-from transport.sockets import BACKLOG, NOT_AUTHORISED, LinkEvent, client, received, watch
+from transport.sockets import BACKLOG, client, received
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +163,9 @@ class Connection:
         self.stage = stage
         self._limits = limits
         # Outgoing bytes need no meter: few requests wait, each for a caller with a deadline.
-        self._meter = Meter(bounds(limits.result, limits.request, backlog=BACKLOG))
+        self._connections = Connections(
+            connection_limits(limits.result, limits.request, backlog=BACKLOG)
+        )
         self._pending: dict[bytes, _Pending] = {}
         self._link: LinkEvent | None = None
         self._away_since = 0.0  # when connecting began, or when the link was last lost
@@ -439,7 +442,7 @@ class Connection:
 
     async def _follow(self) -> None:
         """Keep track of the link's state."""
-        events: Any = watch(self._socket, self.node.endpoint, meter=self._meter)
+        events: Any = watch(self._socket, self.node.endpoint, connections=self._connections)
         async with contextlib.aclosing(events):
             async for event in events:
                 self._turn(event)
@@ -461,7 +464,7 @@ class Connection:
         """Quarantine the node if this process holds too many of its bytes."""
         while True:
             await asyncio.sleep(_METER_S)
-            for breach in self._meter.poll(time.monotonic()):
+            for breach in self._connections.check(time.monotonic()):
                 if breach.reason == "endless":
                     await self._shut_out(
                         f"it sent {breach.bytes / 1e6:.0f} MB without ending a message, or without "
@@ -482,7 +485,7 @@ class Connection:
         """Receive messages."""
         loop = asyncio.get_running_loop()
         async for message in received(self._socket):
-            self._meter.delivered(message.frame)
+            self._connections.received(message.frame)
             if message.surplus:
                 await self._shut_out(
                     f"it sent a message of {1 + message.surplus} frames; honest nodes send one"

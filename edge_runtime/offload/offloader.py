@@ -18,9 +18,9 @@ from edge_runtime.offload.report import RunRecord
 from edge_runtime.offload.status import NodeStatus, status
 from engines.pipeline import Pipeline
 from engines.windows import Windows
+from transport.dos_protection import MemoryWatch
 from transport.keys import load_secret_bytes
 from transport.messages import stage_limits
-from transport.meter import MemoryWatch
 
 _MEMORY_SHARE = 0.9
 """Connections are dropped when this process uses this share of the memory it may use."""

@@ -137,13 +137,13 @@ def test_init_writes_a_file_that_explains_and_loads(folder: Path) -> None:
     assert (folder / "etc.toml").read_text() == text
 
 
-def test_what_init_writes_is_closed_to_others_whatever_the_umask(tmp_path: Path) -> None:
+def test_init_writes_a_file_that_only_the_owner_can_change(tmp_path: Path) -> None:
     command = f"umask 0; exec {sys.executable} -m cloud_node.cli init"
     subprocess.run(command, shell=True, cwd=tmp_path, check=True, capture_output=True)
     assert stat.S_IMODE((tmp_path / "node.toml").stat().st_mode) == 0o644
 
 
-def test_what_init_comments_out_is_valid_too(tmp_path: Path) -> None:
+def test_the_comments_that_init_writes_are_valid_settings(tmp_path: Path) -> None:
     assert run("init", cwd=tmp_path).returncode == 0
     text = (tmp_path / "node.toml").read_text()
     assert load(tmp_path / "node.toml").config == load(None, {"keys": tmp_path / "keys"}).config

@@ -1,8 +1,8 @@
 """Every request that was admitted has one outcome, whatever raises on the way to it.
 
-A `Server` runs in a thread, with a real door and real edges; its workers are the test's, so that a
-batch ends when and how the test says. `Fault` then makes each call that the server makes on its way
-raise in turn.
+A `Server` runs in a thread, with a real listener and real edges. Its workers are the test's, so
+that a batch ends when and how the test says. `Fault` then makes each call that the server makes on
+its way raise in turn.
 """
 
 from __future__ import annotations
@@ -111,9 +111,7 @@ class Worker(Pool):
         self.runs = 0
         self.computing = self.busy = self.closed = False
 
-    @property
-    def ready(self) -> int:
-        return 1
+    ready = 1
 
     async def start(self, on_event: OnEvent) -> None:
         self.on_event = on_event
@@ -193,7 +191,7 @@ class Running:
         self.thread.start()
         while self.server.metrics.state != "ready":
             time.sleep(0.001)
-        self.endpoint = self.server._door.endpoint
+        self.endpoint = self.server._listener.endpoint
         self.ready = {"public_key": prepared.keypair.public}
         self._keys, self._connect = prepared.config.keys, connect
         self._rng = np.random.default_rng(0)
@@ -523,7 +521,7 @@ class Deaf(logging.Filter):
 
 
 BROKEN: dict[str, tuple[str, Any, str]] = {
-    "sending": ("computed", listener.Door, "send"),
+    "sending": ("computed", listener.Listener, "send"),
     "encoding": ("computed", server, "encode"),
     "estimating": ("computed", Queue, "record_batch"),
     "logging results": ("computed", server.log, "filters"),
@@ -535,7 +533,7 @@ BROKEN: dict[str, tuple[str, Any, str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_raises_again_and_again_keeps_nothing_open(
+def test_a_permanent_defect_leaves_no_request_open(
     start: Callable[[], Running], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     running, (end, place, what) = start(), BROKEN[name]
@@ -587,6 +585,50 @@ def test_a_batch_that_only_waited_for_a_worker_that_died_is_run_again(
     running.settle(running.computing(*sent))
     assert sorted(running.told(Result)) == sorted(sent)
     assert not running.server._poison._deaths
+
+
+def test_a_client_whose_request_failed_shares_no_batch_for_a_while(
+    start: Callable[[], Running],
+) -> None:
+    running = start()
+    running.worker.ends = [EngineError("no")]
+    failed = running.request(9)
+    running.settle(running.computing(failed))
+    assert running.told(Refused) == [failed]
+    running.call(running.worker.go.clear)
+    sent = running.computing(*(running.request(windows) for windows in (2, 3, 4)))
+    running.settle(sent)
+    assert running.worker.runs == 3
+
+
+def test_without_a_worker_only_requests_with_enough_time_are_admitted(
+    start: Callable[[], Running],
+) -> None:
+    running = start()
+    running.worker.ready = 0
+    died = WorkerEvent("died", 0, "cpu", 1, seconds=30.0)
+    running.call(running.worker.on_event, died)
+    late, patient = running.request(9, deadline_ms=5000), running.request(9)
+    running.accepted(patient)
+    (refused,) = [message for message in running.heard if isinstance(message, Refused)]
+    assert (refused.id, refused.code, refused.retry_ms) == (late, "overloaded", 10_000)
+    running.worker.ready = 1
+    running.call(running.worker.on_event, WorkerEvent("ready", 0, "cpu", 1, seconds=0.1))
+    running.accepted(running.request(9, deadline_ms=5000))
+    running.call(running.worker.go.set)
+
+
+def test_a_node_that_is_short_of_memory_admits_nothing(
+    start: Callable[[], Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = start()
+    with monkeypatch.context() as patch:
+        patch.setattr(running.server._memory, "scarce", lambda: True)
+        sent = running.request(9)
+        running.until(lambda: sent in running.told(Refused))
+    assert running.heard[-1].code == "overloaded"
+    assert "short of memory" in running.heard[-1].message
+    running.settle(running.accepted(running.request(9)))
 
 
 def test_a_draining_node_waits_for_replies_that_have_not_left(

@@ -1,4 +1,4 @@
-"""Who is suspected of a worker's death, for how long, and who is not."""
+"""Which requests are suspected of a worker's death, and for how long."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_only_a_death_over_a_request_alone_convicts_it() -> None:
     assert tracker.deaths("a", feeds(), 3.0) == 2
 
 
-def test_who_was_computed_after_all_is_cleared() -> None:
+def test_a_request_that_was_computed_is_no_longer_suspect() -> None:
     tracker = PoisonTracker()
     tracker.died("a", feeds(), 0.0, alone=False)
     tracker.survived("a", feeds())

@@ -24,6 +24,7 @@ from cloud_node import pool as pool_module
 from cloud_node.pool import (
     LocalPool,
     PoolClosed,
+    QueuedPool,
     Slot,
     WorkerDied,
     WorkerEvent,
@@ -495,7 +496,7 @@ def test_one_of_two_may_be_lost(
 # Starts that fail
 
 
-def test_what_stops_the_first_start_is_told(bundle_of: Any, tmp_path: Path) -> None:
+def test_the_error_of_a_failed_first_start_is_raised(bundle_of: Any, tmp_path: Path) -> None:
     damaged = shutil.copytree(bundle_of("pixels"), tmp_path / "damaged")
     with (damaged / "stack.onnx").open("ab") as file:
         file.write(b"x")
@@ -595,6 +596,40 @@ def test_slots_are_given_out_in_order_and_cancelled_waits_lose_none(
     run(main())
 
 
+class OneSlot(QueuedPool):
+    """Gives out `slot`, if there is one."""
+
+    slot: Any = None
+    ready = 1
+    _runs = 0
+
+    def _free_slot(self) -> Any:
+        slot, self.slot = self.slot, None
+        return slot
+
+    async def start(self, on_event: Any) -> None: ...
+    async def follow(self) -> None: ...
+    async def close(self, drain_s: float) -> None: ...
+
+
+def test_a_caller_that_is_woken_in_vain_keeps_its_place(bundle_of: Any) -> None:
+    """As when a worker dies in the moment in which a slot of it is free."""
+
+    async def main() -> None:
+        pool = OneSlot(Bundle.load(bundle_of("pixels")), None, None)
+        first, second = (asyncio.ensure_future(pool.acquire()) for _ in range(2))
+        await asyncio.sleep(0)
+        pool.wake()
+        await asyncio.sleep(0.01)
+        pool.slot = object()
+        pool.wake()
+        await asyncio.sleep(0.01)
+        assert (first.done(), second.done()) == (True, False)
+        second.cancel()
+
+    run(main())
+
+
 def test_a_cancelled_run_keeps_its_memory_until_the_worker_is_through(
     bundle_of: Any, batch: Any
 ) -> None:
@@ -638,7 +673,7 @@ def test_a_gpu_would_get_its_next_batch_while_it_computes(bundle_of: Any, batch:
     run(main())
 
 
-def test_what_a_dead_worker_had_not_come_to_is_told(bundle_of: Any, batch: Any) -> None:
+def test_a_batch_that_a_dead_worker_had_not_begun_is_marked(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels"), noop=True) as pool:
             slots = [await pool.acquire(), await pool.acquire()]
@@ -676,7 +711,7 @@ def test_released_from_another_thread_and_twice(bundle_of: Any, batch: Any) -> N
     run(main())
 
 
-def test_misuse_of_a_slot_is_told(bundle_of: Any, batch: Any) -> None:
+def test_misuse_of_a_slot_raises(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels")) as pool:
             slot = await pool.acquire()

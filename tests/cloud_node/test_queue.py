@@ -82,7 +82,7 @@ def test_windows_count_not_requests() -> None:
     assert abs(given_to["many"] - given_to["large"]) <= 5 + 2 * 4
 
 
-def test_who_pauses_saves_up_no_credit_and_leaves_no_debt_behind() -> None:
+def test_a_client_that_pauses_has_neither_credit_nor_debt() -> None:
     queue = make(max_batch=4)
     admitted(queue, *(job("steady") for _ in range(200)))
     for _ in range(20):
@@ -167,7 +167,7 @@ def test_a_request_that_must_be_alone_has_a_batch_of_its_own() -> None:
 # -- admission ---------------------------------------------------------------------------------
 
 
-def test_who_may_not_run_holds_up_nobody_and_saves_up_no_credit() -> None:
+def test_a_client_that_may_not_run_delays_no_others_and_gets_no_credit() -> None:
     queue = make(max_batch=2)
     slow = [job("slow", windows=2) for _ in range(5)]
     admitted(queue, *slow, *(job("other", windows=2) for _ in range(10)))
@@ -214,7 +214,7 @@ def test_most_requests_of_one_client() -> None:
     admitted(queue, job("b"))
 
 
-def test_who_would_be_late_is_told_at_once_and_when_to_come_again() -> None:
+def test_a_request_that_would_be_late_is_refused_with_a_hint() -> None:
     queue = make()
     queue.record_batch(10, 1.0)
     admitted(queue, *(job(windows=5) for _ in range(4)))  # two seconds of work
@@ -229,7 +229,7 @@ def test_who_would_be_late_is_told_at_once_and_when_to_come_again() -> None:
     admitted(queue, job("c", windows=2, due=0.5))
 
 
-def test_who_is_alone_gets_in_however_slow_the_node_was() -> None:
+def test_an_idle_node_admits_a_request_however_slow_it_was() -> None:
     queue = make()
     queue.record_batch(1, 50.0)
     admitted(queue, job(due=1.0))
@@ -302,7 +302,7 @@ def test_a_lower_bound_sheds_the_oldest_of_whoever_has_the_most() -> None:
     assert refusal(queue, job("c"), 0.0).code == "overloaded"
 
 
-def test_nobody_is_shed_for_a_newcomer_that_gets_no_place_all_the_same() -> None:
+def test_no_request_is_shed_for_one_that_does_not_fit_anyway() -> None:
     queue = make(most_bytes=10 * ROW)
     admitted(queue, *(job("a") for _ in range(5)), *(job("b") for _ in range(5)))
     assert refusal(queue, job("c", size=7 * ROW), 0.0).code == "overloaded"
@@ -535,7 +535,7 @@ def test_clients_that_always_wait_share_by_windows(
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 8), min_size=1, max_size=30), st.integers(1, 8))
-def test_nobody_starves(others: list[int], mine: int) -> None:
+def test_no_client_starves(others: list[int], mine: int) -> None:
     """A request comes within as many batches as there are clients whose turn is before it."""
     queue = make()
     for number, windows in enumerate(others):

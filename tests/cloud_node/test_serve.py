@@ -330,11 +330,11 @@ sys.exit(main(sys.argv[1:]))
     [
         ("server", "Server", "_expire", 20),  # in the tick
         ("server", "Server", "_next_batch", 1),
-        ("listener", "Door", "_count", 1),
+        ("listener", "Listener", "_count", 1),
         ("pool", "_Lane", "_fail_runs", 1),
     ],
 )
-def test_a_node_of_which_a_part_has_died_ends_and_says_so(
+def test_a_node_with_a_defect_ends_and_logs_it(
     start_node: Any, connect: Any, feeds: Feeds, module: str, kind: str, name: str, calls: int
 ) -> None:
     code = _BROKEN.format(module=module, kind=kind, name=name, calls=calls)

@@ -180,7 +180,7 @@ def test_deadline_that_passes_in_the_queue(node: Any, edge: Any, five: Feeds) ->
     assert isinstance(edge.replies([first], final=True)[first], Result)
 
 
-def test_what_would_be_late_is_refused_at_once_and_told_when_to_come_again(
+def test_a_request_that_would_be_late_is_refused_with_a_hint(
     start_node: Any, connect: Any, five: Feeds
 ) -> None:
     node = start_node("slow")

@@ -201,7 +201,7 @@ def test_signals_for_the_whole_group_do_not_end_it(
         ({"device": "tensorrt"}, "PlanError", "edge-runtime build"),
     ],
 )
-def test_what_it_cannot_open_is_told(
+def test_an_engine_that_cannot_be_opened_is_reported(
     start: Callable[..., Peer],
     bundle_of: Callable[[str], Path],
     changes: dict[str, Any],

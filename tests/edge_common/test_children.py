@@ -57,7 +57,7 @@ def test_messages_go_both_ways_and_it_ends_when_the_socket_closes() -> None:
         (b"defect", "was ended because of a defect: ZeroDivisionError"),
     ],
 )
-def test_what_ends_it_is_known(message: bytes, reason: str | None) -> None:
+def test_the_reason_of_its_end_is_known(message: bytes, reason: str | None) -> None:
     async def test(child: Child, got: asyncio.Queue[bytes]) -> None:
         child.send(message)
         await child.lost

@@ -27,10 +27,10 @@ def test_an_honest_node_is_never_taken_for_an_endless_one(bundle: Bundle, tmp_pa
             fed = feeds(bundle)
             for _ in range(100):
                 await ask(client, fed)
-            (account,) = client._meter._accounts.accounts.values()
-            client._meter.poll(asyncio.get_running_loop().time())
+            (account,) = client._connections._open.values()
+            client._connections.check(asyncio.get_running_loop().time())
             assert account.received > 100_000
-            assert account.unseen < 10_000
+            assert account.undelivered < 10_000
             assert client.quarantine is None
 
     asyncio.run(work())

@@ -141,10 +141,10 @@ def test_a_verdict_that_cannot_be_kept_is_a_warning(
 ) -> None:
     from engines import plan as plans
 
-    def refuse(path: Path, data: bytes, **options: object) -> None:
+    def refuse(*_: object, **options: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(plans, "write_atomically", refuse)
+    monkeypatch.setattr(plans, "json_bytes", refuse)
     assert main(["verify", str(bundle.path), "--threads", "1"]) == 0
     assert capsys.readouterr().err.count("warning: ") == 3
 

@@ -449,7 +449,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing(tiny: Bundle) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
     try:
-        with pytest.raises(BuildError, match="plans cannot be written: File too large"):
+        with pytest.raises(BuildError, match=r"cannot write .*plans: File too large"):
             build_stage(tiny, "stack", RTX)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -458,14 +458,14 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing(tiny: Bundle) -> None:
 
 def test_a_place_that_cannot_be_written_is_named(tiny: Bundle) -> None:
     (tiny.path / "plans").write_text("a file where the folder should be")
-    with pytest.raises(BuildError, match="plans cannot be written"):
+    with pytest.raises(BuildError, match=r"cannot write .*plans: "):
         build_stage(tiny, "stack", RTX)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
 def test_a_read_only_place_says_what_to_do(tiny: Bundle) -> None:
     (tiny.path / "plans").symlink_to("/proc/self/fd")  # not even root may make a file there
-    with pytest.raises(BuildError, match="plans cannot be written"):
+    with pytest.raises(BuildError, match=r"cannot write .*plans: "):
         build_stage(tiny, "stack", RTX)
 
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -243,3 +244,20 @@ def test_an_unsupported_type_is_named(tmp_path: Path) -> None:
 def test_by_default_it_uses_the_cores_it_may_use(engine: OrtEngine, toy_bundle: Path) -> None:
     threads = OrtEngine(toy_bundle / "stack.onnx")._session.get_session_options()
     assert threads.intra_op_num_threads == len(os.sched_getaffinity(0))
+
+
+def test_cuda_computes_float32_without_tf32(
+    monkeypatch: pytest.MonkeyPatch, toy_bundle: Path
+) -> None:
+    real = onnxruntime.InferenceSession
+    asked: list[Any] = []
+
+    def open_on_the_cpu(path: str, options: Any, providers: list[Any]) -> Any:
+        asked.extend(providers)
+        return real(path, options, providers=["CPUExecutionProvider"])
+
+    offered = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: offered)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", open_on_the_cpu)
+    OrtEngine(toy_bundle / "stack.onnx").close()
+    assert asked == [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"]

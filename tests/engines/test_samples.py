@@ -166,6 +166,19 @@ def test_random_inputs_are_such_as_an_image_gives(bundle: Bundle, seed: int) -> 
     assert (coords[1, 0] <= coords[1, 1]).all(), "a box from its left top corner"
 
 
+def test_some_random_windows_are_partly_outside_the_image(bundle: Bundle) -> None:
+    cut_short = [0, 0]
+    for seed in range(4):
+        sample = draw(bundle, seed)
+        for index, extent in zip(
+            sample.arrays["stack.window"], sample.arrays["stack.extent"], strict=True
+        ):
+            y0, x0, y1, x1 = bundle.geometry.window_rect(int(index))
+            cut_short[0] += extent[0] < y1 - y0
+            cut_short[1] += extent[1] < x1 - x0
+    assert all(0 < number < 32 for number in cut_short)
+
+
 def test_every_window_comes_up_in_time() -> None:
     for geometry in (Geometry(40, 4, 4, 8, 4), Geometry(8, 4, 2, 8, 4)):
         rng = np.random.default_rng(0)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import subprocess
@@ -226,6 +227,18 @@ def test_a_plan_that_contradicts_the_manifest_is_closed_and_refused(
     with pytest.raises(PlanError, match=r"stack\.plan has inputs .*, its manifest says .*`edge"):
         selection.open_plan(bundle, plan, machine.library)
     assert machine.open == 0
+
+
+def test_a_graph_of_another_type_than_the_manifest_says_is_refused(bundle: Bundle) -> None:
+    path = bundle.path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for stage, side in (("stack", "outputs"), ("tail", "inputs")):
+        (tokens,) = [t for t in manifest["stages"][stage][side] if t["name"] == "tokens"]
+        tokens["dtype"] = "float16"
+    path.write_text(json.dumps(manifest))
+    reason = r"has outputs tokens float32 .*, its manifest says tokens float16 .*edge-runtime expo"
+    with pytest.raises(BundleError, match=reason):
+        open_stage(Bundle.load(bundle.path), "stack", device="cpu")
 
 
 def test_unknown_devices_and_stages(bundle: Bundle) -> None:

@@ -1,14 +1,60 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from small_sams import SPECS, make_image, make_sam, upstream
+from torch import nn
 
+from engines.geometry import Geometry
 from engines.windows import Windows, cut
+from exporters import onnx_export
 from exporters.stages import geometry_of
+
+
+@pytest.fixture(scope="session", autouse=True)
+def known_exports() -> Iterator[dict[str, bytes]]:
+    """Graphs by the digest of the module they were exported from.
+
+    PyTorch takes seconds to export a stage. A module equal to an earlier one gets the earlier
+    graph; a test that compares two real exports clears this first.
+    """
+    known: dict[str, bytes] = {}
+    export = onnx_export._to_onnx
+
+    def remember(module: nn.Module, *sides: Any) -> ir.Model:
+        key = digest_of(module, sides)
+        if key in known:
+            return ir.from_proto(onnx.ModelProto.FromString(known[key]))
+        model = export(module, *sides)
+        if sum(tensor.nbytes for tensor in module.state_dict().values()) < 32 << 20:
+            known[key] = ir.to_proto(model).SerializeToString()
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_export, "_to_onnx", remember)
+        yield known
+
+
+def digest_of(module: nn.Module, sides: Any) -> str:
+    """Of everything that an export depends on: structure, plain attributes, weights, signature."""
+    digest = hashlib.sha256(f"{module!r}{sides!r}".encode())
+    for name, part in module.named_modules():
+        plain = {
+            key: value
+            for key, value in vars(part).items()
+            if isinstance(value, (int, float, str, list, tuple, Geometry))
+        }
+        digest.update(f"{name}{type(part).__qualname__}{plain!r}".encode())
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 @pytest.fixture(scope="session", params=SPECS)

@@ -339,16 +339,16 @@ def test_blocks_of_a_stack_are_sized_for_all_its_windows(
 def vit_h(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """ViT-H's whole tail, and its stack cut to one window block, with random weights."""
+    """ViT-H cut to one window block and one global block, with random weights."""
     directory = tmp_path_factory.mktemp(request.param)
-    spec = replace(MODELS["vit_h"], depth=5, global_blocks=(1, 2, 3, 4))
+    spec = replace(MODELS["vit_h"], depth=2, global_blocks=(1,))
     sam = reorder(build_from_spec(spec)).requires_grad_(False)
     written = {}
     for name, module in ((TAIL, stages.Tail(sam)), (STACK, stages.make_stack(sam, None))):
         specs = stage_specs(name, stages.geometry_of(sam), request.param)
         written[name] = write_stage(name, cast(module, request.param), *specs, directory)
     yield directory, written
-    shutil.rmtree(directory)  # 240 MB
+    shutil.rmtree(directory)  # 100 MB
 
 
 def test_no_tensor_of_vit_h_exceeds_64_mb(vit_h: tuple[Path, dict[str, Any]]) -> None:
@@ -359,7 +359,7 @@ def test_no_tensor_of_vit_h_exceeds_64_mb(vit_h: tuple[Path, dict[str, Any]]) ->
         assert found.unknown == ()
         assert 40e6 < found.largest <= 64e6
         main = tensor_sizes.report(directory / f"{name}.onnx", {"n": 25})
-        assert main.operators["Attention"] == (4 if name == TAIL else 1)
+        assert main.operators["Attention"] == 1
     # Larger blocks exceed it, so the promise is the blocks' doing.
     write_plain(written[TAIL], directory, 25, 200_000_000)
     assert tensor_sizes.report(directory / "tail.plain.onnx", {}).largest > 64e6

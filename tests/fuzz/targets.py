@@ -35,7 +35,8 @@ from fuzz.messages import (
     message,
 )
 from transport import keys
-from transport.auth import AllowList, Authenticator
+from transport.allow_list import AllowList
+from transport.auth import Authenticator
 from transport.messages import Request, Result, decode, decode_header, decode_tensors
 
 Target = Callable[[bytes], str]
@@ -128,9 +129,10 @@ def zap(data: bytes) -> str:
         sound[choices.below(len(sound))] = choices.bytes(40)
     if choices.below(4) == 3:
         sound = [choices.bytes() for _ in range(choices.below(12))]
-    status, text, user = _authenticator()._judge(sound)
+    _, _, status, text, user, properties = _authenticator()._answer(sound)
     assert status in (b"400", b"500")
     assert not user
+    assert not properties
     return text.decode()
 
 

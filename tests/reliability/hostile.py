@@ -26,7 +26,8 @@ from fuzz.targets import TARGETS
 
 from edge_runtime.offload.connection import Connection
 from reliability.rows import Bench, Questions, Seen, Skip, mb, row, running
-from transport.auth import AllowList, Authenticator
+from transport.allow_list import AllowList
+from transport.auth import Authenticator
 from transport.messages import (
     Accepted,
     InfoRequest,

@@ -41,8 +41,10 @@ from edge_common.errors import ProtocolError
 from edge_runtime.config import Node
 from edge_runtime.offload.connection import Connection, _Pending
 from reliability.rows import Bench, Questions, Seen, Skip, row, running, workers_of
-from transport.auth import AllowList, Authenticator
+from transport.allow_list import AllowList
+from transport.auth import Authenticator
 from transport.keys import generate
+from transport.link import NOT_AUTHORISED, WRONG_SERVER_KEY
 from transport.messages import (
     InfoRequest,
     Refused,
@@ -52,7 +54,7 @@ from transport.messages import (
     encode,
     new_id,
 )
-from transport.sockets import NOT_AUTHORISED, WRONG_SERVER_KEY, server
+from transport.sockets import server
 
 ROOT = Path(__file__).parents[2]
 RUNTIME = ("edge_common", "transport", "edge_runtime", "cloud_node", "engines")

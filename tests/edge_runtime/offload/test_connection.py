@@ -26,8 +26,10 @@ from edge_runtime.offload.connection import Connection, NodeError, NodeRefusedEr
 from edge_runtime.offload.ledger import ExposureLedger
 from edge_runtime.offload.placement import place
 from engines.bundle import Bundle
-from transport.auth import AllowList, Authenticator
+from transport.allow_list import AllowList
+from transport.auth import Authenticator
 from transport.keys import generate
+from transport.link import LinkEvent
 from transport.messages import (
     NO_ID,
     VERSIONS,
@@ -45,7 +47,7 @@ from transport.messages import (
     refuse,
     stage_limits,
 )
-from transport.sockets import LinkEvent, server
+from transport.sockets import server
 
 WINDOWS = [0, 4]
 Say = Callable[..., Awaitable[None]]
@@ -634,7 +636,7 @@ def read_no_more(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()
         raise ValueError("odd")
 
-    monkeypatch.setattr(case.client._meter, "delivered", defective)
+    monkeypatch.setattr(case.client._connections, "received", defective)
 
 
 def meter_no_more(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -642,7 +644,7 @@ def meter_no_more(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()
         raise ValueError("odd")
 
-    monkeypatch.setattr(case.client._meter, "poll", defective)
+    monkeypatch.setattr(case.client._connections, "check", defective)
 
 
 def cancelled(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
