@@ -91,7 +91,7 @@ class Dispatch:
             kept = np.flatnonzero(np.isin(self._windows.window, placement.home))
             tasks.append(asyncio.create_task(self._compute(kept)))
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-            _raise_first([task.exception() for task in done])
+            _raise_first([task.exception() for task in tasks if task in done])
         finally:
             for task in tasks:
                 task.cancel()
@@ -169,15 +169,18 @@ class Dispatch:
 
     async def _in_time(self, work: Awaitable[_T], doing: str) -> _T:
         left = self._until - asyncio.get_running_loop().time()
-        try:
-            return await asyncio.wait_for(work, max(0.0, left))
-        except asyncio.TimeoutError:
-            raise OffloadError(
-                f"the edge was still {doing} when the deadline of {self._config.deadline_s:g} s "
-                "passed",
-                mend="allow more time (--deadline) or use more nodes",
-                code="late",
-            ) from None
+        future = asyncio.ensure_future(work)
+        try:  # not wait_for: before Python 3.12 it may lose a cancellation
+            await asyncio.wait({future}, timeout=max(0.0, left))
+            if future.done():
+                return future.result()
+        finally:
+            future.cancel()
+        raise OffloadError(
+            f"the edge was still {doing} when the deadline of {self._config.deadline_s:g} s passed",
+            mend="allow more time (--deadline) or use more nodes",
+            code="late",
+        )
 
 
 def deadline_of_nodes(now: float, config: EdgeConfig) -> float:

@@ -255,7 +255,7 @@ def test_a_plan_that_fails_the_gate_is_a_failure(
     assert main(["build", str(tiny), "--stage", "tail", "--backend", "tensorrt-rtx"]) == 1
     said = capsys.readouterr()
     assert "FAILED" in said.out
-    assert "tail will not serve" in said.out
+    assert "tail will not be used" in said.out
     assert "warning: tail, TensorRT 10.3.0: error 0.5" in said.err
 
 

@@ -103,7 +103,7 @@ def test_integers_do_for_numbers(tmp_path: Path) -> None:
             'device = "tpu"\n' + NODE,
             'device is "tpu"; expected "auto", "cpu", "cuda" or "tensorrt"',
         ),
-        (NODE + 'fallback = "local"\n', r"fallback .* belongs above the first \[\[nodes\]\]"),
+        (NODE + 'fallback = "local"\n', r"fallback .* .*put it above the first \[\[nodes\]\]"),
         ("", "no nodes"),
         ("nodes = []\n", "no nodes"),
         ("nodes = 3\n", r"nodes is 3; expected a \[\[nodes\]\] table for each node"),
@@ -228,7 +228,9 @@ def test_an_open_secret_key_is_refused(tmp_path: Path) -> None:
         load_nodes(config)
 
 
-@pytest.mark.parametrize(("copied", "says"), [("-node.pub", "one machine"), (".key", "keys edge")])
+@pytest.mark.parametrize(
+    ("copied", "says"), [("-node.pub", "must not count as two"), (".key", "keys edge")]
+)
 def test_nodes_that_share_a_key_are_refused(tmp_path: Path, copied: str, says: str) -> None:
     config = two_nodes(tmp_path)
     text = (tmp_path / f"alpha{copied}").read_text()

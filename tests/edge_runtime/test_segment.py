@@ -70,7 +70,7 @@ def test_the_device_is_chosen_here_or_in_edge_toml(
     command = ["segment", str(photo), "--point", "5,6", "--bundle", str(toy_bundle), "--local"]
     assert main([*command, "--device", "tensorrt", "--out", str(tmp_path / "t")]) == 1
     error = capsys.readouterr().err
-    assert f"`edge-runtime build {toy_bundle} --stage stack` builds one" in error
+    assert f"  -> edge-runtime build {toy_bundle} --stage stack\n" in error
     assert not (tmp_path / "t").exists()
     assert main([*command, "--device", "cpu", "--out", str(tmp_path / "c")]) == 0
     assert main([*command, "--device", "tpu"]) == 2
@@ -378,7 +378,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
     said = capsys.readouterr()
     assert code == 1
     assert said.err.startswith("error: ")
-    assert said.err.count("\n") == 1
+    assert all(line.startswith("  -> ") for line in said.err.splitlines()[1:])
     assert message in said.err
     assert os.listdir(tmp_path) == ["photo.png"]
 

@@ -46,12 +46,12 @@ def test_a_library_that_works(library: Path) -> None:
             "crashed the process (SIGSEGV)",
         ),
         ("import os; os.abort()", "crashed the process (SIGABRT)"),
-        ("import os; os._exit(3)", "ended the process with code 3: it said nothing"),
+        ("import os; os._exit(3)", "ended the process with code 3: it printed nothing"),
         (
             "import os, sys; print('licence expired', file=sys.stderr, flush=True); os._exit(3)",
             "ended the process with code 3: licence expired",
         ),
-        ("import sys; sys.exit(4)", "ended the process with code 4: it said nothing"),
+        ("import sys; sys.exit(4)", "ended the process with code 4: it printed nothing"),
         ("__version__ = 'tomorrow'", "has the version 'tomorrow'"),
     ],
 )

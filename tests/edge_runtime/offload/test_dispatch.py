@@ -14,9 +14,11 @@ from test_offloader import alone, assert_identical, windows_of
 
 from edge_common.errors import OffloadError
 from edge_runtime.offload import dispatch
-from edge_runtime.offload.connection import Connection, Reply
+from edge_runtime.offload.connection import Connection, NodeError, NodeRefusedError, Reply
+from edge_runtime.offload.ledger import ExposureLedger
 from edge_runtime.offload.offloader import Offloader
-from edge_runtime.offload.report import RunRecord
+from edge_runtime.offload.placement import place
+from edge_runtime.offload.report import NodeReport, RunRecord
 from engines.bundle import Bundle
 from engines.pipeline import Pipeline
 from engines.windows import cut
@@ -141,3 +143,89 @@ def test_closing_while_an_image_is_on_its_way_is_an_error(
         with pytest.raises(OffloadError, match="closed") as caught:
             running.result(30)
         assert caught.value.code == "closed"
+
+
+def test_a_node_is_asked_again_no_sooner_than_it_said(
+    shared_fleet: Any, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    infer, asked = Connection.infer, []
+
+    async def refusing_once(self: Connection, feeds: Any, permit: Any, until: float) -> Reply:
+        reply = await infer(self, feeds, permit, until)
+        if self.name == "beta":
+            asked.append(asyncio.get_running_loop().time())
+            if len(asked) == 1:
+                error = NodeRefusedError.of(self.node, "busy", "refused")
+                error.refusal, error.retry_ms = "overloaded", 300
+                raise error
+        return reply
+
+    monkeypatch.setattr(Connection, "infer", refusing_once)
+    bundle, record = Bundle.load(shared_fleet.bundle), RunRecord()
+    with (
+        Pipeline(bundle, threads=1) as pipeline,
+        Offloader(shared_fleet.config(), pipeline) as offloader,
+    ):
+        offloader.stack(windows_of(photo, bundle), record)
+    first, second = asked
+    assert second - first >= 0.3
+
+
+def reply(milliseconds: float, size: int) -> Reply:
+    each = milliseconds
+    return Reply({}, size, upload_ms=each, queue_ms=each, compute_ms=each, download_ms=each)
+
+
+def test_a_report_is_made_of_the_ledger_and_the_events() -> None:
+    placement = place([3, 2, 1, 2], [0, 2, 4, 6], 5, ["a", "b"], 1.0, bytes(32), b"x")
+    record = RunRecord()
+    assert record.report() is None
+    ledger = record.ledger = ExposureLedger(placement)
+    (a, first), (b, second) = placement.assignment.items()
+    for window in first:
+        ledger.reserve(a, [window]).commit(10)
+    lost = ledger.reserve(b, second)
+    lost.commit(100)
+    lost.release()
+    for milliseconds in (5.0, 7.0):
+        record.replied(a, reply(milliseconds, 50))
+    record.failed(b, "it was late")
+    record.failed(b, "given up before it answered")
+    record.at_home(second)
+    record.total_ms = 12.0
+    found = record.report()
+    assert found is not None
+    assert found.nodes[0] == NodeReport(
+        name=a,
+        windows=first,
+        share_of_image=placement.exposure[a],
+        bytes_up=10 * len(first),
+        bytes_down=100,
+        upload_ms=7.0,
+        queue_ms=12.0,
+        compute_ms=12.0,
+        download_ms=7.0,
+    )
+    assert found.nodes[1] == NodeReport(b, (), 0.0, failure="it was late")
+    assert (found.largest_share, found.home) == (placement.exposure[a], second)
+    assert (found.windows_sent, found.windows_total) == (len(first), 25)
+    assert (found.bytes_up, found.bytes_down, found.total_ms) == (10 * len(first), 100, 12.0)
+    assert len(found.ledger) == 2 * len(first) + 3
+
+
+def test_all_nodes_that_fail_at_once_are_named_in_one_error(
+    shared_fleet: Any, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def failing(self: Connection, *_: Any) -> None:
+        raise NodeError.of(self.node, f"{self.name} is odd", "wrong_answer")
+
+    monkeypatch.setattr(Connection, "infer", failing)
+    bundle = Bundle.load(shared_fleet.bundle)
+    with (
+        Pipeline(bundle, threads=1) as pipeline,
+        Offloader(shared_fleet.config(), pipeline) as offloader,
+        pytest.raises(OffloadError, match=r"alpha is odd; .*beta is odd; .*gamma is odd") as caught,
+    ):
+        offloader.stack(windows_of(photo, bundle))
+    assert caught.value.code == "wrong_answer"
+    assert "--fallback local" in caught.value.mend
