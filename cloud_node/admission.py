@@ -1,9 +1,4 @@
-"""What a node's engine is allowed to see: requests that fit the stage exactly.
-
-Pure functions of a request's tensors and the bundle; every defect is a `Refusal` with a code and a
-text for the edge's user. The graphs gather tables by window index and extent, so ranges are checked
-here and not left to an engine, which may read out of bounds.
-"""
+"""Checks that a request fits the stage exactly, before an engine sees it."""
 
 from __future__ import annotations
 
@@ -18,7 +13,7 @@ from engines.geometry import Geometry
 
 
 class Refusal(Exception):
-    """Why a request gets no result; `code` and `retry_ms` as in `docs/protocol.md`."""
+    """The reason why a request gets no result; docs/protocol.md lists codes and `retry_ms`."""
 
     def __init__(self, code: str, message: str, retry_ms: int = 0) -> None:
         super().__init__(message)
@@ -27,20 +22,22 @@ class Refusal(Exception):
 
 
 def check_stage(requested: str, stage: Stage, label: str) -> None:
-    """Refuse a request for another bundle's stage, saying what is served."""
+    """Refuse a request for the stage of another bundle."""
     if requested != stage.sha256:
         raise Refusal(
             "wrong_bundle",
             f"this node serves {label} (stack {stage.sha256[:12]}), the request is for stack "
-            f"{requested[:12]}: use the bundle that this node's was cut from, or another node",
+            f"{requested[:12]}: use the bundle that this node's was made from, or another node",
         )
 
 
 def check_windows(feeds: Mapping[str, np.ndarray], stage: Stage, geometry: Geometry) -> int:
     """Refuse tensors that don't fit the stage: names, dtypes, shapes, index and extent ranges.
 
+    The graphs use window index and extent as table indices, and an engine may read out of bounds.
+
     Returns:
-        how many windows they hold.
+        the number of windows.
     """
     try:
         check_feeds(stage.inputs, feeds)

@@ -15,7 +15,6 @@ from cloud_node.settings import SETTINGS
 from edge_common import signals
 from edge_common.options import Parser
 from edge_common.settings import add_arguments, settings_file, split_address
-from edge_common.text import printable
 
 if TYPE_CHECKING:
     from cloud_node.config import Loaded, Prepared
@@ -142,7 +141,7 @@ def _main(argv: list[str] | None) -> int:
     except EdgeRuntimeError as error:
         if args.debug:
             raise
-        print(f"error: {printable(error)}", file=sys.stderr)
+        print(error.shown(), file=sys.stderr)
         return error.exit_code
 
 

@@ -17,7 +17,7 @@ from edge_common.errors import BundleError, ConfigError
 from edge_common.settings import read_settings, size_text, split_address
 from edge_common.toml import read_toml
 from engines.bundle import Bundle, Stage, shipped_bundle
-from transport.auth import AllowList
+from transport.allow_list import AllowList
 from transport.keys import KeyPair, load_secret
 from transport.messages import StageLimits, stage_limits
 from transport.sockets import check_endpoint

@@ -1,15 +1,8 @@
-"""What the front may hold under the limits on memory that it runs under.
+"""How much the front process may hold under the memory limits that it runs under.
 
-A `malloc` that fails inside libzmq ends the process, and nothing can catch that. So the limits are
-read (RLIMIT_DATA, RLIMIT_AS, memory.max of control groups) and `divide` makes of the room that is
-left the bounds of what peers can fill: the queue, libzmq, the number of connections. It is plain
-arithmetic; `Memory` feeds it, again and again, since limits may change. Promises that no bound is
-above what was asked for, that all together leave room for the batches under way and for what
-arrives before somebody looks, and that a node for which not even a few requests fit says so instead
-of starting. What is not promised: room that other processes of a control group take later, or that
-a limit takes away which is lowered below what is in use.
-
-To be imported before anything large: it needs no numpy.
+A `malloc` that fails inside libzmq ends the process. So `divide` splits the room under each limit
+among everything that peers can fill: queue, libzmq, connections. `Memory` repeats that, since
+limits may change. Import this before anything large: it needs no numpy.
 """
 
 from __future__ import annotations
@@ -24,29 +17,26 @@ from edge_common.settings import size_text
 
 log = logging.getLogger(__name__)
 
+# What may arrive between two checks of the connections: 20 ms at 1.6 GB/s, which is more than one
+# thread decrypts.
 _OVERSHOOT = 32 << 20
-# What may arrive between two looks of the meter: 20 ms at 1.6 GB/s, more than one thread decrypts.
-_SLACK = 16 << 20
-# A thread's stack, and what Python takes now and then.
-_COPIES = 3
-# A frame under encryption: what comes, what goes and one between.
+_SLACK = 16 << 20  # a thread's stack, and what Python takes now and then
+_COPIES = 3  # of a frame under encryption: incoming, outgoing and one in between
 _CONNECTIONS = 4
-_CONNECTION = 20 << 10
-# What libzmq and this process hold of a connection, unfinished handshakes included.
-_IMPORTS, _LIBRARIES = 64 << 20, 96 << 20
+_CONNECTION = 20 << 10  # of libzmq and this process, also during a handshake
 # What the front takes before it has read its configuration, and the libraries it maps.
-_THREADS = 8
-# Of libzmq and pyzmq, those counted twice that end before others begin: their stacks are kept.
+_IMPORTS, _LIBRARIES = 64 << 20, 96 << 20
+_THREADS = 8  # of libzmq and pyzmq; the stacks of threads that end are kept
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bounds of what peers can fill.
+    """The most that peers may fill.
 
     Args:
-        queue: bytes that may wait for a worker.
+        queue: bytes that wait for a worker.
         transit: bytes in libzmq, both ways.
-        connections: how many.
+        connections: open connections.
     """
 
     queue: int
@@ -56,11 +46,11 @@ class Budget:
 
 @dataclass(frozen=True)
 class Needs:
-    """What the bundle asks for, in bytes.
+    """What a bundle needs, in bytes.
 
     Args:
         request, result: the largest, as they travel.
-        batches: of the requests and results that are being computed.
+        batches: requests and results that are being computed.
         shared: memory shared with workers.
     """
 
@@ -71,37 +61,37 @@ class Needs:
 
     @property
     def least(self) -> Budget:
-        """Without which a node gets nothing done: two requests wait, one comes while two are read,
-        two results leave."""
+        """The least budget of a working node: two requests wait, one arrives while two are read,
+        and two results leave."""
         transit = 3 * self.request + 2 * self.result + (1 << 20)
         return Budget(2 * (self.request + 4096), transit, _CONNECTIONS)
 
     def fixed(self, limit: Limit) -> int:
-        """What no bound of a `Budget` is about."""
+        """Bytes that no `Budget` includes."""
         shared = self.shared if limit.shared else 0
         return self.batches + shared + _COPIES * max(self.request, self.result)
 
     def each(self, limit: Limit) -> int:
-        """Of a connection: a message that is announced has its memory before its bytes."""
+        """Bytes of one connection. libzmq allocates a message when a peer announces it."""
         return self.request if limit.promised else _CONNECTION
 
 
 class TooLittle(ConfigError):
-    """Not even a few of the largest requests fit."""
+    """The memory limit has no room for a few of the largest requests."""
 
 
 def divide(limit: Limit, used: int, wanted: Budget, needs: Needs) -> Budget:
-    """What of `wanted` fits under a limit.
+    """As much of `wanted` as fits under a limit.
 
     Args:
-        limit: of which `used` bytes are taken by what is always there.
+        limit: the limit. used: bytes of it that the idle process takes.
 
     Raises:
-        TooLittle: next to nothing; says how much it takes.
+        TooLittle: not even `Needs.least` fits; the message says how much is enough.
     """
     room, each = limit.most - used, needs.each(limit)
     least = _smaller(wanted, needs.least)
-    # An eighth for what falls between allocations of different sizes.
+    # An eighth is left for fragmentation.
     content = least.queue + least.transit + least.connections * each
     enough = needs.fixed(limit) + content * 8 // 7 + 1
     left = (room - _reserve(room) - needs.fixed(limit)) * 7 // 8
@@ -120,8 +110,8 @@ def divide(limit: Limit, used: int, wanted: Budget, needs: Needs) -> Budget:
             left - min(wanted.connections * each, max(least.connections * each, left // 4)),
         ),
     )
-    # What waits in the queue gains less from room: what is refused there comes again, what is on
-    # the way costs an edge its connection.
+    # Libzmq gets three quarters: without room there an edge loses its connection, without room in
+    # the queue a request is only refused.
     transit = min(wanted.transit, max(least.transit, both * 3 // 4))
     transit = min(transit, both - least.queue)
     queue = min(wanted.queue, both - transit)
@@ -130,8 +120,8 @@ def divide(limit: Limit, used: int, wanted: Budget, needs: Needs) -> Budget:
 
 
 def _reserve(room: int) -> int:
-    """Of so much room, what is left free. Where messages are small, so is what gets ahead of the
-    meter, and such a node needs little else."""
+    """The part of so much room that is left free. A node with little room has small messages, and
+    little arrives between two checks."""
     return min(_OVERSHOOT + _SLACK, max(0, room) // 2)
 
 
@@ -148,16 +138,16 @@ def _up(size: int) -> int:
 
 
 def check_room(size: int = _IMPORTS) -> None:
-    """Say so if there is no room for `size` bytes more, which by itself is for what is to be
-    imported; libraries fail in words of their own, or by a signal.
+    """Check that `size` more bytes fit, by default the libraries that are imported next. Without
+    this they would fail with messages of their own, or by a signal.
 
     Raises:
-        TooLittle: how much it takes, and how to give it.
+        TooLittle: they don't; the message says how much is enough, and how to raise the limit.
     """
     limits = MemoryLimits(group="")
     try:
         for limit in limits.own():
-            # Only what maps files counts those that are to be imported.
+            # Only RLIMIT_AS counts mapped files.
             files = _LIBRARIES if limit.name == "RLIMIT_AS" and size == _IMPORTS else 0
             least = limit.used + size + files
             if limit.most < least:
@@ -170,21 +160,21 @@ def check_room(size: int = _IMPORTS) -> None:
 
 
 def check_threads() -> None:
-    """As `check_room`, for the threads of a node's sockets."""
+    """`check_room` for the threads of a node's sockets."""
     stack = resource.getrlimit(resource.RLIMIT_STACK)[0]
     check_room(_THREADS * (stack if stack != resource.RLIM_INFINITY else 8 << 20) + _SLACK)
 
 
 class Memory:
-    """Follows the limits of a node that is warm: make it before requests come.
+    """Follows the memory limits of a node. Make it when the node is warm and idle.
 
     Args:
-        wanted: what is to hold where there is room.
-        needs: of what is served.
+        wanted: the budget where there is enough room.
+        needs: of the bundle.
         limits: to read.
 
     Attributes:
-        budget: what holds.
+        budget: the budget now.
     """
 
     def __init__(self, wanted: Budget, needs: Needs, limits: MemoryLimits | None = None) -> None:
@@ -198,14 +188,14 @@ class Memory:
 
     @property
     def lowered(self) -> bool:
-        """Whether less holds than was wanted."""
+        """Whether the budget is less than was wanted."""
         return self.budget != self._wanted
 
-    def look(self) -> bool:
-        """Read the limits again; whether the budget is another one.
+    def update(self) -> bool:
+        """Read the limits. Returns whether the budget has changed.
 
         Raises:
-            TooLittle: see there; the budget is the least there is.
+            TooLittle: as `divide`; the budget is the least then.
         """
         limits = self._found = self._limits.all()
         seen = [(limit.name, limit.most) for limit in limits]
@@ -224,10 +214,10 @@ class Memory:
             self.budget = _smaller(self._wanted, self._needs.least)
             raise
         if self.budget != before:
-            self._tell(tight)
+            self._log(tight)
         return self.budget != before
 
-    def _tell(self, tight: Limit | None) -> None:
+    def _log(self, tight: Limit | None) -> None:
         if tight is None:
             log.info("limits on memory leave room for all that is configured")
             return
@@ -244,18 +234,18 @@ class Memory:
         )
 
     def scarce(self) -> bool:
-        """Whether so little is left that nothing more should be taken in. Fast."""
+        """Whether so little memory is left that no request should be admitted. Fast."""
         return any(self._short(limit, 2) for limit in (*self._found, *self._limits.own()))
 
     def breached(self) -> Limit | None:
-        """A limit that was all but reached when `look` was called last, if none was before."""
+        """A limit that was almost reached at the last `update`, if none was at the one before."""
         near = [limit for limit in self._found if self._short(limit, 6)]
         risen = bool(near) and not self._above
         self._above = bool(near)
         return near[0] if risen else None
 
     def _short(self, limit: Limit, part: int) -> bool:
-        """Whether less is left than this part of what is to be left free."""
+        """Whether less is left than this part of the reserve."""
         room = limit.most - self._idle.get(limit.name, limit.used)
         return limit.most - limit.used < _reserve(room) // part
 

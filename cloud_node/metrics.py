@@ -7,8 +7,8 @@ from typing import Literal, get_args
 from prometheus_client import Counter, Gauge, Histogram
 
 from edge_common.metrics import labelled_counter, new_registry
-from transport.meter import Reason
-from transport.sockets import REFUSALS
+from transport.dos_protection import Reason
+from transport.peer_events import REFUSALS
 
 State = Literal["starting", "ready", "degraded", "draining"]
 """``degraded``: some worker is down; ``draining``: told to stop, finishing admitted requests."""

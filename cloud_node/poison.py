@@ -1,8 +1,7 @@
-"""Which requests were being computed when a worker died, so that none of them kills a third.
+"""Finds poison requests: those that kill the worker that computes them.
 
-A request that is sent again bears a new id; it is known by a digest of its tensors, kept in memory
-for some minutes and for each client apart. The first death may be anybody's: whoever was there is
-suspected and is computed alone the next time. Who is then there at another death is the one.
+All requests of a batch over which a worker died are suspect, and each is run alone the next time.
+If a request crashes a worker again when run alone, it is refused.
 """
 
 from __future__ import annotations
@@ -15,14 +14,18 @@ from collections.abc import Mapping
 import numpy as np
 
 _SECONDS = 600.0
-_MOST = 256
+_MAX_REQUESTS = 256
 
 
-class Suspects:
-    """Of one node. Times are passed in."""
+class PoisonTracker:
+    """Remembers suspect requests for ten minutes. Times are passed in.
+
+    A request that is sent again has a new id, so requests are recognised by a digest of their
+    tensors, for each client separately.
+    """
 
     def __init__(self) -> None:
-        self._salt = secrets.token_bytes(16)  # else a digest could be compared with those of others
+        self._salt = secrets.token_bytes(16)  # digests cannot be compared with those of others
         self._deaths: OrderedDict[tuple[str, bytes], tuple[int, float]] = OrderedDict()
 
     def deaths(self, client: str, feeds: Mapping[str, np.ndarray], now: float) -> int:
@@ -30,21 +33,21 @@ class Suspects:
         while self._deaths and next(iter(self._deaths.values()))[1] < now - _SECONDS:
             self._deaths.popitem(last=False)
         if not any(name == client for name, _ in self._deaths):
-            return 0  # the usual case costs nothing
+            return 0  # the usual case needs no digest
         return self._deaths.get((client, self._digest(feeds)), (0, 0.0))[0]
 
     def died(self, client: str, feeds: Mapping[str, np.ndarray], now: float, alone: bool) -> int:
-        """A worker died over this request, which it computed `alone` or not; how many now."""
+        """Note that a worker died over this request, run `alone` or not; returns `deaths`."""
         key = client, self._digest(feeds)
         count = 1 + alone
         self._deaths.pop(key, None)
         self._deaths[key] = count, now
-        if len(self._deaths) > _MOST:
+        if len(self._deaths) > _MAX_REQUESTS:
             self._deaths.popitem(last=False)
         return count
 
     def survived(self, client: str, feeds: Mapping[str, np.ndarray]) -> None:
-        """It was computed after all."""
+        """Note that this request was computed: it is no longer suspect."""
         self._deaths.pop((client, self._digest(feeds)), None)
 
     def _digest(self, feeds: Mapping[str, np.ndarray]) -> bytes:

@@ -1,16 +1,8 @@
-"""Requests that wait for a worker: who gets in, who is next, who has to go.
+"""Requests that wait for a worker: admission, fair order, removal.
 
-Pure and without a clock: times are passed in, in seconds of any one clock. Promises that what waits
-never exceeds its bounds (bytes in all, half of them for one client while others wait, a number of
-requests for each), that every request admitted leaves exactly once (taken into a batch, or handed
-back because it was shed, expired, cancelled or revoked), and that clients share the workers by
-windows: of two that always have something waiting, neither gets more than a batch and two requests
-ahead of the other, whatever they send and on however many connections. What a request holds, and
-who is told what, is left to the server.
-
-Fairness is start-time fair queueing (Goyal, Vin and Chen, 1996): every client has a virtual time
-that advances by the windows it was given, and the client whose time is least is next. Who comes
-back after a pause starts at the present of the others: no credit is saved up, no debt forgiven.
+Pure: times are passed in, in seconds of any one clock. The order is start-time fair queueing
+(Goyal, Vin and Chen, 1996), in windows: each client has a virtual time that advances by the windows
+it was given, and the client with the least time is next.
 """
 
 from __future__ import annotations
@@ -24,12 +16,11 @@ from typing import Any
 from cloud_node.admission import Refusal
 
 OVERHEAD_BYTES = 4096
-"""What a request holds beside its tensors: frames, views and the entries here. So a bound on bytes
-is one on the number of requests too."""
+"""What a request takes beside its tensors: a limit on bytes also limits the number of requests."""
 
-_MEMORY = 0.8  # of past batches in the estimate, at each new one
-_LEAST_MS, _MOST_MS, _UNKNOWN_MS = 10, 10_000, 100
-_SWEEP = 64
+_DECAY = 0.8  # weight of past batches in the estimate, at each new one
+_MIN_RETRY_MS, _MAX_RETRY_MS, _UNKNOWN_RETRY_MS = 10, 10_000, 100
+_COMPACT_AT = 64
 
 
 @dataclass(eq=False)
@@ -37,12 +28,11 @@ class Job:
     """A request on its way through the node.
 
     Args:
-        client: whose it is: the name of its key.
-        id: as the client chose it.
+        client: name of its key. id: chosen by the client.
         windows: how many it holds. size: bytes of its tensors.
-        arrived, due: when, and when it is too late.
-        work: what to do; nothing here looks at it.
-        alone: shares no batch.
+        arrived: time of arrival. due: its deadline.
+        work: for the server; the queue does not use it.
+        alone: it must not share a batch.
 
     Attributes:
         outcome: how it ended, once that is known: ``cancelled``, ``revoked``, ``lost``, or what its
@@ -65,12 +55,12 @@ class Job:
 class _Client:
     name: str
     time: float = 0.0  # virtual
-    turn: int = 0  # number of its valid entry in the order
+    entry: int = 0  # number of its valid entry in the order, 0 if it has none
     waiting: dict[bytes, Job] = field(default_factory=dict)
     running: dict[bytes, Job] = field(default_factory=dict)
     size: int = 0
     windows: int = 0
-    apart_until: float = -math.inf
+    isolated_until: float = -math.inf
 
     @property
     def oldest(self) -> Job:
@@ -84,16 +74,22 @@ def _size(job: Job) -> int:
 class Queue:
     """The queue of one node.
 
+    Waiting requests never exceed `most_bytes`, and one client gets half of it while others wait.
+    Of two clients that always have requests waiting, neither gets more than a batch and two
+    requests ahead of the other. A client that returns after a pause has neither credit nor debt.
+    Every admitted request leaves exactly once: taken into a batch, or returned by a method that
+    removes it.
+
     Args:
         max_batch: most windows of a batch, at least those of the largest request.
-        most_bytes: that may wait.
-        most_requests: of one client, waiting and running.
+        most_bytes: limit on waiting requests together.
+        most_requests: limit on the requests of one client, waiting and running.
         max_wait_s: how long a batch may wait to be filled.
 
     Attributes:
-        lanes: workers that compute; the estimates go by it.
-        bytes, windows: that wait.
-        running_windows: that were taken and are not finished.
+        lanes: number of workers that compute, for the estimates.
+        bytes, windows: of waiting requests.
+        running_windows: of requests taken and not finished.
     """
 
     def __init__(
@@ -108,16 +104,16 @@ class Queue:
         self.windows = 0
         self._clients: dict[str, _Client] = {}
         self._order: list[tuple[float, int, _Client]] = []
-        self._dues: list[tuple[float, int]] = []
-        self._jobs: dict[int, Job] = {}  # those that wait, by number
+        self._deadlines: list[tuple[float, int]] = []
+        self._jobs: dict[int, Job] = {}  # waiting, by number
         self._number = 0
-        self._present = 0.0  # virtual time of who was served last
-        self._future = 0.0  # the latest virtual time there is
-        self._since = 0.0  # when the first of those that wait came
+        self._now = 0.0  # virtual time of the client served last
+        self._latest = 0.0  # largest virtual time of any client
+        self._waiting_since = 0.0
         self._running = 0
         self.running_windows = 0
-        self._sweep_at = _SWEEP
-        self._seconds = self._counted = 0.0
+        self._forget_at = _COMPACT_AT
+        self._seconds = self._counted = 0.0  # of past batches: time and windows
         self._held_until = -math.inf
 
     def __len__(self) -> int:
@@ -129,27 +125,27 @@ class Queue:
         return self._running
 
     def admit(self, job: Job, now: float) -> list[Job]:
-        """Let a request wait.
+        """Add a request.
 
         Returns:
-            requests of others that had to go for it.
+            requests of other clients that were removed to make room.
 
         Raises:
-            Refusal: it may not wait, and why; nothing has changed.
+            Refusal: it may not wait; nothing has changed.
         """
         client = self._clients.get(job.client) or _Client(job.client)
         if job.id in client.waiting or job.id in client.running:
             raise Refusal("duplicate", "a request of this id is waiting or running already")
         if job.due <= now:
             raise Refusal("deadline", "the deadline had passed when the request arrived")
-        wait = self._estimate(client, job.windows, now)
+        wait = self.estimate(job.client, job.windows, now)
         if len(client.waiting) + len(client.running) >= self.most_requests:
             raise Refusal(
                 "overloaded",
                 f"{self.most_requests} requests of this edge are waiting or running already",
                 self.retry_ms(wait),
             )
-        # A node without work takes whatever comes: it may have become faster than it was.
+        # An idle node takes any request: it may be faster now than the estimate says.
         busy = self._jobs or self._running or self._held_until > now
         if busy and now + wait > job.due:
             raise Refusal(
@@ -161,92 +157,90 @@ class Queue:
         for old in shed:
             self._remove(old)
         if not self._jobs:
-            self._since = now
-            self._present = self._future
+            self._waiting_since = now
+            self._now = self._latest
         if job.client not in self._clients:
-            self._sweep(now)
+            self._forget_clients(now)
             self._clients[job.client] = client
         self._number += 1
         job._number = self._number
         if not client.waiting:
-            client.time = max(client.time, self._present)
-            self._list(client)
+            client.time = max(client.time, self._now)
+            self._enter(client)
         client.waiting[job.id] = job
         client.size += _size(job)
         client.windows += job.windows
         self.bytes += _size(job)
         self.windows += job.windows
         self._jobs[job._number] = job
-        heapq.heappush(self._dues, (job.due, job._number))
+        heapq.heappush(self._deadlines, (job.due, job._number))
         return shed
 
     def wait(self, now: float) -> float | None:
-        """Seconds until `take` should be called if a worker is free; None if nothing waits."""
+        """Seconds until `take` should be called for a free worker; None if nothing waits."""
         if not self._jobs:
             return None
         if self.windows >= self.max_batch:
             return 0.0
-        return max(0.0, self._since + self.max_wait_s - now)
+        return max(0.0, self._waiting_since + self.max_wait_s - now)
 
     def take(
         self,
         now: float,
         may_run: Callable[[str, int, int], bool] = lambda client, running, windows: True,
     ) -> list[Job]:
-        """The next batch, empty if nobody's may run; now these are running, until `finish`.
+        """The next batch, in fair order; empty if no request may run. Call `expire` first.
+
+        Its requests are running until `finish`. A request too large for the rest of the batch is
+        passed over and comes first in the next one. The clients that pass it get at most a batch
+        ahead of it.
 
         Args:
-            may_run: whether a client, which has so many windows running, may have so many more. Its
-                requests wait until it may; others are not held up by it.
-
-        In fair order. What does not fit into the rest of the batch is passed over and first in the
-        next one, so that a large request neither starves nor makes batches small. Who gets past it
-        so, gets no more than a batch ahead of it.
-
-        Call `expire` first.
+            may_run: called with a client, its running windows and those of its next request. False
+                keeps this client waiting, but no others.
         """
         batch: list[Job] = []
         room = self.max_batch
         passed: list[_Client] = []
-        waiting: list[_Client] = []
+        held: list[_Client] = []
         while room > 0 and (client := self._first()):
             job = client.oldest
             running = sum(other.windows for other in client.running.values())
             if not may_run(client.name, running, job.windows):
                 heapq.heappop(self._order)
-                waiting.append(client)
+                held.append(client)
                 continue
             if not passed:
-                self._present = max(self._present, client.time)
+                self._now = max(self._now, client.time)
             elif client.time > passed[0].time + self.max_batch:
-                break  # it has been let past often enough
+                break
             heapq.heappop(self._order)
-            apart = job.alone or client.apart_until > now
-            if job.windows > room or (apart and batch):
+            alone = job.alone or client.isolated_until > now
+            if job.windows > room or (alone and batch):
                 passed.append(client)
                 continue
             self._remove(job)
             client.running[job.id] = job
             client.time += job.windows
-            self._future = max(self._future, client.time)
+            self._latest = max(self._latest, client.time)
             self._running += 1
             self.running_windows += job.windows
             batch.append(job)
             room -= job.windows
             if client.waiting:
-                self._list(client)
-            if apart:
+                self._enter(client)
+            if alone:
                 break
-        for client in waiting:
-            client.time = max(client.time, self._present)  # its own doing: no credit for it
-        for client in (*passed, *waiting):
-            self._list(client)
-        # What is left of a batch has waited; what may not run waits for something else.
-        self._since = -math.inf if batch else now
+        for client in held:
+            client.time = max(client.time, self._now)  # no credit for the time it was held
+        for client in (*passed, *held):
+            self._enter(client)
+        # The rest has waited for this batch. Requests that may not run wait for something else.
+        self._waiting_since = -math.inf if batch else now
         return batch
 
     def finish(self, job: Job) -> None:
-        """A running request has had its outcome; its id may be used again. Others are ignored."""
+        """End a running request; its id may be used again. Does nothing for other requests."""
         client = self._clients.get(job.client)
         if client and client.running.get(job.id) is job:
             del client.running[job.id]
@@ -254,40 +248,43 @@ class Queue:
             self.running_windows -= job.windows
 
     def cancel(self, client: str, id: bytes) -> list[Job]:
-        """As `drop`, of the request of this id."""
+        """As `drop`, for the request with this id."""
         found = self._clients.get(client)
         job = found and (found.waiting.get(id) or found.running.get(id))
         return self._drop([job], "cancelled") if job else []
 
     def drop(
-        self, client: str, outcome: str, whose: Callable[[Job], bool] = lambda job: True
+        self, client: str, outcome: str, which: Callable[[Job], bool] = lambda job: True
     ) -> list[Job]:
-        """Forget requests of a client, all or some: those that wait are removed and returned, those
-        that run are marked."""
+        """Drop requests of a client: waiting ones are removed and returned, running ones marked.
+
+        Args:
+            which: selects requests; default: all of the client.
+        """
         found = self._clients.get(client)
         jobs = (*found.running.values(), *found.waiting.values()) if found else ()
-        return self._drop([job for job in jobs if whose(job)], outcome)
+        return self._drop([job for job in jobs if which(job)], outcome)
 
     def expire(self, now: float) -> list[Job]:
-        """Remove and return what is too late."""
+        """Remove and return requests whose deadline has passed."""
         late = []
-        while self._dues and self._dues[0][0] <= now:
-            job = self._jobs.get(heapq.heappop(self._dues)[1])
+        while self._deadlines and self._deadlines[0][0] <= now:
+            job = self._jobs.get(heapq.heappop(self._deadlines)[1])
             if job:
                 late.append(self._remove(job))
         return late
 
     def clear(self) -> list[Job]:
-        """Remove and return all that waits."""
+        """Remove and return all waiting requests."""
         return [self._remove(job) for job in list(self._jobs.values())]
 
-    def forget(self) -> list[Job]:
-        """As `drop`, of everybody's requests, whose connections have ended."""
+    def drop_all(self) -> list[Job]:
+        """As `drop`, for all clients, whose connections have ended."""
         return [job for client in list(self._clients) for job in self.drop(client, "lost")]
 
-    def bound(self, most_bytes: int) -> list[Job]:
-        """No more than so many bytes wait from now on; removes and returns what is too much, the
-        oldest first of whoever has the most."""
+    def set_limit(self, most_bytes: int) -> list[Job]:
+        """Change the limit on waiting bytes. Removes and returns what is now too much: the oldest
+        request of the client with the most bytes, again and again."""
         self.most_bytes = most_bytes
         shed = []
         while self.bytes > most_bytes:
@@ -295,43 +292,41 @@ class Queue:
             shed.append(self._remove(heaviest.oldest))
         return shed
 
-    def set_apart(self, client: str, until: float) -> None:
-        """Until then, each request of this client has a batch of its own."""
+    def isolate(self, client: str, until: float) -> None:
+        """Give each request of this client a batch of its own until then."""
         if found := self._clients.get(client):
-            found.apart_until = max(found.apart_until, until)
+            found.isolated_until = max(found.isolated_until, until)
 
-    def measured(self, windows: int, seconds: float) -> None:
-        """A worker took so long for a batch."""
-        self._counted = self._counted * _MEMORY + windows
-        self._seconds = self._seconds * _MEMORY + seconds
+    def record_batch(self, windows: int, seconds: float) -> None:
+        """Note for the estimates how long a worker took for a batch."""
+        self._counted = self._counted * _DECAY + windows
+        self._seconds = self._seconds * _DECAY + seconds
 
-    def hold(self, until: float) -> None:
-        """No worker computes before then, as far as is known; the estimates go by it."""
+    def hold_until(self, until: float) -> None:
+        """Note for the estimates that no worker computes before then."""
         self._held_until = until
 
     def estimate(self, client: str, windows: int, now: float) -> float:
-        """Seconds until such a request of this client would be done, if it came now."""
-        return self._estimate(self._clients.get(client) or _Client(client), windows, now)
-
-    def retry_ms(self, seconds: float) -> int:
-        """A hint to try again after so long."""
-        if not self._counted and seconds <= 0:
-            return _UNKNOWN_MS
-        return max(_LEAST_MS, min(_MOST_MS, math.ceil(seconds * 1000)))
-
-    def _estimate(self, client: _Client, windows: int, now: float) -> float:
+        """Seconds that a request of this client would take until its result, if it came now."""
+        known = self._clients.get(client) or _Client(client)
         held = max(0.0, self._held_until - now)
         if not self._counted:
             return held
-        own = client.windows + windows
-        # What others have waiting comes first only as far as it is their turn.
+        own = known.windows + windows
+        # Requests of other clients come first only up to this client's own share.
         ahead = sum(
             min(other.windows, own)
             for other in self._clients.values()
-            if other.waiting and other is not client
+            if other.waiting and other is not known
         )
         total = own + ahead + self.running_windows
         return held + total * self._seconds / self._counted / max(1, self.lanes)
+
+    def retry_ms(self, seconds: float) -> int:
+        """The hint for a refused edge: when to try again, for a wait of so many seconds."""
+        if not self._counted and seconds <= 0:
+            return _UNKNOWN_RETRY_MS
+        return max(_MIN_RETRY_MS, min(_MAX_RETRY_MS, math.ceil(seconds * 1000)))
 
     def _drop(self, jobs: list[Job], outcome: str) -> list[Job]:
         for job in jobs:
@@ -368,37 +363,38 @@ class Queue:
         self.bytes -= _size(job)
         self.windows -= job.windows
         if not client.waiting:
-            client.turn = 0
-        # An entry of a request long gone stays until its deadline, and that may be a day away.
-        if len(self._dues) > 2 * len(self._jobs) + _SWEEP:
-            self._dues = [(j.due, number) for number, j in self._jobs.items()]
-            heapq.heapify(self._dues)
+            client.entry = 0
+        # The entry of a removed request would otherwise stay until its deadline, up to a day.
+        if len(self._deadlines) > 2 * len(self._jobs) + _COMPACT_AT:
+            self._deadlines = [(j.due, number) for number, j in self._jobs.items()]
+            heapq.heapify(self._deadlines)
         return job
 
-    def _list(self, client: _Client) -> None:
+    def _enter(self, client: _Client) -> None:
+        """Enter a client into the order, at its virtual time."""
         self._number += 1
-        client.turn = self._number
+        client.entry = self._number
         heapq.heappush(self._order, (client.time, self._number, client))
-        if len(self._order) > 2 * len(self._clients) + _SWEEP:  # most are of requests cancelled
-            self._order = [e for e in self._order if e[2].turn == e[1]]
+        if len(self._order) > 2 * len(self._clients) + _COMPACT_AT:  # most are no longer valid
+            self._order = [entry for entry in self._order if entry[2].entry == entry[1]]
             heapq.heapify(self._order)
 
     def _first(self) -> _Client | None:
-        """Whose turn it is."""
+        """The client that is next."""
         while self._order:
-            _, turn, client = self._order[0]
-            if client.turn == turn and client.waiting:
+            _, entry, client = self._order[0]
+            if client.entry == entry and client.waiting:
                 return client
             heapq.heappop(self._order)
         return None
 
-    def _sweep(self, now: float) -> None:
-        """Forget clients about whom there is nothing to remember."""
-        if len(self._clients) < self._sweep_at:
+    def _forget_clients(self, now: float) -> None:
+        """Forget clients without requests, debt or isolation."""
+        if len(self._clients) < self._forget_at:
             return
         self._clients = {
             name: c
             for name, c in self._clients.items()
-            if c.waiting or c.running or c.time > self._present or c.apart_until > now
+            if c.waiting or c.running or c.time > self._now or c.isolated_until > now
         }
-        self._sweep_at = max(_SWEEP, 2 * len(self._clients))
+        self._forget_at = max(_COMPACT_AT, 2 * len(self._clients))

@@ -1,10 +1,7 @@
-"""The front of a node: between the door, where edges come and go, the queue and the pool.
+"""The front of a node: it connects the listener, the queue and the pool of workers.
 
-It never touches an engine, and its event loop waits for nothing longer than the copy of one batch's
-rows: messages that ask for little (info, cancel, whatever has to be refused) are answered while
-workers compute. Every request that is admitted has exactly one outcome, whatever raises: until then
-it stays in `Server._open`. Window contents live in memory only, from arrival to reply, and no log
-line holds any.
+Its event loop never computes and never waits long, so info, cancellations and refusals are
+answered while workers compute. Window contents are in memory only, and in no log line.
 """
 
 from __future__ import annotations
@@ -28,17 +25,19 @@ import zmq
 from cloud_node.admission import Refusal, check_stage, check_windows
 from cloud_node.backpressure import has_room
 from cloud_node.config import Prepared
-from cloud_node.listener import Door
+from cloud_node.listener import Listener
 from cloud_node.memory import Budget, Memory, Needs, TooLittle, check_threads
 from cloud_node.metrics import Metrics
-from cloud_node.poison import Suspects
+from cloud_node.poison import PoisonTracker
 from cloud_node.pool import Pool, PoolClosed, Slot, WorkerDied, WorkerEvent
 from cloud_node.queue import Job, Queue
 from edge_common.errors import ConfigError, EngineError, ProtocolError
 from edge_common.files import write_atomically
+from edge_common.logs import LogLimiter, log_defect
 from edge_common.memory_limits import MemoryLimits
 from edge_common.process import give_freed_memory_back
 from engines.bundle import TensorSpec
+from transport.dos_protection import MemoryWatch
 from transport.messages import (
     HEADER_BYTES,
     NO_ID,
@@ -58,31 +57,31 @@ from transport.messages import (
     encode,
     refuse,
 )
-from transport.meter import MemoryWatch, message_bytes
 from transport.sockets import start_sending
+from transport.wire_size import message_bytes
 
 log = logging.getLogger(__name__)
 
 _FLUSH_S = 0.5
-"""How long a stopping node lets its last replies leave."""
+"""Time for the last replies of a stopping node to leave."""
 _RUNS_S = 5.0
-"""How long it waits for the last runs of a pool that is closed; each should end at once."""
+"""Time for the last runs of a closed pool to end."""
 _TICK_S = 0.1
 _ROOM_S = 0.005
-"""How soon to look whether an edge has read something, while none may run."""
-_APART_S = 60.0
-"""How long a client whose request failed in the engine shares no batch with others."""
-_RESTART_S = 1.0  # of a worker, as long as nothing is known
-_LOG_AGAIN_S = 10.0
-_LOG_KEYS = 1024
-# Told and never raised: each time would add to their tracebacks.
+"""How soon to check again whether an edge has read replies, while no request may run."""
+_ISOLATE_S = 60.0
+"""How long a client shares no batch with others after its request failed in the engine."""
+_RESTART_S = 1.0  # of a worker, before one has been measured
+# Sent but never raised: each raise would extend their tracebacks.
 _STOPPING = Refusal("shutdown", "the node is stopping")
-_FAILED = Refusal("engine", "the node failed; its log says more")
+_FAILED = Refusal("engine", "the node failed; its log has the details")
+_POISON = Refusal("engine", "workers died over this request before; it is not tried again")
+_LATE = Refusal("deadline", "the deadline passed while the request waited")
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What a queued request holds: views of the frame it came in, and the key for its result."""
+    """The server's part of a queued request: views of its frame, and the key for its result."""
 
     peer: bytes
     feeds: dict[str, np.ndarray]
@@ -94,8 +93,8 @@ class Server:
 
     Args:
         prepared: what to serve, where, to whom.
-        pool: workers, not started; closed at the end.
-        metrics: to count in.
+        pool: workers, not started. The server starts and closes it.
+        metrics: default: new ones.
     """
 
     def __init__(self, prepared: Prepared, pool: Pool, metrics: Metrics | None = None) -> None:
@@ -108,50 +107,50 @@ class Server:
             most_requests=prepared.config.client_requests,
             max_wait_s=prepared.config.max_wait_ms / 1000,
         )
-        self._suspects = Suspects()
-        self._again: list[list[Job]] = []  # batches to be run again
-        self._open: dict[Job, None] = {}  # admitted and without an outcome
+        self._poison = PoisonTracker()
+        self._retries: list[list[Job]] = []  # batches to run again
+        self._open: dict[Job, None] = {}  # admitted, without an outcome
         windows = prepared.bundle.geometry.windows
         self._window_bytes = -(-prepared.limits.result.total_bytes // windows)  # of a result
-        self._unread: dict[str, int] = {}  # bytes sent and not left, by client
+        self._unread: dict[str, int] = {}  # bytes given to libzmq that it still holds, by client
         self._unread_total = 0
         self._runs: set[asyncio.Task[None]] = set()
-        self._told: dict[tuple[str, str], tuple[float, int]] = {}
+        self._log_limiter = LogLimiter(10.0, keys=1024)
         self._start_s = _RESTART_S  # of the last worker
         self._draining = self._bound = False
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Warm up, bind, announce, serve until `stop` is set; then finish what was admitted, within
-        the drain limit, and leave.
+        """Warm up, bind, announce, and serve until `stop` is set. Then finish admitted requests,
+        within the drain limit.
 
         Raises:
-            EdgeRuntimeError: the address can't be bound, the ready file not written, no worker
-                started, too little memory.
+            EdgeRuntimeError: the address cannot be bound, the ready file cannot be written, no
+                worker starts, or there is too little memory.
         """
         self._loop = asyncio.get_running_loop()
-        self._broken = self._loop.create_future()  # fails if the node cannot go on
+        self._broken = self._loop.create_future()  # fails if the node cannot continue
         self._work = asyncio.Event()  # there may be something to dispatch
-        self._door = Door(
+        self._listener = Listener(
             self._prepared,
             self.metrics,
             self._handle,
-            self._revoked,
-            self._left_behind,
+            self._on_revoked,
+            self._on_connection_ended,
             lanes=self._pool.lanes,
         )
         check_threads()
-        self._door.try_address()
+        self._listener.try_address()
         stopping = asyncio.create_task(stop.wait(), name="stop")
         tasks: set[asyncio.Future[Any]] = set()
         try:
-            starting = asyncio.create_task(self._pool.start(self._heard), name="start")
+            starting = asyncio.create_task(self._pool.start(self._on_worker_event), name="start")
             await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if not starting.done():
                 starting.cancel()
                 await asyncio.gather(starting, return_exceptions=True)
                 return
             starting.result()
-            self._door.open()
+            self._listener.open()
             self._limits = MemoryLimits()
             self._watch = MemoryWatch(self._held(), self._limits.resident)
             self._measure()
@@ -159,15 +158,15 @@ class Server:
                 asyncio.create_task(self._dispatch(), name="dispatch"),
                 asyncio.create_task(self._tick(), name="tick"),
                 asyncio.create_task(self._pool.follow(), name="pool"),
-                self._door.broken,
+                self._listener.broken,
                 self._broken,
             }
             self._bound = True
-            self._look()
+            self._update_gauges()
             with self._announced():
                 await asyncio.wait({*tasks, stopping}, return_when=asyncio.FIRST_COMPLETED)
             await self._drain(tasks)
-            for task in tasks:  # none ends by itself unless something is broken: let it show
+            for task in tasks:  # a task that has ended by itself is a defect: raise it
                 if task.done():
                     task.result()
         finally:
@@ -185,13 +184,13 @@ class Server:
             finally:
                 for job in list(self._open):
                     self._finish(job, _STOPPING)
-                await self._door.close(_FLUSH_S if self._bound else 0)
+                await self._listener.close(_FLUSH_S if self._bound else 0)
 
     async def _drain(self, tasks: Iterable[asyncio.Future[Any]]) -> None:
-        """Finish what was admitted, or as much of it as the limit allows and as long as all `tasks`
-        run; a reply is finished once its edge has it."""
+        """Wait until edges have the replies to all admitted requests, but no longer than the drain
+        limit, nor when one of `tasks` has ended."""
         self._draining = True
-        self._look()
+        self._update_gauges()
         log.info(
             "stopping: %d requests wait, %d run",
             len(self._queue),
@@ -199,7 +198,7 @@ class Server:
             extra={"event": "stopping"},
         )
         give_up = self._loop.time() + self._prepared.config.drain_s
-        while self._open or self._door.waiting() or self._unread:
+        while self._open or self._listener.unread() or self._unread:
             if self._loop.time() >= give_up or any(task.done() for task in tasks):
                 return
             await asyncio.sleep(min(0.02, max(0.0, give_up - self._loop.time())))
@@ -207,7 +206,7 @@ class Server:
     # What arrives
 
     def _handle(self, frame: zmq.Frame, to: bytes, name: str) -> bool:
-        """Take in a message; whether it asked for something that is done, or that need not be."""
+        """Handle a message; returns whether it was of use, for the limit on messages."""
         message_id = NO_ID
         try:
             message = decode_header(frame)
@@ -220,24 +219,24 @@ class Server:
             elif isinstance(message, Cancel):
                 self._finish_all(self._queue.cancel(name, message.id))
                 return True
-            elif not isinstance(message, VersionsSpoken):  # which is never answered
+            elif not isinstance(message, VersionsSpoken):  # which needs no answer
                 kind = type(message).__name__
                 raise ProtocolError(f"a node takes no {kind} message")
         except UnknownVersionError as error:
             self._log_refusal(name, "version", str(error))
             self._send(to, name, encode(VersionsSpoken(VERSIONS)))
         except ProtocolError as error:
-            self._turn_away(to, name, message_id, Refusal("malformed", str(error)))
+            self._refuse_new(to, name, message_id, Refusal("malformed", str(error)))
         except Refusal as refusal:
-            self._turn_away(to, name, message_id, refusal)
-        except Exception:  # a defect, which the door logs
+            self._refuse_new(to, name, message_id, refusal)
+        except Exception:  # a defect, which the listener logs
             if not any((job.client, job.id) == (name, message_id) for job in self._open):
-                self._turn_away(to, name, message_id, _FAILED)
+                self._refuse_new(to, name, message_id, _FAILED)
             raise
         return False
 
-    def _turn_away(self, peer: bytes, name: str, id: bytes, refusal: Refusal) -> None:
-        """Refuse what was not admitted."""
+    def _refuse_new(self, peer: bytes, name: str, id: bytes, refusal: Refusal) -> None:
+        """Refuse a request that was not admitted."""
         outcome = self._refuse(peer, name, id, refusal)
         self.metrics.requests.labels(outcome).inc()
 
@@ -248,9 +247,9 @@ class Server:
             raise Refusal("shutdown", "the node is stopping")
         feeds = decode_tensors(request, frame, prepared.limits.request)
         windows = check_windows(feeds, prepared.stage, prepared.bundle.geometry)
-        deaths = self._suspects.deaths(name, feeds, now)
+        deaths = self._poison.deaths(name, feeds, now)
         if deaths > 1:
-            raise Refusal("engine", "workers died over this very request; it is not tried again")
+            raise Refusal(_POISON.code, str(_POISON))
         job = Job(
             client=name,
             id=request.id,
@@ -270,7 +269,7 @@ class Server:
         self._work.set()
         self._shed(shed, now)
         if self._send(peer, name, encode(Accepted(request.id))) == "lost":
-            self._left_behind(name, peer)
+            self._on_connection_ended(name, peer)
 
     def _shed(self, jobs: Iterable[Job], now: float) -> None:
         for old in jobs:
@@ -278,32 +277,30 @@ class Server:
             hint = self._queue.retry_ms(wait)
             self._finish(old, Refusal("overloaded", "shed: the queue is full", hint))
 
-    def _left_behind(self, name: str, route: bytes) -> None:
-        """A connection has ended: nobody can be given what it asked for."""
-        waited = self._queue.drop(name, "lost", lambda job: job.work.peer == route)
-        self._finish_all(waited)
-        log.debug("%s has left; %d of its requests waited", name, len(waited))
+    def _on_connection_ended(self, name: str, route: bytes) -> None:
+        dropped = self._queue.drop(name, "lost", lambda job: job.work.peer == route)
+        self._finish_all(dropped)
+        log.debug("a connection of %s has ended with %d waiting requests", name, len(dropped))
 
-    def _revoked(self, names: Iterable[str]) -> None:
+    def _on_revoked(self, names: Iterable[str]) -> None:
         for name in names:
             self._finish_all(self._queue.drop(name, "revoked"))
 
-    def _heard(self, event: WorkerEvent) -> None:
-        """Something happened to a worker."""
+    def _on_worker_event(self, event: WorkerEvent) -> None:
         ready, now = self._pool.ready, self._loop.time()
         if event.kind == "died":
             self.metrics.worker_restarts.inc()
             if not ready:
-                self._queue.hold(now + event.seconds + self._start_s)
+                self._queue.hold_until(now + event.seconds + self._start_s)
         elif event.kind == "ready":
             self._start_s = event.seconds
-            self._queue.hold(-math.inf)
-        self._look()
+            self._queue.hold_until(-math.inf)
+        self._update_gauges()
 
     # Batches
 
     async def _dispatch(self) -> None:
-        """Give the workers what waits for as long as the node lives."""
+        """Give waiting requests to workers, without end."""
         while True:
             await self._work.wait()
             try:
@@ -311,7 +308,7 @@ class Server:
             except PoolClosed:
                 return
             try:
-                jobs = await self._form()
+                jobs = await self._next_batch()
             except BaseException:
                 slot.release()
                 raise
@@ -320,29 +317,24 @@ class Server:
                 continue
             run = asyncio.create_task(self._run(slot, jobs), name="run")
             self._runs.add(run)
-            run.add_done_callback(self._ran)
+            run.add_done_callback(self._on_run_done)
 
-    def _ran(self, run: asyncio.Task[None]) -> None:
+    def _on_run_done(self, run: asyncio.Task[None]) -> None:
         self._runs.discard(run)
-        if not run.cancelled() and (error := run.exception()):
-            self._break(error)
+        if not run.cancelled() and (error := run.exception()) and not self._broken.done():
+            self._broken.set_exception(error)  # stops the node, which ends all open requests
 
-    def _break(self, error: BaseException) -> None:
-        """The node cannot go on: have it stop, which settles all that is open."""
-        if not self._broken.done():
-            self._broken.set_exception(error)
-
-    async def _form(self) -> list[Job]:
+    async def _next_batch(self) -> list[Job]:
         """The next batch; empty if there is none now."""
         while True:
             now = self._loop.time()
             self._expire(now)
-            if self._again:
-                return self._again.pop(0)
+            if self._retries:
+                return self._retries.pop(0)
             wait = self._queue.wait(now)
             if wait is not None and wait <= 0:
                 if not (jobs := self._queue.take(now, self._may_run)):
-                    self._work.clear()  # until somebody has read
+                    self._work.clear()  # until an edge has read replies
                     self._loop.call_later(_ROOM_S, self._work.set)
                 return jobs
             self._work.clear()
@@ -352,37 +344,37 @@ class Server:
                 await asyncio.wait_for(self._work.wait(), wait)
 
     def _may_run(self, client: str, running: int, windows: int) -> bool:
-        """Whether there is room for the results of so many windows of a client, which has so many
-        running, beside those it has not read yet."""
+        """Whether there is room for the results of `windows` of a client with `running` windows,
+        beside the results that it has not read yet."""
         return self._has_room(client, running, windows) or (
-            self._door.look_again() and self._has_room(client, running, windows)
+            self._listener.refresh() and self._has_room(client, running, windows)
         )
 
     def _has_room(self, client: str, running: int, windows: int) -> bool:
-        # What the kernel tells includes what libzmq has encrypted or is writing; where the kernel
-        # doesn't tell, what waits in libzmq is known at least.
-        own = max(self._door.waiting(client), self._unread.get(client, 0))
-        everybody = max(self._door.waiting(), self._unread_total)
+        # The kernel's figures include what libzmq has encrypted or is writing. On systems without
+        # such figures, the bytes that wait in libzmq are known at least.
+        own = max(self._listener.unread(client), self._unread.get(client, 0))
+        everybody = max(self._listener.unread(), self._unread_total)
         return has_room(
             windows * self._window_bytes,
             own=own + running * self._window_bytes,
             everybody=everybody + self._queue.running_windows * self._window_bytes,
-            unsent=self._door.unsent,
-            total=self._door.total,
+            unacked=self._listener.limits.unacked,
+            total=self._listener.limits.total,
             largest=self._prepared.limits.result.total_bytes,
-            rate=self._door.rate,
+            lanes=self._pool.lanes,
         )
 
     async def _run(self, slot: Slot, jobs: Sequence[Job]) -> None:
-        """See a batch to its end: every one of its requests has its outcome, or is run again."""
+        """Run a batch. Each of its requests gets an outcome, or is run again."""
         try:
             await self._compute(slot, jobs)
-        except Exception as error:  # a defect here; the edges get an answer all the same
-            again = {job for waiting in self._again for job in waiting}
+        except Exception as error:  # a defect here; the edges get an answer anyway
+            again = {job for batch in self._retries for job in batch}
             for job in jobs:
                 if job not in again:
                     self._finish(job, _FAILED)
-            _log_defect("a batch could not be seen to its end", error)
+            log_defect(log, "a batch could not be completed", error)
         finally:
             slot.release()
             self._work.set()
@@ -391,12 +383,12 @@ class Server:
         try:
             outputs = await slot.run(_fill(slot.inputs, jobs))
         except EngineError as error:
-            self._failed(jobs, error)
+            self._on_batch_failed(jobs, error)
         except WorkerDied as error:
             if error.began:
-                self._died(jobs)
-            else:  # it was next in turn only
-                self._again.append(list(jobs))
+                self._on_worker_died(jobs)
+            else:  # the batch was only waiting there
+                self._retries.append(list(jobs))
         except PoolClosed:
             for job in jobs:
                 self._finish(job, _STOPPING)
@@ -408,7 +400,7 @@ class Server:
     ) -> None:
         now, windows = self._loop.time(), sum(job.windows for job in jobs)
         seconds = compute_us / 1e6
-        self._queue.measured(windows, seconds)
+        self._queue.record_batch(windows, seconds)
         self.metrics.windows.inc(windows)
         self.metrics.batch_windows.observe(windows)
         self.metrics.compute_seconds.observe(seconds)
@@ -417,7 +409,7 @@ class Server:
             rows = slice(first, first + job.windows)
             first += job.windows
             if job.alone:
-                self._suspects.survived(job.client, job.work.feeds)
+                self._poison.survived(job.client, job.work.feeds)
             if job.outcome:
                 self._finish(job)
                 continue
@@ -434,29 +426,28 @@ class Server:
                 extra={"event": "result", "client": job.client},
             )
 
-    def _failed(self, jobs: Sequence[Job], error: Exception) -> None:
-        """A batch failed: whose fault it was shows when each of its requests is run alone."""
+    def _on_batch_failed(self, jobs: Sequence[Job], error: Exception) -> None:
+        """Run each request of a failed batch alone, to find the one that fails."""
         if len(jobs) > 1:
             log.warning("a batch of %d requests failed; each is run alone", len(jobs))
-            self._again.extend([job] for job in jobs)
+            self._retries.extend([job] for job in jobs)
             return
         (job,) = jobs
-        # The engine's own words: they name tensors and shapes, never contents.
+        # The engine's own text names tensors and shapes, never contents.
         self._log_refusal(job.client, "engine failed", f"{job.windows} windows: {error}")
-        self._queue.set_apart(job.client, self._loop.time() + _APART_S)
-        self._finish(job, Refusal("engine", "the node's engine failed; its log says more"))
+        self._queue.isolate(job.client, self._loop.time() + _ISOLATE_S)
+        self._finish(job, Refusal("engine", "the node's engine failed; its log has the details"))
 
-    def _died(self, jobs: Sequence[Job]) -> None:
-        """A worker died over these."""
+    def _on_worker_died(self, jobs: Sequence[Job]) -> None:
+        """Refuse the requests that a worker computed when it died."""
         now = self._loop.time()
         others = self._pool.ready > 0
         for job in jobs:
-            deaths = self._suspects.died(job.client, job.work.feeds, now, job.alone)
-            self._queue.set_apart(job.client, now + _APART_S)
+            deaths = self._poison.died(job.client, job.work.feeds, now, job.alone)
+            self._queue.isolate(job.client, now + _ISOLATE_S)
             if deaths > 1:
                 log.error("two workers died over one request of %s: it is refused", job.client)
-                text = "workers died over this very request; it is not tried again"
-                self._finish(job, Refusal("engine", text))
+                self._finish(job, _POISON)
                 continue
             wait = self._queue.estimate(job.client, job.windows, now)
             hint = self._queue.retry_ms(wait if others else max(wait, self._start_s + 0.5))
@@ -464,8 +455,8 @@ class Server:
             self._finish(job, Refusal("worker_died", text, hint))
 
     def _finish(self, job: Job, refusal: Refusal = _FAILED) -> None:
-        """Give an admitted request the one outcome it has: `job.outcome` if that is known, else its
-        edge is sent `refusal`. Nothing happens the second time."""
+        """Give an admitted request its one outcome: `job.outcome` if that is known, otherwise send
+        `refusal` to its edge. A second call does nothing."""
         if job not in self._open:
             return
         if not job.outcome:
@@ -478,40 +469,39 @@ class Server:
         for job in jobs:
             self._finish(job, refusal)
 
-    # What has to be done now and then
+    # Regular work
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(_TICK_S)
             if len(self._open) != len(self._queue) + self._queue.running:
-                raise RuntimeError("a request that was admitted neither waits nor runs")
+                raise RuntimeError("an admitted request neither waits nor runs")
             self._expire(self._loop.time())
-            if self._queue or self._again:
+            if self._queue or self._retries:
                 self._work.set()
-            self._look()
-            self._fit()
+            self._update_gauges()
+            self._fit_memory()
             if held := self._watch.breached():
                 await self._rebind(held, f"{self._watch.ceiling >> 20} MiB")
             elif limit := self._memory.breached():
                 await self._rebind(limit.used, f"is good under {limit.name}")
 
     def _expire(self, now: float) -> None:
-        late = Refusal("deadline", "the deadline passed while waiting its turn")
-        self._finish_all(self._queue.expire(now), late)
-        if self._again:
-            jobs = [job for batch in self._again for job in batch]
-            self._finish_all((job for job in jobs if job.outcome or job.due <= now), late)
-            left = [[job for job in batch if job in self._open] for batch in self._again]
-            self._again = [batch for batch in left if batch]
+        self._finish_all(self._queue.expire(now), _LATE)
+        if self._retries:
+            jobs = [job for batch in self._retries for job in batch]
+            self._finish_all((job for job in jobs if job.outcome or job.due <= now), _LATE)
+            left = [[job for job in batch if job in self._open] for batch in self._retries]
+            self._retries = [batch for batch in left if batch]
 
-    def _look(self) -> None:
-        """Bring the gauges up to date, and what follows from the number of workers."""
+    def _update_gauges(self) -> None:
+        """Update the gauges, the state and the number of workers for the estimates."""
         metrics, ready = self.metrics, self._pool.ready
         self._queue.lanes = max(1, ready)
         metrics.waiting_requests.set(len(self._queue))
         metrics.waiting_bytes.set(self._queue.bytes)
         metrics.workers_ready, metrics.workers = ready, self._pool.lanes
-        self._door.look()
+        self._listener.update_gauges()
         if self._draining:
             metrics.state = "draining"
         elif not self._bound:
@@ -520,16 +510,16 @@ class Server:
             metrics.state = "ready" if ready == self._pool.lanes else "degraded"
 
     def _measure(self) -> None:
-        """Note what the node takes without requests, and fit the rest to the limits.
+        """Note how much memory the node takes without requests, and fit the rest to the limits.
 
         Raises:
-            TooLittle: next to nothing is left.
+            TooLittle: too little is left.
         """
         config, limits, pool = self._prepared.config, self._prepared.limits, self._pool
         start_sending()
         sizes = message_bytes(limits.request), message_bytes(limits.result)
         shared: int = getattr(pool, "shared_bytes", 0)
-        # As many windows as a batch may hold, one batch computing and one filled. Results are in
+        # One batch computes and one is filled, of as many images as a batch holds. Results are in
         # shared memory, if there is any.
         images = -(-pool.max_batch // self._prepared.bundle.geometry.windows)
         needs = Needs(
@@ -538,33 +528,34 @@ class Server:
             shared=shared,
         )
         self._idle = self._held()
-        wanted = Budget(config.queue_bytes, self._door.total, self._door.connections)
+        most = self._listener.limits
+        wanted = Budget(config.queue_bytes, most.total, most.connections)
         self._memory = Memory(wanted, needs, self._limits)
         self._watch.ceiling = self._ceiling()
-        self._fit()
+        self._fit_memory()
 
-    def _fit(self) -> None:
-        """Have queue and door hold no more than limits on memory allow.
+    def _fit_memory(self) -> None:
+        """Have queue and listener hold no more than limits on memory allow.
 
         Raises:
-            TooLittle: they allow next to nothing, and nobody is served yet.
+            TooLittle: they allow too little, and the node does not serve yet.
         """
         try:
-            if not self._memory.look():
+            if not self._memory.update():
                 return
         except TooLittle as error:
             if not self._bound:
                 raise
-            log.error("a limit has changed, and this process may end of it: %s", error)
+            log.error("a limit has changed, and this process may fail because of it: %s", error)
         if self._memory.lowered:
             give_freed_memory_back()
         budget = self._memory.budget
-        self._shed(self._queue.bound(budget.queue), self._loop.time())
-        self._door.bound(budget.transit, budget.connections)
+        self._shed(self._queue.set_limit(budget.queue), self._loop.time())
+        self._listener.lower_limits(budget.transit, budget.connections)
         self._watch.ceiling = self._ceiling()
 
     def _held(self) -> int:
-        """Bytes that this process holds; 0 where the system doesn't tell."""
+        """Bytes that this process holds; 0 if the system does not say."""
         return self._limits.resident() or 0
 
     def _ceiling(self) -> int:
@@ -574,7 +565,7 @@ class Server:
         batches = 4 * self._pool.lanes * (limits.request.total_bytes + limits.result.total_bytes)
         shared: int = getattr(self._pool, "shared_bytes", 0)
         # Waiting in the queue, and in libzmq.
-        allowed = self._queue.most_bytes + self._door.total + batches + shared
+        allowed = self._queue.most_bytes + self._listener.limits.total + batches + shared
         return self._idle + allowed * 5 // 4
 
     async def _rebind(self, held: int, most: str) -> None:
@@ -585,10 +576,9 @@ class Server:
             extra={"event": "rebind"},
         )
         self.metrics.rebinds.inc()
-        # Their connections end here, and with them the way back.
-        self._finish_all(self._queue.forget())
+        self._finish_all(self._queue.drop_all())
         begun = self._loop.time()
-        await self._door.reopen()
+        await self._listener.reopen()
         log.info(
             "bound anew after %.2f s, %d MB held",
             *(self._loop.time() - begun, self._held() >> 20),
@@ -599,62 +589,58 @@ class Server:
 
     def _refuse(self, peer: bytes, name: str, id: bytes, refusal: Refusal) -> str:
         """Send a refusal; returns its code."""
-        for words in (refusal, _FAILED):
+        for attempt in (refusal, _FAILED):
             try:
-                message = refuse(id, words.code, str(words), words.retry_ms)
-                self._log_refusal(name, words.code, message.message)
+                message = refuse(id, attempt.code, str(attempt), attempt.retry_ms)
+                self._log_refusal(name, attempt.code, message.message)
                 self._send(peer, name, encode(message))
-                return words.code
-            except Exception as error:  # then in other words
-                _log_defect("a refusal could not be sent", error)
+                return attempt.code
+            except Exception as error:  # a defect: try a plain refusal
+                log_defect(log, "a refusal could not be sent", error)
         return _FAILED.code
 
     def _send(self, peer: bytes, name: str, frame: memoryview) -> str:
-        """Send without waiting; what became of it unless it was sent."""
+        """Send without waiting; returns the outcome of the request if that failed, else an empty
+        text."""
         size = frame.nbytes
-        if self._unread.get(name, 0) + size > self._door.unsent:
+        if self._unread.get(name, 0) + size > self._listener.limits.unacked:
             outcome: str = "unread"
         else:
             if size > HEADER_BYTES:
-                # libzmq frees it once it has left, in whichever thread.
-                weakref.finalize(frame.obj, self._left_soon, name, size).atexit = False
+                # libzmq frees the frame once it has left, in any thread.
+                weakref.finalize(frame.obj, self._on_frame_freed, name, size).atexit = False
                 self._unread[name] = self._unread.get(name, 0) + size
                 self._unread_total += size
-            outcome = self._door.send(peer, frame)
+            outcome = self._listener.send(peer, frame)
         if outcome == "sent":
             return ""
-        why = "it left" if outcome == "lost" else "it does not read its replies"
-        self._log_seldom(name, outcome, f"a reply to an edge was dropped: {why}")
+        why = "it disconnected" if outcome == "lost" else "it does not read its replies"
+        self._log_limited(name, outcome, f"a reply to an edge was dropped: {why}")
         return outcome
 
-    def _left_soon(self, name: str, size: int) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: so is the pool
-            self._loop.call_soon_threadsafe(self._left, name, size)
+    def _on_frame_freed(self, name: str, size: int) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._subtract_unread, name, size)
 
-    def _left(self, name: str, size: int) -> None:
+    def _subtract_unread(self, name: str, size: int) -> None:
         before = self._unread.pop(name, 0)
         if before > size:
             self._unread[name] = before - size
         self._unread_total -= min(before, size)
-        self._work.set()  # there may be room for more
+        self._work.set()  # there may be room for more results
 
     def _log_refusal(self, client: str, code: str, text: str) -> None:
-        self._log_seldom(client, code, f"refused {client} ({code}): {text}")
+        self._log_limited(client, code, f"refused {client} ({code}): {text}")
 
-    def _log_seldom(self, client: str, code: str, text: str) -> None:
-        """One line for each client and reason in a while, however often it happens. Never raises:
-        an edge waits for what comes after."""
+    def _log_limited(self, client: str, code: str, text: str) -> None:
+        """Log one line in ten seconds for each client and reason. Never raises, because an edge
+        waits for its answer."""
         with contextlib.suppress(Exception):
-            key, now = (client, code), self._loop.time()
-            last, skipped = self._told.get(key, (-math.inf, 0))
-            if now - last < _LOG_AGAIN_S:
-                self._told[key] = last, skipped + 1
-                return
-            if key not in self._told and len(self._told) >= _LOG_KEYS:
-                self._told.clear()
-            self._told[key] = now, 0
-            more = f" (and {skipped} more times since the last such line)" if skipped else ""
-            log.info("%s%s", text, more, extra={"event": "refused", "client": client, "code": code})
+            skipped = self._log_limiter.take((client, code), self._loop.time())
+            if skipped is not None:
+                more = f" (and {skipped} more times since the last such line)" if skipped else ""
+                fields = {"event": "refused", "client": client, "code": code}
+                log.info("%s%s", text, more, extra=fields)
 
     def _info(self, message: InfoRequest) -> Info:
         stage = self._prepared.stage
@@ -668,10 +654,10 @@ class Server:
 
     @contextlib.contextmanager
     def _announced(self) -> Iterator[None]:
-        """Say where the node listens, on the log and in the ready file while it serves."""
+        """During the block, announce the node in the ready file; also log where it listens."""
         prepared = self._prepared
         ready = {
-            "endpoint": self._door.endpoint,
+            "endpoint": self._listener.endpoint,
             "public_key": prepared.keypair.public,
             "bundle": prepared.label,
             "stack_sha256": prepared.stage.sha256,
@@ -697,7 +683,7 @@ class Server:
 
 @functools.cache
 def version() -> str:
-    """Of what runs here; empty where it is not installed."""
+    """The version of edge-runtime; empty if it is not installed as a package."""
     try:
         return importlib.metadata.version("edge-runtime")
     except importlib.metadata.PackageNotFoundError:
@@ -705,18 +691,12 @@ def version() -> str:
 
 
 def software() -> str:
-    """Name and version of this node, as told to edges."""
+    """Name and version of this program, for edges."""
     return f"cloud-node {version()}".rstrip()
 
 
-def _log_defect(text: str, error: BaseException) -> None:
-    """Log a defect. Never raises: the caller has more to do, even if logging fails."""
-    with contextlib.suppress(Exception):
-        log.error("%s: %s", text, type(error).__name__, exc_info=error)
-
-
 def _fill(inputs: Mapping[str, np.ndarray], jobs: Iterable[Job]) -> int:
-    """Copy the requests' rows into a batch, one after another; how many there are."""
+    """Copy the rows of requests into a batch, one after another; returns their number."""
     first = 0
     for job in jobs:
         for name, array in job.work.feeds.items():

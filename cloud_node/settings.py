@@ -10,16 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from edge_common.options import Invalid
-from edge_common.settings import (
-    ADDRESS,
-    PATH,
-    SIZE,
-    Kind,
-    Option,
-    is_address,
-    quoted,
-    settings_of,
-)
+from edge_common.settings import ADDRESS, PATH, SIZE, Kind, Option, is_address, quoted, settings_of
 
 DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 _DEVICE = re.compile(r"([a-z]+)(?::(\d{1,3}(?:,\d{1,3})*))?")
@@ -106,11 +97,7 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     bind: Annotated[
         str,
-        Option(
-            _SERVED,
-            "ENDPOINT",
-            "Address to listen on for edges. Port 0 takes any free one.",
-        ),
+        Option(_SERVED, "ENDPOINT", "Address to listen on for edges. Port 0 takes any free one."),
     ] = "tcp://0.0.0.0:5555"
     keys: Annotated[
         Path,
@@ -208,7 +195,8 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = None
     max_wait_ms: Annotated[
-        Annotated[float, Meta(ge=0, le=1000)],
+        float,
+        Meta(ge=0, le=1000),
         Option(
             _QUEUE,
             "MS",
@@ -217,7 +205,8 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = 2.0
     queue_bytes: Annotated[
-        Annotated[int, Meta(ge=64 << 10, le=_TIB)],
+        int,
+        Meta(ge=64 << 10, le=_TIB),
         Option(
             _QUEUE,
             "SIZE",
@@ -229,11 +218,10 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = 256 << 20
     client_requests: Annotated[
-        Annotated[int, Meta(ge=1, le=1024)],
+        int,
+        Meta(ge=1, le=1024),
         Option(
-            _QUEUE,
-            "N",
-            "Most requests of one edge that may wait or be computed at the same time.",
+            _QUEUE, "N", "Most requests of one edge that may wait or be computed at the same time."
         ),
     ] = 16
     memory_ceiling: Annotated[
@@ -249,7 +237,8 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = None
     drain_s: Annotated[
-        Annotated[float, Meta(ge=0, le=3600)],
+        float,
+        Meta(ge=0, le=3600),
         Option(
             _QUEUE,
             "SECONDS",
@@ -274,14 +263,11 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
         Option(
-            _REPORTS,
-            "LEVEL",
-            "Lowest severity to log, on stderr: debug, info, warning or error.",
+            _REPORTS, "LEVEL", "Lowest severity to log, on stderr: debug, info, warning or error."
         ),
     ] = "info"
     log_format: Annotated[
-        Literal["text", "json"],
-        Option(_REPORTS, "FORMAT", "text, or json: one object per line."),
+        Literal["text", "json"], Option(_REPORTS, "FORMAT", "text, or json: one object per line.")
     ] = "text"
     ready_file: Annotated[
         Path | None,

@@ -1,10 +1,7 @@
-"""Memory that a node's front and one of its workers share: batches in, results out.
+"""Memory shared by a node's front and a worker, for batches and results.
 
-An :class:`Arena` is one anonymous file in memory, mapped by both sides: room for a few batches of
-inputs and for results, every tensor at a place that follows from the :class:`Layout` alone. It has
-no name that could outlive the two processes, and neither can cut it short under the other. The
-worker is handed its descriptor over a socket. Pages that were never used take no memory. Who may
-write which batch or result when is left to the pool.
+An :class:`Arena` is an anonymous file in memory that both processes map. The :class:`Layout` alone
+determines where each tensor lies. The pool decides who writes where.
 """
 
 from __future__ import annotations
@@ -27,9 +24,9 @@ _ALIGNMENT = 64
 
 
 class Layout(msgspec.Struct, frozen=True):
-    """What an arena holds: ``batches`` of ``inputs`` and ``results`` of ``outputs``.
+    """The contents of an arena: ``batches`` of ``inputs`` and ``results`` of ``outputs``.
 
-    Every tensor has room for ``rows`` rows, its first dimension.
+    The first dimension of every tensor is ``rows``.
     """
 
     inputs: Tensors
@@ -47,11 +44,11 @@ class Layout(msgspec.Struct, frozen=True):
 
 
 class Arena:
-    """The memory of one layout.
+    """The memory for one layout. Unused pages take no memory.
 
     Attributes:
-        batches: for each batch its inputs by name; ``results``: likewise. All writable, all rows.
-        fd: to hand to workers; open until :meth:`close`.
+        batches: the inputs by name of each batch. results: the outputs of each result. Writable.
+        fd: descriptor for workers; open until :meth:`close`.
     """
 
     def __init__(self, layout: Layout, fd: int) -> None:
@@ -70,10 +67,10 @@ class Arena:
 
     @classmethod
     def create(cls, layout: Layout) -> Arena:
-        """Make the memory, all zeros.
+        """Allocate the memory, filled with zeros.
 
         Raises:
-            EngineError: a tensor has no fixed size per row, or the system has no such memory.
+            EngineError: a tensor has no fixed size per row, or the system refuses the memory.
         """
         size = layout.size
         try:
@@ -87,18 +84,17 @@ class Arena:
                 raise
         except OSError as error:
             many = error.errno in (errno.EMFILE, errno.ENFILE)
-            mend = "raise the limit on open files" if many else "free memory, or lower max_batch"
             raise EngineError(
-                f"{size} bytes of memory to share with a worker cannot be had "
-                f"({error.strerror or error}): {mend}"
+                f"no {size} bytes of memory to share with a worker ({error.strerror or error})",
+                mend="raise the limit on open files" if many else "free memory, or lower max_batch",
             ) from error
 
     @classmethod
     def attach(cls, layout: Layout, fd: int) -> Arena:
-        """Map what another process made; ``fd`` is taken over.
+        """Map the memory of another process; closes ``fd``.
 
         Raises:
-            EngineError: it is of another size.
+            EngineError: it is too small for the layout.
         """
         found = os.fstat(fd).st_size
         if found < layout.size:
@@ -115,15 +111,15 @@ class Arena:
             os.close(fd)
 
     def close(self) -> None:
-        """Give the memory back, as soon as no array looks at it. Closing twice is allowed."""
+        """Free the memory as soon as no array uses it. A second call does nothing."""
         self.close_fd()
         self.batches, self.results = [], []
-        with contextlib.suppress(BufferError):  # then the last array to go takes it along
+        with contextlib.suppress(BufferError):  # the last array that uses it frees it
             self._map.close()
 
 
 def _anonymous() -> int:
-    """The descriptor of a new file that lives in memory and has no name."""
+    """The descriptor of a new file in memory, without a name."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("edge-runtime", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
@@ -140,7 +136,7 @@ def _anonymous() -> int:
 
 
 def _seal(fd: int) -> None:
-    """Keep either side from cutting it short, which would end the other with SIGBUS."""
+    """Keep both processes from shrinking it, which would end the other one with SIGBUS."""
     if hasattr(os, "memfd_create"):
         import fcntl
 

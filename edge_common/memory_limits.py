@@ -1,7 +1,4 @@
-"""Limits on memory that this process runs under, and what it holds, as the system tells.
-
-Light to import: it is asked before anything large is.
-"""
+"""The memory limits of this process, and the memory that it uses. Imports little."""
 
 from __future__ import annotations
 
@@ -21,11 +18,10 @@ class Limit:
     """One limit.
 
     Args:
-        name: for people. raise_: how they raise it.
-        most: bytes. used: of these, now.
-        promised: whether it counts memory from when it is asked for, used or not.
-        shared: whether memory shared with workers counts when it is used first, or comes again with
-            a new worker.
+        name: for people. raise_: how to raise it.
+        most: bytes allowed. used: bytes in use.
+        promised: whether allocated memory counts before it is used.
+        shared: whether memory shared with workers counts.
     """
 
     name: str
@@ -37,15 +33,15 @@ class Limit:
 
 
 class MemoryLimits:
-    """Reads the limits that hold for this process; none where the system doesn't tell what is used.
+    """Reads the limits of this process; finds none where the system does not report usage.
 
     Args:
         groups: where control groups (version 2) are mounted.
-        group: this process's, as in /proc/self/cgroup; None to look there.
+        group: this process's, as in /proc/self/cgroup; None reads it there.
     """
 
     def __init__(self, groups: Path = _GROUPS, group: str | None = None) -> None:
-        # Kept open, so that they can be read when no descriptors are left.
+        # Open files can be read even when no descriptors are left.
         self._statm = _open(Path("/proc/self/statm")) if sys.platform == "linux" else None
         self._groups: list[tuple[str, FileIO, FileIO, FileIO]] = []
         name = Path(_own_group() if group is None else group)
@@ -61,11 +57,11 @@ class MemoryLimits:
                 file.close()
 
     def resident(self) -> int | None:
-        """Bytes that this process holds, None where the system doesn't tell. Fast."""
+        """Bytes that this process uses; None if the system does not say. Fast."""
         return self._sizes()[1] if self._statm else None
 
     def own(self) -> list[Limit]:
-        """Of this process alone. Fast."""
+        """Limits of this process alone. Fast."""
         data = resource.getrlimit(resource.RLIMIT_DATA)[0]
         space = resource.getrlimit(resource.RLIMIT_AS)[0]
         none = resource.RLIM_INFINITY
@@ -88,14 +84,14 @@ class MemoryLimits:
         return [int(word) * page for word in os.pread(self._statm.fileno(), 256, 0).split()]
 
     def all(self) -> list[Limit]:
-        """Those of the control groups too, workers included."""
+        """All limits: also those of the control groups, which include workers."""
         found = self.own()
         for name, most, current, stat in self._groups:
             with contextlib.suppress(OSError, ValueError):
                 limit = int(os.pread(most.fileno(), 64, 0))  # "max" is none
-                told = os.pread(stat.fileno(), 1 << 16, 0).decode().splitlines()
-                table = dict(line.split() for line in told)
-                # What only caches files goes when it is needed.
+                lines = os.pread(stat.fileno(), 1 << 16, 0).decode().splitlines()
+                table = dict(line.split() for line in lines)
+                # The system frees cached files when memory is needed.
                 cached = int(table["active_file"]) + int(table["inactive_file"])
                 used = max(0, int(os.pread(current.fileno(), 64, 0)) - cached)
                 text = "raise it (MemoryMax= of the service, --memory of the container)"
@@ -118,7 +114,7 @@ def _own_group() -> str:
 
 
 def memory_limit() -> int | None:
-    """Memory this process may use: the machine's or, if smaller, what a limit leaves of it."""
+    """Bytes that this process may use: the machine's memory, or a limit if that is less."""
     limits = MemoryLimits()
     found = [limit.most for limit in limits.all()]
     limits.close()

@@ -33,6 +33,7 @@ _deferring = 0
 _pending: int | None = None
 _received: int | None = None
 _ending = False
+_said = False
 
 
 def run_as_process(command: Callable[[], int]) -> int:
@@ -52,7 +53,7 @@ def run_as_process(command: Callable[[], int]) -> int:
     try:
         return command()
     except KeyboardInterrupt:
-        _say_interrupted()
+        say_interrupted()
         return 128 + signal.SIGINT
     finally:
         if _received is not None:
@@ -73,8 +74,8 @@ def received() -> int | None:
 
 def clear_received() -> None:
     """Forget the signal: the caller has dealt with it and the process goes on."""
-    global _received
-    _received = None
+    global _received, _said
+    _received, _said = None, False
 
 
 @contextlib.contextmanager
@@ -268,13 +269,18 @@ def _end(number: int) -> None:
     limit.daemon = True
     limit.start()
     _run_cleanups()
-    if number == signal.SIGINT and _received is None:  # otherwise the main thread says it
-        _say_interrupted()
+    if number == signal.SIGINT:
+        say_interrupted()
     os._exit(128 + number)
 
 
-def _say_interrupted() -> None:
-    os.write(2, b"interrupted\n")
+def say_interrupted() -> None:
+    """Print it, once, from whichever thread ends the process."""
+    global _said
+    said, _said = _said, True
+    if not said:
+        with contextlib.suppress(OSError, ValueError):
+            print("interrupted", file=sys.stderr, flush=True)
 
 
 def _run_cleanups() -> None:

@@ -80,7 +80,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "info": Command("edge_runtime.commands.info", "show what a bundle is and check its files"),
         "export": Command("exporters.commands.export", "make a bundle from a SAM checkpoint *"),
         "tensors": Command(
-            "edge_runtime.commands.tensors",
+            "exporters.commands.tensors",
             "the largest intermediate tensors of a graph: what it needs unfused *",
         ),
         "train": Command(
@@ -151,7 +151,7 @@ def _main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         if debug:
             traceback.print_exc()
-        print("interrupted", file=sys.stderr)
+        signals.say_interrupted()
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of our output (`| head`) has ended. Python would complain again at exit.
@@ -160,7 +160,7 @@ def _main(arguments: list[str]) -> int:
     except Exception as error:
         if (number := signals.received()) is not None:
             if number == signal.SIGINT:
-                print("interrupted", file=sys.stderr)
+                signals.say_interrupted()
             return 128 + number
         if debug:
             raise

@@ -1,7 +1,6 @@
-"""Settings of an edge: the file ``edge.toml``, read, checked and made absolute.
+"""Settings of an edge: the file `edge.toml`, read and checked.
 
-Relative paths are relative to the file, not to where the program was started. Key files are read by
-:func:`load_nodes` only, so that a configuration can be looked at without having its secrets.
+Relative paths are relative to the file. Only :func:`load_nodes` reads key files.
 """
 
 from __future__ import annotations
@@ -61,12 +60,13 @@ class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         nodes: at least one.
         bundle: directory of the full bundle; None is the one that comes with the package.
         secret: file that keys the placement of windows.
-        deadline_s: seconds from an image's first window leaving home to all tokens being back. With
-            ``fallback = "local"`` nodes get half of it, and the edge the rest for what they missed.
+        deadline_s: seconds until all of an image's tokens must be back. With ``fallback = "local"``
+            nodes get half of it, and the edge the rest to compute what they did not.
         max_exposure: largest share of an image's area one node may see, in (0, 1].
         fallback: ``error``, or ``local``: the edge computes what the nodes cannot or may not.
-        windows_per_request: most windows in one message; None sends a node all of its at once.
-        device: what computes on this machine, see :data:`engines.engine.Device`.
+        windows_per_request: most windows in one message; None sends a node all of its windows at
+            once.
+        device: the engines on this machine, see :data:`engines.engine.Device`.
     """
 
     nodes: tuple[NodeConfig, ...]
@@ -80,7 +80,7 @@ class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     def __post_init__(self) -> None:
         if not self.nodes:
-            raise ConfigError("there are no nodes: add a [[nodes]] table for each of yours")
+            raise ConfigError("there are no nodes", mend="add a [[nodes]] table for each of yours")
         for name, bounds in _NUMBERS.items():
             value = getattr(self, name)
             try:
@@ -97,17 +97,17 @@ class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         for node in self.nodes:
             if not _NAME.match(node.name):
                 raise ConfigError(
-                    f"node name {node.name!r}: use up to 64 letters, digits, '.', '_' and '-', the "
-                    "first a letter, digit or '_'"
+                    f"node name {node.name!r}: use up to 64 letters, digits, '.', '_' and '-'; the "
+                    "first must be a letter, digit or '_'"
                 )
-        # One machine under two names would be shown twice what the budget allows.
+        # One machine under two names would see twice what the budget allows.
         for what in ("name", "endpoint", "server_key"):
             _refuse_shared(self.nodes, what)
 
 
 @dataclass(frozen=True)
 class Node:
-    """A node with its keys read: what a client needs to connect."""
+    """A node with its keys, ready to connect to."""
 
     name: str
     endpoint: str
@@ -125,8 +125,8 @@ def load_config(path: str | os.PathLike[str]) -> EdgeConfig:
     table = read_toml(file, f"edge-runtime init --out {file} --node ...")
     if NODE_SETTINGS & table.keys() or (not table and file.name == "node.toml"):
         raise ConfigError(
-            f"{file} holds the settings of a node, which `cloud-node serve --config` reads; "
-            "expected an edge's, which `edge-runtime init` writes"
+            f"{file} holds the settings of a node, expected those of an edge",
+            mend="write one with `edge-runtime init`; `cloud-node serve --config` reads a node's",
         )
     if found := why_untrusted(file):
         raise ConfigError(found)
@@ -142,7 +142,7 @@ def load_config(path: str | os.PathLike[str]) -> EdgeConfig:
                 table[key] = _absolute(table[key], file.parent)
         return msgspec.convert(table, EdgeConfig)
     except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from None
+        raise error.within(str(file)) from None
 
 
 def load_nodes(config: EdgeConfig) -> list[Node]:
@@ -150,8 +150,8 @@ def load_nodes(config: EdgeConfig) -> list[Node]:
 
     Raises:
         KeyFileError: a file is missing, malformed, or readable or replaceable by others.
-        ConfigError: two nodes share a key, by which they could tell that they serve one edge, or
-            are one and the same; or a node's key is this edge's own.
+        ConfigError: two nodes share a client key, so that they could find out that they serve one
+            edge, or a server key, so that they are one machine; or a node has this edge's own key.
     """
     from transport.keys import check_public, load_public, load_secret
     from transport.sockets import check_endpoint
@@ -167,7 +167,7 @@ def load_nodes(config: EdgeConfig) -> list[Node]:
                 keypair=load_secret(node.client_key or f"keys/{node.name}.key"),
             )
         except (ConfigError, KeyFileError) as error:
-            raise type(error)(f"node {node.name}: {error}") from None
+            raise error.within(f"node {node.name}") from None
         nodes.append(loaded)
     refuse_own_keys(
         {loaded.name: loaded.server_key for loaded in nodes},
@@ -178,12 +178,12 @@ def load_nodes(config: EdgeConfig) -> list[Node]:
         for kind, public in (("server", loaded.server_key), ("client", loaded.keypair.public)):
             if (other := seen.setdefault(public, loaded.name)) != loaded.name:
                 mend = (
-                    "it is one machine, which must not count as two"
+                    "name each machine once: it must not count as two"
                     if kind == "server"
                     else "make one per node with `edge-runtime keys edge`"
                 )
                 raise ConfigError(
-                    f"nodes {other} and {loaded.name} have the same {kind} key: {mend}"
+                    f"nodes {other} and {loaded.name} have the same {kind} key", mend=mend
                 )
     return nodes
 
@@ -193,13 +193,13 @@ def refuse_own_keys(server_keys: dict[str, str], own: set[str]) -> None:
     for name, key in server_keys.items():
         if key in own:
             raise ConfigError(
-                f"node {name}: its server_key is this edge's own key; expected the node's, the "
-                "node.pub file that its operator sends"
+                f"node {name}: its server_key is this edge's own key, expected the node's",
+                mend="use the node.pub file that its operator sends",
             )
 
 
 def is_key(text: str) -> bool:
-    """Whether ``text`` is a public key itself (40 characters of Z85) and not the path of one."""
+    """Whether `text` is a public key itself (40 characters of Z85) and not its path."""
     return bool(_Z85.match(text)) and not text.endswith(".pub")
 
 
@@ -210,7 +210,7 @@ def _completed(node: Any, number: int, base: Path) -> Any:
     if isinstance(node.get("name"), str):
         where += f" ({node['name']})"
     for key in sorted(node.keys() & EdgeConfig.__struct_fields__):
-        raise ConfigError(f"{key} stands{where}; it belongs above the first [[nodes]] line")
+        raise ConfigError(f"{key} is{where}", mend="put it above the first [[nodes]] line")
     _check_types(node, NodeConfig, where)
     for required in ("name", "endpoint", "server_key"):
         if required not in node:
@@ -236,12 +236,12 @@ def _absolute(path: str, base: Path) -> str:
         if "\0" in path:
             raise ValueError("it holds a NUL character")
         return str((base / Path(path).expanduser()).absolute())
-    except (RuntimeError, ValueError) as error:  # RuntimeError: ~USER of a user there is not
+    except (RuntimeError, ValueError) as error:  # RuntimeError: ~USER of an unknown user
         raise ConfigError(f"the path {path!r} cannot be used: {error}") from None
 
 
 def _check_types(table: dict[str, Any], struct: type[msgspec.Struct], where: str) -> None:
-    """Refuse keys that `struct` does not have and values that are of another type."""
+    """Refuse keys that `struct` does not have, and values of another type."""
     hints = get_type_hints(struct)
     for key, value in table.items():
         if key not in hints:
@@ -265,7 +265,7 @@ def _expected(key: str, hint: Any, struct: type[msgspec.Struct]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as TOML has it, nearly."""
+    """A value, nearly as TOML writes it."""
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) < 80 else f"{text[:76]}..."
 
@@ -276,7 +276,7 @@ def _refuse_shared(nodes: tuple[NodeConfig, ...], what: str) -> None:
         value = getattr(node, what)
         if value in seen:
             raise ConfigError(
-                f"nodes {seen[value]} and {node.name} have the same {what} {value!r}: each "
-                "[[nodes]] table must be another machine"
+                f"nodes {seen[value]} and {node.name} have the same {what} {value!r}",
+                mend="each [[nodes]] table must be another machine",
             )
         seen[value] = node.name

@@ -1,7 +1,7 @@
-"""The whole system on one machine: three node processes, one photo, three clicks, and the proof.
+"""The whole system on one machine: three node processes, one photo and three clicks.
 
-Every token and mask is compared bit for bit with those of a separate process that computes all
-windows in one batch; run as a module, this file is that process.
+Every token and mask is compared bit for bit with those of another process that computes all windows
+in one batch. Run as a module, this file is that process.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ REFERENCE = PHOTOS / "coins-reference.png"
 CLICKS = ((335, 43), (205, 124), (46, 260))
 NODES = ("alpha", "beta", "gamma")
 MAX_EXPOSURE = 0.37
-"""The budget of the demo: with three nodes, little over a third of the photo each."""
+"""With three nodes, a little more than a third of the photo each."""
 _START_S = 60.0
 _DEADLINE_S = 60.0  # generous: three nodes and an edge share this machine, perhaps with others
 _RESULTS = ("report.json", "overlay.png", "what-each-node-saw.png")
@@ -56,8 +56,12 @@ PROMPTS = tuple(Prompt(points=(Point(x, y),)) for x, y in CLICKS)
 
 @dataclass(frozen=True)
 class Run:
-    """What two runs must agree on. ``tokens``: the stack's outputs, one row per window of the
-    photo; ``masks``: bool ``[objects, H, W]``."""
+    """What must be equal in two runs.
+
+    Attributes:
+        tokens: the stack's outputs, one row per window of the photo.
+        masks: bool `[objects, H, W]`.
+    """
 
     tokens: Mapping[str, np.ndarray]
     masks: np.ndarray
@@ -68,7 +72,7 @@ def run_demo(out: Path, *, bundle: Path | None = None, quiet: bool = False) -> d
 
     Args:
         bundle: full bundle; None is the one that comes with the package.
-        quiet: do not say on stderr what happens next.
+        quiet: print no progress on stderr.
 
     Returns:
         what ``report.json`` holds.
@@ -105,7 +109,7 @@ def run_demo(out: Path, *, bundle: Path | None = None, quiet: bool = False) -> d
 
 
 def identical(one: Run, other: Run) -> bool:
-    """Whether two runs agree in every bit of every token and mask."""
+    """Whether two runs have the same bits in every token and mask."""
     return set(one.tokens) == set(other.tokens) and all(
         a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
         for a, b in [
@@ -116,7 +120,7 @@ def identical(one: Run, other: Run) -> bool:
 
 
 def verdict(report: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a run of the demo; nothing, if all is well."""
+    """What is wrong with a run of the demo; empty if nothing is."""
     failures = []
     if report["identical_to_local"] is not True:
         failures.append("the nodes' result differs from the one computed in one process")
@@ -128,7 +132,7 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
 
 
 def print_report(report: Mapping[str, Any], out: Path) -> None:
-    """A short table on the terminal, and where to look."""
+    """Print a short table, and the paths of the files."""
     latency = report["latency_ms"]
     steps = ("upload", "compute", "download")
     rows = [("node", "windows", "of photo", "sent", "returned", *steps)]
@@ -169,7 +173,7 @@ def print_report(report: Mapping[str, Any], out: Path) -> None:
 
 
 def _offloaded(config: EdgeConfig, bundle: Path) -> tuple[Run, dict[str, Any], dict[str, Any]]:
-    """Segment through the nodes: what to compare, the report so far, and the pictures."""
+    """Segment through the nodes; returns what to compare, the report so far, and the pictures."""
     from PIL import Image
 
     from edge_runtime.imaging import render
@@ -179,7 +183,7 @@ def _offloaded(config: EdgeConfig, bundle: Path) -> tuple[Run, dict[str, Any], d
     image = load_image(PHOTO)
     masks: list[np.ndarray] = []
     with OffloadPredictor(config, bundle=bundle, device="cpu") as predictor:
-        # Before the clock starts: open this side's engines, as the nodes have, and connect.
+        # Open this side's engines and connect, so that this time does not count.
         predictor.load()
         assert predictor.offloader is not None
         for node in predictor.offloader.status(_START_S):
@@ -262,7 +266,7 @@ def _software() -> dict[str, str]:
 
 @contextlib.contextmanager
 def _nodes(scratch: Path, bundle: Path, quiet: bool) -> Iterator[EdgeConfig]:
-    """Running nodes with keys exchanged, as a configuration of an edge that may use them."""
+    """Start nodes and exchange keys; yields the configuration of an edge that may use them."""
     from edge_runtime.config import EdgeConfig, NodeConfig
     from engines.bundle import Bundle, node_bundle
     from engines.ort import cores
@@ -313,7 +317,7 @@ def _nodes(scratch: Path, bundle: Path, quiet: bool) -> Iterator[EdgeConfig]:
 
 
 def _ready(scratch: Path, name: str, process: subprocess.Popen[bytes]) -> dict[str, str]:
-    """What a node says once it serves."""
+    """Wait until a node serves; returns what it writes then."""
     path = scratch / f"{name}.json"
     until = time.monotonic() + _START_S
     while not path.exists():
@@ -336,7 +340,7 @@ def _last_line(log: bytes) -> str:
 
 
 def _alone(scratch: Path, bundle: Path) -> Run:
-    """The same photo and clicks in a process that has never heard of nodes."""
+    """The same photo and clicks in a process without nodes."""
     result, log = scratch / "alone.npz", scratch / "alone.log"
     command = [sys.executable, "-m", "edge_runtime.demo", str(bundle), str(result)]
     with (

@@ -1,7 +1,6 @@
-"""``OffloadPredictor``: ``set_image`` and ``predict`` as in ``segment_anything.SamPredictor``.
+"""`OffloadPredictor`: the interface of `segment_anything.SamPredictor`, without torch.
 
-The embedding is computed once per image, by nodes or on this machine, without torch. Prompts are
-decoded here and never leave.
+The embedding is computed once per image, by nodes or on this machine. Prompts never leave it.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -24,7 +23,8 @@ from edge_runtime.imaging.images import (
     upscale,
     upscale_mask,
 )
-from edge_runtime.offload.offloader import Offloader, OffloadReport
+from edge_runtime.offload.offloader import Offloader
+from edge_runtime.offload.report import OffloadReport, RunRecord
 from engines.bundle import Bundle, shipped_bundle
 from engines.engine import Device
 from engines.pipeline import Pipeline
@@ -35,19 +35,39 @@ if TYPE_CHECKING:
 
 
 _AT_ONCE = 5
-"""Windows that a CPU computes at once: more take as long each, and more memory."""
+"""Windows that a CPU computes at once. More would not be faster, but take more memory."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Timing:
-    """Milliseconds of the last image and prompt. ``encode`` covers everything but ``windows``
-    and ``tail``: the nodes, or the stack (of a stock bundle, the whole encoder) on this machine."""
+    """Milliseconds that an image took.
+
+    Attributes:
+        windows: resizing and cutting it.
+        encode: the nodes, or this machine's stack (of a stock bundle, its encoder).
+        tail: the global layers.
+    """
 
     windows: float = 0.0
     encode: float = 0.0
     tail: float = 0.0
-    decoder: float = 0.0
-    upscale: float = 0.0
+
+
+class _Masks(NamedTuple):
+    masks: np.ndarray
+    iou: np.ndarray
+    low_res: np.ndarray
+
+
+class Prediction(_Masks):
+    """Masks, predicted IoU and low-resolution logits, as of `SamPredictor.predict`.
+
+    Attributes:
+        decoder_ms, upscale_ms: how long they took.
+    """
+
+    decoder_ms: float
+    upscale_ms: float
 
 
 @dataclass(frozen=True)
@@ -88,10 +108,9 @@ class OffloadPredictor:
         features: image embedding float ``[1, d, g, g]``, or None.
         original_size, input_size: ``(H, W)`` of the image and ``(h, w)`` of its resized copy.
         is_image_set: whether :meth:`predict` may be called.
-        windows, stack_outputs: the image's windows and what the stack made of them, or None.
-        report: who saw what of the image, also when :meth:`set_image` failed; None when nothing
-            left this machine.
-        timing: milliseconds by stage.
+        windows, stack_outputs: the image's windows and the stack's outputs for them, or None.
+        record: what happened while nodes worked on the image; None without nodes.
+        timing: of the image.
 
     Raises:
         EdgeRuntimeError: bundle, configuration or keys are not in order.
@@ -103,7 +122,7 @@ class OffloadPredictor:
     is_image_set: bool
     windows: Windows | None
     stack_outputs: dict[str, np.ndarray] | None
-    report: OffloadReport | None
+    record: RunRecord | None
     timing: Timing
 
     def __init__(
@@ -133,8 +152,16 @@ class OffloadPredictor:
         self.model = _Model(bundle.manifest.mask_threshold, _Encoder(bundle.geometry.image_size))
         self.reset_image()
 
+    @property
+    def report(self) -> OffloadReport | None:
+        """Which node saw what of the image, also while :meth:`set_image` runs and when it failed.
+
+        None if nothing has left this machine.
+        """
+        return self.record.report() if self.record else None
+
     def load(self, *, quiet: bool = True) -> None:
-        """Open this machine's engines. Otherwise the first :meth:`set_image` does, silently.
+        """Open this machine's engines. Otherwise the first :meth:`set_image` does.
 
         Args:
             quiet: show no progress on stderr.
@@ -156,7 +183,7 @@ class OffloadPredictor:
 
     @property
     def cost(self) -> float:
-        """About how much this machine computes for an image; see ``Pipeline.cost``."""
+        """A rough amount of computation for an image on this machine; see `Pipeline.cost`."""
         stages = ("tail",) if self.offloader else ("stack", "tail", "encoder")
         return sum(self.pipeline.cost(stage) for stage in stages if self.bundle.has(stage))
 
@@ -164,8 +191,8 @@ class OffloadPredictor:
         """Compute the image's embedding, so that :meth:`predict` can be called.
 
         Args:
-            image: uint8 ``[H, W, 3]``, values 0 to 255; or a Pillow image, as it lies in memory:
-                :func:`edge_runtime.imaging.images.load_image` also turns photos upright.
+            image: uint8 ``[H, W, 3]``, values 0 to 255; or a Pillow image, which is not turned
+                upright (:func:`edge_runtime.imaging.images.load_image` does that).
             image_format: ``RGB`` or ``BGR``, of an array.
 
         Raises:
@@ -178,39 +205,20 @@ class OffloadPredictor:
         )
         self.reset_image()
         self.load()
-        timing = Timing()
         start = time.perf_counter()
         pixels = _pixels(image)
         if image_format == "BGR" and pixels is image:
             pixels = pixels[..., ::-1]
         windows = cut(resize_longest(pixels, self.bundle.geometry.image_size), self.bundle.geometry)
-        timing.windows = _ms_since(start)
-
-        start = time.perf_counter()
-        outputs = None
-        if self.offloader:
-            try:
-                with self.pipeline.work.piece(0, "waiting for the nodes"):
-                    outputs, _ = self.offloader.stack(windows)
-            finally:
-                self.report = self.offloader.report
-        elif not self.bundle.has("encoder"):
-            on_cpu = getattr(self.pipeline.engine("stack"), "device", None) == "cpu"
-            feeds = self.pipeline.leave_home(windows)
-            outputs = self.pipeline.stack(feeds, _AT_ONCE if on_cpu else None)
-        else:
-            features = self.pipeline.embed(windows)
-        timing.encode = _ms_since(start)
-        if outputs is not None:
-            start = time.perf_counter()
-            features = self.pipeline.tail(outputs, windows)
-            timing.tail = _ms_since(start)
-
-        self.features = features
+        windows_ms = _ms_since(start)
+        encoding = self.pipeline.encode(
+            windows, self._through_nodes if self.offloader else None, self._batch()
+        )
+        self.features = encoding.embedding
         self.original_size = (pixels.shape[0], pixels.shape[1])
         self.input_size = windows.size
-        self.windows, self.stack_outputs = windows, outputs
-        self.timing = timing
+        self.windows, self.stack_outputs = windows, encoding.tokens
+        self.timing = Timing(windows_ms, encoding.stack_ms, encoding.tail_ms)
         self.is_image_set = True
 
     def predict(
@@ -221,7 +229,7 @@ class OffloadPredictor:
         mask_input: np.ndarray | None = None,
         multimask_output: bool = True,
         return_logits: bool = False,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> Prediction:
         """Masks of one object in the image that is set.
 
         Args:
@@ -233,8 +241,8 @@ class OffloadPredictor:
             return_logits: the masks' logits instead of ``logits > mask_threshold``.
 
         Returns:
-            masks bool (or float32 logits) ``[C, H, W]``; predicted quality float32 ``[C]``;
-            low-resolution logits float32 ``[C, 4g, 4g]``, fit for ``mask_input``.
+            a tuple of masks bool (or float32 logits) ``[C, H, W]``, predicted IoU float32 ``[C]``
+            and low-resolution logits float32 ``[C, 4g, 4g]``, fit for ``mask_input``.
 
         Raises:
             RuntimeError: no image is set.
@@ -250,7 +258,7 @@ class OffloadPredictor:
 
         start = time.perf_counter()
         low_res, iou = self.pipeline.decode(self.features, coords, labels, mask, has_mask)
-        self.timing.decoder = _ms_since(start)
+        decoder_ms = _ms_since(start)
         chosen = slice(1, None) if multimask_output else slice(0, 1)
         low_res, iou = low_res[0, chosen], iou[0, chosen]
 
@@ -260,8 +268,9 @@ class OffloadPredictor:
             masks = upscale(low_res, *size)
         else:
             masks = upscale_mask(low_res, *size, self.model.mask_threshold)
-        self.timing.upscale = _ms_since(start)
-        return masks, iou, low_res
+        found = Prediction(masks, iou, low_res)
+        found.decoder_ms, found.upscale_ms = decoder_ms, _ms_since(start)
+        return found
 
     def get_image_embedding(self) -> np.ndarray:
         """The embedding of the image that is set, float ``[1, d, g, g]``.
@@ -276,18 +285,18 @@ class OffloadPredictor:
         return self.features
 
     def reset_image(self) -> None:
-        """Forget the image."""
+        """Drop the image."""
         self.is_image_set = False
         self.features = None
         self.original_size = None
         self.input_size = None
         self.windows = None
         self.stack_outputs = None
-        self.report = None
+        self.record = None
         self.timing = Timing()
 
     def close(self) -> None:
-        """Drop the connections and give the engines' memory back."""
+        """Drop the connections and close the engines."""
         self.reset_image()
         if self.offloader:
             self.offloader.close()
@@ -298,6 +307,18 @@ class OffloadPredictor:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def _through_nodes(self, windows: Windows) -> dict[str, np.ndarray]:
+        assert self.offloader is not None
+        self.record = RunRecord()
+        with self.pipeline.work.piece(0, "waiting for the nodes"):
+            return self.offloader.stack(windows, self.record)
+
+    def _batch(self) -> int | None:
+        if self.offloader or not self.bundle.has("stack"):
+            return None
+        on_cpu = getattr(self.pipeline.engine("stack"), "device", None) == "cpu"
+        return _AT_ONCE if on_cpu else None
 
     def _prompt(
         self,
@@ -327,8 +348,8 @@ class OffloadPredictor:
             corners = _numbers(box, "box")
             if corners.size != 4:
                 raise PromptError(
-                    f"box has shape {list(corners.shape)}; expected 4 numbers, x0 y0 x1 y1: "
-                    "call predict once per box"
+                    f"box has shape {list(corners.shape)}; expected 4 numbers, x0 y0 x1 y1",
+                    mend="call predict once per box",
                 )
             points = np.concatenate([points, corners.reshape(2, 2)])
             labels = np.concatenate([labels, (2, 3)])
@@ -354,12 +375,12 @@ class OffloadPredictor:
 def _changed(config: EdgeConfig | None, **changes: Any) -> EdgeConfig | None:
     given = {name: value for name, value in changes.items() if value is not None}
     if config is None and given:
-        raise ConfigError(f"{next(iter(given))} is about nodes: give it together with an edge.toml")
+        raise ConfigError(f"{next(iter(given))} is about nodes", mend="give an edge.toml too")
     return config and msgspec.structs.replace(config, **given)
 
 
 def _pixels(image: object) -> np.ndarray:
-    """uint8 ``[H, W, 3]``, as far as the type says; :func:`resize_longest` checks the rest."""
+    """uint8 ``[H, W, 3]``. Checks the type only; :func:`resize_longest` checks the rest."""
     from PIL import Image
 
     if isinstance(image, Image.Image):
@@ -368,7 +389,8 @@ def _pixels(image: object) -> np.ndarray:
         found = f"array {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise ImageError(
             f"set_image was given {found}; expected a uint8 array (height, width, 3) in RGB order, "
-            "or a Pillow image (edge_runtime.imaging.images.load_image reads a file)"
+            "or a Pillow image",
+            mend="edge_runtime.imaging.images.load_image reads a file",
         )
     return image
 

@@ -73,7 +73,7 @@ def open_stage(
         try:
             return _open_tensorrt(bundle, stage, ordinal)
         except EngineError as error:
-            _warn_once(f"ONNX Runtime is used instead of TensorRT: {error}")
+            _warn_once(f"ONNX Runtime is used instead of TensorRT: {error}", error.mend)
     if device != "cpu":
         failure = find_failure(bundle, stage, "cuda")
         if failure is not None and device == "cuda":
@@ -143,8 +143,8 @@ def _open_tensorrt(bundle: Bundle, stage: str, ordinal: int) -> Engine:
     """Open the plan of ``stage`` that may serve here. Raises EngineError with all reasons."""
     if not _has_plans(bundle, stage):
         raise PlanError(
-            f"{bundle.path} has no TensorRT plan of the {stage}: "
-            f"`edge-runtime build {shlex.quote(str(bundle.path))} --stage {stage}` builds one"
+            f"{bundle.path} has no TensorRT plan of the {stage}",
+            mend=f"edge-runtime build {shlex.quote(str(bundle.path))} --stage {stage}",
         )
     gpu = cuda.facts(ordinal)
     reasons = []
@@ -172,9 +172,9 @@ def _has_plans(bundle: Bundle, stage: str) -> bool:
 
 
 @lru_cache(maxsize=256)
-def _warn_once(text: str) -> None:
-    """Log a warning; the same text only once."""
-    logger.warning("%s", text)
+def _warn_once(text: str, mend: str = "") -> None:
+    """Log a warning, the same one only once; `mend` is in its record for other programs."""
+    logger.warning("%s", text, extra={"mend": mend})
 
 
 def _contradiction(engine: Engine, bundle: Bundle, name: str) -> str | None:

@@ -90,7 +90,7 @@ def embed(bundle: Path, rounds: int = 3) -> dict[str, float]:
     with Pipeline(opened, device="cpu") as pipeline:
         for _ in range(rounds + 1):  # the first opens the engines
             began = time.process_time()
-            tokens = pipeline.stack(pipeline.leave_home(windows))
+            tokens = pipeline.stack(pipeline.stack_inputs(windows))
             between = time.process_time()
             pipeline.tail(tokens, windows)
             found["stack"].append(between - began)

@@ -1,7 +1,7 @@
-"""Key files: a CURVE key pair per node and per (edge, node), and the edge's own placement secret.
+"""Key files: CURVE key pairs of nodes and of edges (one for each node), placement secrets.
 
-A secret file is 0600 from its first instant, whatever the umask. A key that others may read
-(secrets) or replace (all) is refused with the command that mends it.
+A secret file is 0600 from its creation, whatever the umask. A secret key that others may read, and
+any key that others may replace, is refused with the command that repairs it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from edge_common.permissions import why_entry_untrusted, why_untrusted
 
 SECRET_BYTES = 32
 AUTHORIZED = "authorized"
-"""Folder of the public keys a node lets in."""
+"""Folder of the public keys that a node lets in."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}\Z")
 _FILE_BYTES = 4096
 _INSTEAD = "choose another name"
@@ -80,8 +80,8 @@ def load_secret(path: Path | str) -> KeyPair:
     """Read a ``.key`` file.
 
     Raises:
-        KeyFileError: missing, readable or replaceable by others, malformed, or its two halves don't
-            belong together.
+        KeyFileError: missing, readable or replaceable by others, malformed, or its public key does
+            not belong to the secret key.
     """
     path = Path(path)
     fields = _fields(path, _read(path, private=True), ("public-key", "secret-key"))
@@ -92,7 +92,7 @@ def load_secret(path: Path | str) -> KeyPair:
 
 
 def load_public(path: Path | str) -> str:
-    """Read the Z85 public key of a ``.pub`` file that is trusted from now on.
+    """Read the Z85 public key of a ``.pub`` file that is going to be trusted.
 
     Raises:
         KeyFileError: missing, malformed, a secret key file, or one that others could replace.
@@ -156,19 +156,19 @@ def load_secret_bytes(path: Path | str) -> bytes:
 
 
 def check_public(text: str) -> str:
-    """`text` if it is a Z85 CURVE key (40 characters, 32 bytes).
+    """Check that `text` is a Z85 CURVE key (40 characters, 32 bytes), and return it.
 
     Raises:
-        KeyFileError: it is not.
+        KeyFileError: it is none.
     """
     return _z85(None, text)
 
 
 def check_name(name: str) -> str:
-    """`name` if it is fit for a file.
+    """Check that `name` can name a file, and return it.
 
     Raises:
-        KeyFileError: it is not.
+        KeyFileError: it can't.
     """
     if not _NAME.match(name):
         raise KeyFileError(
@@ -181,7 +181,7 @@ def check_name(name: str) -> str:
 def make_directory(directory: Path | str) -> Path:
     """Make a folder for keys (0700) unless it is there.
 
-    It may be another user's: root makes keys for containers and services. Loading judges more.
+    It may be another user's: root makes keys for containers and services. Loading checks more.
 
     Raises:
         KeyFileError: it can't be made, or others may write to it.
@@ -215,13 +215,17 @@ def _write_new(path: Path, text: str, mode: int) -> None:
 
 def _read(path: Path, *, private: bool) -> str:
     try:
-        # Non-blocking, so that a pipe in the place of a key cannot hang the start.
+        # Non-blocking: a pipe in place of a key file must not hang the start.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         hint = ""
         if isinstance(error, FileNotFoundError):
-            asked = "ask the owner of that key for it, who alone can make it"
-            hint = "; make one with `edge-runtime keys`" if private else f"; {asked}"
+            hint = (
+                "make one with `edge-runtime keys`"
+                if private
+                else "ask the owner of that key for it"
+            )
+            hint = f"; {hint}"
         raise KeyFileError(f"cannot read the key file {path}: {error.strerror}{hint}") from error
     try:
         status = os.fstat(descriptor)
@@ -247,15 +251,14 @@ def _read(path: Path, *, private: bool) -> str:
 
 
 def _is_credential(path: Path) -> bool:
-    """Whether systemd put it there for this service alone. It lets its user read it by an access
-    control list, whose mask shows as the group's permission to read."""
+    """Whether systemd made this file for this service alone. Its access control list shows as read
+    permission of the group."""
     folder = os.environ.get("CREDENTIALS_DIRECTORY")
     return folder is not None and path.parent == Path(folder)
 
 
 def _fields(path: Path, text: str, words: tuple[str, ...]) -> dict[str, str]:
-    """The ``word value`` lines of a key file: exactly `words`, once each; ``#`` opens a comment
-    line."""
+    """The ``word value`` lines of a key file: each of `words` once. ``#`` starts a comment line."""
     fields: dict[str, str] = {}
     for line in text.splitlines():
         if not line.strip() or line.startswith("#"):

@@ -1,7 +1,7 @@
-"""The messages that edge and node exchange: typed structs with limits, one ZeroMQ frame each.
+"""The messages of edge and node: typed structs with limits, one ZeroMQ frame each.
 
-Whatever bytes arrive, decoding ends in a well-formed message or a `ProtocolError`, and nothing is
-allocated because a header claims a size. `docs/protocol.md` describes the bytes.
+Decoding ends in a well-formed message or a `ProtocolError`, whatever arrives, and allocates nothing
+because a header claims a size. `docs/protocol.md` describes the bytes.
 """
 
 from __future__ import annotations
@@ -26,15 +26,14 @@ VERSION = 2
 VERSIONS = (VERSION,)
 """Every version this software speaks, oldest first."""
 NEGOTIATION = 0
-"""Version byte of the one form that never changes: ``ERT 00`` followed by a byte per version
-spoken."""
+"""Version byte of the form that never changes: ``ERT 00`` and a byte for each version spoken."""
 
 HEADER_BYTES = 16 * 1024
 """Largest header, prefix included."""
 MAX_TENSORS = 16
 """Most tensors any message may carry, whatever the stage."""
 NO_ID = bytes(16)
-"""Id in a `Refused` to a message whose own id could not be read."""
+"""Id in a `Refused` when the message's own id could not be read."""
 SEAL_BYTES = 32
 """Length of the one-time key that seals a result."""
 _ALIGNMENT = 64  # of the tensors in a message
@@ -50,14 +49,14 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
     "float32": np.dtype("<f4"),
 }
-"""The only dtypes on the wire (little-endian). No bool: its bytes can hold values that are
-neither."""
+"""The only dtypes on the wire (little-endian). No bool: its byte can hold values other than 0 and
+1."""
 
 Id = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Seal = Annotated[bytes, Meta(min_length=SEAL_BYTES, max_length=SEAL_BYTES)]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:/-]{1,64}\Z")]
-# Printable ASCII: a peer's text ends up on terminals and in logs, where escapes could do harm.
+# Printable ASCII: a peer's text is shown on terminals and in logs, where escapes could do harm.
 Text = Annotated[str, Meta(pattern=r"^[ -~]{0,600}\Z")]
 Code = Annotated[str, Meta(pattern=r"^[a-z_]{1,32}\Z")]
 Dtype = Literal["uint8", "int8", "uint16", "int32", "int64", "float16", "float32"]
@@ -100,8 +99,8 @@ class StageInfo(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Request(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="request"):
-    """Edge to node: run `stage` on the tensors. `deadline_ms` is what remains, counted from
-    arrival. `seal` is the key for the tensors of the result: used once, known to nobody else."""
+    """Edge to node: run `stage` on the tensors. `deadline_ms` is the time left, counted from
+    arrival. `seal` is the key for the tensors of the result; it is used once."""
 
     id: Id
     stage: Sha256
@@ -111,18 +110,15 @@ class Request(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type",
 
 
 class Accepted(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="accepted"):
-    """Node to edge: the whole request has arrived and is queued.
-
-    Its arrival ends the upload, so that the edge can time upload, compute and download with its own
-    clock alone.
-    """
+    """Node to edge: the whole request has arrived and is queued. It ends the upload, so that the
+    edge can time upload, compute and download by its own clock."""
 
     id: Id
 
 
 class Result(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="result"):
-    """Node to edge: the stage's outputs, sealed with the request's key, so that only the edge that
-    asked can read them. `queue_us` from arrival to the engine's start, `compute_us` inside it."""
+    """Node to edge: the stage's outputs, sealed with the request's key, so that only its edge can
+    read them. `queue_us`: from arrival to the engine's start. `compute_us`: inside the engine."""
 
     id: Id
     queue_us: Micros
@@ -131,10 +127,8 @@ class Result(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", 
 
 
 class Refused(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="refused"):
-    """Node to edge: no result will follow. Codes: see `docs/protocol.md`.
-
-    `retry_ms`: the same request may do better after so long; 0 is no hint.
-    """
+    """Node to edge: no result will follow. Codes: see `docs/protocol.md`. `retry_ms`: when the same
+    request may succeed; 0 is no hint."""
 
     id: Id
     code: Code
@@ -144,7 +138,7 @@ class Refused(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type",
 
 class Cancel(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="cancel"):
     """Edge to node: forget the request of this id. Never answered. Unknown ids are ignored: the
-    result may have crossed it."""
+    result may have been on its way."""
 
     id: Id
 
@@ -152,7 +146,7 @@ class Cancel(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", 
 class InfoRequest(
     Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="info_request"
 ):
-    """Edge to node: what do you serve?"""
+    """Edge to node: asks which stages it serves."""
 
     id: Id
 
@@ -168,7 +162,7 @@ class Info(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", ta
 
 @dataclass(frozen=True)
 class VersionsSpoken:
-    """Either way: the peer did not know our version and speaks only these. Never answered."""
+    """Either way: the sender does not know our version and speaks only these. Never answered."""
 
     versions: tuple[int, ...]
 
@@ -177,8 +171,7 @@ Message = Request | Accepted | Result | Refused | Cancel | InfoRequest | Info | 
 
 
 class UnknownVersionError(ProtocolError):
-    """One of our messages, of a version this software does not speak; answer with
-    `VersionsSpoken`."""
+    """A message of a version that this software does not speak. Answer with `VersionsSpoken`."""
 
 
 class Spec(Protocol):
@@ -194,8 +187,7 @@ class Spec(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that one direction of a stage may carry in one message: tensors, and their bytes in
-    all."""
+    """Most tensors, and most bytes of all tensors, in one message of one direction of a stage."""
 
     tensors: int
     total_bytes: int
@@ -218,13 +210,11 @@ def limits_of(specs: Iterable[Spec], batch: int) -> Limits:
     """Limits of a message holding these tensors with at most `batch` windows.
 
     Args:
-        specs: tensors whose leading dimension may be a name (the batch); every other dimension is a
-            number.
+        specs: tensors whose first dimension may be a name (the batch). All others are numbers.
         batch: most windows in one request, at least 1.
 
     Raises:
-        ProtocolError: a tensor can't travel (unknown dtype, another dimension open, too many
-            tensors).
+        ProtocolError: a tensor can't travel: unknown dtype, another open dimension, too many.
     """
     sizes = []
     for spec in specs:
@@ -252,12 +242,12 @@ def new_seal() -> bytes:
 
 
 def new_id() -> bytes:
-    """A one-time message id: 16 random bytes, telling nothing and shared between no two nodes."""
+    """A message id: 16 random bytes, used once and for one node."""
     return secrets.token_bytes(16)
 
 
 def refuse(id: bytes, code: str, message: str, retry_ms: int = 0) -> Refused:
-    """A `Refused` whose text is cut and cleaned to what may travel."""
+    """A `Refused` whose text is shortened and reduced to printable ASCII."""
     clean = "".join(c if " " <= c <= "~" else "?" for c in message)
     if len(clean) > TEXT_LENGTH:
         clean = clean[: TEXT_LENGTH - 3] + "..."
@@ -276,10 +266,10 @@ def encode(
     """The one frame of a message.
 
     Args:
-        message: for `Request` and `Result`, `tensors` is filled in from `arrays`; leave it out.
+        message: leave out `tensors` of a `Request` or `Result`: they are filled in from `arrays`.
         arrays: tensors by name; copied.
-        seal: for a `Result`, the key that its request brought. Seal one result with it, not two:
-            AES-GCM is broken by a second message under the same key and nonce.
+        seal: for a `Result`, the key from its request. Never seal two results with one key: AES-GCM
+            is broken by a second message under the same key and nonce.
 
     Raises:
         ProtocolError: an array can't travel or the header would be too large.
@@ -307,7 +297,7 @@ def encode(
     if len(header) > HEADER_BYTES:
         raise ProtocolError(f"header of {len(header)} bytes, the most is {HEADER_BYTES}")
     places, size = _layout(message, len(header))
-    # Not zeroed as a whole: results are large.
+    # Not zeroed: results are large.
     frame = np.empty(size, np.uint8).data
     frame[: len(header)] = header
     end = len(header)
@@ -339,7 +329,7 @@ def _layout(message: Message, header: int) -> tuple[list[tuple[int, int]], int]:
 
 
 def _nonce(index: int) -> bytes:
-    """Of a sealed tensor: its place in the message, for the key serves one message alone."""
+    """The nonce of a sealed tensor: its place in the message. The key serves one message."""
     return index.to_bytes(12, "little")
 
 
@@ -373,8 +363,8 @@ def decode_header(frame: Any) -> Message:
         frame: bytes, or anything with their buffer interface such as `zmq.Frame`.
 
     Raises:
-        UnknownVersionError: ours, but of another version.
-        ProtocolError: anything else that is wrong, surplus bytes included.
+        UnknownVersionError: it has another version.
+        ProtocolError: it is malformed in another way, or has surplus bytes.
     """
     view, header = _split(frame)
     if header[3] == NEGOTIATION:
@@ -397,18 +387,18 @@ def decode_tensors(
 ) -> dict[str, np.ndarray]:
     """Tensors of a message, read-only.
 
-    Those of a request are views of the frame and keep it alive (one that doesn't lie on its dtype's
-    alignment is copied); those of a result are decrypted into memory of their own.
+    Those of a request are views of the frame and keep it alive (misaligned ones are copied). Those
+    of a result are decrypted into new memory.
 
     Args:
         message: from `decode_header` of this frame.
         frame: as it arrived.
-        limits: of the direction this came from.
-        seal: of a `Result`, the key that its request brought.
+        limits: of this direction.
+        seal: for a `Result`, the key from its request.
 
     Raises:
-        ProtocolError: counts, sizes or names don't agree or pass the limits, or the result was not
-            sealed with this key.
+        ProtocolError: counts, sizes or names don't match or exceed the limits, or the result was
+            not sealed with this key.
     """
     tensors = message.tensors if isinstance(message, (Request, Result)) else ()
     if len(tensors) > limits.tensors:
@@ -447,7 +437,7 @@ def decode(frame: Any, limits: Limits, seal: bytes = b"") -> tuple[Message, dict
     """A whole message: `decode_header`, then `decode_tensors`.
 
     Raises:
-        ProtocolError: whatever is wrong with it.
+        ProtocolError: it is malformed or exceeds the limits.
     """
     message = decode_header(frame)
     return message, decode_tensors(message, frame, limits, seal)

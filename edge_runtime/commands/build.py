@@ -1,8 +1,4 @@
-"""``edge-runtime build``: TensorRT plans of a bundle, for the GPU that will run them.
-
-Parses arguments, shows progress and prints what came out; the work is :mod:`engines.build`'s. Where
-a GPU is, the new plans are put through the parity gate at once.
-"""
+"""`edge-runtime build`: TensorRT plans of a bundle, for the GPU that will run them."""
 
 from __future__ import annotations
 
@@ -28,11 +24,11 @@ _DESCRIPTION = """\
 Build TensorRT plans of a bundle's stages, with TensorRT (Jetson, data centre) or TensorRT-RTX
 (workstations), whichever is installed. Neither torch nor onnx is needed.
 
-Precision comes from the bundle. TensorRT builds on the GPU that will run the plan and for it alone,
-which takes long on a small board. TensorRT-RTX needs no GPU; with or without one, its plans are for
-every card it supports from Ampere on (on a Turing card: for Turing).
-Files are checked against their hashes first; each plan is written beside a record of what it was
-built from and how, and replaces an older one only once it is whole. Ctrl-C leaves nothing."""
+The bundle decides the precision. TensorRT builds on the GPU that will run the plan, for that model
+of GPU only; this takes long on a small board. TensorRT-RTX needs no GPU. Its plans run on every
+card it supports from Ampere on (if built on a Turing card: on Turing).
+Files are checked against their hashes first. Each plan has a record of what it was built from and
+how. A new plan replaces an older one once it is complete. Ctrl-C leaves nothing behind."""
 
 _EPILOG = """\
 examples:
@@ -46,14 +42,14 @@ Plans contain code: use only those that you built yourself."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Add the options."""
     parser.description, parser.epilog = _DESCRIPTION, _EPILOG
     add = parser.add_argument
     add(
         "bundle",
         type=Path,
-        help="directory of the bundle; plans go into its folder plans, for one "
-        "that comes with the package into your cache folder",
+        help="directory of the bundle; plans go into its folder plans, or into your cache folder "
+        "if the bundle comes with the package",
     )
     add(
         "--stage",
@@ -94,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Build, measure where a GPU is, and print what came out. 1: a plan failed the parity gate."""
+    """Build, measure if there is a GPU, and print the results. 1: a plan failed the parity gate."""
     from rich.console import Console
 
     bundle = Bundle.load(args.bundle)
@@ -139,7 +135,7 @@ def _build(
 
 
 class _Display(Watcher):
-    """A bar for the phase under way on a terminal; a line every few seconds elsewhere."""
+    """A progress bar on a terminal; elsewhere a line every few seconds."""
 
     seconds_between_lines = 10.0
 
@@ -180,7 +176,7 @@ class _Display(Watcher):
 
 
 def _measure(bundle: Bundle, built: Sequence[Plan], terminal: Console) -> list[Plan]:
-    """Put the new plans through the parity gate; returns them with its verdicts."""
+    """Run the parity gate on the new plans; returns them with its verdicts."""
     from engines.parity import gate
 
     terminal.print("measuring the plans against ONNX Runtime")
@@ -242,7 +238,7 @@ def _next(bundle: Bundle, built: Sequence[Plan], failed: Sequence[str]) -> str:
     verify = plans.verify_command(bundle.path)
     if failed:
         return (
-            f"{', '.join(failed)} will not serve: see `{verify}`, and use a bundle of another "
+            f"{', '.join(failed)} will not be used: run `{verify}`, and use a bundle of another "
             "precision if it fails again"
         )
     if not all(plan.record.parity for plan in built):

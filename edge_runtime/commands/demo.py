@@ -17,7 +17,7 @@ writes to --out:
   what-each-node-saw.png    side by side: each node's windows, the rest black
   report.json               exposure, bytes, latency by stage, quality of the masks
 
-Exits with 1 if the results differ or a node saw too much. Ends its nodes whatever happens.
+Exits with 1 if the results differ or a node saw too much. Always ends its nodes.
 
 examples:
   edge-runtime demo
@@ -33,8 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("out/demo"),
         metavar="DIR",
-        help="folder to write; earlier results of the demo in it are replaced (default: "
-        "%(default)s)",
+        help="output folder; earlier results of the demo in it are replaced (default: %(default)s)",
     )
     parser.add_argument(
         "--bundle",
@@ -46,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Raises any EdgeRuntimeError; the nodes are ended in any case."""
+    """Run the demo and print its report."""
     from edge_runtime.demo import print_report, run_demo, verdict
     from edge_runtime.imaging.segmentation import dumps
 

@@ -1,8 +1,4 @@
-"""``edge-runtime doctor``: what is usable here, and the command that mends what is not.
-
-One line for each thing looked at, or JSON, and an exit code for scripts. Nothing is changed. The
-judging is left to :mod:`edge_runtime.machine.diagnosis`.
-"""
+"""`edge-runtime doctor`: what this machine can run, and the command that repairs the rest."""
 
 from __future__ import annotations
 
@@ -20,14 +16,14 @@ from edge_runtime.machine.diagnosis import Check, Status, examine
 _COLOURS: dict[Status, str] = {"ok": "32", "warn": "33", "fail": "31", "none": "2"}
 DESCRIPTION = """\
 Say what this machine can run: board, JetPack, driver, CUDA, TensorRT, ONNX Runtime, memory, power
-mode and the bundle, one line each, with the command that mends what is wrong below it. Nothing is
+mode and the bundle, one line each. Below a problem is the command that repairs it. Nothing is
 changed.
 
-  ok    works                 warn  works, but slowly, unproven or soon not
-  none  absent, not needed    fail  broken: edge-runtime, or an engine that it would use
+  ok    works                   warn  works, but is slow, unproven or about to fail
+  none  absent and not needed   fail  broken: edge-runtime, or an engine that it would use
 
-Exits with 1 when a line says fail, and with 0 otherwise: a machine without a GPU is fine unless
---require says that it is not."""
+Exits with 1 if a line says fail, otherwise with 0. A machine without a GPU is fine unless --require
+asks for one."""
 
 EPILOG = """\
 examples:
@@ -56,13 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=SECONDS,
         default=20.0,
         metavar="SECONDS",
-        help="how long the libraries may take to answer, all together (default: %(default)g)",
+        help="how long all libraries together may take to answer (default: %(default)g)",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON list, one item per line")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Whatever is found wrong is part of the result."""
+    """Print the checks. 1: one of them failed."""
     checks = examine(bundle=args.bundle, require=args.require, timeout_s=args.timeout)
     if args.json:
         print(json.dumps([dataclasses.asdict(check) for check in checks], indent=2))

@@ -1,7 +1,6 @@
-"""``edge-runtime info``: what a bundle is, and whether its files are what its manifest says.
+"""`edge-runtime info`: what a bundle is, and whether its files match its manifest.
 
-It reads the manifest and hashes the files; it opens no graph, so it is quick and needs no inference
-engine. Every number it prints follows from the manifest and the files' sizes.
+It opens no graph, so it is quick and needs no inference engine.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe(bundle: Bundle, *, verified: bool) -> dict[str, Any]:
-    """Everything ``--json`` prints: the manifest, and what follows from it."""
+    """What `--json` prints: the manifest, and figures derived from it."""
     manifest, geometry = bundle.manifest, bundle.geometry
     facts: dict[str, Any] = msgspec.to_builtins(manifest)
     facts["path"] = str(bundle.path.resolve())
@@ -164,7 +163,7 @@ def _order(bundle: Bundle) -> str:
         return "reordered: window blocks first; weights adapted to it"
     return (
         "reordered: window blocks first; weights NOT adapted to it, so masks are worse than the "
-        "original's (`edge-runtime adapt` mends that)"
+        "original's (`edge-runtime adapt` improves them)"
     )
 
 

@@ -1,7 +1,6 @@
-"""`edge-runtime init`: write the edge.toml of an edge, explained line by line.
+"""`edge-runtime init`: write a commented edge.toml, and the keys that are still missing.
 
-Promises that what it writes is a configuration that loads, that nothing is ever overwritten, and
-that nothing is written when an argument is wrong. Keys that are still missing are made.
+It overwrites nothing, and writes nothing if an argument is wrong.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ if TYPE_CHECKING:
     from edge_runtime.config import EdgeConfig
 
 DESCRIPTION = """\
-Write an edge.toml that names your nodes, with every setting explained in it. Makes this edge's
-secret and its key for each node where they don't exist yet. Overwrites nothing."""
+Write an edge.toml for your nodes that explains every setting. Also make this edge's secret and its
+key for each node, unless they exist. Nothing is overwritten."""
 
 EPILOG = """\
 KEY is the node's public key: the node.pub file that its operator sent you, or the 40 characters in
-it. Put those in single quotes, because they may hold $, & or *. Three nodes or more are needed for
-no node to see over half of a picture.
+it. Put those in single quotes, because they may contain $, & or *. With fewer than three nodes, one
+of them sees more than half of a picture.
 
 examples:
   edge-runtime init --node alpha=tcp://alpha.example.org:5555,keys/alpha-node.pub \\
@@ -79,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Raises ConfigError or KeyFileError, before anything is written."""
+    """Check everything, then write. Raises ConfigError or KeyFileError before it writes."""
     from edge_common.errors import ConfigError, KeyFileError
     from edge_common.files import refuse_existing, write_atomically
     from edge_common.permissions import why_untrusted
@@ -104,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
             check_endpoint(endpoint)
             server_keys[name] = _public(key)
         except (ConfigError, KeyFileError) as error:
-            raise type(error)(f"--node {text!r}: {error}") from None
+            raise error.within(f"--node {text!r}") from None
         nodes.append(
             NodeConfig(
                 name=name,
@@ -129,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
         generate(args.keys, name)
     if not os.path.lexists(config.secret):
         generate_secret(config.secret)
-    load_nodes(config)  # reads every key and sees that no two nodes share one
+    load_nodes(config)  # reads every key and checks that no two nodes share one
     write_atomically(
         out,
         _toml(config, out.parent),
@@ -169,7 +168,7 @@ def _split(text: str) -> tuple[str, str, str]:
 
 
 def _public(key: str) -> str:
-    """The public key that the KEY of ``--node`` is or names."""
+    """The public key in the KEY part of `--node`."""
     from edge_common.errors import KeyFileError
     from edge_runtime.config import is_key
     from transport.keys import check_public, load_public
@@ -179,12 +178,13 @@ def _public(key: str) -> str:
     try:
         return load_public(key)
     except KeyFileError as error:
-        quotes = "" if os.path.lexists(key) else "; a key itself goes in single quotes"
-        raise KeyFileError(f"{error}{quotes}") from None
+        if not os.path.lexists(key):
+            error.found += "; a key itself goes in single quotes"
+        raise
 
 
 def _warning(config: EdgeConfig) -> str | None:
-    """What the budget refuses with so few nodes; None if ordinary photos can be placed."""
+    """What to know if the budget cannot be met with so few nodes; None if it can."""
     import math
 
     from edge_common.errors import BundleError
@@ -227,24 +227,25 @@ def _toml(config: EdgeConfig, base: Path) -> str:
 # Without this line: the small model that comes with the package.
 {bundle}
 
-# Keys the choice of windows, so that nodes can't predict it. Keep it: with another secret, the same
-# picture is placed differently, and nodes that see it again see more of it.
+# The choice of windows depends on this file, so that nodes can't predict it. Keep it: with another
+# secret, nodes that get the same picture again see more of it.
 secret = {path(config.secret)}
 
-# Largest share of a picture's area that any one node may see. Pictures for which these nodes can't
-# keep it are refused, with what would suffice. 0.5 needs three nodes, 0.37 does for most photos.
+# Largest share of a picture's area that any one node may see. If your nodes can't keep it for a
+# picture, the picture is refused, and the error says what would suffice. With three nodes, 0.5 is
+# always possible and 0.37 for most photos.
 max_exposure = {config.max_exposure:g}
 
-# Seconds from a picture's first window leaving to all results being back. With fallback = "local",
-# nodes get half of them; the other half is for this machine to compute what they did not.
+# Seconds until all results of a picture must be back. With fallback = "local", nodes get half of
+# them; in the other half this machine computes what they did not.
 deadline_s = {config.deadline_s:g}
 
-# What to do when a node fails, or the budget lets nobody take a window:
-# "error" stops with a message; "local" has this machine compute those windows (slowly).
+# What to do if a node fails, or if the budget lets no node take a window: "error" stops with a
+# message; with "local" this machine computes those windows (slowly).
 fallback = {quoted(config.fallback)}
 
-# What computes on this machine: "tensorrt" (plans made by `edge-runtime build`), "cuda" or "cpu"
-# (ONNX Runtime). Without this line: the first of these that may serve here.
+# The engine on this machine: "tensorrt" (plans made by `edge-runtime build`), "cuda" or "cpu" (ONNX
+# Runtime). Without this line: the first of these that works here.
 # device = "auto"
 
 # Most windows in one message. Without this line, a node gets all of its windows at once.
@@ -257,7 +258,7 @@ name = {quoted(node.name)}
 endpoint = {quoted(node.endpoint)}
 # The node's public key, from its operator: a file, or the key itself.
 server_key = {quoted(node.server_key) if is_key(node.server_key) else path(node.server_key)}
-# This edge's secret key for this node alone. Its .pub file is what the operator must authorise.
+# This edge's secret key for this node alone. The node's operator must authorise its .pub file.
 client_key = {path(node.client_key)}
 """
         for node in config.nodes

@@ -1,6 +1,6 @@
-"""`edge-runtime keys`: make key files, and let an edge into a node.
+"""`edge-runtime keys`: make key files, and authorise an edge on a node.
 
-These are the three steps of enrolment that touch keys; `docs/enrolment.md` is the whole walk.
+`docs/enrolment.md` describes the whole enrolment.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import shlex
 from pathlib import Path
 
 DESCRIPTION = """\
-Make the keys by which nodes and edges know each other, and authorise edges on a node.
+Make the keys by which nodes and edges recognise each other, and authorise edges on a node.
 
 Every node has one key pair. An edge has one key pair per node, so that nodes cannot find out that
-they serve the same edge. Only .pub files are ever sent to anyone; .key and .secret files are
-readable by you alone (0600) and stay where they are. Existing keys are never overwritten. Keys that
-another user of this machine could replace are refused."""
+they serve the same edge. Send only .pub files to others. The .key and .secret files are readable by
+you alone (0600) and stay where they are. Existing keys are never overwritten. Keys that another
+user of this machine could replace are refused."""
 
 EPILOG = """\
 on the node:
@@ -26,8 +26,8 @@ on the edge:
 on the node, with the .pub file that the edge's owner sent:
   edge-runtime keys authorize --dir keys alpha.pub --as kitchen
 
-`edge-runtime keys COMMAND --help` explains each. To shut an edge out again, remove its file from
-the node's keys/authorized. No restart is needed: a running node cuts it off within a second.
+`edge-runtime keys COMMAND --help` explains each. To revoke an edge, remove its file from the node's
+keys/authorized. No restart is needed: a running node disconnects it within a second.
 """
 
 _NODE_EXAMPLES = """examples:
@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Raises KeyFileError."""
+    """Run one of the three actions and print its report."""
     action = {"node": _node, "edge": _edge, "authorize": _authorize}[args.action]
     report, text = action(args)
     print(json.dumps(report, indent=2) if args.json else text)
@@ -141,8 +141,10 @@ def _edge(args: argparse.Namespace) -> tuple[dict[str, object], str]:
     names: list[str] = args.node
     for name in names:
         if name in ("node", "edge") or names.count(name) > 1:
-            raise KeyFileError(f"{name!r} cannot name a node here: use one distinct name per node")
-        check_new(folder, name)  # all before the first, so that nothing is half done
+            raise KeyFileError(
+                f"{name!r} cannot name a node here", mend="use one distinct name per node"
+            )
+        check_new(folder, name)  # all of them before making the first
     pairs = [generate(folder, name) for name in names]
     secret = folder / "edge.secret"
     if not secret.exists():
@@ -182,7 +184,7 @@ Next:
 
 def _authorize(args: argparse.Namespace) -> tuple[dict[str, object], str]:
     from edge_common.errors import KeyFileError
-    from transport.auth import AllowList
+    from transport.allow_list import AllowList
     from transport.keys import AUTHORIZED, check_name, read_public, write_public
 
     folder: Path = args.dir
@@ -190,8 +192,8 @@ def _authorize(args: argparse.Namespace) -> tuple[dict[str, object], str]:
     own = folder / "node.pub"
     if own.exists() and read_public(own) == public:
         raise KeyFileError(
-            f"{args.file} is this node's own key: the edge's owner needs it, and sends you one "
-            "made by `edge-runtime keys edge`"
+            f"{args.file} is this node's own key",
+            mend="send it to the edge's owner, who sends you one made by `edge-runtime keys edge`",
         )
     name = check_name(args.name or args.file.name.removesuffix(".pub"))
     authorized = folder / AUTHORIZED
@@ -201,7 +203,9 @@ def _authorize(args: argparse.Namespace) -> tuple[dict[str, object], str]:
     known = AllowList(authorized, owner=owner).name_of(public)
     if known is None:
         if path.exists():
-            raise KeyFileError(f"{path} holds another edge's key: choose another name with --as")
+            raise KeyFileError(
+                f"{path} holds another edge's key", mend="choose another name with --as"
+            )
         write_public(path, public, name)
     name = known or name
     report: dict[str, object] = {"name": name, "public_key": public, "already": known is not None}

@@ -1,7 +1,4 @@
-"""`edge-runtime nodes`: ask every node of an edge.toml whether it could be used right now.
-
-Nothing of any image is sent. What is wrong with a node is said with its likely cause.
-"""
+"""`edge-runtime nodes`: ask every node of an edge.toml whether it can be used right now."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from edge_common.options import SECONDS
 from edge_common.text import printable, table
 
 if TYPE_CHECKING:
-    from edge_runtime.offload.offloader import NodeStatus
+    from edge_runtime.offload.status import NodeStatus
 
 DESCRIPTION = """\
 Check every node of an edge.toml: is it reachable, is this edge authorised there, does it serve the
@@ -50,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Raises ConfigError, KeyFileError or BundleError; a node that fails is part of the result."""
+    """Ask and print. 1: a node cannot be used."""
     from edge_runtime.config import load_config
     from edge_runtime.offload.offloader import Offloader
     from engines.bundle import Bundle, shipped_bundle

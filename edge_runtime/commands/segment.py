@@ -16,26 +16,26 @@ if TYPE_CHECKING:
     from edge_runtime.config import EdgeConfig
 
 DESCRIPTION = """\
-Segment photos at points or boxes. The windows of a photo are computed by the nodes of an edge.toml,
-each of which sees only a few of them, or on this machine with --local. Points, boxes and masks
+Segment photos at points or boxes. The nodes of an edge.toml compute the windows of a photo, and
+each sees only a few of them. With --local this machine computes everything. Points, boxes and masks
 never leave this machine. Without --config and --local, edge.toml in the current folder is used."""
 
 EPILOG = """\
 Coordinates are pixels from the left top corner of the photo as a viewer shows it (upright).
 
-Each --point and each --box is an object of its own. A point with label 0 is not part of the object
-before it. For an object with several prompts, put --object before them. Of several photos, or a
-folder of them, each is segmented at the same prompts.
+Each --point and each --box is an object of its own. A point with label 0 is a place that does not
+belong to the object before it. For an object with several prompts, put --object before them.
+Several photos, or a folder of them, are all segmented at the same prompts.
 
-The folder of a photo then holds mask-1.png, mask-2.png, ... (white on black), masks.png (all in
-colours; a pixel's palette index is the object's number), overlay.png, result.json and, if nodes
-took part, what-each-node-saw.png. It is out/photo.jpg for photo.jpg, and out/photo.jpg-2 the next
-time. --out names another folder: that of the photo itself (new or empty, unless --overwrite), or of
-several photos the one in which each has its folder.
+The output folder of photo.jpg is out/photo.jpg, and out/photo.jpg-2 the next time. It holds
+mask-1.png, mask-2.png, ... (white on black), masks.png (all in colours; a pixel's palette index is
+the object's number), overlay.png, result.json and, if nodes took part, what-each-node-saw.png.
+--out names another folder: for one photo its own (new or empty, unless --overwrite), for several
+photos the one in which each gets its folder.
 
---json prints result.json, and in "folder" where it is: for one photo as one document, for several
-as one line each. Of a photo that cannot be read, or on which a prompt does not lie, the line holds
-"photo" and "error"; the others go on, and the exit code is 1.
+--json prints result.json with its place in "folder": for one photo as one document, for several as
+one line each. For a photo that cannot be read, or a prompt outside of it, the line holds "photo",
+"error", "code" and "mend"; the other photos are still segmented, and the exit code is 1.
 
 examples:
   edge-runtime segment photo.jpg --point 120,80 --local
@@ -48,7 +48,7 @@ examples:
 
 
 class _Ordered(argparse.Action):
-    """Collects points, boxes and object markers in the order in which they were typed."""
+    """Collects points, boxes and object markers in the order in which they are given."""
 
     def __call__(
         self,
@@ -150,7 +150,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Raises any EdgeRuntimeError; then no folder of the photo at hand is left behind."""
+    """Segment every photo. 1: one of several failed. A photo that fails leaves no folder."""
     from edge_common.errors import ImageError, PromptError
     from edge_common.progress import progress
     from edge_runtime.imaging import prompts as prompting
@@ -165,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
         ours = segmentation.is_ours
         segmentation.check_folder(args.out, ours, segmentation.RESULT, args.overwrite)
     images = {}
-    if not several:  # a mistake is found before anything large is loaded
+    if not several:  # find mistakes before loading anything large
         images[photos[0]] = load_image(photos[0])
         prompting.check(prompts, images[photos[0]].shape[:2])
 
@@ -205,11 +205,12 @@ def run(args: argparse.Namespace) -> int:
                     if not several:
                         raise
                     failed += 1
-                    said = str(error) if isinstance(error, ImageError) else f"{photo}: {error}"
+                    if isinstance(error, PromptError):
+                        error.within(str(photo))
                     if args.json:
-                        print(json.dumps({"photo": photo.name, "error": said}), flush=True)
+                        print(json.dumps({"photo": photo.name, **error.fields()}), flush=True)
                     else:
-                        print(f"error: {printable(said)}", file=sys.stderr)
+                        print(error.shown(), file=sys.stderr)
                     continue
                 if args.json:
                     told = {**report, "folder": str(found)}
@@ -224,7 +225,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _photos(paths: Sequence[Path]) -> list[Path]:
-    """The photos that are named, and those in the folders that are named."""
+    """The given photos, and those in the given folders."""
     from edge_common.errors import ImageError
     from edge_runtime.imaging.images import is_photo
 
@@ -246,7 +247,7 @@ def _parsed(option: str, text: str | None) -> Any:
 
 
 def _config(args: argparse.Namespace) -> EdgeConfig | None:
-    """The nodes to use and how; None computes here."""
+    """The nodes to use; None computes everything here."""
     from edge_common.errors import ConfigError
     from edge_runtime.config import load_config
 
@@ -258,14 +259,14 @@ def _config(args: argparse.Namespace) -> EdgeConfig | None:
         }
         for option, value in given.items():
             if value is not None:
-                raise ConfigError(f"{option} is about nodes, and with --local there are none")
+                raise ConfigError(f"{option} is about nodes, and --local uses none")
         return None
     path = args.config or Path("edge.toml")
     if args.config is None and not path.exists():
         raise ConfigError(
-            "where shall the photo be computed? With --local on this machine; with --config "
-            "edge.toml on your nodes (`edge-runtime init` writes that file, and one in the current "
-            "folder is found without --config)"
+            "neither --local nor --config is given, and there is no edge.toml in this folder",
+            mend="give --local to compute on this machine, or --config FILE to use nodes "
+            "(`edge-runtime init` writes that file)",
         )
     return load_config(path)
 

@@ -1,8 +1,4 @@
-"""``edge-runtime verify``: the parity gate, on every engine that this machine has for a bundle.
-
-Parses arguments, shows progress and prints the rows; measuring, and keeping the verdicts where
-serving finds them, is :mod:`engines.parity`'s.
-"""
+"""`edge-runtime verify`: the parity gate, on every engine that this machine has for a bundle."""
 
 from __future__ import annotations
 
@@ -27,10 +23,9 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Run every engine of this machine on the bundle's golden samples, whose answers are the original
 PyTorch model's, and on fresh random inputs, whose answers are ONNX Runtime's on the CPU. An engine
-whose outputs differ by more than rounding, or hold a NaN, fails, and what failed does not serve
-until it has passed. TensorRT plans keep the verdict in their records; it holds for this GPU,
-driver and version of TensorRT. Exit status: 0, or 1 when an engine failed or none that --device
-names could be run."""
+fails if its outputs differ by more than rounding or contain a NaN. It is not used until it passes.
+TensorRT plans keep the verdict in their records; it holds for this GPU, driver and version of
+TensorRT. Exits with 1 if an engine failed or none of those named by --device could be run."""
 
 _EPILOG = """\
 examples:
@@ -42,8 +37,8 @@ examples:
 cosine: least cosine similarity of a window's tokens, an embedding, or a prompt's answer.
 max abs: largest absolute difference; of peak: as a share of the largest absolute value.
 mask IoU: intersection over union of the masks, the least and the mean.
-bf16: ONNX Runtime cannot compute it on the CPU. Random inputs are then compared with ONNX Runtime
-on CUDA where it is installed; else they must be finite and not depend on how they are batched."""
+bf16: ONNX Runtime cannot compute it on the CPU. Results for random inputs are then compared with
+ONNX Runtime on CUDA if installed; otherwise they must be finite and independent of batching."""
 
 _ONLY_CPU = """\
 Nothing but ONNX Runtime on the CPU is here: the bundle has no TensorRT plans
@@ -52,7 +47,7 @@ ONNX Runtime with CUDA and a GPU. `edge-runtime doctor` says what is missing."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
+    """Add the options."""
     parser.description, parser.epilog = _DESCRIPTION, _EPILOG
     add = parser.add_argument
     add("bundle", nargs="?", type=Path, help="directory of the bundle (default: the shipped one)")
@@ -122,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _ran(device: str, report: Report) -> bool:
-    """Whether anything ran of what was asked for. The CPU runs for the others' sake too."""
+    """Whether a requested engine ran. The CPU always runs, for comparison."""
     besides = device in ("cuda", "tensorrt")
     verdicts = [v for v in report.verdicts if not (besides and v.engine.endswith(" CPU"))]
     return any(verdict.status != "not run" for verdict in verdicts)

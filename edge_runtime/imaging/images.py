@@ -1,14 +1,11 @@
-"""Pixels at both ends of the model: photos in, masks out, exactly as segment_anything treats them.
+"""Photos in, masks out, with the same numbers as segment_anything but without torch.
 
-On the way in a file becomes upright RGB and is resized as ``ResizeLongestSide`` does; on the way
-out low-resolution logits become masks of the photo's own size as ``Sam.postprocess_masks`` does.
-Both promise SAM's numbers without torch, in memory bounded by the result, for every size from 1 x 1
-to the limit and every aspect. Coordinates everywhere are those of the upright image. Cutting
-windows and running the model are left to :mod:`engines`.
+All coordinates are those of the upright image.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Iterator
@@ -23,13 +20,13 @@ from engines.geometry import resized_shape
 if TYPE_CHECKING:
     from PIL import Image
 
-# Formats whose decoders are pure codecs. Pillow knows more, some of which start other programs.
+# Formats whose decoders are pure codecs. Others that Pillow reads may start other programs.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
 _CHUNK_BYTES = 8 << 20
 
 
 def is_photo(path: Path) -> bool:
-    """Whether a file in a folder is to be taken for a photo, by its name."""
+    """Whether a file is a photo, judging by its name."""
     from PIL import Image
 
     formats = _formats()
@@ -40,10 +37,10 @@ def load_image(path: str | os.PathLike[str], max_megapixels: float = 100) -> np.
     """Read a photo as upright RGB.
 
     The EXIF orientation is applied. Grey becomes RGB; 16 bits are scaled to 8 over their full
-    range (0 to 65535); palettes and CMYK are converted as Pillow does; colour profiles are not
-    applied, as in SAM's own examples. Transparent pixels are laid over white, so that what the
-    model sees, and a node may see, is what a viewer shows and never what transparency hides. Of an
-    animation the first frame is read.
+    range (0 to 65535); palettes and CMYK are converted as Pillow does. Colour profiles are not
+    applied, as in SAM's own examples. Transparent pixels are drawn on white, so that the model and
+    the nodes see what a viewer shows, and nothing that transparency hides. Of an animation the
+    first frame is read.
 
     Args:
         path: of the file.
@@ -56,37 +53,41 @@ def load_image(path: str | os.PathLike[str], max_megapixels: float = 100) -> np.
         ImageError: when the file is missing, no image, damaged, truncated, too large, or holds
             numbers with no known range.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     path = Path(path)
-    too_large = (
-        f"the limit is {max_megapixels:g} megapixels: make it smaller first (the model itself "
-        "sees a reduced copy)"
-    )
+    too_large = f"the limit is {max_megapixels:g} megapixels"
+    reduce = "make it smaller first (the model itself sees a reduced copy)"
     try:
         with warnings.catch_warnings():
-            # Pillow warns of large images below our limit, and of metadata we do not need.
+            # Pillow warns about images within our limit, and about metadata we do not need.
             warnings.simplefilter("ignore")
             with Image.open(path, formats=_formats()) as image:
                 width, height = image.size
                 if width * height > max_megapixels * 1e6:
-                    raise ImageError(f"{path} is {width} x {height} pixels, {too_large}")
+                    raise ImageError(
+                        f"{path} is {width} x {height} pixels, {too_large}", mend=reduce
+                    )
                 image.load()
-                # A TIFF is turned by its decoder, which then drops the tag: read it after loading.
-                return as_rgb(_upright(image), str(path))
+                with contextlib.suppress(Exception):  # damaged metadata around sound pixels
+                    ImageOps.exif_transpose(image, in_place=True)
+                return as_rgb(image, str(path))
     except ImageError:
         raise
     except FileNotFoundError:
         raise ImageError(f"{path} does not exist") from None
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{path} is far too large; {too_large}") from error
+        raise ImageError(f"{path} is far too large; {too_large}", mend=reduce) from error
     except UnidentifiedImageError:
         raise ImageError(
-            f"{path} is not an image this program reads: convert it to JPEG, PNG, WebP or TIFF"
+            f"{path} is not an image this program reads",
+            mend="convert it to JPEG, PNG, WebP or TIFF",
         ) from None
     except MemoryError as error:
-        raise ImageError(f"{path} does not fit into memory: make it smaller first") from error
-    except Exception as error:  # Pillow's decoders raise many types on damaged files
+        raise ImageError(
+            f"{path} does not fit into memory", mend="make it smaller first"
+        ) from error
+    except Exception as error:  # Pillow's decoders raise many types for damaged files
         if isinstance(error, OSError) and error.strerror:
             raise ImageError(f"{path} cannot be read: {error.strerror}") from error
         raise ImageError(f"{path} is damaged or truncated: {error}") from error
@@ -228,8 +229,8 @@ _Taps = tuple[np.ndarray, np.ndarray, np.ndarray]
 def _taps(size: int, new_size: int, count: int) -> _Taps:
     """The two source indices and the second's weight, for the first ``count`` of ``new_size``.
 
-    In float32 and fused as torch computes them: at ten thousand pixels the rounding of a source
-    position moves a logit by more than all else here does.
+    Computed in float32 and fused, as in torch: for ten thousand pixels, the rounding of a source
+    position changes a logit more than anything else here does.
     """
     if size == new_size:
         index = np.arange(count)
@@ -264,28 +265,6 @@ def _formats() -> list[str]:
     return [name for name in _FORMATS if name in Image.OPEN]
 
 
-_EXIF_ORIENTATION = 0x0112
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    from PIL import Image
-
-    turns = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_270,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_90,
-    }
-    try:
-        turn = turns.get(image.getexif().get(_EXIF_ORIENTATION, 1))
-    except Exception:  # damaged metadata around sound pixels
-        turn = None
-    return image if turn is None else image.transpose(turn)
-
-
 def _rgb(image: Image.Image, name: str) -> Image.Image:
     from PIL import Image
 
@@ -294,7 +273,9 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith("I"):
         return _grey_from_integers(image, name).convert("RGB")
     if image.mode == "F":
-        raise ImageError(f"{name} holds floating-point pixels: convert it to 8 or 16 bits first")
+        raise ImageError(
+            f"{name} holds floating-point pixels", mend="convert it to 8 or 16 bits first"
+        )
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         paper = Image.new("RGBA", layer.size, "white")
@@ -310,7 +291,8 @@ def _grey_from_integers(image: Image.Image, name: str) -> Image.Image:
     if values.min() < 0 or values.max() > 65535:
         raise ImageError(
             f"{name} holds grey values from {values.min()} to {values.max()}, expected 16 bits "
-            "(0 to 65535): convert it to 8 or 16 bits first"
+            "(0 to 65535)",
+            mend="convert it to 8 or 16 bits first",
         )
     # Rounded to the nearest of 256 levels: 65535 = 257 x 255.
     return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))

@@ -1,9 +1,4 @@
-"""Prompts as users write them: points and boxes on a photo, grouped into objects.
-
-Promises that what comes out is well-formed, and (:func:`check`) that it lies on the photo; a defect
-is a :class:`~edge_common.errors.PromptError` that says what was found and what is expected. What a
-model makes of prompts is left to :mod:`edge_runtime.predictor`.
-"""
+"""Points and boxes on a photo, as users write them, grouped into objects."""
 
 from __future__ import annotations
 
@@ -16,7 +11,7 @@ from edge_common.errors import PromptError
 
 
 class Point(msgspec.Struct, frozen=True):
-    """A click, in pixels of the upright photo; ``label`` 1 is on the object, 0 is not."""
+    """A click, in pixels of the upright photo. `label` is 1 on the object and 0 beside it."""
 
     x: float
     y: float
@@ -33,7 +28,7 @@ class Box(msgspec.Struct, frozen=True):
 
 
 class Prompt(msgspec.Struct, frozen=True):
-    """What the user says about one object."""
+    """All points and the box of one object."""
 
     points: tuple[Point, ...] = ()
     box: Box | None = None
@@ -86,21 +81,24 @@ def _numbers(text: str) -> list[float] | None:
 def group(sequence: Sequence[Point | Box | None]) -> list[Prompt]:
     """Prompts in the order they were given, one :class:`Prompt` for each object.
 
-    Without a marker (None), each box and each point on an object begins an object, and a point with
-    label 0 belongs to the object before it. With markers, all between two of them is one object.
+    Without a marker (None), each box and each point with label 1 begins an object, and a point with
+    label 0 belongs to the object before it. With markers, everything between two is one object.
 
     Raises:
         PromptError: no prompt at all, a marker with nothing after it, two boxes for one object, or
-            nothing that says where an object is.
+            no point or box that says where an object is.
     """
     if not any(item is not None for item in sequence):
-        raise PromptError("say what to segment: at least one --point X,Y or --box X0,Y0,X1,Y1")
+        raise PromptError(
+            "there is no prompt",
+            mend="say what to segment: at least one --point X,Y or --box X0,Y0,X1,Y1",
+        )
     objects: list[list[Point | Box]] = []
     if None in sequence:
         if sequence[0] is not None:
             raise PromptError(
-                "prompts stand before the first --object: put one --object before each object's "
-                "prompts"
+                "there are prompts before the first --object",
+                mend="put one --object before each object's prompts",
             )
         for item in sequence:
             if item is None:
@@ -114,7 +112,8 @@ def group(sequence: Sequence[Point | Box | None]) -> list[Prompt]:
                 if not objects:
                     raise PromptError(
                         f"the point {item.x:g},{item.y:g} with label 0 belongs to the object "
-                        "before it, and there is none: give a point on the object, or a box, first"
+                        "before it, and there is none",
+                        mend="give a point on the object, or a box, first",
                     )
                 objects[-1].append(item)
             else:
@@ -129,7 +128,7 @@ def _prompt(number: int, items: list[Point | Box]) -> Prompt:
         raise PromptError(f"object {number} has {len(boxes)} boxes; it can have one")
     if not boxes and not any(point.label == 1 for point in points):
         raise PromptError(
-            f"nothing says where object {number} is: give a point with label 1, or a box"
+            f"nothing says where object {number} is", mend="give a point with label 1, or a box"
         )
     return Prompt(points, boxes[0] if boxes else None)
 

@@ -1,7 +1,6 @@
-"""Pictures for people: the masks on the photo, and what each node was shown of it.
+"""Pictures: the masks on the photo, and what each node saw of it.
 
-Pure functions from arrays to Pillow images, drawn with Pillow alone and its built-in font. Small
-photos are enlarged and large ones reduced so that outlines, clicks and titles stay readable.
+Small photos are enlarged and large ones reduced, so that outlines, clicks and titles are readable.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 if TYPE_CHECKING:
     from edge_runtime.imaging.prompts import Box, Point, Prompt
-    from edge_runtime.offload.offloader import OffloadReport
+    from edge_runtime.offload.report import OffloadReport
     from engines.geometry import Geometry
     from engines.windows import Windows
 
@@ -36,7 +35,7 @@ _COLOURS: tuple[Colour, ...] = (
 )
 _MIN_SIDE, _MAX_SIDE = 1152, 2048
 _PANEL = 520
-"""Longest side of a panel that shows what a node saw; half of it if there are many nodes."""
+"""Longest side of a panel with one node's windows; half of it if there are many nodes."""
 _MANY, _MOST_NODES = 12, 45
 _TINT = 0.42
 _ON, _OFF = (28, 190, 90), (230, 50, 60)
@@ -48,7 +47,7 @@ def colour(number: int) -> Colour:
     """The colour of object ``number`` (from 1): distinct for the first ten, then by hue."""
     if number <= len(_COLOURS):
         return _COLOURS[number - 1]
-    hue = (number * 0.618034) % 1  # the golden ratio spreads hues evenly however many there are
+    hue = (number * 0.618034) % 1  # the golden ratio spreads any number of hues evenly
     red, green, blue = colorsys.hsv_to_rgb(hue, 0.7, 0.95)
     return round(255 * red), round(255 * green), round(255 * blue)
 
@@ -72,7 +71,7 @@ def overlay(
 
 
 class Overlay:
-    """The photo with masks on it. They are added one by one, so that none need be kept.
+    """The photo with masks on it. Masks are added one by one, so that none need to be kept.
 
     Args:
         photo: uint8 ``[H, W, 3]``.
@@ -126,14 +125,15 @@ def what_each_node_saw(
 ) -> Image.Image:
     """Side by side: the photo, and for each node the windows it was sent, the rest black.
 
-    Of many nodes, only those that saw something are shown, and of very many the ones that saw most.
+    If there are many nodes, only those that saw something are shown; if very many, those that saw
+    most.
 
     Args:
         photo: uint8 ``[H, W, 3]``.
         windows: of the photo; the panels show the very pixels the nodes were sent.
         geometry: of the bundle.
-        report: who was sent what.
-        hidden: the nodes got hidden states of the windows, not the pixels that are drawn.
+        report: which node saw which windows.
+        hidden: the nodes got hidden states of the windows, not their pixels.
     """
     small = _reassembled(windows, geometry)
     height, width = windows.size
@@ -166,7 +166,7 @@ def what_each_node_saw(
 
 
 def _scale(width: int, height: int) -> float:
-    """How much larger to draw than the photo is; whole numbers up, so that pixels stay even."""
+    """How much to enlarge the photo: by whole numbers, so that all pixels have the same size."""
     side = max(width, height)
     if side < _MIN_SIDE:
         return float(min(-(-_MIN_SIDE // side), 64))
@@ -176,15 +176,17 @@ def _scale(width: int, height: int) -> float:
 def _soft(
     mask: np.ndarray, size: tuple[int, int], margin: int
 ) -> tuple[Image.Image, tuple[int, int]] | None:
-    """The mask at drawing size as grey with smooth edges: the part that is not empty, and where it
-    lies. None if all is empty."""
+    """The mask at drawing size in grey with smooth edges, cropped to what is not empty.
+
+    Returns the picture and its left top corner; None if all is empty.
+    """
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
         return None
     height, width = mask.shape
     across, down = size[0] / width, size[1] / height
     factor = max(size) / max(width, height)
-    margin += math.ceil(3 * factor)  # what blurring reaches
+    margin += math.ceil(3 * factor)  # for the blur
     left = max(0, math.floor(columns[0] * across) - margin)
     top = max(0, math.floor(rows[0] * down) - margin)
     right = min(size[0], math.ceil((columns[-1] + 1) * across) + margin)
@@ -198,7 +200,7 @@ def _soft(
             (left / across, top / down, right / across, bottom / down),
         )
     )
-    if factor > 1:  # round the stairs that enlarging makes, then make the edge two pixels wide
+    if factor > 1:  # smooth the steps of enlarging, then make the edge two pixels wide
         blur = factor * 0.6
         gain = max(1.0, blur * math.sqrt(2 * math.pi) / 2)
         grown = grown.filter(ImageFilter.GaussianBlur(blur))
@@ -208,7 +210,7 @@ def _soft(
 
 def _outline(mask: Image.Image, width: int) -> Image.Image:
     """A line along the inside of the mask's border."""
-    # The mean over a square is lower wherever the border is nearer than the width of the line.
+    # The mean over a square is lower where the border is nearer than the line's width.
     inner = mask.filter(ImageFilter.BoxBlur(width))
     inner = inner.point(lambda v: max(0, 255 - (255 - v) * (2 * width + 1)))
     return ImageChops.subtract(mask, inner)
@@ -304,7 +306,7 @@ def _panel(
         if int(index) in shown:
             masked[y0:y1, x0:x1] = small[y0:y1, x0:x1]
         frames.append((x0, y0, x1, y1))
-    # Nearest: what is shown ends exactly where the window ends.
+    # Nearest neighbour, so that a window's pixels end exactly at its border.
     panel = Image.fromarray(masked).resize(size, Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(panel)
     for frame in frames:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-    from edge_runtime.offload.offloader import OffloadReport
+    from edge_runtime.offload.report import OffloadReport
     from edge_runtime.predictor import OffloadPredictor
 
 log = logging.getLogger(__name__)
@@ -57,22 +57,24 @@ class Object:
     prompt: Prompt
     masks: np.ndarray
     predicted_iou: tuple[float, ...]
+    decoder_ms: float
+    upscale_ms: float
 
 
 def predict(predictor: OffloadPredictor, prompt: Prompt, all_masks: bool = False) -> Object:
     """Decode one object on the photo that is set.
 
-    Of the model's three answers, the one that the model itself thinks best; or, with ``all_masks``,
-    all three.
+    Returns the mask with the highest predicted IoU, or with `all_masks` all three.
     """
     points = prompt.points
-    masks, iou, _ = predictor.predict(
+    answer = predictor.predict(
         point_coords=np.array([(p.x, p.y) for p in points]) if points else None,
         point_labels=np.array([p.label for p in points]) if points else None,
         box=np.array(msgspec.structs.astuple(prompt.box)) if prompt.box else None,
     )
-    order = np.argsort(-iou, kind="stable")[: None if all_masks else 1]
-    return Object(prompt, masks[order], tuple(float(iou[i]) for i in order))
+    order = np.argsort(-answer.iou, kind="stable")[: None if all_masks else 1]
+    iou = tuple(float(answer.iou[i]) for i in order)
+    return Object(prompt, answer.masks[order], iou, answer.decoder_ms, answer.upscale_ms)
 
 
 @dataclass
@@ -118,8 +120,8 @@ def segment(
     objects: list[dict[str, Any]] = []
     for number, prompt in enumerate(prompts, 1):
         found = predict(predictor, prompt, all_masks)
-        decoder += timing.decoder
-        upscale += timing.upscale
+        decoder += found.decoder_ms
+        upscale += found.upscale_ms
         began = time.perf_counter()
         each(number, found)
         elsewhere += time.perf_counter() - began
@@ -133,7 +135,7 @@ def segment(
         "objects": objects,
         "latency_ms": {
             "windows": timing.windows,
-            **({"nodes": _node_times(predictor)} if offload else {}),
+            **({"nodes": _node_times(offload)} if offload else {}),
             "stack" if predictor.stack_outputs is not None else "encoder": timing.encode,
             "tail": timing.tail,
             "decoder": decoder,
@@ -171,8 +173,7 @@ def _exposure(offload: OffloadReport) -> dict[str, Any]:
     }
 
 
-def _node_times(predictor: OffloadPredictor) -> dict[str, dict[str, float]]:
-    assert predictor.report is not None
+def _node_times(offload: OffloadReport) -> dict[str, dict[str, float]]:
     return {
         node.name: {
             "upload": node.upload_ms,
@@ -180,7 +181,7 @@ def _node_times(predictor: OffloadPredictor) -> dict[str, dict[str, float]]:
             "compute": node.compute_ms,
             "download": node.download_ms,
         }
-        for node in predictor.report.nodes
+        for node in offload.nodes
     }
 
 
@@ -250,7 +251,7 @@ def write(
 
     Raises:
         ConfigError: the folder exists and neither ``overwrite`` nor ``number`` is on, or something
-            else is in its place.
+            else is there.
         EdgeRuntimeError: see :func:`segment`.
     """
     from PIL import Image
@@ -314,9 +315,9 @@ def write(
 
 
 def png(picture: Image.Image) -> bytes:
-    """A picture as a file. Pillow itself does not say why a disk refuses one."""
+    """A picture as a file's bytes. When Pillow writes files, it hides why a disk refuses one."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", compress_level=3)  # twice as fast as usual, and hardly larger
+    picture.save(buffer, "PNG", compress_level=3)  # twice as fast as the default, and hardly larger
     return buffer.getvalue()
 
 
@@ -335,21 +336,22 @@ def numbered(path: Path, suffix: str = "") -> Iterator[Path]:
 
 @contextmanager
 def sends_on_record(folder: Path, photo: str, predictor: OffloadPredictor) -> Iterator[None]:
-    """If what is done within fails, write what nodes were sent for it to ``FOLDER.sends.json``.
+    """If the block fails after nodes were sent windows, record that in ``FOLDER.sends.json``.
 
-    No earlier record is overwritten: the next one is ``FOLDER.sends-2.json``. An EdgeRuntimeError
-    then names the file; for anything else, the log does.
+    No earlier record is overwritten: the next one is ``FOLDER.sends-2.json``. The error then names
+    the file if it is an EdgeRuntimeError; otherwise the log does.
     """
-    before = predictor.report
+    before = predictor.record
     name = printable(photo)
     lock = threading.Lock()
 
-    def record(why: str) -> str | None:
-        """What is on record and where, if nodes were sent anything; once."""
-        sent = predictor.report
-        if sent is None or sent is before or not sent.windows_sent or not lock.acquire(False):
+    def record(why: dict[str, str]) -> str | None:
+        """Write it, once, if nodes were sent anything; returns a sentence that says where."""
+        if predictor.record is before or not (sent := predictor.report) or not sent.windows_sent:
             return None
-        text = dumps({"photo": photo, "error": why, "exposure": _exposure(sent)})
+        if not lock.acquire(blocking=False):
+            return None
+        text = dumps({"photo": photo, **why, "exposure": _exposure(sent)})
         try:
             with defer_signals():
                 beside = folder.absolute()
@@ -364,18 +366,18 @@ def sends_on_record(folder: Path, photo: str, predictor: OffloadPredictor) -> It
         return f"What nodes have seen of {name} is on record in {path}"
 
     def interrupted() -> None:
-        if (said := record("interrupted")) is not None:
+        if (said := record({"error": "interrupted"})) is not None:
             log.warning("%s", said)
 
     with on_forced_exit(interrupted):
         try:
             yield
         except EdgeRuntimeError as error:
-            if (said := record(str(error))) is not None:
-                error.args = (f"{error}. {said}",)
+            if (said := record(error.fields())) is not None:
+                error.found += f". {said}"
             raise
         except Exception as error:
-            if (said := record(str(error))) is not None:
+            if (said := record({"error": str(error)})) is not None:
                 log.warning("%s", said)
             raise
         except BaseException:
@@ -401,29 +403,30 @@ def check_folder(
     """Refuse a folder that holds anything but the results of an earlier run.
 
     Args:
-        ours: whether a file of that name may be a result.
-        marker: the one that all results have.
+        ours: says whether a file of that name may be a result.
+        marker: a file that every result has.
         overwrite: whether earlier results may be replaced.
 
     Raises:
-        ConfigError: saying how to go on.
+        ConfigError: it does, or has earlier results and `overwrite` is off.
     """
     if not os.path.lexists(folder):
         return
     if not folder.is_dir() or folder.is_symlink():
-        raise ConfigError(f"{folder} is in the way: {ANOTHER_FOLDER}")
+        raise ConfigError(f"{folder} is in the way", mend=ANOTHER_FOLDER)
     with os.scandir(folder) as entries:
         names = {entry.name: entry.is_file(follow_symlinks=False) for entry in entries}
     if not names:
         return
-    # Replacing removes the whole folder, so that it may hold nothing that we did not write.
+    # Replacing removes the whole folder, so it must hold nothing that we did not write.
     foreign = sorted(n for n, is_file in names.items() if not (is_file and ours(n)))
     if foreign or marker not in names:
         other = foreign[0] if foreign else next(iter(names))
         raise ConfigError(
-            f"{folder} holds other things than these results, such as {other}: {ANOTHER_FOLDER}"
+            f"{folder} holds other things than these results, such as {other}", mend=ANOTHER_FOLDER
         )
     if not overwrite:
         raise ConfigError(
-            f"{folder} holds earlier results: {ANOTHER_FOLDER}, or replace them with --overwrite"
+            f"{folder} holds earlier results",
+            mend=f"{ANOTHER_FOLDER}, or replace them with --overwrite",
         )

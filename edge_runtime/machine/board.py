@@ -1,9 +1,8 @@
-"""Facts about the machine: which board, which software of the vendor's, memory, power mode, heat.
+"""Facts about the machine: board, the vendor's software, memory, power mode and temperature.
 
-Everything is read from small files below one folder, ``/`` unless a test names another, so that
-recorded trees of other machines can be examined here. The module promises to run no program, to
-import no library of a GPU, and to take whatever is missing or unreadable as unknown (None or
-empty), never as an error. Judging the facts is left to :mod:`edge_runtime.commands.doctor`.
+Everything is read from small files below one folder, so that recorded trees of other machines can
+be examined. No program is run and no GPU library is loaded. What cannot be read is unknown (None or
+empty), never an error.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ _JETPACK_LINE = {"32": "4", "34": "5", "35": "5", "36": "6", "38": "7", "39": "7
 # System on chip -> CUDA compute capability. https://developer.nvidia.com/cuda-gpus
 _COMPUTE_CAPABILITY = {"tegra194": "7.2", "tegra234": "8.7", "tegra264": "11.0"}
 
-# What a process opens to reach the GPU: every group that is there must be accessible.
+# Device files of the GPU: a process must be able to open each one that exists.
 _GPU_NODES = (
     "nvmap",  # Jetson, memory
     "nvhost-ctrl-gpu",  # Jetson up to JetPack 5
@@ -66,7 +65,7 @@ class PowerMode:
 
 @dataclass(frozen=True)
 class Zone:
-    """A thermal zone. ``throttles``: where the kernel begins to slow it down, °C, if it says."""
+    """A thermal zone. `throttles`: the kernel slows it down from this temperature on, if known."""
 
     name: str
     celsius: float
@@ -75,31 +74,31 @@ class Zone:
 
 @dataclass(frozen=True)
 class Board:
-    """One machine; with no arguments, one of which nothing is known.
+    """One machine; without arguments, an unknown one.
 
     Attributes:
-        model: as the device tree (Jetson) or the firmware (PC) spells it.
-        jetson: whether it is one; known in a container too, by the kernel's name.
+        model: as the device tree (Jetson) or the firmware (PC) names it.
+        jetson: whether it is one; in a container, the kernel's name says so.
         soc: e.g. ``tegra234``, from the device tree.
         compute_capability: of a Jetson's GPU, from ``soc``; e.g. ``8.7``.
         l4t: release of Jetson Linux, e.g. ``36.4.3``.
-        jetpack: e.g. ``6.2``; the package's own version where it is installed, else from ``l4t``;
-            for an unknown release of a known line, only that: ``6``.
-        jetpack_installed: version of the package ``nvidia-jetpack``; None where it is not.
-        driver: version of the NVIDIA driver; ``L4T 38.4.0`` where the kernel does not say and it
-            comes with Jetson Linux.
+        jetpack: e.g. ``6.2``: the version of its package if installed, otherwise derived from
+            ``l4t``; for an unknown release of a known series, only that: ``6``.
+        jetpack_installed: version of the package ``nvidia-jetpack``; None if not installed.
+        driver: version of the NVIDIA driver; ``L4T 38.4.0`` if the kernel does not say and the
+            driver is part of Jetson Linux.
         cuda: version of the newest CUDA toolkit or runtime installed for the whole system.
-        gpu_nodes: what lies in ``/dev`` for the GPU.
-        locked_nodes: those of them that this process may not open.
+        gpu_nodes: the GPU's device files in ``/dev``.
+        locked_nodes: those that this process may not open.
         gpus: names of the GPUs as the driver lists them (not on a Jetson Orin).
         tensorrt_folders: versions of the system's own Python that have ``tensorrt``: ``3.10``, or
             ``3`` where the folder is for any.
         tensorrt_package: version of the package ``python3-libnvinfer``.
         container: whether this is one.
-        power_mode: now; its name is ``?`` where ``nvpmodel.conf`` does not name it.
-        fastest_mode: the one without limits, or of the most watts; None where names do not say.
-        memory_bytes, available_bytes, swap_bytes: all of it, what can be had now without swapping,
-            and all swap; 0 where unknown.
+        power_mode: the current one; its name is ``?`` if ``nvpmodel.conf`` does not list it.
+        fastest_mode: the one without limits, or with the most watts; None if unknown.
+        memory_bytes, available_bytes, swap_bytes: total, available without swapping, and total
+            swap; 0 if unknown.
         zones: thermal zones, hottest first.
     """
 
@@ -127,7 +126,7 @@ class Board:
 
     @property
     def gpu_visible(self) -> bool:
-        """Whether ``/dev`` holds what a GPU is reached through."""
+        """Whether ``/dev`` holds a GPU's device file."""
         return not _GPU.isdisjoint(self.gpu_nodes)
 
 
@@ -187,7 +186,7 @@ def _glob(root: Path, pattern: str) -> list[Path]:
 
 def _device_tree(root: Path, name: str) -> list[str]:
     """A property of the device tree's root: strings, each ended by a NUL."""
-    # The first is a link to the second, but a copied tree need not hold both.
+    # The first is a link to the second, but a copied tree may hold only one.
     for folder in ("proc/device-tree", "sys/firmware/devicetree/base"):
         words = [word.strip() for word in _text(root / folder / name).split("\0") if word.strip()]
         if words:
@@ -219,7 +218,7 @@ def _l4t(root: Path, packages: dict[str, str]) -> str | None:
 def _jetpack(l4t: str | None) -> str | None:
     if l4t is None:
         return None
-    # The file says 38.2.0 or 38.2 for one release.
+    # One release is called 38.2.0 or 38.2.
     return _JETPACK.get(l4t) or _JETPACK.get(
         l4t.removesuffix(".0"), _JETPACK_LINE.get(l4t.split(".")[0])
     )
@@ -279,14 +278,14 @@ def _power_mode(root: Path, modes: tuple[PowerMode, ...]) -> PowerMode | None:
 def _fastest(modes: tuple[PowerMode, ...]) -> PowerMode | None:
     """MAXN_SUPER, else MAXN, else the most watts, then the most cores (MODE_20W_6CORE).
 
-    The number says nothing: MAXN_SUPER is 2 on an Orin Nano and 0 on an Orin NX.
+    The mode's number does not help: MAXN_SUPER is 2 on an Orin Nano and 0 on an Orin NX.
     """
 
     def rank(mode: PowerMode) -> tuple[int, int, int]:
         maxn = 0 if not mode.name.startswith("MAXN") else 1 + mode.name.endswith("SUPER")
         watts = re.search(r"(\d+)W", mode.name)
         cores = re.search(r"(\d+)CORE", mode.name)
-        # A name without cores has them all.
+        # A name without cores means all of them.
         return maxn, int(watts[1]) if watts else 0, int(cores[1]) if cores else 1000
 
     named = [mode for mode in modes if rank(mode)[:2] != (0, 0)]
@@ -307,7 +306,7 @@ def _zones(root: Path) -> tuple[Zone, ...]:
         trips = []
         for path in _glob(folder, "trip_point_*_type"):
             trip = _celsius(path.with_name(path.name.replace("_type", "_temp")))
-            # A trip point at or below zero is switched off.
+            # A trip point at or below zero is disabled.
             if _text(path).strip() == "passive" and trip is not None and trip > 0:
                 trips.append(trip)
         name = _text(folder / "type").strip() or folder.name
@@ -317,6 +316,6 @@ def _zones(root: Path) -> tuple[Zone, ...]:
 
 def _celsius(path: Path) -> float | None:
     try:
-        return int(_text(path)) / 1000  # a zone that is switched off fails to read
+        return int(_text(path)) / 1000  # a disabled zone cannot be read
     except ValueError:
         return None

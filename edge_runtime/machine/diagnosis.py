@@ -1,10 +1,7 @@
-"""What is usable on this machine, and the command that mends what is not: one check each.
+"""What is usable on this machine, and the command that repairs what is not: one check for each.
 
-It reads the machine's files, has every library asked in a child process, and judges. A check that
-itself goes wrong becomes a failure of that name: nothing here raises because of what it finds.
-Nothing but the standard library and this project's own modules is imported, so that it runs where
-other things are broken. Where the facts come from is left to :mod:`edge_runtime.machine.board` and
-:mod:`edge_runtime.machine.probes`, how they are shown to :mod:`edge_runtime.commands.doctor`.
+A check that fails because of a bug is reported like any other. The module imports nothing but the
+standard library and this project, so that it runs where other packages are broken.
 """
 
 from __future__ import annotations
@@ -35,20 +32,20 @@ _GB = 1_000_000_000
 # The plans of ViT-H in fp16, the largest model there is, take 1.3 GB.
 _DISK_BYTES = 2 * _GB
 _MEMORY_BYTES = 1 * _GB
-# CUDA -> the oldest driver it runs with.
+# CUDA -> the oldest driver that supports it.
 # https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
 _OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 OPEN_VENV = (
     "sed -i 's/^include-system-site-packages.*/include-system-site-packages = true/' "
     '"$VIRTUAL_ENV/pyvenv.cfg"'
 )
-"""Lets a virtual environment see the packages of the system's Python."""
+"""Makes the packages of the system's Python visible in a virtual environment."""
 _PACKAGES = "numpy msgspec pyzmq Pillow rich"
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line. ``id`` is for scripts, ``mend`` the command that mends it."""
+    """One line. `id` is for scripts; `mend` is what to do, mostly a command."""
 
     id: str
     status: Status
@@ -64,7 +61,7 @@ class _Facts:
     asked_for: Path | None
 
     def found(self, probe: str) -> dict[str, Any]:
-        """What the probe found; empty when it did not."""
+        """What the probe found; empty if it failed."""
         return self.answers[probe].facts or {}
 
     @property
@@ -73,12 +70,12 @@ class _Facts:
 
     @property
     def bundle(self) -> Path | None:
-        """Where it lies; None when nobody named one and the shipped one was not found."""
+        """Its folder; None if none was given and the shipped one was not found."""
         path = self.found("bundle").get("path")
         return Path(path) if path else self.asked_for
 
     def defects(self, flavour: Flavour) -> tuple[Defect, ...]:
-        """What is known to be wrong with an installed library on this GPU."""
+        """Known defects of an installed library on this GPU."""
         major, minor, patch = self.found(flavour)["version"]
         return defects(flavour, (major, minor, patch), self.compute_capability)
 
@@ -94,11 +91,11 @@ def examine(
     require: Iterable[Needed] = (),
     timeout_s: float = 20.0,
 ) -> list[Check]:
-    """Look at everything. Never raises because of what it finds.
+    """Run every check. Never raises because of what it finds.
 
     Args:
-        root: below which the machine's files are read; the libraries are those of this process.
-        bundle: the one whose engines are opened; None means the shipped one.
+        root: the machine's files are read below it; the libraries are those of this process.
+        bundle: its engines are opened; None means the shipped one.
         require: what must be able to run here.
     """
     checks: list[Check] = []
@@ -112,9 +109,9 @@ def examine(
     except Exception as error:
         checks.append(_bug("probes", "libraries", error))
     facts = _Facts(board, answers, bundle)
-    for name, look in _CHECKS.items():
+    for name, check in _CHECKS.items():
         try:
-            found = look(facts)
+            found = check(facts)
         except Exception as error:
             found = _bug(name, name, error)
         if found is not None:
@@ -138,12 +135,12 @@ def _bug(name: str, what: str, error: Exception) -> Check:
 
 def _questions(bundle: Path | None) -> list[tuple[str, ...]]:
     alone = ("packages", "onnxruntime", "tensorrt", "tensorrt-rtx", "gpu", "pycuda", "cuda-python")
-    # The shipped one is looked up by the probes: it takes modules that may be broken.
+    # The probes find the shipped one themselves: that needs modules that may be broken.
     path = () if bundle is None else (str(bundle),)
     return [*((name,) for name in alone), ("bundle", *path), ("engines", *path)]
 
 
-# The checks, in the order of the report. None: nothing to say on this machine.
+# The checks, in the order of the report. None: it does not apply to this machine.
 
 
 def _board(facts: _Facts) -> Check:
@@ -428,7 +425,7 @@ def _tensorrt(facts: _Facts) -> Check:
     answer, board = facts.answers["tensorrt"], facts.board
     install = "sudo apt update && sudo apt install python3-libnvinfer" if board.jetson else None
     if not answer.missing:
-        # A copy that fails may hide the system's own, so the folder has no say here.
+        # A broken copy may hide the system's own, so the folder says nothing here.
         return _library(facts, "tensorrt", "TensorRT", install)
     if board.tensorrt_folders:
         return _hidden_tensorrt(board)
@@ -437,7 +434,7 @@ def _tensorrt(facts: _Facts) -> Check:
 
 
 def _hidden_tensorrt(board: Board) -> Check:
-    """It is a Debian package of the system's Python, which this Python does not look at."""
+    """It is a Debian package of the system's Python, and not visible to this Python."""
     folder = board.tensorrt_folders[-1]
     here, prefix, base = _python_here()
     detail = f"{board.tensorrt_package or 'installed'} belongs to the system's Python {folder}"
@@ -460,7 +457,7 @@ def _hidden_tensorrt(board: Board) -> Check:
 
 
 def _python_here() -> tuple[str, Path, Path]:
-    """Version as ``3.10``, where its environment lies, and the installation that made it."""
+    """Version such as ``3.10``, the folder of its environment, and that of its installation."""
     version = ".".join(platform.python_version_tuple()[:2])
     return version, Path(sys.prefix), Path(sys.base_prefix)
 
@@ -491,9 +488,9 @@ def _library(facts: _Facts, flavour: Flavour, what: str, install: str | None) ->
     known = facts.defects(flavour)
     if known:
         faults = "; ".join(f"{defect.what} ({defect.source})" for defect in known)
-        if flavour == "tensorrt-rtx":  # all that is known of it is which GPUs it lacks
+        if flavour == "tensorrt-rtx":  # its only known defects are GPUs that it does not support
             return Check(flavour, "warn", what, f"{version}: {faults}")
-        verify = f"edge-runtime verify {_quoted(facts.bundle)}    (measures whether it is hit)"
+        verify = f"edge-runtime verify {_quoted(facts.bundle)}    (measures whether it is affected)"
         detail = f"{version} has known defects: {faults}"
         return Check(flavour, "warn", what, detail, verify if facts.gpu_usable else None)
     if not facts.gpu_usable:
@@ -511,7 +508,7 @@ def _failed(answer: Answer) -> str:
 
 def _pycuda(facts: _Facts) -> Check:
     answer, board = facts.answers["pycuda"], facts.board
-    # Its headers and libcuda are looked for through nvcc.
+    # Its build finds the headers and libcuda through nvcc.
     path = "PATH=/usr/local/cuda/bin:$PATH " if board.cuda else ""
     install = f"{path}pip install pycuda"
     if answer.facts:
@@ -521,13 +518,13 @@ def _pycuda(facts: _Facts) -> Check:
             return Check("pycuda", "warn", "pycuda", "not installed: TensorRT needs it", install)
         return Check("pycuda", "none", "pycuda", "not installed")
     if not board.gpu_visible and re.search("cuInit|libcuda", answer.error or ""):
-        return Check("pycuda", "none", "pycuda", "installed, but there is no GPU it could use")
+        return Check("pycuda", "none", "pycuda", "installed, but there is no GPU to use")
     rebuild = install.replace("pip install", "pip install --force-reinstall --no-cache-dir")
     return Check("pycuda", "fail", "pycuda", _failed(answer), rebuild)
 
 
 def _has_tensorrt(facts: _Facts) -> bool:
-    """Whether one of the two libraries answers, and is made for this GPU as far as known."""
+    """Whether one of the two libraries works and is not known to lack this GPU."""
     rtx = facts.answers["tensorrt-rtx"].facts and not facts.defects("tensorrt-rtx")
     return bool(facts.answers["tensorrt"].facts or rtx)
 
@@ -558,9 +555,8 @@ def _bundle(facts: _Facts) -> Check:
     answer = facts.answers["bundle"]
     if answer.facts is None:
         if facts.answers["packages"].facts is None:
-            return Check("bundle", "none", "bundle", "not opened, for want of those packages")
-        error = f"{answer.error}"
-        command = _command_in(error)
+            return Check("bundle", "none", "bundle", "not opened: packages are missing")
+        error, command = f"{answer.error}", answer.mend
         if "gave no answer" in error:
             command = f"edge-runtime info {_quoted(facts.bundle)}    (hashes it without a limit)"
         elif facts.asked_for is None:
@@ -571,13 +567,13 @@ def _bundle(facts: _Facts) -> Check:
 
 
 def _disk(facts: _Facts) -> Check | None:
-    """Whether plans could be built."""
+    """Whether there is room for plans."""
     if facts.bundle is None or not facts.bundle.is_dir():
         return None
     try:
         folder = plans_folder(facts.bundle)
     except OSError:
-        return None  # said already
+        return None  # another check has said it
     path = next(found for found in (folder, *folder.parents) if found.is_dir())
     free = shutil.disk_usage(path).free
     detail = f"{_gigabytes(free)} free where the bundle's plans go"
@@ -597,10 +593,9 @@ def _disk(facts: _Facts) -> Check | None:
 def _engines(facts: _Facts) -> Check | None:
     what, answer = "--device auto", facts.answers["engines"]
     if answer.facts is None:
-        error = f"{answer.error}"
+        error, command = f"{answer.error}", answer.mend
         if error == facts.answers["bundle"].error:
-            return None  # said already
-        command = _command_in(error)
+            return None  # the check of the bundle has said it
         if "gave no answer" in error:
             command = f"edge-runtime doctor {_quoted(facts.bundle)} --timeout 200"
         return Check("engines", "fail", what, error, command)
@@ -613,8 +608,8 @@ def _engines(facts: _Facts) -> Check | None:
         detail = "; ".join(f"{engine}: {', '.join(s)}" for engine, s in by_engine.items())
     warnings = answer.facts["warnings"]
     if warnings:
-        mend = _command_in(" ".join(warnings))
-        return Check("engines", "warn", what, f"{detail}. {warnings[0]}", mend)
+        mend = next((warning["mend"] for warning in warnings if warning["mend"]), None)
+        return Check("engines", "warn", what, f"{detail}. {warnings[0]['text']}", mend)
     if "TensorRT" not in by_engine and facts.found("pycuda") and _has_tensorrt(facts):
         return Check(
             "engines",
@@ -648,7 +643,7 @@ _CHECKS: dict[str, Callable[[_Facts], Check | None]] = {
 
 
 def _require(needed: Needed, facts: _Facts, checks: Sequence[Check]) -> Check:
-    """Whether an engine can run here: its parts must, and the first that cannot is named."""
+    """Whether an engine can run here; if not, the first part that is missing."""
     name = f"require-{needed}"
     what = f"required {needed}"
     by_id = {check.id: check for check in checks}
@@ -666,13 +661,7 @@ def _require(needed: Needed, facts: _Facts, checks: Sequence[Check]) -> Check:
     if not facts.found("pycuda"):
         part = by_id["pycuda"]
         return Check(name, "fail", what, f"pycuda: {part.detail}", part.mend)
-    return Check(name, "ok", what, "TensorRT can run; what its plans are worth, `verify` measures")
-
-
-def _command_in(text: str) -> str | None:
-    """The command that an error of this project names."""
-    found = re.search(r"`(edge-runtime [^`]+)`", text)
-    return found[1] if found else None
+    return Check(name, "ok", what, "TensorRT can run; `verify` measures its plans")
 
 
 def _gigabytes(size: float) -> str:
@@ -684,7 +673,7 @@ def _quoted(path: Path | None) -> str:
 
 
 def _tidy(check: Check) -> Check:
-    """One printable line each, short, without the name of whoever's home folder this is."""
+    """One short printable line each, with ~ for the home folder, whose name may be private."""
     home = os.path.expanduser("~")
 
     def tidy(text: str, limit: int) -> str:

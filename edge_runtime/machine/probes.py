@@ -1,10 +1,4 @@
-"""What a library says of itself, asked in a process of its own.
-
-A broken library of a GPU may raise, crash the interpreter, hang, or print what it likes; here each
-is imported and tried by a child process with a time limit, so that whatever it does becomes one
-:class:`Answer`. The children look for modules where this process does, and are gone when
-:func:`ask` returns. What the answers mean is left to :mod:`edge_runtime.commands.doctor`.
-"""
+"""Asks each library in its own child process, because a broken one may crash, hang or print."""
 
 from __future__ import annotations
 
@@ -21,9 +15,10 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from edge_common.signals import child_process
+from edge_common.text import one_line
 
 _RUN = (
-    # Set first, so that the working directory cannot stand in for a module.
+    # Set first, so that a file in the working directory cannot replace a module.
     "import os, sys; sys.path[:] = sys.argv[1].split(os.pathsep); "
     "from edge_runtime.machine.probes import main; main(sys.argv[2], sys.argv[3:])"
 )
@@ -32,18 +27,20 @@ _TAIL_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of one probe.
+    """The result of one probe.
 
     Attributes:
-        facts: what it found; None when it did not get so far.
-        missing: the module is not installed; nothing is wrong.
-        error: one line on what went wrong.
-        stderr: the last lines the library wrote, for clues.
+        facts: what it found; None if it failed.
+        missing: the module is not installed, which is no error.
+        error: one line about what went wrong.
+        mend: what to do about it, if the error says so.
+        stderr: the last lines the library wrote.
     """
 
     facts: dict[str, Any] | None = None
     missing: bool = False
     error: str | None = None
+    mend: str | None = None
     stderr: str = field(default="", repr=False)
 
 
@@ -56,8 +53,8 @@ def ask(probes: Iterable[tuple[str, ...]], timeout_s: float) -> dict[str, Answer
     running: dict[str, tuple[subprocess.Popen[bytes], IO[bytes], IO[bytes]]] = {}
     with ExitStack() as stack:
         for name, *arguments in probes:
-            # Files and not pipes: nobody has to read them for the child to go on, and a
-            # grandchild that keeps one open does not keep us waiting.
+            # Files, because a full pipe would stop the child, and a grandchild that keeps a pipe
+            # open would keep us waiting.
             out: IO[bytes] = stack.enter_context(tempfile.TemporaryFile())
             err: IO[bytes] = stack.enter_context(tempfile.TemporaryFile())
             command = [sys.executable, "-c", _RUN, os.pathsep.join(sys.path), name, *arguments]
@@ -88,14 +85,13 @@ def _answer(code: int, out: str, err: str) -> Answer:
             name = f"signal {-code}"
         return Answer(error=f"crashed the process ({name})", stderr=err)
     try:
-        said = json.loads(out)
-        return Answer(said.get("facts"), said.get("missing", False), said.get("error"), err)
-    except (ValueError, AttributeError):
-        last = (err.strip().splitlines() or ["it said nothing"])[-1]
+        return Answer(**json.loads(out), stderr=err)
+    except (ValueError, TypeError):
+        last = (err.strip().splitlines() or ["it printed nothing"])[-1]
         return Answer(error=f"ended the process with code {code}: {last}", stderr=err)
 
 
-# What follows runs in the child.
+# Everything below runs in the child.
 
 
 def main(name: str, arguments: list[str]) -> None:
@@ -105,20 +101,21 @@ def main(name: str, arguments: list[str]) -> None:
     try:
         said: dict[str, Any] = {"facts": _PROBES[name](*arguments)}
     except ModuleNotFoundError as error:
-        # Of the module itself; one that it needs in turn is an error.
+        # The module itself may be missing; if another one is that it needs, that is an error.
         package = (error.name or "").split(".")[0]
-        said = {"missing": True} if package in _MODULES.get(name, ()) else {"error": _line(error)}
+        said = {"missing": True} if package in _MODULES.get(name, ()) else _told(error)
     except Exception as error:
-        said = {"error": _line(error)}
+        said = _told(error)
     os.write(answer_fd, json.dumps(said).encode())
-    os._exit(0)  # what a library does when the interpreter ends does not matter here
+    os._exit(0)  # skip what libraries do when the interpreter ends
 
 
-def _line(error: Exception) -> str:
+def _told(error: Exception) -> dict[str, Any]:
     from edge_common.errors import EdgeRuntimeError
 
-    text = " ".join(str(error).split()) or "no reason given"
-    return text if isinstance(error, EdgeRuntimeError) else f"{type(error).__name__}: {text}"
+    if isinstance(error, EdgeRuntimeError):
+        return {"error": one_line(error.found), "mend": error.mend or None}
+    return {"error": f"{type(error).__name__}: {one_line(error) or 'no reason given'}"}
 
 
 def _packages() -> dict[str, Any]:
@@ -142,7 +139,7 @@ def _packages() -> dict[str, Any]:
 
 
 def _onnxruntime() -> dict[str, Any]:
-    """Opens a stage of the shipped bundle on the CPU, and on CUDA where that is on offer."""
+    """Opens a stage of the shipped bundle on the CPU, and on CUDA if that is available."""
     import onnxruntime
 
     from edge_common.errors import EngineError
@@ -158,11 +155,11 @@ def _onnxruntime() -> dict[str, Any]:
             OrtEngine(path, device="cuda", threads=1).close()
             cuda = ""
         except EngineError as error:
-            cuda = _line(error)
+            cuda = one_line(error.found)
     return {
         "version": onnxruntime.__version__,
         "providers": providers,
-        # None: not on offer; empty: works; else what is wrong.
+        # None: not available; empty: works; otherwise what is wrong.
         "cuda": cuda,
     }
 
@@ -176,13 +173,13 @@ def _library(flavour: Any) -> dict[str, Any]:
     try:
         library = libraries.load(flavour)
     except EngineError as error:
-        # What mends it depends on the machine, which the caller knows; the cause is enough here.
+        # The remedy depends on the machine, which the caller knows, so pass on the cause alone.
         raise (error.__cause__ or error) from None
     return {"version": library.version}
 
 
 def _gpu() -> dict[str, Any]:
-    """What the driver says, asked without any package."""
+    """Asks the driver directly, without any package."""
     from dataclasses import asdict
 
     from engines import cuda
@@ -211,7 +208,7 @@ def _cuda_python() -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
     from importlib.util import find_spec
 
-    # The second is how cuda-python up to 12.5 has it; `cuda` alone belongs to other packages too.
+    # The second is the module of cuda-python up to 12.5; other packages have a `cuda` too.
     for module in ("cuda.bindings.driver", "cuda.cuda"):
         try:
             found = find_spec(module) is not None
@@ -243,17 +240,18 @@ def _bundle(path: str | None = None) -> dict[str, Any]:
 
 
 def _engines(path: str | None = None) -> dict[str, Any]:
-    """Opens every stage as a run with ``--device auto`` would."""
+    """Opens every stage as ``--device auto`` does."""
     import logging
 
     from engines.bundle import Bundle, shipped_bundle
     from engines.selection import open_stage
 
-    warnings: list[str] = []
+    warnings: list[dict[str, str]] = []
 
     class Keep(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            warnings.append(record.getMessage())
+            mend = getattr(record, "mend", "")
+            warnings.append({"text": record.getMessage(), "mend": mend})
 
     logging.getLogger("engines").addHandler(Keep(logging.WARNING))
     bundle = Bundle.load(path or shipped_bundle())
@@ -276,7 +274,7 @@ _PROBES: dict[str, Any] = {
     "bundle": _bundle,
     "engines": _engines,
 }
-# Probe -> the modules whose absence is no error.
+# Probe -> the modules that may be missing.
 _MODULES: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("onnxruntime",),
     "tensorrt": ("tensorrt",),

@@ -1,10 +1,4 @@
-"""One connection to one node: requests out, checked replies in, and the reason if not.
-
-:meth:`NodeClient.infer` ends at its deadline at the latest, with the stage's outputs or with an
-:class:`~edge_common.errors.OffloadError` that names the node and the likely cause. Which windows to
-send is decided in :mod:`edge_runtime.offload.placement`, what to do about failures in
-:mod:`edge_runtime.offload.offloader`.
-"""
+"""The connection to one node: requests out, checked replies in, or an error with its cause."""
 
 from __future__ import annotations
 
@@ -14,7 +8,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import zmq
@@ -23,8 +17,10 @@ import zmq.asyncio
 from edge_common.errors import OffloadError, ProtocolError
 from edge_runtime.config import Node
 from edge_runtime.offload.integrity import check_reply
-from edge_runtime.offload.placement import Permit
+from edge_runtime.offload.ledger import Permit
 from engines.bundle import Stage
+from transport.dos_protection import Connections, connection_limits
+from transport.link import NOT_AUTHORISED, LinkEvent, watch
 from transport.messages import (
     NO_ID,
     VERSIONS,
@@ -45,41 +41,58 @@ from transport.messages import (
     new_id,
     new_seal,
 )
-from transport.meter import Meter, bounds
-from transport.sockets import BACKLOG, LinkEvent, client, received, watch
+from transport.sockets import BACKLOG, client, received
 
 log = logging.getLogger(__name__)
 
 _GRACE_S = 1.0
-"""How long requests wait for an unreachable or lost node to come back, counted once per outage."""
+"""How long requests wait for an unreachable or lost node, once per outage."""
 _REST_S = 0.1
 """Pause before a connection is rebuilt after a defect; it doubles with each defect in a row."""
 _LONGEST_REST_S = 10.0
 _ASKING_S = 3600.0
-"""Longest wait for what a node serves; requests wait for it until their own deadlines."""
+"""Longest wait for a node to say what it serves. Requests wait until their own deadlines."""
 _METER_S = 0.05
-"""How often to look what the node makes this process hold: at 1 Gbit/s, 6 MB in between."""
+"""How often to measure what the node has sent: at 1 Gbit/s, 6 MB arrive in between."""
+_LINK_CODES = {"down": "connection_lost", "unreachable": "unreachable", "refused": "link_refused"}
 
 
-class NodeRefusedError(OffloadError):
-    """A node said that it will not return a result; ``code`` as in ``docs/protocol.md``.
+_E = TypeVar("_E", bound="NodeError")
 
-    ``retry_ms``: the same request may do better after so long; 0 if the node gave no hint.
+
+class NodeError(OffloadError):
+    """One node failed. `node` is its name, `reason` what happened, without the node's name.
+
+    `code` is ``unreachable``, ``connection_lost``, ``link_refused``, ``not_authorised``,
+    ``wrong_bundle``, ``late``, ``wrong_answer``, ``refused``, ``quarantined`` or ``offload``.
     """
 
-    def __init__(self, message: str, code: str, retry_ms: int) -> None:
-        super().__init__(message)
-        self.code = code
-        self.retry_ms = retry_ms
+    node = reason = ""
+
+    @classmethod
+    def of(cls: type[_E], node: Node, reason: str, code: str) -> _E:
+        error = cls(f"node {node.name} ({node.endpoint}): {reason}", code=code)
+        error.node, error.reason = node.name, reason
+        return error
+
+
+class NodeRefusedError(NodeError):
+    """A node said that it will not return a result.
+
+    `refusal` is the code of its answer, see ``docs/protocol.md``. The same request may do better
+    after `retry_ms`; 0 if the node gave no hint.
+    """
+
+    refusal = ""
+    retry_ms = 0
 
 
 @dataclass(frozen=True)
 class Reply:
     """A node's checked outputs and where the time went, in milliseconds.
 
-    ``upload_ms`` ends when the node says that it has the whole request. ``compute_ms`` and
-    ``queue_ms`` are the node's own account; ``download_ms`` is the rest. All by the edge's clock
-    but those two, so clocks need not agree.
+    `upload_ms` ends when the node says that it has the whole request. The node reports `compute_ms`
+    and `queue_ms` itself; `download_ms` is the rest. The clocks of edge and node need not agree.
     """
 
     outputs: dict[str, np.ndarray]
@@ -99,19 +112,19 @@ class _Pending:
         self.answered: float | None = None
         self.answer: asyncio.Future[tuple[Message, zmq.Frame]] = loop.create_future()
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str, code: str) -> None:
         if not self.answer.done():
-            self.answer.set_exception(OffloadError(reason))
+            self.answer.set_exception(OffloadError(reason, code=code))
 
 
 def listed(info: Info) -> str:
-    """What a node says it serves, for people."""
+    """What a node says it serves, as text."""
     served = [f"{stage.label} (stack {stage.sha256[:12]})" for stage in info.stages]
     return ", ".join(served) or "nothing"
 
 
 def mismatch(info: Info, stage: Stage) -> str | None:
-    """Why a node cannot run ``stage``, by what it says it serves; None if it can."""
+    """Why a node cannot run `stage`, going by what it says it serves; None if it can."""
     if any(served.sha256 == stage.sha256 for served in info.stages):
         return None
     return (
@@ -120,24 +133,23 @@ def mismatch(info: Info, stage: Stage) -> str | None:
     )
 
 
-class NodeClient:
-    """Connected to ``node`` from :meth:`start` to :meth:`close`, within one event loop.
+class Connection:
+    """Connected to `node` from :meth:`start` to :meth:`close`, within one event loop.
 
     It sends nothing without a permit of the exposure ledger, and no window before the node has
-    said, once per connection, that it serves the stage. It tells the node of requests it gives up.
-    A node that sends without end is cut off and not talked to again. The connection's tasks are
-    supervised: one that ends by itself is logged, and the connection is rebuilt.
+    said, once per connection, that it serves the stage. It cancels requests on the node that are
+    given up. It quarantines a node that sends without end. If one of its tasks ends by a defect, it
+    logs that and connects again.
 
     Args:
         ctx: asyncio context of that loop.
-        node: whom to talk to.
-        stage: the stage asked for, by its hash.
+        stage: the stage to run, identified by its hash.
         limits: of that stage, for both directions.
 
     Attributes:
-        strays: messages that answered nothing we had asked, all ignored.
+        strays: messages that answered no open request; all were ignored.
         cancelled: requests that the node was told to forget.
-        quarantine: why this node is not talked to any more, None if it is.
+        quarantine: why this node is not used any more; None if it is.
     """
 
     def __init__(
@@ -148,10 +160,12 @@ class NodeClient:
         self.cancelled = 0
         self.quarantine: str | None = None
         self._ctx = ctx
-        self._stage = stage
+        self.stage = stage
         self._limits = limits
-        # What is sent needs no metering: few requests wait, each for a caller with a deadline.
-        self._meter = Meter(bounds(limits.result, limits.request, backlog=BACKLOG))
+        # Outgoing bytes need no meter: few requests wait, each for a caller with a deadline.
+        self._connections = Connections(
+            connection_limits(limits.result, limits.request, backlog=BACKLOG)
+        )
         self._pending: dict[bytes, _Pending] = {}
         self._link: LinkEvent | None = None
         self._away_since = 0.0  # when connecting began, or when the link was last lost
@@ -173,8 +187,10 @@ class NodeClient:
         return self._link
 
     def start(self) -> None:
-        """Begin connecting, in the running event loop; returns at once. Not with a node in
-        quarantine."""
+        """Begin to connect, in the running event loop, and return at once.
+
+        Does nothing for a node in quarantine.
+        """
         if self.quarantine:
             return
         self._link = None
@@ -197,8 +213,10 @@ class NodeClient:
             task.add_done_callback(self._ended)
 
     async def close(self, reason: str = "the connection was closed") -> None:
-        """Drop the connection and all that libzmq holds for it; requests under way fail. It may be
-        started again."""
+        """Drop the connection and everything libzmq holds for it. Open requests fail.
+
+        It may be started again.
+        """
         here = asyncio.current_task()
         ours = [*self._tasks, self._rebuilding, self._greeting]
         tasks = [task for task in ours if task is not None and task is not here]
@@ -209,47 +227,49 @@ class NodeClient:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._turn(LinkEvent("down", reason))
-        self._fail_all(reason)
+        self._fail_all(reason, "connection_lost")
         if self._socket is not None:
             self._socket.close(linger=0)
 
     async def infer(self, feeds: Mapping[str, np.ndarray], permit: Permit, until: float) -> Reply:
-        """Have the node run the stage.
+        """Have the node run the stage. Ends at the deadline at the latest.
 
         Args:
-            feeds: the stage's inputs, leading dimension n; ``window`` says which windows these are.
-            permit: to send exactly these windows to this node, once; its ``bytes_sent`` tells, also
-                after an error, whether they went out.
+            feeds: the stage's inputs, leading dimension n; `window` says which windows these are.
+            permit: to send exactly these windows to this node. It is committed just before the
+                send. It is released if nothing was sent.
             until: deadline, in the event loop's time.
 
         Raises:
             NodeRefusedError: the node refused; it may say when to ask again.
-            OffloadError: no checked outputs by the deadline; names the node and the cause.
+            NodeError: no checked outputs by the deadline.
             PlacementError: the permit is for something else.
         """
-        if self.quarantine:
-            raise self._error(self.quarantine)
-        permit.spend(self.name, feeds["window"].tolist())
+        permit.check(self.name, feeds["window"].tolist())
         loop = asyncio.get_running_loop()
         begun = loop.time()
-        await self._ready(until)
-        started = loop.time()
-        left_ms = max(0, int((until - started) * 1000))
-        request = Request(new_id(), self._stage.sha256, left_ms, new_seal())
-        pending = _Pending()
-        message, frame = await self._ask(
-            request.id, encode(request, feeds), pending, until, begun, permit
-        )
+        try:
+            await self._ready(until)
+            started = loop.time()
+            left_ms = max(0, int((until - started) * 1000))
+            request = Request(new_id(), self.stage.sha256, left_ms, new_seal())
+            pending = _Pending()
+            message, frame = await self._ask(
+                request.id, encode(request, feeds), pending, until, begun, permit
+            )
+        finally:
+            if permit.state == "reserved":
+                permit.release()
         if not isinstance(message, Result):
-            raise self._error(f"answered with {type(message).__name__} where a result was due")
+            raise self._wrong(f"answered with {type(message).__name__}, expected a result")
         finished = pending.answered or loop.time()
         try:
             outputs = decode_tensors(message, frame, self._limits.result, request.seal)
-            check_reply(outputs, self._stage.outputs, len(feeds["window"]))
+            check_reply(outputs, self.stage.outputs, len(feeds["window"]))
         except ProtocolError as error:
-            raise self._error(f"wrong answer: {error}") from None
+            raise self._wrong(f"wrong answer: {error}") from None
         accepted = finished if pending.accepted is None else pending.accepted
-        # A node may claim any times; no more can have passed than by our own clock.
+        # A node may report any times; no more can have passed than by our own clock.
         compute_ms = min(message.compute_us / 1000, (finished - started) * 1000)
         queue_ms = min(message.queue_us / 1000, (finished - started) * 1000 - compute_ms)
         return Reply(
@@ -265,7 +285,7 @@ class NodeClient:
         """What the node serves, and the round trip in milliseconds once connected.
 
         Raises:
-            OffloadError: no answer by the deadline; names the node and the cause.
+            NodeError: no answer by the deadline.
         """
         loop = asyncio.get_running_loop()
         begun = loop.time()
@@ -275,7 +295,7 @@ class NodeClient:
         pending = _Pending()
         message, _ = await self._ask(request.id, encode(request), pending, until, begun)
         if not isinstance(message, Info):
-            raise self._error(f"answered with {type(message).__name__} where its info was due")
+            raise self._wrong(f"answered with {type(message).__name__}, expected its info")
         return message, ((pending.answered or loop.time()) - started) * 1000
 
     async def _ask(
@@ -287,74 +307,71 @@ class NodeClient:
         begun: float,
         permit: Permit | None = None,
     ) -> tuple[Message, zmq.Frame]:
-        """Send and wait for the answer of that id, or for what makes it impossible."""
+        """Send, and wait for the answer to that id, or for what makes an answer impossible."""
         loop = asyncio.get_running_loop()
+        if permit:
+            permit.commit(frame.nbytes)
         self._pending[id] = pending
-        sending = asyncio.ensure_future(self._socket.send(frame, copy=False))
+        sending: asyncio.Future[Any] | None = None
         try:
-            done, _ = await asyncio.wait(
+            sending = asyncio.ensure_future(self._socket.send(frame, copy=False))
+            await asyncio.wait(
                 {pending.answer, sending},
                 timeout=max(0.0, until - loop.time()),
                 return_when=asyncio.FIRST_COMPLETED,
             )
-            if sending in done and pending.answer not in done:
+            if not pending.answer.done() and sending.done():
                 sending.result()
-                done, _ = await asyncio.wait(
-                    {pending.answer}, timeout=max(0.0, until - loop.time())
-                )
-            if pending.answer in done:
-                message, answer = pending.answer.result()
-            else:
+                await asyncio.wait({pending.answer}, timeout=max(0.0, until - loop.time()))
+            if not pending.answer.done():
                 after = f"within {loop.time() - begun:.1f} s"
-                if pending.accepted is not None:
-                    raise OffloadError(
-                        f"no result {after}, though it has the windows: it is overloaded, slow or "
-                        "frozen"
-                    )
-                raise OffloadError(f"no answer {after}: the node is frozen or the link is slow")
-        except OffloadError as error:
-            raise self._error(str(error)) from None
+                raise self._error(
+                    f"no answer {after}: the node is frozen or the link is slow"
+                    if pending.accepted is None
+                    else f"no result {after}, though it has the windows: it is overloaded, slow or "
+                    "frozen",
+                    "late",
+                )
+            try:
+                message, answer = pending.answer.result()
+            except OffloadError as error:
+                raise self._error(error.found, error.code) from None
         except zmq.ZMQError as error:
-            raise self._error(f"sending failed: {error}") from None
+            raise self._error(f"sending failed: {error}", "connection_lost") from None
         finally:
             self._pending.pop(id, None)
-            if permit and not pending.answer.done():
-                self._cancel(id, sending)
-            for future in (sending, pending.answer):
-                if not future.cancel() and not future.cancelled():
-                    future.exception()  # told already, or too late to matter
-            if permit and not sending.cancelled() and not sending.exception():
-                permit.bytes_sent = frame.nbytes
+            sent = sending is not None and _succeeded(sending)
+            if permit and not sent:  # pyzmq never sends what is cancelled before it was sent
+                permit.release()
+            elif permit and not pending.answer.done():
+                self.cancelled += self._send_now(encode(Cancel(id)))
+            _succeeded(pending.answer)
         if isinstance(message, Refused):
-            raise NodeRefusedError(
-                str(self._error(f"refused ({message.code}): {message.message}")),
-                message.code,
-                message.retry_ms,
-            )
+            reason = f"refused ({message.code}): {message.message}"
+            refused = NodeRefusedError.of(self.node, reason, "refused")
+            refused.refusal, refused.retry_ms = message.code, message.retry_ms
+            raise refused
         return message, answer
 
-    def _cancel(self, id: bytes, sending: asyncio.Future[Any]) -> None:
-        """Tell the node that nobody waits any more for what it has been sent."""
-        if not sending.done() or sending.cancelled() or sending.exception():
-            return
-        self.cancelled += self._send_now(encode(Cancel(id)))
-
     def _send_now(self, frame: memoryview) -> bool:
-        """At once or not at all: a node that takes nothing more needs no telling. Whether it was
-        sent."""
-        told = self._socket.send(frame, flags=zmq.NOBLOCK)
-        if not told.done():  # pyzmq lets it wait behind other messages
-            told.cancel()
-            return False
-        return not told.cancelled() and told.exception() is None
+        """Send at once or not at all; returns whether it was sent."""
+        sending = self._socket.send(frame, flags=zmq.NOBLOCK)
+        return _succeeded(sending)  # pyzmq may queue it behind other messages: then give it up
 
-    def _error(self, reason: str) -> OffloadError:
-        return OffloadError(f"node {self.name} ({self.node.endpoint}): {reason}")
+    def _error(self, reason: str, code: str) -> NodeError:
+        return NodeError.of(self.node, reason, code)
+
+    def _wrong(self, reason: str) -> NodeError:
+        return self._error(reason, "wrong_answer")
+
+    def _link_code(self, link: LinkEvent) -> str:
+        known = {NOT_AUTHORISED: "not_authorised", self.quarantine: "quarantined"}
+        return known.get(link.reason) or _LINK_CODES[link.state]
 
     async def _ready(self, until: float) -> None:
         """Wait until the node has said that it serves the stage; raise if it does not.
 
-        It is asked once per connection, and asked again only if that failed.
+        It is asked once per connection, and again only if that failed.
         """
         loop = asyncio.get_running_loop()
         begun = loop.time()
@@ -363,20 +380,21 @@ class NodeClient:
             greeting = self._greeting or self._greet()
             await asyncio.wait({greeting}, timeout=max(0.0, until - loop.time()))
             if greeting is not self._greeting:
-                continue  # that connection is gone, or the question was given up
+                continue  # that connection is gone, or another request stopped waiting
             if not greeting.done():
                 self._forget_greeting()
                 raise self._error(
                     f"it has not said within {loop.time() - begun:.1f} s what it serves, so no "
-                    "window was sent: the node is frozen or the link is slow"
+                    "window was sent: the node is frozen or the link is slow",
+                    "late",
                 )
             if greeting.cancelled():
                 self._forget_greeting()
-                raise self._error("asking what it serves was interrupted")
+                raise self._error("asking what it serves was interrupted", "connection_lost")
             if greeting.exception():
                 self._forget_greeting()
-            if wrong := mismatch(greeting.result(), self._stage):
-                raise self._error(wrong)
+            if wrong := mismatch(greeting.result(), self.stage):
+                raise self._error(wrong, "wrong_bundle")
             self._defects = 0
             return
 
@@ -397,42 +415,43 @@ class NodeClient:
             greeting.cancel()
 
     def _patience(self, until: float) -> float:
-        """When to stop waiting for the link: an outage has one grace, for all requests."""
+        """When to stop waiting for the link. All requests of an outage share one grace."""
         return until if self._link is None else min(until, self._away_since + _GRACE_S)
 
     async def _connected(self, until: float) -> None:
-        """Wait for the link; raise as soon as it is known that waiting is in vain."""
+        """Wait for the link; raise as soon as waiting cannot help."""
         loop = asyncio.get_running_loop()
         begun = loop.time()
         if self.quarantine:
-            raise self._error(self.quarantine)
+            raise self._error(self.quarantine, "quarantined")
         while self._link is None or self._link.state != "up":
             if self._link is not None and self._link.state == "refused":
-                raise self._error(self._link.reason)
+                raise self._error(self._link.reason, self._link_code(self._link))
             limit = self._patience(until)
             changed = self._link_changed
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(changed.wait(), max(0.0, limit - loop.time()))
             if not changed.is_set() and loop.time() >= limit:
                 if self._link is not None:
-                    raise self._error(self._link.reason)
+                    raise self._error(self._link.reason, self._link_code(self._link))
                 raise self._error(
                     f"no connection within {loop.time() - begun:.1f} s: the host does not answer, "
-                    "or the node is frozen"
+                    "or the node is frozen",
+                    "unreachable",
                 )
 
     async def _follow(self) -> None:
-        """Keep the link's state for as long as the client lives."""
-        events: Any = watch(self._socket, self.node.endpoint, meter=self._meter)
+        """Keep track of the link's state."""
+        events: Any = watch(self._socket, self.node.endpoint, connections=self._connections)
         async with contextlib.aclosing(events):
             async for event in events:
                 self._turn(event)
                 if event.state == "up":
                     self._greet()
-                else:  # the node forgets us with the connection
+                else:  # the node forgets this edge when the connection ends
                     self._versions_told = False
                     self._forget_greeting()
-                    self._fail_all(event.reason)
+                    self._fail_all(event.reason, self._link_code(event))
 
     def _turn(self, event: LinkEvent) -> None:
         if self._link is not None and self._link.state == "up":
@@ -442,52 +461,52 @@ class NodeClient:
         changed.set()
 
     async def _measure(self) -> None:
-        """Watch what the node makes this process hold, until it is too much."""
+        """Quarantine the node if this process holds too many of its bytes."""
         while True:
             await asyncio.sleep(_METER_S)
-            for breach in self._meter.poll(time.monotonic()):
+            for breach in self._connections.check(time.monotonic()):
                 if breach.reason == "endless":
                     await self._shut_out(
-                        f"in quarantine until this edge starts anew: it sent "
-                        f"{breach.bytes / 1e6:.0f} MB without ending a message, or without being "
-                        "asked, which no node does that means well"
+                        f"it sent {breach.bytes / 1e6:.0f} MB without ending a message, or without "
+                        "being asked; no honest node does that"
                     )
                     return
 
     async def _shut_out(self, reason: str) -> None:
-        """Drop the connection, and never talk to this node again."""
-        log.warning("%s", self._error(reason))
+        """Drop the connection, and never use this node again."""
+        reason = f"in quarantine until this edge is restarted: {reason}"
+        log.warning("%s", self._error(reason, "quarantined"))
         self.quarantine = reason
-        self._fail_all(reason)
+        self._fail_all(reason, "quarantined")
         await self.close(reason)
         self._turn(LinkEvent("refused", reason))
 
     async def _read(self) -> None:
-        """Receive for as long as the client lives."""
+        """Receive messages."""
         loop = asyncio.get_running_loop()
         async for message in received(self._socket):
-            self._meter.delivered(message.frame)
+            self._connections.received(message.frame)
             if message.surplus:
                 await self._shut_out(
-                    "in quarantine until this edge starts anew: it sent a message of "
-                    f"{1 + message.surplus} frames, and no node of ours sends more than one"
+                    f"it sent a message of {1 + message.surplus} frames; honest nodes send one"
                 )
                 return
             try:
                 self._handle(message.frame, loop.time())
             except UnknownVersionError as error:
-                self._fail_all(f"wrong answer: {error}")
+                self._fail_all(f"wrong answer: {error}", "wrong_answer")
                 self._tell_versions()
             except ProtocolError as error:
-                # Whatever it was meant to answer, this node does not speak our protocol.
-                self._fail_all(f"wrong answer: {error}")
+                # It does not say which request it answers, and this node breaks the protocol.
+                self._fail_all(f"wrong answer: {error}", "wrong_answer")
             except Exception as error:  # a node's message must not stop the reader
-                self._fail_all(f"its answer could not be read ({type(error).__name__})")
-            # Receiving what is there already doesn't yield; deadlines want their turn.
+                reason = f"its answer could not be read ({type(error).__name__})"
+                self._fail_all(reason, "wrong_answer")
+            # Receiving does not yield while messages are waiting, and timers must run.
             await asyncio.sleep(0)
 
     def _tell_versions(self) -> None:
-        """Tell a node whose version we don't know which we speak: once, for it may go on."""
+        """Tell a node of an unknown version which versions we speak, once per connection."""
         if not self._versions_told:
             self._versions_told = self._send_now(encode(VersionsSpoken(VERSIONS)))
 
@@ -495,10 +514,11 @@ class NodeClient:
         message = decode_header(frame)
         if isinstance(message, VersionsSpoken):
             spoken = ", ".join(map(str, message.versions))
-            self._fail_all(f"speaks only protocol versions {spoken}: update the older side")
+            reason = f"speaks only protocol versions {spoken}: update the older side"
+            self._fail_all(reason, "wrong_answer")
             return
         if isinstance(message, Refused) and message.id == NO_ID:
-            self._fail_all(f"refused ({message.code}): {message.message}")
+            self._fail_all(f"refused ({message.code}): {message.message}", "refused")
             return
         pending = self._pending.get(message.id)
         if pending is None or pending.answer.done():
@@ -510,21 +530,21 @@ class NodeClient:
             pending.answer.set_result((message, frame))
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """Rebuild the connection if one of its tasks has ended by itself, which is a defect."""
+        """Rebuild the connection if one of its tasks has ended by itself, which is a bug."""
         error = None if task.cancelled() else task.exception()
         ours = task in self._tasks and self.quarantine is None
         if error is None and not ours:
             return
         why = repr(error) if error else "it was cancelled"
         log.error(
-            "the connection to node %s broke down: its task %s ended (%s)",
+            "the connection to node %s failed: its task %s ended (%s)",
             *(self.name, task.get_name(), why),
             exc_info=error,
         )
         if ours:
             reason = (
-                f"the edge's connection broke down and is being rebuilt ({why}): this is a defect "
-                "of edge-runtime, not the node's; please report it with the log"
+                f"the edge's connection failed and is being rebuilt ({why}): this is a defect of "
+                "edge-runtime, not the node's; please report it with the log"
             )
             self._rebuilding = self._rebuilding or asyncio.create_task(self._rebuild(reason))
 
@@ -535,11 +555,16 @@ class NodeClient:
             self._defects += 1
             try:
                 self.start()
-            except Exception:  # such as no file descriptor being left
+            except Exception:  # for example when no file descriptor is left
                 log.exception("the connection to node %s could not be rebuilt yet", self.name)
         self._rebuilding = None
-        self._turn(LinkEvent("down", reason))  # until it is known better
+        self._turn(LinkEvent("down", reason))  # until the monitor reports
 
-    def _fail_all(self, reason: str) -> None:
+    def _fail_all(self, reason: str, code: str) -> None:
         for pending in self._pending.values():
-            pending.fail(reason)
+            pending.fail(reason, code)
+
+
+def _succeeded(future: asyncio.Future[Any]) -> bool:
+    """Whether it is done, and well. If it isn't done it is cancelled; its error is not logged."""
+    return not future.cancel() and not future.cancelled() and future.exception() is None

@@ -1,7 +1,7 @@
-"""Structural checks on what a node returned, before any of it may reach the tail.
+"""Structural checks on a node's reply, before any of it reaches the tail.
 
-Promises that outputs which pass are exactly the stage's tensors for the windows asked for: names,
-types, shapes, and every number finite. It cannot tell a plausible lie from the truth.
+Replies that pass have the stage's names, types and shapes, and every number is finite. Plausible
+lies pass too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from engines.dtypes import all_finite
 def check_reply(
     outputs: Mapping[str, np.ndarray], specs: Sequence[TensorSpec], windows: int
 ) -> None:
-    """Refuse outputs that are not the stage's for that many windows.
+    """Refuse outputs that do not fit the stage and the number of windows.
 
     Args:
         outputs: what the node returned, leading dimension ``windows``.

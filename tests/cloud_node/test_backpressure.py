@@ -19,10 +19,10 @@ def room(**changes: Any) -> bool:
         "size": RESULT,
         "own": 0,
         "everybody": 0,
-        "unsent": 4 * RESULT,
+        "unacked": 4 * RESULT,
         "total": 256 * MIB,
         "largest": RESULT,
-        "rate": 1e9,
+        "lanes": 2,
     }
     return has_room(**{**numbers, **changes})
 
@@ -32,14 +32,17 @@ def room(**changes: Any) -> bool:
     [
         ({}, True),
         ({"own": 2 * RESULT, "everybody": 2 * RESULT}, True),
-        ({"own": 3 * RESULT, "everybody": 3 * RESULT}, False),  # enough waits for it to read
-        ({"own": 1, "everybody": 118 * MIB}, True),
-        ({"own": 1, "everybody": 119 * MIB}, False),  # and enough for all
-        ({"own": 0, "everybody": 119 * MIB}, True),  # but who has nothing gets past them
-        ({"own": 0, "everybody": 183 * MIB}, False),
-        ({"own": 1, "everybody": 30 * MIB, "rate": 1e6}, False),  # 3 s of reading are enough
-        ({"own": 1, "everybody": 30 * MIB, "rate": 20e6}, True),
-        ({"own": 1, "everybody": 20 * MIB, "rate": 0.0}, True),  # nothing is known of the rate
+        ({"own": 3 * RESULT, "everybody": 3 * RESULT}, False),  # enough waits for this edge
+        ({"own": 1, "everybody": 5 * RESULT}, True),
+        ({"own": 1, "everybody": 5 * RESULT + 1}, False),  # and enough for all
+        ({"own": 0, "everybody": 5 * RESULT + 1}, True),  # an edge without any gets past them
+        ({"own": 0, "everybody": 8 * RESULT}, True),
+        ({"own": 0, "everybody": 8 * RESULT + 1}, False),
+        ({"own": 1, "everybody": 7 * RESULT, "lanes": 3}, True),  # each lane has its share
+        ({"own": 1, "everybody": 118 * MIB, "lanes": 9}, True),
+        ({"own": 1, "everybody": 119 * MIB, "lanes": 9}, False),  # half of what all may hold
+        ({"size": MIB, "largest": MIB, "own": 1, "everybody": 31 * MIB}, True),
+        ({"size": MIB, "largest": MIB, "own": 1, "everybody": 32 * MIB}, False),
     ],
 )
 def test_room(changes: dict[str, Any], may: bool) -> None:
@@ -49,12 +52,12 @@ def test_room(changes: dict[str, Any], may: bool) -> None:
 @given(
     largest=st.integers(1, 1 << 28),
     part=st.floats(0.01, 1),
-    rate=st.floats(0, 1e10),
+    lanes=st.integers(1, 16),
     more=st.integers(0, 1 << 30),
 )
-def test_one_result_always_finds_room_in_the_end(
-    largest: int, part: float, rate: float, more: int
+def test_one_result_has_room_once_nothing_else_is_on_its_way(
+    largest: int, part: float, lanes: int, more: int
 ) -> None:
     size = max(1, int(part * largest))
-    bounds = {"unsent": 2 * largest, "total": 4 * largest + more}
-    assert room(size=size, largest=largest, rate=rate, **bounds)
+    limits = {"unacked": 2 * largest, "total": 4 * largest + more}
+    assert room(size=size, largest=largest, lanes=lanes, **limits)

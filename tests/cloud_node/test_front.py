@@ -193,7 +193,7 @@ def test_cancelled_requests_are_not_computed_or_not_answered(
     assert isinstance(edge.receive(tensors=False)[0], Result)
 
 
-def test_what_an_edge_asked_before_it_left_is_not_computed(
+def test_requests_of_an_ended_connection_are_not_computed(
     shared: Any, connect: Any, five: Feeds
 ) -> None:
     left, other = connect(shared), connect(shared)
@@ -202,7 +202,7 @@ def test_what_an_edge_asked_before_it_left_is_not_computed(
         accepted(left, five)
         sent = accepted(other, five)
         left.socket.close(linger=0)
-        until(lambda: "has left; 1 of its requests waited" in shared.logged())
+        until(lambda: "has ended with 1 waiting requests" in shared.logged())
     message, _ = other.receive()
     assert isinstance(message, Result)
     assert message.id == sent
@@ -351,7 +351,7 @@ def test_an_edge_that_never_reads_disturbs_nobody(
 
 
 @needs_sodium
-def test_nobody_can_read_the_results_of_an_edge_whose_routing_id_it_takes(
+def test_an_edge_that_takes_another_ones_routing_id_cannot_read_its_results(
     start_node: Any, connect: Any, feeds: Feeds, local: Any
 ) -> None:
     """Even if the node notices nothing, and sends them all."""
@@ -411,8 +411,8 @@ def test_refused_requests_do_not_fill_the_log(shared: Any, connect: Any, five: F
 
 _UNMETERED = """
 import sys
-from transport import meter
-meter._METERED = False  # as where the kernel doesn't tell
+from transport.dos_protection import tcp
+tcp.AVAILABLE = False  # as where the kernel doesn't tell
 from cloud_node import server
 server.Server._ceiling = lambda self: self._held() + (64 << 20)
 from cloud_node.cli import main
@@ -435,7 +435,7 @@ def test_a_node_that_holds_too_much_drops_all_connections_and_goes_on(
     assert tally.sent > 16 << 20
     until(lambda: "bound anew" in node.logged())
     # A bare socket gives its link up for good if the drop meets its handshake; the product's edges
-    # connect again by themselves (`sockets.watch`, and the row "endless multipart").
+    # connect again by themselves (`link.watch`, and the row "endless multipart").
     assert same(node, local, five, connect(node).ask(five))
     assert node.process.poll() is None
     assert _resident(node.process.pid) < before + (64 << 20)

@@ -106,23 +106,23 @@ def test_a_limit_that_changes_changes_the_budget(caplog: pytest.LogCaptureFixtur
     caplog.set_level(logging.INFO)
     told = Told()
     memory = Memory(WANTED, NEEDS, told)
-    assert not memory.look()
+    assert not memory.update()
     assert memory.budget == WANTED
     told.limits = [replace(LIMIT, used=100 * MIB)]
-    assert memory.look()
+    assert memory.update()
     assert memory.lowered
     assert memory.budget == divide(LIMIT, 100 * MIB, WANTED, NEEDS)
     assert "RLIMIT_DATA is 512 MiB, of which 100 MiB are in use" in caplog.text
     assert "not 256 MiB" in caplog.text
     told.limits = [replace(LIMIT, used=300 * MIB)]  # by requests: that is what it is for
-    assert not memory.look()
+    assert not memory.update()
     told.limits = [replace(LIMIT, most=100 * MIB, used=90 * MIB)]
     with pytest.raises(TooLittle):
-        memory.look()
+        memory.update()
     assert memory.budget == replace(NEEDS.least, connections=4)
-    assert not memory.look()  # told once
+    assert not memory.update()  # told once
     told.limits = []
-    assert memory.look()
+    assert memory.update()
     assert not memory.lowered
     memory.close()
 
@@ -130,16 +130,16 @@ def test_a_limit_that_changes_changes_the_budget(caplog: pytest.LogCaptureFixtur
 def test_what_is_nearly_used_up_is_scarce_and_then_breached_once() -> None:
     told = Told(replace(LIMIT, used=100 * MIB))
     memory = Memory(WANTED, NEEDS, told)
-    memory.look()
+    memory.update()
     assert not memory.scarce()
     told.limits = [replace(LIMIT, used=490 * MIB)]
     assert memory.scarce()
     for used, breached in ((490, False), (508, True), (508, False), (100, False), (508, True)):
         told.limits = [replace(LIMIT, used=used * MIB)]
-        memory.look()
+        memory.update()
         assert memory.breached() == (told.limits[0] if breached else None)
     told.limits = [replace(LIMIT, used=100 * MIB)]
-    memory.look()
+    memory.update()
     assert not memory.scarce()
     memory.close()
 
@@ -155,7 +155,7 @@ def test_limits_are_read_once_for_both_questions() -> None:
     told = Counted(LIMIT)
     memory = Memory(WANTED, NEEDS, told)
     before = told.read
-    memory.look()
+    memory.update()
     memory.breached()
     assert told.read == before + 1
 

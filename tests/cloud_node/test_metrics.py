@@ -12,8 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cloud_node.metrics import NAMESPACE, Metrics, State
 from edge_common.metrics import exposition
-from transport.meter import Reason
-from transport.sockets import REFUSALS
+from transport.dos_protection import Reason
+from transport.peer_events import REFUSALS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "node.md"
 PROTOCOL = DOCUMENT.with_name("protocol.md").read_text()

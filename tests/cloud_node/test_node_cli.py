@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -13,11 +15,13 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cloud_node.cli import main
 from cloud_node.config import load
 from cloud_node.settings import SETTINGS
 from edge_common.settings import settings_table
@@ -26,14 +30,36 @@ from transport import keys
 DOCUMENT = Path(__file__).parents[2] / "docs" / "node.md"
 
 
-def run(*words: object, cwd: Path | None = None, **environment: str) -> Any:
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(*words: object, cwd: Path | None = None) -> Done:
+    """A command that serves nothing, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    before = Path.cwd()
+    os.chdir(cwd or before)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main([*map(str, words)])
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    finally:
+        os.chdir(before)
+    return Done(status, out.getvalue(), err.getvalue())
+
+
+def serve(*words: object, cwd: Path | None = None) -> Any:
+    """`cloud-node serve`, which ends by itself."""
     return subprocess.run(
-        [sys.executable, "-m", "cloud_node.cli", *map(str, words)],
+        [sys.executable, "-m", "cloud_node.cli", "serve", *map(str, words)],
         capture_output=True,
         text=True,
         timeout=120,
         cwd=cwd,
-        env={**os.environ, **environment},
         check=False,
     )
 
@@ -79,8 +105,8 @@ def test_check_shows_what_holds_and_where_it_comes_from(folder: Path) -> None:
 
 def test_check_and_serve_refuse_the_same_mistakes(folder: Path) -> None:
     (folder / "node.toml").write_text('bundel = "bundle"\n')
-    said = [run(command, "--config", folder / "node.toml") for command in ("check", "serve")]
-    for done in said:
+    options = ("--config", folder / "node.toml")
+    for done in (run("check", *options), serve(*options)):
         assert done.returncode == 1
         assert done.stderr.count("\n") == 1
         assert "did you mean bundle?" in done.stderr
@@ -111,13 +137,13 @@ def test_init_writes_a_file_that_explains_and_loads(folder: Path) -> None:
     assert (folder / "etc.toml").read_text() == text
 
 
-def test_what_init_writes_is_closed_to_others_whatever_the_umask(tmp_path: Path) -> None:
+def test_init_writes_a_file_that_only_the_owner_can_change(tmp_path: Path) -> None:
     command = f"umask 0; exec {sys.executable} -m cloud_node.cli init"
     subprocess.run(command, shell=True, cwd=tmp_path, check=True, capture_output=True)
     assert stat.S_IMODE((tmp_path / "node.toml").stat().st_mode) == 0o644
 
 
-def test_what_init_comments_out_is_valid_too(tmp_path: Path) -> None:
+def test_the_comments_that_init_writes_are_valid_settings(tmp_path: Path) -> None:
     assert run("init", cwd=tmp_path).returncode == 0
     text = (tmp_path / "node.toml").read_text()
     assert load(tmp_path / "node.toml").config == load(None, {"keys": tmp_path / "keys"}).config
@@ -234,7 +260,7 @@ def _children(pid: int) -> list[str]:
 def test_an_address_for_metrics_that_is_taken_stops_the_start(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
-        done = run("serve", "--metrics", address, "--bind", "tcp://127.0.0.1:0", cwd=folder)
+        done = serve("--metrics", address, "--bind", "tcp://127.0.0.1:0", cwd=folder)
     assert done.returncode == 1
     assert f"error: cannot listen on {address}" in done.stderr
 

@@ -210,7 +210,7 @@ def test_different_ports_or_hosts_do_not_conflict(write: Callable[[str], Path]) 
 
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=lambda s: s.name)
-def test_what_is_shown_can_be_read_again(setting: Any, write: Callable[[str], Path]) -> None:
+def test_a_shown_value_can_be_read_again(setting: Any, write: Callable[[str], Path]) -> None:
     value = setting.sample
     loaded = load(write(f"{setting.name} = {setting.show(value)}"))
     found = getattr(loaded.config, setting.name)

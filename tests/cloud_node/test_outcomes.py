@@ -1,8 +1,8 @@
 """Every request that was admitted has one outcome, whatever raises on the way to it.
 
-A `Server` runs in a thread, with a real door and real edges; its workers are the test's, so that a
-batch ends when and how the test says. `Fault` then makes each call that the server makes on its way
-raise in turn.
+A `Server` runs in a thread, with a real listener and real edges. Its workers are the test's, so
+that a batch ends when and how the test says. `Fault` then makes each call that the server makes on
+its way raise in turn.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from node_metrics import nonzero
 
 from cloud_node import listener, server
 from cloud_node.config import NodeConfig, Prepared, prepare
-from cloud_node.poison import Suspects
+from cloud_node.poison import PoisonTracker
 from cloud_node.pool import OnEvent, Pool, PoolClosed, Slot, WorkerDied, WorkerEvent
 from cloud_node.queue import Queue
 from cloud_node.server import Server
@@ -93,7 +93,7 @@ class Fault:
             raise Injected(place)
 
     def _under(self, frame: FrameType | None) -> bool:
-        while frame is not None and frame.f_code is not Server._left_soon.__code__:
+        while frame is not None and frame.f_code is not Server._on_frame_freed.__code__:
             if frame.f_code is self._root:
                 return True
             frame = frame.f_back
@@ -108,11 +108,10 @@ class Worker(Pool):
         self.max_batch, self.lanes = prepared.bundle.geometry.windows, 1
         self.ends: Ends = []
         self.out: set[Batch] = set()
+        self.runs = 0
         self.computing = self.busy = self.closed = False
 
-    @property
-    def ready(self) -> int:
-        return 1
+    ready = 1
 
     async def start(self, on_event: OnEvent) -> None:
         self.on_event = on_event
@@ -142,6 +141,7 @@ class Batch(Slot):
     def __init__(self, worker: Worker) -> None:
         super().__init__(_arrays(worker.stage.inputs, worker.max_batch))
         self.worker = worker
+        self.outputs: Feeds = {}
         worker.out.add(self)
 
     async def run(self, n: int) -> Feeds:
@@ -157,9 +157,13 @@ class Batch(Slot):
         if error := (worker.ends.pop(0) if worker.ends else None):
             raise error
         self.compute_us = 10
-        return _arrays(worker.stage.outputs, n)
+        worker.runs += 1
+        self.outputs = _arrays(worker.stage.outputs, n)
+        return self.outputs
 
     def _recycle(self) -> None:
+        for array in self.outputs.values():
+            array[:] = 7  # the next batch writes here
         self.worker.out.discard(self)
         self.worker.idle.set()
 
@@ -187,7 +191,7 @@ class Running:
         self.thread.start()
         while self.server.metrics.state != "ready":
             time.sleep(0.001)
-        self.endpoint = self.server._door.endpoint
+        self.endpoint = self.server._listener.endpoint
         self.ready = {"public_key": prepared.keypair.public}
         self._keys, self._connect = prepared.config.keys, connect
         self._rng = np.random.default_rng(0)
@@ -292,7 +296,7 @@ class Running:
             queue = self.server._queue
             for job in self.server._open:
                 job.due = 0.0
-            queue._dues = [(0.0, number) for number in queue._jobs]
+            queue._deadlines = [(0.0, number) for number in queue._jobs]
 
         self.call(work)
 
@@ -418,7 +422,7 @@ def expired_again(running: Running) -> tuple[list[bytes], int]:
     late = running.computing(*(running.request(windows) for windows in (2, 3, 4)))
     running.worker.busy = True
     running.call(running.worker.go.set)
-    running.until(lambda: bool(running.server._again))
+    running.until(lambda: bool(running.server._retries))
     running.arm()
     running.make_late()
     running.until(lambda: set(running.told(Refused)) >= set(late))
@@ -478,9 +482,9 @@ ACTS = {
     "shed": Act(Server._handle, shed),
     "expired": Act(Server._expire, expired),
     "expired again": Act(Server._expire, expired_again),
-    "worker event": Act(Server._heard, worker_event),
-    "left": Act(Server._left_behind, left),
-    "revoked": Act(Server._revoked, revoked),
+    "worker event": Act(Server._on_worker_event, worker_event),
+    "left": Act(Server._on_connection_ended, left),
+    "revoked": Act(Server._on_revoked, revoked),
 }
 
 
@@ -517,19 +521,19 @@ class Deaf(logging.Filter):
 
 
 BROKEN: dict[str, tuple[str, Any, str]] = {
-    "sending": ("computed", listener.Door, "send"),
+    "sending": ("computed", listener.Listener, "send"),
     "encoding": ("computed", server, "encode"),
-    "estimating": ("computed", Queue, "measured"),
+    "estimating": ("computed", Queue, "record_batch"),
     "logging results": ("computed", server.log, "filters"),
     "refusing": ("one failed", server, "refuse"),
     "logging failures": ("failed alone", server.log, "filters"),
-    "suspecting": ("died", Suspects, "died"),
+    "suspecting": ("died", PoisonTracker, "died"),
     "logging deaths": ("died", server.log, "filters"),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_raises_again_and_again_keeps_nothing_open(
+def test_a_permanent_defect_leaves_no_request_open(
     start: Callable[[], Running], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     running, (end, place, what) = start(), BROKEN[name]
@@ -552,3 +556,101 @@ def test_what_raises_again_and_again_keeps_nothing_open(
     assert running.server._queue.running == 0
     told = running.told(Result, Refused)
     assert sorted(told) == (sorted(sent) if what not in ("send", "encode", "refuse") else [])
+
+
+def test_a_request_is_late_between_two_ticks_too(
+    start: Callable[[], Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_TICK_S", 3600.0)
+    running = start()
+    running.worker.go.clear()
+    first = running.request(9)
+    running.computing(first)
+    late = running.request(9, deadline_ms=50)
+    running.accepted(late)
+    due = max(job.due for job in running.server._open if job.id == late)
+    running.until(lambda: running.loop.time() > due)
+    running.settle([first, late])
+    assert running.told(Result) == [first]
+    assert [m.code for m in running.heard if isinstance(m, Refused)] == ["deadline"]
+    assert running.worker.runs == 1
+
+
+def test_a_batch_that_only_waited_for_a_worker_that_died_is_run_again(
+    start: Callable[[], Running],
+) -> None:
+    running = start()
+    running.worker.ends = [WorkerDied("no", began=False)]
+    sent = [running.request(windows) for windows in (2, 3, 4)]
+    running.settle(running.computing(*sent))
+    assert sorted(running.told(Result)) == sorted(sent)
+    assert not running.server._poison._deaths
+
+
+def test_a_client_whose_request_failed_shares_no_batch_for_a_while(
+    start: Callable[[], Running],
+) -> None:
+    running = start()
+    running.worker.ends = [EngineError("no")]
+    failed = running.request(9)
+    running.settle(running.computing(failed))
+    assert running.told(Refused) == [failed]
+    running.call(running.worker.go.clear)
+    sent = running.computing(*(running.request(windows) for windows in (2, 3, 4)))
+    running.settle(sent)
+    assert running.worker.runs == 3
+
+
+def test_without_a_worker_only_requests_with_enough_time_are_admitted(
+    start: Callable[[], Running],
+) -> None:
+    running = start()
+    running.worker.ready = 0
+    died = WorkerEvent("died", 0, "cpu", 1, seconds=30.0)
+    running.call(running.worker.on_event, died)
+    late, patient = running.request(9, deadline_ms=5000), running.request(9)
+    running.accepted(patient)
+    (refused,) = [message for message in running.heard if isinstance(message, Refused)]
+    assert (refused.id, refused.code, refused.retry_ms) == (late, "overloaded", 10_000)
+    running.worker.ready = 1
+    running.call(running.worker.on_event, WorkerEvent("ready", 0, "cpu", 1, seconds=0.1))
+    running.accepted(running.request(9, deadline_ms=5000))
+    running.call(running.worker.go.set)
+
+
+def test_a_node_that_is_short_of_memory_admits_nothing(
+    start: Callable[[], Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = start()
+    with monkeypatch.context() as patch:
+        patch.setattr(running.server._memory, "scarce", lambda: True)
+        sent = running.request(9)
+        running.until(lambda: sent in running.told(Refused))
+    assert running.heard[-1].code == "overloaded"
+    assert "short of memory" in running.heard[-1].message
+    running.settle(running.accepted(running.request(9)))
+
+
+def test_a_draining_node_waits_for_replies_that_have_not_left(
+    start: Callable[[], Running],
+) -> None:
+    running = start()
+    running.call(running.server._unread.update, {"a": 1000})
+    running.call(running.stop.set)
+    running.thread.join(0.5)
+    assert running.thread.is_alive()
+    running.call(running.server._on_frame_freed, "a", 1000)
+    running.thread.join(30)
+    assert not running.thread.is_alive()
+
+
+def test_the_outputs_of_a_batch_are_in_the_reply_before_their_memory_is_used_again(
+    start: Callable[[], Running],
+) -> None:
+    running = start()
+    running.worker.go.set()
+    running.request(9)
+    (accepted, _), (result, outputs) = running.edge.receive(), running.edge.receive()
+    assert isinstance(accepted, Accepted)
+    assert isinstance(result, Result)
+    assert not outputs["tokens"].any()

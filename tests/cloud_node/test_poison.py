@@ -1,10 +1,10 @@
-"""Who is suspected of a worker's death, for how long, and who is not."""
+"""Which requests are suspected of a worker's death, and for how long."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from cloud_node.poison import Suspects
+from cloud_node.poison import PoisonTracker
 
 
 def feeds(value: int = 0) -> dict[str, np.ndarray]:
@@ -12,45 +12,45 @@ def feeds(value: int = 0) -> dict[str, np.ndarray]:
 
 
 def test_the_same_tensors_are_the_same_request() -> None:
-    suspects = Suspects()
-    assert suspects.deaths("a", feeds(), 0.0) == 0
-    assert suspects.died("a", feeds(), 0.0, alone=False) == 1
-    assert suspects.deaths("a", feeds(), 1.0) == 1
+    tracker = PoisonTracker()
+    assert tracker.deaths("a", feeds(), 0.0) == 0
+    assert tracker.died("a", feeds(), 0.0, alone=False) == 1
+    assert tracker.deaths("a", feeds(), 1.0) == 1
     for other in (feeds(1), {**feeds(), "window": np.arange(2)[::-1]}):
-        assert suspects.deaths("a", other, 1.0) == 0
-    assert suspects.deaths("b", feeds(), 1.0) == 0
+        assert tracker.deaths("a", other, 1.0) == 0
+    assert tracker.deaths("b", feeds(), 1.0) == 0
 
 
 def test_shape_and_type_count_too() -> None:
-    suspects = Suspects()
-    suspects.died("a", {"x": np.zeros(8, np.uint8)}, 0.0, alone=False)
-    assert suspects.deaths("a", {"x": np.zeros((2, 4), np.uint8)}, 0.0) == 0
-    assert suspects.deaths("a", {"x": np.zeros(4, np.uint16)}, 0.0) == 0
-    assert suspects.deaths("a", {"y": np.zeros(8, np.uint8)}, 0.0) == 0
+    tracker = PoisonTracker()
+    tracker.died("a", {"x": np.zeros(8, np.uint8)}, 0.0, alone=False)
+    assert tracker.deaths("a", {"x": np.zeros((2, 4), np.uint8)}, 0.0) == 0
+    assert tracker.deaths("a", {"x": np.zeros(4, np.uint16)}, 0.0) == 0
+    assert tracker.deaths("a", {"y": np.zeros(8, np.uint8)}, 0.0) == 0
 
 
 def test_only_a_death_over_a_request_alone_convicts_it() -> None:
-    suspects = Suspects()
-    assert suspects.died("a", feeds(), 0.0, alone=False) == 1
-    assert suspects.died("a", feeds(), 1.0, alone=False) == 1
-    assert suspects.died("a", feeds(), 2.0, alone=True) == 2
-    assert suspects.deaths("a", feeds(), 3.0) == 2
+    tracker = PoisonTracker()
+    assert tracker.died("a", feeds(), 0.0, alone=False) == 1
+    assert tracker.died("a", feeds(), 1.0, alone=False) == 1
+    assert tracker.died("a", feeds(), 2.0, alone=True) == 2
+    assert tracker.deaths("a", feeds(), 3.0) == 2
 
 
-def test_who_was_computed_after_all_is_cleared() -> None:
-    suspects = Suspects()
-    suspects.died("a", feeds(), 0.0, alone=False)
-    suspects.survived("a", feeds())
-    suspects.survived("a", feeds(1))
-    assert suspects.deaths("a", feeds(), 1.0) == 0
+def test_a_request_that_was_computed_is_no_longer_suspect() -> None:
+    tracker = PoisonTracker()
+    tracker.died("a", feeds(), 0.0, alone=False)
+    tracker.survived("a", feeds())
+    tracker.survived("a", feeds(1))
+    assert tracker.deaths("a", feeds(), 1.0) == 0
 
 
 def test_suspicions_are_forgotten_and_few() -> None:
-    suspects = Suspects()
-    suspects.died("a", feeds(), 0.0, alone=True)
-    assert suspects.deaths("a", feeds(), 599.0) == 2
-    assert suspects.deaths("a", feeds(), 601.0) == 0
+    tracker = PoisonTracker()
+    tracker.died("a", feeds(), 0.0, alone=True)
+    assert tracker.deaths("a", feeds(), 599.0) == 2
+    assert tracker.deaths("a", feeds(), 601.0) == 0
     for value in range(1000):
-        suspects.died("a", {"x": np.array([value])}, 700.0, alone=False)
-    assert len(suspects._deaths) <= 256
-    assert suspects.deaths("a", {"x": np.array([999])}, 700.0) == 1
+        tracker.died("a", {"x": np.array([value])}, 700.0, alone=False)
+    assert len(tracker._deaths) <= 256
+    assert tracker.deaths("a", {"x": np.array([999])}, 700.0) == 1

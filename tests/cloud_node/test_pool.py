@@ -24,6 +24,7 @@ from cloud_node import pool as pool_module
 from cloud_node.pool import (
     LocalPool,
     PoolClosed,
+    QueuedPool,
     Slot,
     WorkerDied,
     WorkerEvent,
@@ -104,7 +105,8 @@ async def running(bundle: Path | Bundle, **options: Any) -> AsyncIterator[Watche
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(main)
+    """A fault ends in a failure, not in a wait without end."""
+    asyncio.run(asyncio.wait_for(main, 90))
 
 
 def fill(slot: Slot, feeds: Feeds) -> int:
@@ -319,7 +321,7 @@ def test_a_run_that_the_node_cannot_handle_is_lost_with_its_worker(
     async def main() -> None:
         async with running(bundle_of("pixels"), noop=True) as pool:
             with monkeypatch.context() as patch:
-                patch.setattr(pool_module._Lane, "_done", lambda *_: 1 // 0)
+                patch.setattr(pool_module._Lane, "_end_run", lambda *_: 1 // 0)
                 slot = await pool.acquire()
                 with pytest.raises(WorkerDied):
                     await slot.run(fill(slot, batch(2)))
@@ -341,7 +343,9 @@ def test_a_lane_that_nobody_looks_after_ends_the_pool(
             os.kill(pid, signal.SIGSTOP)  # so that the run can't be over before
             slots = [await pool.acquire() for _ in range(2)]
             runs = [asyncio.ensure_future(slot.run(fill(slot, batch(2)))) for slot in slots]
-            monkeypatch.setattr(pool_module._Lane, "_lose", _once(pool_module._Lane._lose))
+            monkeypatch.setattr(
+                pool_module._Lane, "_fail_runs", _once(pool_module._Lane._fail_runs)
+            )
             os.kill(pid, signal.SIGKILL)
             with pytest.raises(ZeroDivisionError):
                 await asyncio.wait_for(following, 60)
@@ -492,7 +496,7 @@ def test_one_of_two_may_be_lost(
 # Starts that fail
 
 
-def test_what_stops_the_first_start_is_told(bundle_of: Any, tmp_path: Path) -> None:
+def test_the_error_of_a_failed_first_start_is_raised(bundle_of: Any, tmp_path: Path) -> None:
     damaged = shutil.copytree(bundle_of("pixels"), tmp_path / "damaged")
     with (damaged / "stack.onnx").open("ab") as file:
         file.write(b"x")
@@ -592,6 +596,40 @@ def test_slots_are_given_out_in_order_and_cancelled_waits_lose_none(
     run(main())
 
 
+class OneSlot(QueuedPool):
+    """Gives out `slot`, if there is one."""
+
+    slot: Any = None
+    ready = 1
+    _runs = 0
+
+    def _free_slot(self) -> Any:
+        slot, self.slot = self.slot, None
+        return slot
+
+    async def start(self, on_event: Any) -> None: ...
+    async def follow(self) -> None: ...
+    async def close(self, drain_s: float) -> None: ...
+
+
+def test_a_caller_that_is_woken_in_vain_keeps_its_place(bundle_of: Any) -> None:
+    """As when a worker dies in the moment in which a slot of it is free."""
+
+    async def main() -> None:
+        pool = OneSlot(Bundle.load(bundle_of("pixels")), None, None)
+        first, second = (asyncio.ensure_future(pool.acquire()) for _ in range(2))
+        await asyncio.sleep(0)
+        pool.wake()
+        await asyncio.sleep(0.01)
+        pool.slot = object()
+        pool.wake()
+        await asyncio.sleep(0.01)
+        assert (first.done(), second.done()) == (True, False)
+        second.cancel()
+
+    run(main())
+
+
 def test_a_cancelled_run_keeps_its_memory_until_the_worker_is_through(
     bundle_of: Any, batch: Any
 ) -> None:
@@ -635,7 +673,7 @@ def test_a_gpu_would_get_its_next_batch_while_it_computes(bundle_of: Any, batch:
     run(main())
 
 
-def test_what_a_dead_worker_had_not_come_to_is_told(bundle_of: Any, batch: Any) -> None:
+def test_a_batch_that_a_dead_worker_had_not_begun_is_marked(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels"), noop=True) as pool:
             slots = [await pool.acquire(), await pool.acquire()]
@@ -673,7 +711,7 @@ def test_released_from_another_thread_and_twice(bundle_of: Any, batch: Any) -> N
     run(main())
 
 
-def test_misuse_of_a_slot_is_told(bundle_of: Any, batch: Any) -> None:
+def test_misuse_of_a_slot_raises(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels")) as pool:
             slot = await pool.acquire()
@@ -919,8 +957,8 @@ def test_nothing_mixes_in_a_storm(
             await asyncio.gather(*(client(pool, 10) for _ in range(8)))
             assert answered > 100
             for lane in pool._lanes:  # and everything is back
-                assert sorted(lane._places) == [0, 1]
-                assert (lane._out, lane.flights) == (set(), {})
+                assert sorted(lane._free_places) == [0, 1]
+                assert (lane._slots, lane.runs) == (set(), {})
 
     run(main())
 

@@ -82,7 +82,7 @@ def test_windows_count_not_requests() -> None:
     assert abs(given_to["many"] - given_to["large"]) <= 5 + 2 * 4
 
 
-def test_who_pauses_saves_up_no_credit_and_leaves_no_debt_behind() -> None:
+def test_a_client_that_pauses_has_neither_credit_nor_debt() -> None:
     queue = make(max_batch=4)
     admitted(queue, *(job("steady") for _ in range(200)))
     for _ in range(20):
@@ -114,6 +114,18 @@ def test_a_large_request_is_not_starved_by_small_ones_that_fit() -> None:
     assert any(large in batch for batch in taken)
 
 
+def test_small_requests_get_at_most_a_batch_ahead_of_large_ones() -> None:
+    """Two requests of 6 do not fit a batch of 10, and small ones take the rest of each batch."""
+    queue = make(max_batch=10)
+    sizes, served = {"a": 6, "b": 6, "small": 1}, {"a": 0, "b": 0, "small": 0}
+    for client, windows in sizes.items():
+        admitted(queue, *(job(client, windows) for _ in range(400 // windows)))
+    for _ in range(20):
+        for each in finished(queue, queue.take(0.0)):
+            served[each.client] += each.windows
+        assert served["small"] <= min(served["a"], served["b"]) + 10 + 6
+
+
 def test_a_batch_waits_for_company_but_not_for_long_nor_when_full() -> None:
     queue = make(max_batch=4)
     assert queue.wait(0.0) is None
@@ -131,7 +143,7 @@ def test_a_batch_waits_for_company_but_not_for_long_nor_when_full() -> None:
 def test_a_client_set_apart_shares_no_batch_until_then() -> None:
     queue = make()
     admitted(queue, job("bad"), job("good"), job("bad"), job("good"))
-    queue.set_apart("bad", 50.0)
+    queue.isolate("bad", 50.0)
     batches = [finished(queue, queue.take(0.0)) for _ in range(4)]
     assert sorted(tuple(j.client for j in batch) for batch in batches) == [
         (),
@@ -155,7 +167,7 @@ def test_a_request_that_must_be_alone_has_a_batch_of_its_own() -> None:
 # -- admission ---------------------------------------------------------------------------------
 
 
-def test_who_may_not_run_holds_up_nobody_and_saves_up_no_credit() -> None:
+def test_a_client_that_may_not_run_delays_no_others_and_gets_no_credit() -> None:
     queue = make(max_batch=2)
     slow = [job("slow", windows=2) for _ in range(5)]
     admitted(queue, *slow, *(job("other", windows=2) for _ in range(10)))
@@ -202,9 +214,9 @@ def test_most_requests_of_one_client() -> None:
     admitted(queue, job("b"))
 
 
-def test_who_would_be_late_is_told_at_once_and_when_to_come_again() -> None:
+def test_a_request_that_would_be_late_is_refused_with_a_hint() -> None:
     queue = make()
-    queue.measured(10, 1.0)
+    queue.record_batch(10, 1.0)
     admitted(queue, *(job(windows=5) for _ in range(4)))  # two seconds of work
     refused = refusal(queue, job(windows=5, due=1.0), 0.0)
     assert refused.code == "overloaded"
@@ -217,27 +229,40 @@ def test_who_would_be_late_is_told_at_once_and_when_to_come_again() -> None:
     admitted(queue, job("c", windows=2, due=0.5))
 
 
-def test_who_is_alone_gets_in_however_slow_the_node_was() -> None:
+def test_an_idle_node_admits_a_request_however_slow_it_was() -> None:
     queue = make()
-    queue.measured(1, 50.0)
+    queue.record_batch(1, 50.0)
     admitted(queue, job(due=1.0))
     assert refusal(queue, job("b", due=1.0), 0.0).code == "overloaded"
+
+
+def test_the_estimate_counts_what_waits_and_what_runs() -> None:
+    queue = make()
+    queue.record_batch(10, 1.0)
+    admitted(queue, job(windows=4))
+    batch = queue.take(0.0)
+    admitted(queue, job(windows=3))
+    assert queue.estimate("a", 2, 0.0) == pytest.approx(0.9)
+    finished(queue, batch)
+    assert queue.estimate("a", 2, 0.0) == pytest.approx(0.5)
+    queue.hold_until(3.0)
+    assert queue.estimate("a", 2, 1.0) == pytest.approx(2.5)
 
 
 def test_recent_batches_weigh_more_in_the_estimate() -> None:
     queue = make()
     for _ in range(50):
-        queue.measured(1, 1.0)
+        queue.record_batch(1, 1.0)
     slow = queue.estimate("a", 1, 0.0)
     for _ in range(50):
-        queue.measured(1, 0.01)
+        queue.record_batch(1, 0.01)
     assert slow == pytest.approx(1.0)
     assert queue.estimate("a", 1, 0.0) == pytest.approx(0.01, rel=0.01)
 
 
 def test_while_no_worker_can_compute_the_deadline_decides() -> None:
     queue = make()
-    queue.hold(10.0)
+    queue.hold_until(10.0)
     refused = refusal(queue, job(due=9.0), 0.0)
     assert (refused.code, refused.retry_ms) == ("overloaded", 1000)
     admitted(queue, job(due=11.0))
@@ -269,15 +294,15 @@ def test_a_lower_bound_sheds_the_oldest_of_whoever_has_the_most() -> None:
     queue = make(most_bytes=10 * (1000 + OVERHEAD_BYTES))
     heavy, light = [job("a", size=1000) for _ in range(5)], [job("b", size=1000) for _ in range(2)]
     admitted(queue, *heavy, *light)
-    assert queue.bound(5 * (1000 + OVERHEAD_BYTES)) == heavy[:2]
-    assert queue.bound(10 * (1000 + OVERHEAD_BYTES)) == []
+    assert queue.set_limit(5 * (1000 + OVERHEAD_BYTES)) == heavy[:2]
+    assert queue.set_limit(10 * (1000 + OVERHEAD_BYTES)) == []
     assert (len(queue), queue.bytes) == (5, 5 * (1000 + OVERHEAD_BYTES))
-    queue.bound(0)
+    queue.set_limit(0)
     assert (len(queue), queue.bytes) == (0, 0)
     assert refusal(queue, job("c"), 0.0).code == "overloaded"
 
 
-def test_nobody_is_shed_for_a_newcomer_that_gets_no_place_all_the_same() -> None:
+def test_no_request_is_shed_for_one_that_does_not_fit_anyway() -> None:
     queue = make(most_bytes=10 * ROW)
     admitted(queue, *(job("a") for _ in range(5)), *(job("b") for _ in range(5)))
     assert refusal(queue, job("c", size=7 * ROW), 0.0).code == "overloaded"
@@ -329,21 +354,62 @@ def test_nothing_is_left_when_all_connections_are_gone() -> None:
     jobs = [job("a"), job("a"), job("b")]
     admitted(queue, *jobs)
     (running,) = queue.take(0.0)
-    assert set(queue.forget()) == set(jobs) - {running}
+    assert set(queue.drop_all()) == set(jobs) - {running}
     assert running.outcome == "lost"
     assert queue.take(0.0) == []
 
 
 def test_a_client_that_sends_and_cancels_for_ever_costs_no_memory() -> None:
     queue = make()
-    queue.hold(1e9)  # nothing is taken meanwhile
+    queue.hold_until(1e9)  # nothing is taken meanwhile
     admitted(queue, job("a", due=2e9), now=0.0)
     for _ in range(2000):
         one = job("b", due=2e9)
         admitted(queue, one)
         queue.cancel("b", one.id)
-    assert len(queue._dues) < 200
+    assert len(queue._deadlines) < 200
     assert len(queue._order) < 200
+
+
+def test_a_deadline_holds_after_many_requests_were_cancelled() -> None:
+    queue = make()
+    early, late = job("a", due=5.0), job("a", due=6.0)
+    admitted(queue, early, late)
+    for _ in range(300):
+        one = job("b", due=1.0)
+        admitted(queue, one)
+        queue.cancel("b", one.id)
+    assert len(queue._deadlines) < 200
+    assert queue.expire(4.9) == []
+    assert queue.expire(5.0) == [early]
+    assert queue.expire(6.0) == [late]
+
+
+def test_a_client_with_a_running_request_is_not_forgotten() -> None:
+    queue = make()
+    running = job("busy")
+    admitted(queue, running)
+    assert queue.take(0.0) == [running]
+    for number in range(200):
+        admitted(queue, job(f"client {number}", windows=2))
+        finished(queue, queue.take(0.0))
+    assert (queue.running, queue.running_windows) == (1, 1)
+    finished(queue, [running])
+    assert (queue.running, queue.running_windows) == (0, 0)
+
+
+def test_an_isolated_client_stays_isolated() -> None:
+    """When it is isolated again for less time, and when other clients come and go."""
+    queue = make()
+    admitted(queue, job("bad"))
+    queue.isolate("bad", 50.0)
+    queue.isolate("bad", 10.0)
+    finished(queue, queue.take(0.0))
+    for number in range(200):
+        admitted(queue, job(f"client {number}", windows=2))
+        finished(queue, queue.take(0.0))
+    admitted(queue, job("bad"), job("good"), now=20.0)
+    assert len(queue.take(20.0)) == 1
 
 
 def test_clients_that_are_gone_are_forgotten() -> None:
@@ -406,7 +472,7 @@ def test_every_admitted_request_leaves_exactly_once_and_bounds_hold(steps: list[
             running += batch
         elif kind == "finish" and running:
             done = running.pop(step[1] % len(running))
-            queue.measured(done.windows, 0.01)
+            queue.record_batch(done.windows, 0.01)
             queue.finish(done)
         elif kind == "cancel" and every:
             one = every[step[1] % len(every)]
@@ -417,7 +483,7 @@ def test_every_admitted_request_leaves_exactly_once_and_bounds_hold(steps: list[
         elif kind == "revoke":
             out(queue.drop(step[1], "cancelled"), "revoked")
         elif kind == "apart":
-            queue.set_apart(step[1], now + 1)
+            queue.isolate(step[1], now + 1)
         elif kind == "pass":
             now += step[1]
         waiting = [each for each in every if each not in outcomes]
@@ -469,7 +535,7 @@ def test_clients_that_always_wait_share_by_windows(
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 8), min_size=1, max_size=30), st.integers(1, 8))
-def test_nobody_starves(others: list[int], mine: int) -> None:
+def test_no_client_starves(others: list[int], mine: int) -> None:
     """A request comes within as many batches as there are clients whose turn is before it."""
     queue = make()
     for number, windows in enumerate(others):

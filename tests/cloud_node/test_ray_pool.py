@@ -21,14 +21,15 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from cloud_node import ray_pool
-from cloud_node import worker as wire
 from cloud_node.pool import PoolClosed, WorkerDied, WorkerEvent
-from cloud_node.ray_pool import RayPool, Replica
+from cloud_node.ray_pool import Failures, RayPool, Replica, seal, unseal
 from cloud_node.shared_memory import Layout
+from cloud_node.worker_messages import Failed, Open
 from edge_common.errors import BundleError, ConfigError, EngineError
 from engines.bundle import Bundle
 from engines.ort import OrtEngine
@@ -212,7 +213,7 @@ def test_a_batch_that_fails_costs_only_that_batch(running: Running) -> None:
         fill(slot.inputs, feeds)  # the same slot, with other rows
         outputs = {name: array.copy() for name, array in (await slot.run(3)).items()}
         assert slot.compute_us > 0
-        with pytest.raises(RuntimeError, match="none after success"):
+        with pytest.raises(RuntimeError, match="after success"):
             await slot.run(3)
         slot.release()
         slot.release()
@@ -235,10 +236,10 @@ def test_a_cancelled_run_gives_its_slot_back_once_it_is_over(running: Running) -
         with contextlib.suppress(asyncio.CancelledError):
             await task
         slot.release()
-        assert len(pool._flights) == 1  # the replica still reads what it was sent
-        await running.until(lambda: not pool._flights)
-        assert not pool._filling
-        assert pool._lent == 0
+        assert len(pool._pending) == 1  # the replica still computes
+        assert pool._slots
+        await running.until(lambda: not pool._pending)
+        assert not pool._slots
 
     running.call(cancel())
 
@@ -276,25 +277,36 @@ def test_a_replica_killed_in_a_request_is_replaced(running: Running) -> None:
     assert victim not in pids
 
 
-def test_what_edges_send_is_in_no_file_of_ray(running: Running) -> None:
-    """Not even when objects outgrow the store."""
+def test_ray_gets_only_encrypted_tensors(running: Running, monkeypatch: Any) -> None:
+    """Neither its store, which may spill to disk, nor its logs hold anything of a window."""
     import ray
 
     canary = os.urandom(16)
     feeds = make_feeds(running.bundle, 4)
     flat = feeds["pixels"].reshape(-1)
     flat[:] = np.frombuffer(canary * (flat.size // 16 + 1), np.uint8)[: flat.size]
-    running.call(running.ask(feeds))
-    with pytest.raises(EngineError):  # also where it fails, and is told of
+    stored, returned, put, open_ = [], [], ray_pool._put, ray_pool._open
+
+    def keep(*args: Any) -> Any:
+        stored.append(put(*args))
+        return stored[-1]
+
+    def look(sealed: Any, key: bytes) -> Feeds:
+        returned.append(sealed)
+        return open_(sealed, key)
+
+    monkeypatch.setattr(ray_pool, "_put", keep)
+    monkeypatch.setattr(ray_pool, "_open", look)
+    tokens = running.call(running.ask(feeds))["tokens"].tobytes()
+    with pytest.raises(EngineError):  # also when a batch fails
         running.call(running.ask({**feeds, "window": feeds["window"] + 10_000}))
-    memory, session = running.pool._cluster._folders
-    held = [ray.put(np.frombuffer(canary * (40 << 16), np.uint8)) for _ in range(6)]
-    (raylet,) = [
-        pid for pid, text in ray_processes().items() if f"--fallback_directory={memory}" in text
-    ]
-    maps = Path(f"/proc/{raylet}/maps").read_text()
-    assert f"{memory}/" in maps  # the store is full, what is over lies there
-    assert f"{session}/" not in maps
+    assert len(stored) == 2
+    for sealed in [ray.get(ref) for ref in stored] + returned:
+        for _, _, _, data in sealed.values():
+            assert canary not in data.tobytes()
+            assert tokens[:16] not in data.tobytes()
+    session = running.pool._cluster._folder
+    assert session is not None
     files = [path for path in Path(session).rglob("*") if path.is_file()]
     assert any("replica" in path.name for path in files)
     forms = (canary, canary.hex().encode(), repr(canary)[2:-1].encode())
@@ -303,30 +315,17 @@ def test_what_edges_send_is_in_no_file_of_ray(running: Running) -> None:
         content = path.read_bytes()
         assert not any(form in content for form in forms), path
         assert not listed.search(content), path
-    del held
 
 
-def test_ray_keeps_objects_in_memory_and_tells_nobody(running: Running) -> None:
-    import ray
+def test_a_cluster_of_its_own_is_closed_to_others(running: Running) -> None:
     from ray import serve
-    from ray._common.usage import usage_lib
-    from ray._private.state import state
 
-    memory, session = running.pool._cluster._folders
-    raylets = [text for text in ray_processes().values() if f"--temp-dir={session}/" in text]
-    (raylet,) = [text for text in raylets if "/raylet --" in text]
-    assert "--plasma_directory=/dev/shm" in raylet
-    assert f"--fallback_directory={memory}" in raylet
-    assert memory.startswith("/dev/shm/")
-    assert Path(memory).stat().st_mode & 0o077 == 0
+    session = running.pool._cluster._folder
+    assert session is not None
     assert Path(session).stat().st_mode & 0o077 == 0
-    assert state.get_system_config()["automatic_object_spilling_enabled"] is False
-    log = next(Path(session).glob("ray/session_2*/logs/raylet.out")).read_text()
-    assert "Object spilling is disabled" in log
-    assert ray.cluster_resources()["object_store_memory"] <= 256 << 20
-    assert not usage_lib.usage_stats_enabled()
-    assert not ray._private.worker.global_worker.node.webui_url  # no dashboard
-    assert serve.status().proxies == {}  # and nobody who takes requests over HTTP
+    assert os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert serve.status().proxies == {}  # nothing takes requests over HTTP
 
 
 def test_another_process_uses_the_cluster_and_leaves_it(
@@ -425,47 +424,7 @@ def test_a_node_with_workers_on_ray(
     assert folders() == before_folders
 
 
-def test_a_cluster_that_spills_is_refused() -> None:
-    """The cluster that Ray starts by default."""
-    script = """
-        import tempfile
-        import ray
-        from cloud_node import ray_pool
-        from edge_common.errors import ConfigError
-
-        with tempfile.TemporaryDirectory() as folder:
-            ray.init(
-                address="local", num_cpus=1, object_store_memory=80 << 20, include_dashboard=False,
-                _temp_dir=folder, _node_ip_address="127.0.0.1",
-            )
-            def attempt(check):
-                try:
-                    check()
-                except ConfigError as error:
-                    print("refused:", error)
-                else:
-                    print("passed")
-            attempt(ray_pool._Cluster()._check_spilling)
-            attempt(lambda: ray.get(ray.remote(on_host).remote()))
-            ray.shutdown()
-    """
-    on_host = "def on_host():\n    from cloud_node import ray_pool\n    ray_pool._check_store()\n"
-    done = subprocess.run(
-        [sys.executable, "-c", on_host + textwrap.dedent(script)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=Path(ray_pool.__file__).resolve().parents[1],
-        env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"},
-    )
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("refused", "passed"))]
-    assert len(lines) == 2
-    assert "automatic_object_spilling_enabled" in lines[0]
-    assert lines[1].startswith("refused"), lines
-
-
-def test_nobody_at_the_address(bundle: Bundle) -> None:
+def test_an_address_where_no_cluster_listens(bundle: Bundle) -> None:
     script = """
         import asyncio, sys
         from cloud_node.ray_pool import RayPool
@@ -517,11 +476,10 @@ def test_settings_that_cannot_be(bundle: Bundle, options: dict[str, Any], text: 
 
 
 @pytest.fixture
-def request_(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> wire.Open:
+def request_(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Open:
     monkeypatch.setattr(ray_pool, "disable_core_dumps", lambda: None)
-    monkeypatch.setattr(ray_pool, "_check_store", lambda: None)
     stage = bundle.stage("stack")
-    return wire.Open(
+    return Open(
         bundle=str(bundle.path),
         stage=stage.sha256,
         device="cpu",
@@ -531,13 +489,13 @@ def request_(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> wire.Open:
     )
 
 
-def test_a_replica_that_hangs_is_not_well(request_: wire.Open) -> None:
+def test_a_replica_that_hangs_is_not_well(request_: Open) -> None:
     replica = Replica(request_, 30.0)
     replica.check_health()
-    replica._slowest_s = 2.0
+    replica._engine.slowest_s = 2.0
     replica._began = time.monotonic() - 25
     replica.check_health()
-    replica._slowest_s = 4.0
+    replica._engine.slowest_s = 4.0
     replica._began = time.monotonic() - 35
     replica.check_health()  # ten times its slowest run is longer
     replica._began = time.monotonic() - 45
@@ -545,52 +503,57 @@ def test_a_replica_that_hangs_is_not_well(request_: wire.Open) -> None:
         replica.check_health()
 
 
-def test_a_replica_refuses_another_stack_than_the_node_serves(request_: wire.Open) -> None:
-    wire_request = wire.Open(
-        **{name: getattr(request_, name) for name in request_.__struct_fields__ if name != "stage"},
-        stage="0" * 64,
-    )
-    with pytest.raises(RuntimeError, match="<<edge-runtime BundleError: on the host") as caught:
-        Replica(wire_request, 30.0)
-    error = ray_pool._replica_failure(f"Traceback …\n{caught.value}\nmore")
+class Local:
+    """An actor in this process, as far as `Replica` uses one."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    def __getattr__(self, name: str) -> Any:
+        class Method:
+            remote = staticmethod(getattr(self.actor, name))
+
+        return Method
+
+
+def test_why_a_replica_cannot_start_is_reported(
+    request_: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "get", lambda value, **_: value)
+    failures = Failures()
+    other = msgspec.structs.replace(request_, stage=request_.stage[:12] + "0" * 52)
+    with pytest.raises(RuntimeError, match="cannot be opened"):
+        Replica(other, 30.0, Local(failures))
+    found = failures.first()
+    assert found is not None
+    error = found[1].error()
     assert type(error) is BundleError
-    assert "this node was started with 000000000000" in str(error)
+    assert "restart the node" in str(error)
+    assert type(Failed("SystemExit", "x").error()) is EngineError
 
 
-def test_a_failure_that_ray_tells_of() -> None:
-    error = ray_pool._replica_failure(
-        "Deploying application x failed:\n  No module named 'engines'"
-    )
-    assert type(error) is EngineError
-    assert str(error).endswith("No module named 'engines'")
+def test_sealed_tensors_open_with_their_key_only() -> None:
+    tensors = {"a": np.arange(6, dtype=np.int64).reshape(2, 3), "b": np.zeros((1, 0), np.float16)}
+    sealed = seal(tensors, b"k" * 16, result=True)
+    opened = unseal(sealed, b"k" * 16, result=True)
+    assert {n: (a.dtype, a.shape, a.tobytes()) for n, a in opened.items()} == {
+        n: (a.dtype, a.shape, a.tobytes()) for n, a in tensors.items()
+    }
+    dtype, _, nonce, data = sealed["a"]
+    for wrong, key, result in (
+        (sealed, b"x" * 16, True),
+        (sealed, b"k" * 16, False),
+        ({"a": sealed["b"]}, b"k" * 16, True),
+        ({"a": (dtype, (3, 2), nonce, data)}, b"k" * 16, True),
+        ({"a": ("<u8", (2, 3), nonce, data)}, b"k" * 16, True),
+        ({"a": (dtype, (2, 3), nonce, data ^ 1)}, b"k" * 16, True),
+    ):
+        with pytest.raises(ValueError, match="were changed"):
+            unseal(wrong, key, result=result)
 
 
-@pytest.mark.parametrize(
-    ("command", "mounts", "refusal"),
-    [
-        ("raylet\0--plasma_directory=/dev/shm\0--fallback_directory=/dev/shm/x\0", None, None),
-        (
-            "raylet\0--plasma_directory=/dev/shm\0--fallback_directory=/tmp/ray\0",
-            None,
-            "/tmp/ray (ext4)",
-        ),
-        (
-            "raylet\0--plasma_directory=/dev/shm\0--fallback_directory=/dev/shm/x\0",
-            "none / ext4 rw 0 0\n",
-            "/dev/shm (ext4)",
-        ),
-        ("raylet\0--plasma_directory=/dev/shm\0", None, "does not tell its fallback_directory"),
-        ("raylet\0", None, "does not tell its plasma_directory"),
-    ],
-)
-def test_where_a_host_keeps_objects(command: str, mounts: str | None, refusal: str | None) -> None:
-    mounts = mounts or "none / ext4 rw 0 0\ntmpfs /dev/shm tmpfs rw 0 0\n"
-
-    def read(path: Path) -> str:
-        return command if path.name == "cmdline" else str(mounts)
-
-    if refusal is None:
-        ray_pool._check_store(read)
-    else:
-        with pytest.raises(ConfigError, match=re.escape(refusal)):
-            ray_pool._check_store(read)
+def test_nothing_of_ray_that_is_private_is_used() -> None:
+    text = Path(ray_pool.__file__).read_text()
+    assert not re.findall(r"ray\._|_system_config|/proc/", text)

@@ -111,6 +111,9 @@ def test_another_bundles_stage_is_refused_by_name(
     assert refused.code == "wrong_bundle"
     for part in ("test_pixels fp32", node.stage.sha256[:12], other[:12]):
         assert part in refused.message
+    own = node.stage.sha256
+    nearly = own[:-1] + ("0" if own[-1] != "0" else "1")  # as the log shows it, the same
+    assert edge.ask(feeds, stage=nearly).code == "wrong_bundle"
     assert edge.ask(feeds)["tokens"].tobytes() == local(node, feeds)["tokens"].tobytes()
 
 
@@ -177,7 +180,7 @@ def test_deadline_that_passes_in_the_queue(node: Any, edge: Any, five: Feeds) ->
     assert isinstance(edge.replies([first], final=True)[first], Result)
 
 
-def test_what_would_be_late_is_refused_at_once_and_told_when_to_come_again(
+def test_a_request_that_would_be_late_is_refused_with_a_hint(
     start_node: Any, connect: Any, five: Feeds
 ) -> None:
     node = start_node("slow")

@@ -112,10 +112,11 @@ def test_it_has_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no memfd here")
-def test_nobody_can_cut_it_short() -> None:
+def test_neither_process_can_change_its_size() -> None:
     arena = Arena.create(LAYOUT)
-    with pytest.raises(PermissionError):
-        os.ftruncate(arena.fd, 0)
+    for size in (0, 2 * LAYOUT.size):
+        with pytest.raises(PermissionError):
+            os.ftruncate(arena.fd, size)
     arena.close()
 
 

@@ -136,7 +136,7 @@ def test_requests_of_all_kinds(request_: bytes, status: int) -> None:
     run(test())
 
 
-def test_who_says_nothing_or_too_little_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_connection_without_a_whole_request_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "REQUEST_S", 0.2)
 
     async def test() -> None:
@@ -178,7 +178,7 @@ def test_a_crowd_of_slow_ones_does_not_keep_out_an_honest_one() -> None:
     run(test())
 
 
-def test_who_does_not_read_the_answer_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_does_not_read_the_answer_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "REQUEST_S", 0.2)
     monkeypatch.setattr(health, "exposition", lambda registry: b"x" * (64 << 20))
 
@@ -197,7 +197,7 @@ def test_who_does_not_read_the_answer_is_dropped(monkeypatch: pytest.MonkeyPatch
     run(test())
 
 
-def test_who_resets_the_connection_does_no_harm(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_reset_connection_does_no_harm(caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
         async with serving() as endpoint:
             for sent in (b"", b"GET", get("/metrics")):

@@ -1,4 +1,4 @@
-"""What limits memory, and what is used of it."""
+"""Limits on memory, and the memory in use."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_memory_is_read_and_limited_by_something() -> None:
 
 @linux
 @pytest.mark.parametrize("name", ["RLIMIT_DATA", "RLIMIT_AS"])
-def test_what_limits_the_process_limits_its_memory(name: str) -> None:
+def test_a_limit_of_the_process_limits_its_memory(name: str) -> None:
     code = (
         "import resource, sys\n"
         "from edge_common.memory_limits import memory_limit\n"

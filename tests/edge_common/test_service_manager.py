@@ -1,4 +1,4 @@
-"""What the service manager is told."""
+"""Notices to the service manager."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_no_watchdog_unless_this_process_is_meant(environment: dict[str, str]) -
     assert ServiceManager.from_environment(environment).watchdog_s is None
 
 
-def test_nobody_to_tell_is_nothing_to_do() -> None:
+def test_nothing_is_sent_without_a_service_manager() -> None:
     async def test() -> None:
         manager_ = ServiceManager(None)
         manager_.send("READY=1")
@@ -92,7 +92,7 @@ def test_names_outside_the_file_system() -> None:
         assert end.recv(100) == b"READY=1"
 
 
-def test_who_does_not_listen_costs_a_line_in_the_log(
+def test_a_failed_notice_costs_a_line_in_the_log(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     ServiceManager(str(tmp_path / "gone")).send("READY=1\nSTATUS=x")

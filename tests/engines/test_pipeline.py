@@ -2,14 +2,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from toy import Toy, poisoned
 
 from edge_common.errors import BundleError, EngineError
+from engines import pipeline as pipeline_module
 from engines.bundle import Bundle, hash_file, node_bundle, stage_digest
 from engines.pipeline import Pipeline
 from engines.windows import Windows, cut
@@ -61,18 +66,18 @@ def test_what_leaves_home_without_and_with_a_head(
     toy: Toy,
     windows: Windows,
 ) -> None:
-    feeds = pipeline.leave_home(windows)
+    feeds = pipeline.stack_inputs(windows)
     assert feeds.keys() == {"pixels", "extent", "window"}
     assert feeds["pixels"] is windows.pixels
     with Pipeline(Bundle.load(make_toy_bundle(tmp_path / "b", head=True))) as with_head:
-        feeds = with_head.leave_home(windows)
+        feeds = with_head.stack_inputs(windows)
     assert feeds.keys() == {"hidden", "window"}
     np.testing.assert_allclose(feeds["hidden"], toy.head(windows.pixels, windows.extent), rtol=1e-5)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4, 5, 6, 99])
 def test_the_batch_changes_nothing(pipeline: Pipeline, windows: Windows, batch: int) -> None:
-    feeds = pipeline.leave_home(windows)
+    feeds = pipeline.stack_inputs(windows)
     whole, split = pipeline.stack(feeds), pipeline.stack(feeds, batch)
     assert split.keys() == whole.keys()
     np.testing.assert_array_equal(split["tokens"], whole["tokens"])
@@ -95,7 +100,7 @@ def test_decode(pipeline: Pipeline, toy: Toy, windows: Windows) -> None:
 
 
 def test_rows_that_do_not_fit_the_windows_are_refused(pipeline: Pipeline, windows: Windows) -> None:
-    tokens = pipeline.stack(pipeline.leave_home(windows))["tokens"]
+    tokens = pipeline.stack(pipeline.stack_inputs(windows))["tokens"]
     with pytest.raises(EngineError, match="tokens has 5 rows for 6 windows"):
         pipeline.tail({"tokens": tokens[:-1]}, windows)
     with pytest.raises(EngineError, match="output tokens is missing"):
@@ -103,7 +108,7 @@ def test_rows_that_do_not_fit_the_windows_are_refused(pipeline: Pipeline, window
 
 
 def test_no_windows_and_no_batch_are_refused(pipeline: Pipeline, windows: Windows) -> None:
-    feeds = pipeline.leave_home(windows)
+    feeds = pipeline.stack_inputs(windows)
     with pytest.raises(EngineError, match="no windows"):
         pipeline.stack({name: array[:0] for name, array in feeds.items()})
     with pytest.raises(EngineError, match="batch is 0"):
@@ -114,7 +119,7 @@ def test_a_node_bundle_runs_the_stack_and_only_that(
     toy_bundle: Path, tmp_path: Path, pipeline: Pipeline, windows: Windows
 ) -> None:
     with Pipeline(node_bundle(Bundle.load(toy_bundle), tmp_path / "node")) as node:
-        feeds = node.leave_home(windows)
+        feeds = node.stack_inputs(windows)
         tokens = node.stack(feeds)
         np.testing.assert_array_equal(tokens["tokens"], pipeline.stack(feeds)["tokens"])
         with pytest.raises(BundleError, match="node bundle and has no tail"):
@@ -130,7 +135,7 @@ def test_stages_are_opened_when_needed_and_closed_with_the_pipeline(
     weights[100] ^= 1
     (copy / "tail.onnx.data").write_bytes(weights)
     pipeline = Pipeline(bundle, threads=1)
-    tokens = pipeline.stack(pipeline.leave_home(windows))
+    tokens = pipeline.stack(pipeline.stack_inputs(windows))
     assert pipeline.engine("stack") is pipeline.engine("stack")
     with pytest.raises(BundleError, match=r"tail\.onnx\.data is damaged"):
         pipeline.tail(tokens, windows)
@@ -224,7 +229,7 @@ def test_results_are_bit_identical_however_windows_are_batched(real: Bundle) -> 
     image = rng.integers(0, 256, (size * 3 // 4 + 3, size, 3), dtype=np.uint8)
     windows = cut(image, real.geometry)
     with Pipeline(real, threads=1) as one, Pipeline(real, threads=2) as two:
-        feeds = one.leave_home(windows)
+        feeds = one.stack_inputs(windows)
         whole = one.stack(feeds)["tokens"]
         assert np.isfinite(whole).all()
         for batch in (1, 3, 7, 8):
@@ -254,3 +259,97 @@ def test_a_prompt_does_not_depend_on_the_prompts_beside_it(real: Bundle) -> None
             alone = pipeline.decode(embedding, coords[row], labels[row], mask[row], has_mask[row])
             np.testing.assert_allclose(alone[0], logits[row], atol=1e-4, rtol=1e-4)
             np.testing.assert_allclose(alone[1], iou[row], atol=1e-5)
+
+
+# Several callers at a time ---------------------------------------------------------------------
+
+
+class Meeting:
+    """An engine whose runs wait for each other: they end only if they run at the same time."""
+
+    def __init__(self, engine: Any, met: threading.Barrier) -> None:
+        self.engine, self.met = engine, met
+        self.began = threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def run(self, feeds: Any) -> Any:
+        self.began.set()
+        self.met.wait(20)
+        return self.engine.run(feeds)
+
+
+def test_the_stack_of_one_image_runs_beside_the_tail_of_another(
+    pipeline: Pipeline, windows: Windows
+) -> None:
+    tokens = pipeline.stack(pipeline.stack_inputs(windows))
+    expected = pipeline.tail(tokens, windows)
+    met = threading.Barrier(2)
+    for stage in ("stack", "tail"):
+        pipeline._engines[stage] = Meeting(pipeline.engine(stage), met)  # type: ignore[assignment]
+    running = pipeline.submit("stack", pipeline.stack_inputs(windows))
+    np.testing.assert_array_equal(pipeline.tail(tokens, windows), expected)
+    np.testing.assert_array_equal(running.result(20)["tokens"], tokens["tokens"])
+
+
+def test_many_callers_get_their_own_answers_and_open_each_stage_once(
+    toy_bundle: Path, toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+    real = pipeline_module.open_stage
+
+    def counting(bundle: Bundle, stage: str, **options: Any) -> Any:
+        opened.append(stage)
+        return real(bundle, stage, **options)
+
+    monkeypatch.setattr(pipeline_module, "open_stage", counting)
+    rng = np.random.default_rng(2)
+    images = [cut(rng.integers(0, 256, (27, 40, 3), np.uint8), toy.geometry) for _ in range(12)]
+    with Pipeline(Bundle.load(toy_bundle), threads=1, device="cpu") as pipeline:
+        with ThreadPoolExecutor(6) as callers:
+            found = [*callers.map(pipeline.embed, images)]
+        for windows, embedding in zip(images, found, strict=True):
+            np.testing.assert_array_equal(pipeline.embed(windows), embedding)
+    assert sorted(opened) == ["stack", "tail"]
+
+
+def test_closing_waits_for_what_runs_and_fails_what_waits(
+    pipeline: Pipeline, windows: Windows
+) -> None:
+    feeds = pipeline.stack_inputs(windows)
+    met = threading.Barrier(2)
+    engine = pipeline.engine("stack")
+    slow = Meeting(engine, met)
+    pipeline._engines["stack"] = slow  # type: ignore[assignment]
+    running, waiting = pipeline.submit("stack", feeds), pipeline.submit("stack", feeds)
+    assert slow.began.wait(20)
+    closing = [threading.Thread(target=pipeline.close) for _ in range(2)]
+    for thread in closing:
+        thread.start()
+    while not waiting.cancelled():
+        time.sleep(0.001)
+    met.wait(20)
+    assert running.result(20).keys() == {"tokens"}
+    for thread in closing:
+        thread.join(20)
+        assert not thread.is_alive()
+    with pytest.raises(EngineError, match="closed") as caught:
+        pipeline.stack(feeds)
+    assert caught.value.code == "closed"
+    with pytest.raises(EngineError, match="was closed"):
+        engine.run({})
+
+
+def test_an_encoding_says_what_took_how_long(
+    pipeline: Pipeline, make_toy_bundle: Callable[..., Path], tmp_path: Path, windows: Windows
+) -> None:
+    encoding = pipeline.encode(windows)
+    assert encoding.tokens is not None
+    assert min(encoding.stack_ms, encoding.tail_ms) > 0
+    tokens = encoding.tokens
+    again = pipeline.encode(windows, lambda given: tokens if given is windows else {})
+    np.testing.assert_array_equal(again.embedding, encoding.embedding)
+    with Pipeline(Bundle.load(make_toy_bundle(tmp_path / "b", stock=True))) as stock:
+        whole = stock.encode(windows)
+    assert (whole.tokens, whole.tail_ms) == (None, 0)

@@ -139,7 +139,7 @@ def test_tokens_do_not_depend_on_batch_or_threads(random_bundle: Path) -> None:
     results = []
     for threads in (1, 2):
         with Pipeline(bundle, threads=threads, device="cpu") as pipeline:
-            feeds = pipeline.leave_home(windows)
+            feeds = pipeline.stack_inputs(windows)
             results += [pipeline.stack(feeds, batch)["tokens"] for batch in (None, 9, 8, 1)]
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])

@@ -10,8 +10,9 @@ import numpy as np
 import zmq.asyncio
 
 from edge_runtime.config import Node
-from edge_runtime.offload.connection import NodeClient, Reply
-from edge_runtime.offload.placement import ExposureLedger, place
+from edge_runtime.offload.connection import Connection, Reply
+from edge_runtime.offload.ledger import ExposureLedger
+from edge_runtime.offload.placement import place
 from engines.bundle import Bundle
 from transport.messages import stage_limits
 
@@ -29,19 +30,19 @@ def feeds(bundle: Bundle, seed: int = 0, windows: Sequence[int] = WINDOWS) -> di
     }
 
 
-async def ask(client: NodeClient, fed: dict[str, np.ndarray], seconds: float = 20.0) -> Reply:
+async def ask(client: Connection, fed: dict[str, np.ndarray], seconds: float = 20.0) -> Reply:
     """Have the node run the stack, with a permit for it."""
     ledger = ExposureLedger(place([1] * 9, range(9), 3, [client.name], 1.0, bytes(32), b""))
     until = asyncio.get_running_loop().time() + seconds
-    return await client.infer(fed, ledger.permit(client.name, WINDOWS), until)
+    return await client.infer(fed, ledger.reserve(client.name, WINDOWS), until)
 
 
 @asynccontextmanager
-async def connected(node: Node, bundle: Bundle) -> AsyncIterator[NodeClient]:
+async def connected(node: Node, bundle: Bundle) -> AsyncIterator[Connection]:
     """A real client of `node`, which serves the bundle's stack; its link is up."""
     ctx, stage = zmq.asyncio.Context(), bundle.stage("stack")
     limits = stage_limits(stage.inputs, stage.outputs, bundle.geometry.windows)
-    client = NodeClient(ctx, node, stage, limits)
+    client = Connection(ctx, node, stage, limits)
     client.start()
     try:
         while client.link is None or client.link.state != "up":

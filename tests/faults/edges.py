@@ -36,7 +36,7 @@ from transport.messages import (
 FORGETFUL = """
 import sys
 from cloud_node import server
-server.Server._left_behind = lambda *_: None
+server.Server._on_connection_ended = lambda *_: None
 from cloud_node.cli import main
 sys.exit(main(sys.argv[1:]))
 """

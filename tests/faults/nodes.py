@@ -39,7 +39,8 @@ from engines.ort import OrtEngine
 from faults.background import Service, cancel_all
 from faults.processes import Child
 from faults.zmtp import Budget, Curve, Peer, PeerError, endless_multipart, frame
-from transport.auth import AllowList, Authenticator
+from transport.allow_list import AllowList
+from transport.auth import Authenticator
 from transport.keys import KeyPair, generate, load_secret, make_directory, write_public
 from transport.messages import (
     VERSIONS,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from edge_common.errors import OffloadError
-from edge_runtime.offload.connection import NodeClient, Reply
+from edge_runtime.offload.connection import Connection, Reply
 from engines.bundle import Bundle, TensorSpec
 from engines.ort import OrtEngine
 from faults import nodes, sodium
@@ -25,7 +25,7 @@ raw = pytest.mark.skipif(sodium.MISSING is not None, reason=str(sodium.MISSING))
 WIRES = ["router", pytest.param("raw", marks=raw)]
 
 
-def run(node: FaultyNode, work: Callable[[NodeClient], Awaitable[T]]) -> T:
+def run(node: FaultyNode, work: Callable[[Connection], Awaitable[T]]) -> T:
     """Start the node and do `work` with a client of it, in one loop."""
 
     async def whole() -> T:
@@ -52,7 +52,7 @@ def test_honest_answers_are_identical_on_both_wires(
 ) -> None:
     node = faulty(wire=wire)
 
-    async def work(client: NodeClient) -> None:
+    async def work(client: Connection) -> None:
         until = asyncio.get_running_loop().time() + 10
         info, _ = await client.info(until)
         assert info.stages[0].sha256 == node.stage.sha256
@@ -106,7 +106,7 @@ def test_lies_that_show(kind: Any, wire: Any, faulty: Callable[..., FaultyNode])
     node = faulty(Script(act), wire=wire)
     patient = REFUSED[kind] != SILENT
 
-    async def work(client: NodeClient) -> None:
+    async def work(client: Connection) -> None:
         with pytest.raises(OffloadError, match=REFUSED[kind]):
             await ask(client, feeds(node.bundle), seconds=20 if patient else 0.3)
         while not node.did:
@@ -125,7 +125,7 @@ def test_lies_that_pass_for_the_truth(
     pool.put("other", {"tokens": np.full((2, 16, 8), 7, np.float32)})
     node = faulty(Script("honest", Act(kind, factor=10)), pool=pool)
 
-    async def work(client: NodeClient) -> list[Reply]:
+    async def work(client: Connection) -> list[Reply]:
         return [await ask(client, feeds(node.bundle, seed)) for seed in (0, 1, 2)]
 
     got = [reply.outputs["tokens"] for reply in run(node, work)]
@@ -156,7 +156,7 @@ def test_strays_are_as_many_as_were_sent(
 ) -> None:
     node = faulty(Script("honest", kind))
 
-    async def work(client: NodeClient) -> None:
+    async def work(client: Connection) -> None:
         await ask(client, feeds(node.bundle))
         if kind in ("replay", "wrong_id"):
             with pytest.raises(OffloadError, match=SILENT):
@@ -175,7 +175,7 @@ def test_strays_are_as_many_as_were_sent(
 def test_slow_and_late_answers_come_when_they_should(faulty: Callable[..., FaultyNode]) -> None:
     node = faulty(Script("honest", Act("slow", factor=20), "late"), service_s=0.01)
 
-    async def work(client: NodeClient) -> None:
+    async def work(client: Connection) -> None:
         await ask(client, feeds(node.bundle))
         reply = await ask(client, feeds(node.bundle))
         assert reply.compute_ms >= 200
@@ -190,7 +190,7 @@ def test_slow_and_late_answers_come_when_they_should(faulty: Callable[..., Fault
 def test_a_claimed_stage_travels_in_the_info(faulty: Callable[..., FaultyNode]) -> None:
     node = faulty(info_stage="f" * 64)
 
-    async def work(client: NodeClient) -> str:
+    async def work(client: Connection) -> str:
         info, _ = await client.info(asyncio.get_running_loop().time() + 10)
         return info.stages[0].sha256
 
@@ -202,7 +202,7 @@ def test_acts_of_the_wire_need_the_raw_one(
 ) -> None:
     node = faulty("close_mid")
 
-    async def work(client: NodeClient) -> None:
+    async def work(client: Connection) -> None:
         with pytest.raises(OffloadError, match="no answer"):
             await ask(client, feeds(node.bundle), seconds=0.3)
 

@@ -2,7 +2,7 @@
 
 A target raises nothing if only the typed errors came out, and returns what did: ``ok`` or the
 error's name. Both roles are the code that runs there: at the node, header, tensors and admission;
-at the edge, `NodeClient._handle` and what `infer` does with a result. ``zap`` is the authenticator,
+at the edge, `Connection._handle` and what `infer` does with a result. ``zap`` is the authenticator,
 ``keys`` the key files that people send one another.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 from cloud_node.admission import Refusal, check_stage, check_windows
 from edge_common.errors import KeyFileError, OffloadError, ProtocolError
-from edge_runtime.offload.connection import NodeClient, _Pending
+from edge_runtime.offload.connection import Connection, _Pending
 from edge_runtime.offload.integrity import check_reply
 from fuzz.messages import (
     FEEDS,
@@ -35,7 +35,8 @@ from fuzz.messages import (
     message,
 )
 from transport import keys
-from transport.auth import AllowList, Authenticator
+from transport.allow_list import AllowList
+from transport.auth import Authenticator
 from transport.messages import Request, Result, decode, decode_header, decode_tensors
 
 Target = Callable[[bytes], str]
@@ -84,7 +85,7 @@ def edge(data: bytes) -> str:
     made: Any = message(data)
 
     async def work() -> str:
-        client = NodeClient(None, NODE, STAGE, LIMITS)  # type: ignore[arg-type]
+        client = Connection(None, NODE, STAGE, LIMITS)  # type: ignore[arg-type]
         client._pending[ID] = pending = _Pending()
         try:
             client._handle(made, 0.0)
@@ -128,9 +129,10 @@ def zap(data: bytes) -> str:
         sound[choices.below(len(sound))] = choices.bytes(40)
     if choices.below(4) == 3:
         sound = [choices.bytes() for _ in range(choices.below(12))]
-    status, text, user = _authenticator()._judge(sound)
+    _, _, status, text, user, properties = _authenticator()._answer(sound)
     assert status in (b"400", b"500")
     assert not user
+    assert not properties
     return text.decode()
 
 

@@ -24,9 +24,10 @@ from faults.processes import Sampler, sample
 from faults.zmtp import Budget, Tally
 from fuzz.targets import TARGETS
 
-from edge_runtime.offload.connection import NodeClient
+from edge_runtime.offload.connection import Connection
 from reliability.rows import Bench, Questions, Seen, Skip, mb, row, running
-from transport.auth import AllowList, Authenticator
+from transport.allow_list import AllowList
+from transport.auth import Authenticator
 from transport.messages import (
     Accepted,
     InfoRequest,
@@ -508,7 +509,7 @@ async def replays(bench: Bench) -> Seen:
 
 
 async def _volley(
-    questions: Questions, client: NodeClient, count: int, seconds: float, width: int
+    questions: Questions, client: Connection, count: int, seconds: float, width: int
 ) -> None:
     """`count` questions, `width` at once."""
 

@@ -14,7 +14,7 @@ from faults.processes import Netns, Sample, Sampler, random_plan, run_plan, samp
 from faults.proxy import Proxy, random_cuts
 
 from edge_runtime.config import Node
-from edge_runtime.offload.connection import NodeClient
+from edge_runtime.offload.connection import Connection
 from engines.bundle import Bundle, shipped_bundle
 from reliability.load import Load
 from reliability.rows import (
@@ -35,7 +35,7 @@ HEARTBEAT_S = 1.0 + 3.0
 MOST_BACKOFF_S = 10.0
 
 
-async def _lost(client: NodeClient, within_s: float) -> float | None:
+async def _lost(client: Connection, within_s: float) -> float | None:
     """Seconds until the client knows that its link is gone."""
     begun = time.monotonic()
     while time.monotonic() - begun < within_s:

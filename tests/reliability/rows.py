@@ -25,7 +25,7 @@ from faults.nodes import NodeProcess
 
 from edge_common.errors import OffloadError
 from edge_runtime.config import Node
-from edge_runtime.offload.connection import NodeClient
+from edge_runtime.offload.connection import Connection
 from engines.bundle import Bundle
 from engines.ort import OrtEngine
 from transport.keys import KeyPair
@@ -128,11 +128,11 @@ class Bench:
         """A real ``cloud-node serve``, or with `policy` one that lies; start it with ``with``."""
         return NodeProcess(options.pop("bundle", self.toy), self.fresh(), **options)
 
-    def idle_client(self) -> NodeClient:
+    def idle_client(self) -> Connection:
         """A client that has no connection, to be given messages by hand."""
         pair = KeyPair("edge", "b" * 40, "c" * 40)
         node = Node("node", "tcp://127.0.0.1:1", "a" * 40, pair)
-        return NodeClient(None, node, self.bundle.stage("stack"), self.limits)  # type: ignore[arg-type]
+        return Connection(None, node, self.bundle.stage("stack"), self.limits)  # type: ignore[arg-type]
 
     def hostile(self, node: NodeProcess, seed: int = 0) -> HostileEdge:
         """An edge that `node` has let in."""
@@ -163,7 +163,7 @@ class Questions:
         self.compare = True
         self.fed = [feeds(bench.bundle, seed) for seed in range(SEEDS)]
 
-    async def ask(self, client: NodeClient, seconds: float = 10.0) -> bool:
+    async def ask(self, client: Connection, seconds: float = 10.0) -> bool:
         """One question; whether it was answered rightly."""
         seed = self.asked % SEEDS
         self.asked += 1
@@ -171,8 +171,8 @@ class Questions:
         try:
             reply = await ask(client, self.fed[seed], seconds)
         except OffloadError as error:
-            text = str(error).partition("): ")[2] or str(error)
-            self.failed[" ".join(text.split()[:4])] += 1
+            reason = getattr(error, "reason", "") or error.found
+            self.failed[" ".join(reason.split()[:4])] += 1
             return False
         else:
             same = not self.compare or all(
@@ -188,7 +188,7 @@ class Questions:
             self.worst_s = max(self.worst_s, took)
             self.over_s = max(self.over_s, took - seconds)
 
-    async def until_right(self, client: NodeClient, within_s: float) -> float:
+    async def until_right(self, client: Connection, within_s: float) -> float:
         """Ask until an answer is right; seconds that took.
 
         Raises:
@@ -203,11 +203,11 @@ class Questions:
 
     @asynccontextmanager
     async def going_on(
-        self, *clients: NodeClient, seconds: float = 10.0, pause_s: float = 0.01
+        self, *clients: Connection, seconds: float = 10.0, pause_s: float = 0.01
     ) -> AsyncIterator[None]:
         """Ask all of them, over and over, while the body runs."""
 
-        async def work(client: NodeClient) -> None:
+        async def work(client: Connection) -> None:
             while not ended:
                 if not await self.ask(client, seconds):
                     await asyncio.sleep(0.05)

@@ -32,7 +32,7 @@ def test_a_key_that_floods_is_kept_out_and_costs_no_request(
     assert (seen["node lived"], seen["bound anew"]) == (True, 0)
     assert (seen["honest requests lost"], seen["honest requests refused"]) == (0, {})
     assert seen["memory of the front, most MB more"] < 100
-    if not seen["flood: times kept out"]:  # `test_door` tests that, without a clock
+    if not seen["flood: times kept out"]:  # `test_listener` tests that, without a clock
         pytest.skip("this machine is too busy to flood a node")
 
 

@@ -44,7 +44,8 @@ from engines.bundle import Bundle, TensorSpec
 from engines.geometry import Geometry
 from reliability.load import Load, limited, write_sized_bundle
 from reliability.rows import Bench, Seen, mb, row, running, workers_of
-from transport.auth import AllowList, Authenticator
+from transport.allow_list import AllowList
+from transport.auth import Authenticator
 from transport.keys import KeyPair
 from transport.messages import (
     HEADER_BYTES,

@@ -39,10 +39,12 @@ from faults.zmtp import Peer
 
 from edge_common.errors import ProtocolError
 from edge_runtime.config import Node
-from edge_runtime.offload.connection import NodeClient, _Pending
+from edge_runtime.offload.connection import Connection, _Pending
 from reliability.rows import Bench, Questions, Seen, Skip, row, running, workers_of
-from transport.auth import AllowList, Authenticator
+from transport.allow_list import AllowList
+from transport.auth import Authenticator
 from transport.keys import generate
+from transport.link import NOT_AUTHORISED, WRONG_SERVER_KEY
 from transport.messages import (
     InfoRequest,
     Refused,
@@ -52,7 +54,7 @@ from transport.messages import (
     encode,
     new_id,
 )
-from transport.sockets import NOT_AUTHORISED, WRONG_SERVER_KEY, server
+from transport.sockets import server
 
 ROOT = Path(__file__).parents[2]
 RUNTIME = ("edge_common", "transport", "edge_runtime", "cloud_node", "engines")
@@ -72,7 +74,7 @@ def _tests(path: str) -> ModuleType:
 async def _link(bench: Bench, node: Node, within_s: float = 3.0) -> str:
     """What becomes of a client's link: ``up``, or the reason of the first other state."""
     ctx = zmq.asyncio.Context()
-    client = NodeClient(ctx, node, bench.bundle.stage("stack"), bench.limits)
+    client = Connection(ctx, node, bench.bundle.stage("stack"), bench.limits)
     client.start()
     try:
         until = time.monotonic() + within_s

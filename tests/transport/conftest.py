@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import zmq
-from echo_node import EchoNode
+from echo_node import EchoNode, Honest
 
 from transport.keys import KeyPair, make_directory, write_public
 from transport.messages import Limits, StageLimits
@@ -56,3 +56,19 @@ def start(tmp_path: Path) -> Iterator[Callable[..., EchoNode]]:
     finally:
         for node in made:
             node.close()
+
+
+@pytest.fixture
+def behave(start: Callable[..., EchoNode]) -> Iterator[Callable[..., Honest]]:
+    """Edges that behave, stopped before their nodes."""
+    made: list[Honest] = []
+
+    def make(node: EchoNode) -> Honest:
+        made.append(Honest(node))
+        return made[-1]
+
+    try:
+        yield make
+    finally:
+        for edge in made:
+            edge.stop()

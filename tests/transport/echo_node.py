@@ -1,8 +1,8 @@
-"""A server of `transport` alone, as a process: authenticator, meter and monitor, and an echo.
+"""A server of `transport` alone, as a process: authenticator, connection limits and an echo.
 
-`EchoNode` starts it and asks what it counted, `Honest` is an edge of it that behaves. Run by path,
-it takes one argument, JSON: keys (folder), limits, and what differs of the bounds; it prints its
-endpoint, then what it counted for every line on standard input.
+`EchoNode` starts it and asks for its counts; `Honest` is an edge of it that behaves. Run by path,
+it takes one argument, JSON: keys (folder), limits of messages, and connection limits that
+differ. It prints its endpoint, then its counts for every line on standard input.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ from faults.zmtp import Curve, Peer
 
 from edge_common.memory_limits import MemoryLimits
 from edge_common.process import raise_file_limit
-from transport import meter as metering
-from transport import sockets
-from transport.auth import KEY, AllowList, Authenticator
+from transport import peer_events, sockets
+from transport.allow_list import AllowList
+from transport.auth import KEY, Authenticator
+from transport.dos_protection import Connections, connection_limits
 from transport.keys import KeyPair, generate, load_secret, make_directory, write_public
 from transport.messages import Limits, StageLimits
 
@@ -48,24 +49,26 @@ ENVIRONMENT = {
 
 async def serve(options: dict[str, Any]) -> None:
     limits = StageLimits(Limits(*options["request"]), Limits(*options["result"]))
-    bounds = metering.bounds(
-        limits.request,
-        limits.result,
-        backlog=sockets.BACKLOG,
-        files=raise_file_limit(),
+    most = connection_limits(
+        limits.request, limits.result, backlog=sockets.BACKLOG, files=raise_file_limit()
     )
-    meter = metering.Meter(dataclasses.replace(bounds, **options.get("bounds", {})))
+    connections = Connections(dataclasses.replace(most, **options.get("limits", {})))
     if not options.get("metered", True):
-        meter.metered = False
+        connections.metered = False
     events: collections.Counter[str] = collections.Counter()
     refused: collections.Counter[str] = collections.Counter()
     revoked: list[str] = []
-    held = peak = 0
+    peak = 0
     resident = MemoryLimits(group="").resident
+
+    dropped: collections.Counter[str] = collections.Counter()
+
+    def held() -> int:
+        return int(sum(each.held for each in connections._open.values()))
 
     def on_revoked(names: frozenset[str]) -> None:
         revoked.extend(sorted(names))
-        events.update(f"dropped {b.reason}" for b in meter.revoke(names))
+        connections.drop({*names, ""}, "revoked")
 
     ctx = zmq.asyncio.Context()
     folder = Path(options["keys"])
@@ -73,25 +76,24 @@ async def serve(options: dict[str, Any]) -> None:
         ctx,
         AllowList(folder / "authorized"),
         on_revoked,
-        before_each=lambda: meter.catch_up(),
+        connections=connections,
         on_refused=lambda reason: refused.update([reason]),
     )
     authenticator.start()
     key = load_secret(folder / "node.key")
     socket = sockets.server(ctx, "tcp://127.0.0.1:0", key, limits, monitor=True)
 
-    peers = sockets.peers(socket, meter)
-
     async def follow() -> None:
-        nonlocal held, peak
-        async for event in peers:
-            events[f"{event.kind} {event.reason}".strip()] += 1
-            held = meter.held()
-            peak = max(peak, held)
+        nonlocal peak
+        async for event in peer_events.follow(socket, connections):
+            events[event.kind] += 1
+            if event.kind == "dropped":
+                dropped[event.reason] += 1
+            peak = max(peak, held())
 
     async def echo() -> None:
         async for frame, peer, surplus in sockets.received(socket, routed=True):
-            meter.delivered(frame, peer)
+            connections.received(frame, peer)
             events["messages"] += 1
             events["surplus frames"] += surplus
             if authenticator.admits(*(str(frame.get(name)) for name in ("User-Id", KEY))):
@@ -103,7 +105,7 @@ async def serve(options: dict[str, Any]) -> None:
                     sent = socket.send_multipart([peer, answer], flags=zmq.NOBLOCK)
                     error = sent.exception()
                     if error is None:
-                        meter.handed(len(answer), time.monotonic(), route=peer)
+                        connections.sent(len(answer), time.monotonic(), route=peer)
                     elif error.errno in (errno.EHOSTUNREACH, errno.EAGAIN):
                         events["undelivered"] += 1
                     else:
@@ -125,10 +127,10 @@ async def serve(options: dict[str, Any]) -> None:
             {
                 "events": events,
                 "refused": refused,
-                "dropped": meter.dropped,
+                "dropped": dropped,
                 "revoked": revoked,
-                "connections": meter.connections,
-                "held": meter.held(),
+                "connections": len(connections),
+                "held": held(),
                 "peak": peak,
                 "rss": resident(),
                 "broken": [repr(task.exception()) for task in ended],
@@ -216,7 +218,6 @@ class Honest:
         self._work = (node, node.authorise(name))
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
-        self.more(1)
 
     def _run(self) -> None:
         node, pair = self._work
@@ -241,10 +242,15 @@ class Honest:
             assert self.failed is None, self.failed
             time.sleep(0.005)
 
-    def close(self) -> None:
+    def stop(self) -> None:
         self._end.set()
-        self._thread.join()
+        self._thread.join(10)
+
+    def close(self) -> None:
+        """Stop, and check that nothing has gone wrong."""
+        self.stop()
         assert self.failed is None, self.failed
+        assert not self._thread.is_alive()
 
 
 if __name__ == "__main__":

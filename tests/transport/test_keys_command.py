@@ -14,7 +14,7 @@ import pytest
 
 from edge_runtime.cli import main
 from transport import keys
-from transport.auth import AllowList
+from transport.allow_list import AllowList
 
 
 @pytest.fixture

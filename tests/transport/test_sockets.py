@@ -18,19 +18,20 @@ import zmq.asyncio
 from faults import zmtp
 
 from edge_common.errors import ConfigError
-from transport import messages, sockets
-from transport.auth import AllowList, Authenticator
+from transport import link, messages, peer_events, sockets
+from transport.allow_list import AllowList
+from transport.auth import Authenticator
+from transport.dos_protection import Connections, connection_limits
 from transport.keys import KeyPair
+from transport.link import LinkEvent
 from transport.messages import Limits, StageLimits
-from transport.meter import Meter, bounds
-from transport.sockets import LinkEvent
 
 NewPair = Callable[[str], KeyPair]
 
 
 async def _next(events: asyncio.Queue[LinkEvent]) -> LinkEvent:
     """The next event, but for a handshake that a busy machine was too slow for: tried again."""
-    while (event := await events.get()).reason == sockets.NO_ANSWER:
+    while (event := await events.get()).reason == link.NO_ANSWER:
         pass
     return event
 
@@ -55,7 +56,7 @@ def run_scene(
             key = server_key or self.node.public
             client = sockets.client(self.ctx, endpoint, key, pair, limits, connect=False)
             events: asyncio.Queue[LinkEvent] = asyncio.Queue()
-            watcher = sockets.watch(client, endpoint, first_retry_s=0.1)
+            watcher = link.watch(client, endpoint, first_retry_s=0.1)
 
             async def listen() -> None:
                 async for event in watcher:
@@ -129,8 +130,8 @@ def test_a_link_comes_up_goes_down_and_comes_back(
         async with stage.watching(endpoint, pair) as (client, events):
             assert (await _next(events)).state == "up"
             server.close()
-            assert await _next(events) == LinkEvent("down", sockets.CONNECTION_LOST)
-            assert await _next(events) == LinkEvent("unreachable", sockets.UNREACHABLE)
+            assert await _next(events) == LinkEvent("down", link.CONNECTION_LOST)
+            assert await _next(events) == LinkEvent("unreachable", link.UNREACHABLE)
             server = stage.server(endpoint)
             assert (await _next(events)).state == "up"
             await client.send(b"hello")
@@ -148,7 +149,7 @@ def test_an_edge_authorised_later_gets_in_by_itself(
     async def scene(stage: Any) -> None:
         server = stage.server()
         async with stage.watching(server.last_endpoint.decode(), pair) as (client, events):
-            assert await _next(events) == LinkEvent("refused", sockets.NOT_AUTHORISED)
+            assert await _next(events) == LinkEvent("refused", link.NOT_AUTHORISED)
             authorise(pair)
             assert (await _next(events)).state == "up"
             await client.send(b"hello")
@@ -166,7 +167,7 @@ def test_wrong_server_key(run_scene: Any, authorise: Any, new_pair: NewPair) -> 
         server = stage.server()
         endpoint = server.last_endpoint.decode()
         async with stage.watching(endpoint, pair, new_pair("other").public) as (_, events):
-            assert await _next(events) == LinkEvent("refused", sockets.WRONG_SERVER_KEY)
+            assert await _next(events) == LinkEvent("refused", link.WRONG_SERVER_KEY)
             await asyncio.sleep(0.5)
             assert events.empty()  # the same news is told once
         server.close()
@@ -184,7 +185,7 @@ def test_a_node_without_curve_is_not_talked_to(
         insecure.bind("tcp://127.0.0.1:0")
         endpoint = insecure.last_endpoint.decode()
         async with stage.watching(endpoint, new_pair("edge")) as (client, events):
-            assert await _next(events) == LinkEvent("refused", sockets.NOT_A_NODE)
+            assert await _next(events) == LinkEvent("refused", link.NOT_A_NODE)
             with pytest.raises(zmq.Again):
                 await client.send(b"secret", flags=zmq.NOBLOCK)
             assert not await insecure.poll(300)
@@ -204,7 +205,7 @@ def test_something_else_listens_there(run_scene: Any, new_pair: NewPair) -> None
         web = await asyncio.start_server(answer, "127.0.0.1", 0)
         endpoint = f"tcp://127.0.0.1:{web.sockets[0].getsockname()[1]}"
         async with stage.watching(endpoint, new_pair("edge")) as (_, events):
-            assert await _next(events) == LinkEvent("refused", sockets.NOT_A_NODE)
+            assert await _next(events) == LinkEvent("refused", link.NOT_A_NODE)
         web.close()
 
     run_scene(scene)
@@ -215,7 +216,7 @@ def test_a_frozen_listener(run_scene: Any, new_pair: NewPair) -> None:
         with plain.create_server(("127.0.0.1", 0)) as silent:
             endpoint = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
             async with stage.watching(endpoint, new_pair("edge")) as (_, events):
-                assert await events.get() == LinkEvent("refused", sockets.NO_ANSWER)
+                assert await events.get() == LinkEvent("refused", link.NO_ANSWER)
 
     run_scene(scene)
 
@@ -226,7 +227,7 @@ def test_nothing_listens_there(run_scene: Any, new_pair: NewPair, host: str) -> 
         with plain.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
         async with stage.watching(f"tcp://{host}:{port}", new_pair("edge")) as (client, events):
-            assert await _next(events) == LinkEvent("unreachable", sockets.UNREACHABLE)
+            assert await _next(events) == LinkEvent("unreachable", link.UNREACHABLE)
             with pytest.raises(zmq.Again):  # nothing is queued for a node that isn't there
                 await client.send(b"late", flags=zmq.NOBLOCK)
 
@@ -298,7 +299,7 @@ def test_a_server_tells_why_a_handshake_failed(
     async def scene(stage: Any) -> None:
         server = stage.server()
         endpoint = server.last_endpoint.decode()
-        watcher = sockets.peers(server, meter_of(limits))
+        watcher = peer_events.follow(server, connections_of(limits))
         key = new_pair("other").public if reason == "wrong_key" else stage.node.public
         client: Any = None
         task: asyncio.Task[None] | None = None
@@ -332,11 +333,11 @@ def test_a_server_tells_why_a_handshake_failed(
 
     run_scene(scene)
     if reason not in ("wrong_key", "null"):
-        assert sockets.REFUSALS[reason] in caplog.text
+        assert peer_events.REFUSALS[reason] in caplog.text
 
 
-def meter_of(limits: StageLimits) -> Meter:
-    return Meter(bounds(limits.request, limits.result, backlog=sockets.BACKLOG))
+def connections_of(limits: StageLimits) -> Connections:
+    return Connections(connection_limits(limits.request, limits.result, backlog=sockets.BACKLOG))
 
 
 def test_a_server_follows_its_connections(
@@ -347,11 +348,11 @@ def test_a_server_follows_its_connections(
 
     async def scene(stage: Any) -> None:
         server = stage.server()
-        meter = meter_of(limits)
+        connections = connections_of(limits)
         kinds: list[str] = []
 
         async def follow() -> None:
-            async for event in sockets.peers(server, meter):
+            async for event in peer_events.follow(server, connections):
                 kinds.append(event.kind)
 
         task = asyncio.create_task(follow())
@@ -362,14 +363,14 @@ def test_a_server_follows_its_connections(
                 assert (await _next(events)).state == "up"
                 await client.send(b"hello")
                 route, frame = await server.recv_multipart(copy=False)
-                meter.delivered(frame, route.bytes)
-                while meter.users() != {"edge"}:  # the message may overtake the news
+                connections.received(frame, route.bytes)
+                while connections.users() != {"edge"}:  # the message may overtake the event
                     await asyncio.sleep(0.01)
-                assert meter.connections == 1
+                assert len(connections) == 1
             while "closed" not in kinds:
                 await asyncio.sleep(0.01)
-            assert kinds == ["opened", "ready", "closed"]
-            assert meter.connections == 0
+            assert kinds == ["opened", "closed"]
+            assert len(connections) == 0
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         server.close()
@@ -389,12 +390,12 @@ def test_a_connection_made_before_anybody_looks_is_followed(
         client = sockets.client(stage.ctx, endpoint, stage.node.public, pair, limits)
         await client.send(b"hello")
         await server.recv_multipart()
-        meter = meter_of(limits)
-        watcher = sockets.peers(server, meter)
+        connections = connections_of(limits)
+        watcher = peer_events.follow(server, connections)
         assert (await anext(watcher)).kind == "opened"
-        assert meter.connections == 1
+        assert len(connections) == 1
         await watcher.aclose()
-        assert meter.connections == 0
+        assert len(connections) == 0
         client.close()
         server.close()
 
@@ -404,7 +405,9 @@ def test_a_connection_made_before_anybody_looks_is_followed(
 _ROUTING_ID = """
 import zmq
 from transport import sockets
+from transport.dos_protection import Connections, connection_limits
 from transport.keys import KeyPair
+from transport.link import LinkEvent
 from transport.messages import Limits, StageLimits
 
 ctx, some = zmq.Context(), Limits(1, 1024)
@@ -425,21 +428,6 @@ def test_nobody_can_tell_the_routing_ids_of_a_node_from_those_of_another() -> No
     command = [sys.executable, "-c", _ROUTING_ID]
     found = {subprocess.run(command, check=True, capture_output=True).stdout for _ in range(3)}
     assert len(found) == 3
-
-
-def test_a_log_line_is_repeated_seldom_and_the_memory_of_it_bounded() -> None:
-    seldom = sockets.Seldom(every_s=60, most=3)
-    assert seldom("a", 0)
-    assert not seldom("a", 59)
-    assert seldom("a", 61)
-    assert [seldom(thing, 70) for thing in "bcde"] == [True, True, False, False]
-    assert seldom("e", 131)
-
-
-def test_marks_bound_bytes() -> None:
-    for size in (100, 1 << 20, 30 << 20, 1 << 30):
-        limits = Limits(1, size)
-        assert 48 <= sockets.send_mark(limits) <= 256
 
 
 def test_heartbeats_leave_a_slow_link_its_time() -> None:

@@ -51,7 +51,7 @@ SPOILS = [_flipped, _no_message, _repeated, _burst]
 
 @pytest.mark.parametrize("spoil", SPOILS)
 def test_a_server_outlives_a_spoilt_connection(
-    start: Callable[..., EchoNode], spoil: Spoil
+    start: Callable[..., EchoNode], behave: Callable[..., Honest], spoil: Spoil
 ) -> None:
     node = start()
     pair = node.authorise("hostile")
@@ -67,7 +67,8 @@ def test_a_server_outlives_a_spoilt_connection(
         await asyncio.sleep(_HEARTBEAT_S)
 
     asyncio.run(attack())
-    honest = Honest(node)
+    honest = behave(node)
+    honest.more(1)
     honest.more(5)
     honest.close()
 
@@ -75,10 +76,10 @@ def test_a_server_outlives_a_spoilt_connection(
 _EDGE = """
 import asyncio, sys
 import zmq.asyncio
-from transport import sockets
+from transport import link, sockets
+from transport.dos_protection import Connections, connection_limits
 from transport.keys import KeyPair
 from transport.messages import Limits, StageLimits
-from transport.meter import Meter, bounds
 
 some = Limits(1, 1 << 20)
 endpoint, server_key, public, secret = sys.argv[1:]
@@ -87,8 +88,11 @@ async def main():
     ctx = zmq.asyncio.Context()
     pair, limits = KeyPair("edge", public, secret), StageLimits(some, some)
     socket = sockets.client(ctx, endpoint, server_key, pair, limits, connect=False)
-    meter = Meter(bounds(some, some, backlog=sockets.BACKLOG))
-    async for event in sockets.watch(socket, endpoint, first_retry_s=0.05, meter=meter):
+    limits = connection_limits(some, some, backlog=sockets.BACKLOG)
+    watching = link.watch(
+        socket, endpoint, first_retry_s=0.05, connections=Connections(limits)
+    )
+    async for event in watching:
         print(event.state, flush=True)
 
 asyncio.run(main())

@@ -272,6 +272,14 @@ def test_resize_is_sams_for_any_shape(height: int, width: int, size: int) -> Non
         np.testing.assert_array_equal(resize_longest(image, size), reference.apply_image(image))
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_half_a_pixel_is_rounded_up_as_in_sam(turned: bool) -> None:
+    """1365 becomes 682.5: Python and NumPy would round that to the even 682."""
+    shape = (2048, 1365) if turned else (1365, 2048)
+    found = resize_longest(np.zeros((*shape, 3), np.uint8), 1024)
+    assert sorted(found.shape) == [3, 683, 1024]
+
+
 @pytest.mark.parametrize(
     "image",
     [
@@ -343,6 +351,14 @@ def test_upscale_is_sams_for_any_shape(height: int, width: int, threshold: float
     np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
     mask = upscale_mask(low_res, 48, resized, (height, width), threshold)
     np.testing.assert_array_equal(mask, found > threshold)
+
+
+@pytest.mark.parametrize("threshold", [0.0, -1.5])
+def test_a_logit_equal_to_the_threshold_is_outside(threshold: float) -> None:
+    logits = np.full((1, 8, 8), threshold, np.float32)
+    assert not upscale_mask(logits, 32, (32, 24), (60, 45), threshold).any()
+    above = np.nextafter(logits, np.float32(np.inf))
+    assert upscale_mask(above, 32, (32, 24), (60, 45), threshold).all()
 
 
 def test_leading_dimensions_are_kept() -> None:

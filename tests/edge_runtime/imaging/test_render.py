@@ -9,7 +9,7 @@ from PIL import Image
 from edge_runtime.imaging import render
 from edge_runtime.imaging.images import resize_longest
 from edge_runtime.imaging.prompts import Box, Point, Prompt
-from edge_runtime.offload.offloader import NodeReport, OffloadReport
+from edge_runtime.offload.report import NodeReport, OffloadReport
 from engines.geometry import Geometry
 from engines.windows import Windows, cut
 

@@ -12,7 +12,7 @@ import pytest
 
 from edge_common.errors import ConfigError, OffloadError
 from edge_runtime.imaging import segmentation
-from edge_runtime.offload.offloader import NodeReport, OffloadReport
+from edge_runtime.offload.report import NodeReport, OffloadReport
 
 
 def test_bounds_are_the_smallest_box() -> None:
@@ -30,12 +30,14 @@ def test_json_keeps_lists_of_numbers_on_one_line() -> None:
 
 
 class Sender:
-    """What `sends_on_record` looks at of a predictor."""
+    """What `sends_on_record` uses of a predictor."""
 
+    record: object = None
     report: OffloadReport | None = None
 
     def send(self) -> None:
         shown = NodeReport(name="alpha", windows=(1, 5), share_of_image=0.4)
+        self.record = object()
         self.report = OffloadReport(
             (shown,), (), 0.5, 0.4, 4, 9, 2, bytes_up=10, bytes_down=0, total_ms=1.0, ledger=()
         )

@@ -66,15 +66,16 @@ def bundle(path: Path) -> Answer:
     return Answer({"path": str(path), "model": "tiny", "precision": "fp32"})
 
 
-def engines(*warnings: str, **opened: str) -> Answer:
-    return Answer({"opened": opened or {"tail": CPU}, "warnings": list(warnings)})
+def engines(*warnings: str, mend: str = "", **opened: str) -> Answer:
+    told = [{"text": text, "mend": mend} for text in warnings]
+    return Answer({"opened": opened or {"tail": CPU}, "warnings": told})
 
 
-Look = Callable[..., dict[str, Check]]
+Examined = Callable[..., dict[str, Check]]
 
 
 @pytest.fixture
-def look(monkeypatch: pytest.MonkeyPatch) -> Look:
+def examined(monkeypatch: pytest.MonkeyPatch) -> Examined:
     """Examine a tree; the libraries answer as given, and otherwise as where nothing is."""
 
     def go(root: Path, require: Iterable[Any] = (), **answers: Answer) -> dict[str, Check]:
@@ -107,8 +108,8 @@ def statuses(checks: dict[str, Check]) -> dict[str, str]:
     return {name: check.status for name, check in checks.items()}
 
 
-def test_a_jetson_with_everything(look: Look) -> None:
-    checks = look(
+def test_a_jetson_with_everything(examined: Examined) -> None:
+    checks = examined(
         THOR,
         gpu=Answer({**(ORIN.facts or {}), "name": "Thor", "cuda": "13.0"}),
         tensorrt=library(10, 13, 3),
@@ -132,69 +133,71 @@ def test_a_jetson_with_everything(look: Look) -> None:
     assert [check.mend for check in checks.values() if check.mend] == []
 
 
-def test_the_fastest_mode_is_named_by_its_number_on_this_board(look: Look) -> None:
-    assert look(NANO)["power"].mend.startswith("sudo nvpmodel -m 2 ")  # type: ignore[union-attr]
-    power = look(BOARDS / "agx-orin-64gb-jetpack-6.1")["power"]
+def test_the_fastest_mode_is_named_by_its_number_on_this_board(examined: Examined) -> None:
+    assert examined(NANO)["power"].mend.startswith("sudo nvpmodel -m 2 ")  # type: ignore[union-attr]
+    power = examined(BOARDS / "agx-orin-64gb-jetpack-6.1")["power"]
     assert (power.status, "MODE_30W (mode 2); MAXN is" in power.detail) == ("warn", True)
     assert "nvpmodel -m 0 " in (power.mend or "")
 
 
-def test_heat(look: Look) -> None:
-    heat = look(BOARDS / "agx-orin-64gb-jetpack-6.1")["heat"]
+def test_heat(examined: Examined) -> None:
+    heat = examined(BOARDS / "agx-orin-64gb-jetpack-6.1")["heat"]
     assert (heat.status, heat.detail) == (
         "warn",
         "cpu-thermal 100 °C: hot enough to be slowed down",
     )
-    assert look(NANO)["heat"] == Check("heat", "ok", "heat", "tj-thermal 49 °C")
+    assert examined(NANO)["heat"] == Check("heat", "ok", "heat", "tj-thermal 49 °C")
 
 
-def test_a_jetson_without_jetpacks_packages(look: Look) -> None:
-    jetpack = look(BOARDS / "agx-orin-64gb-jetpack-6.1", gpu=ORIN)["jetpack"]
+def test_a_jetson_without_jetpacks_packages(examined: Examined) -> None:
+    jetpack = examined(BOARDS / "agx-orin-64gb-jetpack-6.1", gpu=ORIN)["jetpack"]
     assert jetpack.status == "none"
     assert jetpack.detail.startswith("6.1, L4T 36.4.0; its packages")
     assert jetpack.mend == "sudo apt update && sudo apt install nvidia-jetpack"
 
 
-def test_a_jetson_that_is_too_old(look: Look, tmp_path: Path) -> None:
+def test_a_jetson_that_is_too_old(examined: Examined, tmp_path: Path) -> None:
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc/nv_tegra_release").write_text("# R35 (release), REVISION: 4.1, GCID: 1")
-    jetpack = look(tmp_path)["jetpack"]
+    jetpack = examined(tmp_path)["jetpack"]
     assert (jetpack.status, jetpack.detail[:22]) == ("warn", "5.1.2, L4T 35.4.1: old")
 
 
-def test_a_container_without_the_gpu(look: Look) -> None:
-    gpu = look(CONTAINER)["gpu"]
+def test_a_container_without_the_gpu(examined: Examined) -> None:
+    gpu = examined(CONTAINER)["gpu"]
     assert gpu.status == "warn"  # the CPU will do, unless more is required
     assert (gpu.mend or "").startswith("docker run --runtime nvidia")
-    assert look(CONTAINER)["jetpack"].status == "none"
-    required = look(CONTAINER, require=["cuda"])["require-cuda"]
+    assert examined(CONTAINER)["jetpack"].status == "none"
+    required = examined(CONTAINER, require=["cuda"])["require-cuda"]
     assert (required.status, required.mend) == ("fail", gpu.mend)
 
 
-def test_no_gpu_at_all_is_fine(look: Look, tmp_path: Path) -> None:
-    checks = look(tmp_path)
+def test_no_gpu_at_all_is_fine(examined: Examined, tmp_path: Path) -> None:
+    checks = examined(tmp_path)
     assert set(statuses(checks).values()) <= {"ok", "none"}
     assert "everything runs on the CPU" in checks["gpu"].detail
     assert checks["gpu"].mend is None
 
 
-def test_a_gpu_that_the_driver_cannot_use(look: Look) -> None:
-    gpu = look(PC, gpu=Answer(error="the NVIDIA driver failed in cuInit: unknown (error 999)"))
+def test_a_gpu_that_the_driver_cannot_use(examined: Examined) -> None:
+    gpu = examined(PC, gpu=Answer(error="the NVIDIA driver failed in cuInit: unknown (error 999)"))
     assert gpu["gpu"].status == "fail"
     assert "error 999" in gpu["gpu"].detail
     assert (gpu["gpu"].mend or "").startswith("sudo dmesg")
 
 
-def test_a_gpu_that_this_user_may_not_open(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_this_user_may_not_open(
+    examined: Examined, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may, so it is simulated
-    gpu = look(NANO, gpu=Answer(error="operation not supported"))["gpu"]
+    gpu = examined(NANO, gpu=Answer(error="operation not supported"))["gpu"]
     assert gpu.status == "fail"
     assert "/dev/nvgpu/igpu0/ctrl" in gpu.detail
     assert 'usermod -aG video,render "$USER"' in (gpu.mend or "")
 
 
-def test_a_driver_older_than_cuda(look: Look) -> None:
-    cuda = look(PC, gpu=RTX_4090)["cuda"]
+def test_a_driver_older_than_cuda(examined: Examined) -> None:
+    cuda = examined(PC, gpu=RTX_4090)["cuda"]
     assert (cuda.status, cuda.detail) == (
         "warn",
         "13.0.2 needs driver 580 or newer, this one is 550.163.01",
@@ -202,36 +205,36 @@ def test_a_driver_older_than_cuda(look: Look) -> None:
     assert "ubuntu-drivers install" in (cuda.mend or "")
 
 
-def test_little_memory(look: Look, tmp_path: Path) -> None:
+def test_little_memory(examined: Examined, tmp_path: Path) -> None:
     tree = shutil.copytree(NANO, tmp_path / "root")
     (tree / "proc/meminfo").write_text("MemTotal: 7802840 kB\nMemAvailable: 600000 kB\n")
-    memory = look(tree)["memory"]
+    memory = examined(tree)["memory"]
     assert memory.status == "warn"
     assert memory.detail == "0.6 GB of 8.0 GB free, shared with the GPU; swap none"
     assert (memory.mend or "").startswith("sudo init 3")
 
 
-def test_the_memory_of_a_card_is_its_own(look: Look) -> None:
-    checks = look(PC, gpu=RTX_4090, pycuda=PYCUDA)
+def test_the_memory_of_a_card_is_its_own(examined: Examined) -> None:
+    checks = examined(PC, gpu=RTX_4090, pycuda=PYCUDA)
     assert "of the GPU's 20.0 GB of 25.0 GB" in checks["memory"].detail
     assert "RTX 4090 (the first of 2)" in checks["gpu"].detail
 
 
 class TestTensorrt:
-    def test_a_known_defect_names_its_source_and_the_gate(self, look: Look) -> None:
-        check = look(NANO, gpu=ORIN, tensorrt=library(10, 3, 0))["tensorrt"]
+    def test_a_known_defect_names_its_source_and_the_gate(self, examined: Examined) -> None:
+        check = examined(NANO, gpu=ORIN, tensorrt=library(10, 3, 0))["tensorrt"]
         assert check.status == "warn"
         assert check.detail.startswith("10.3.0 has known defects: ")
         assert "https://github.com/NVIDIA/TensorRT/issues/" in check.detail
         assert (check.mend or "").startswith("edge-runtime verify ")
 
     def test_of_the_system_is_hidden_from_this_virtual_environment(
-        self, look: Look, monkeypatch: pytest.MonkeyPatch
+        self, examined: Examined, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(
             diagnosis, "_python_here", lambda: ("3.10", Path("/venv"), Path("/usr"))
         )
-        check = look(NANO, gpu=ORIN)["tensorrt"]
+        check = examined(NANO, gpu=ORIN)["tensorrt"]
         assert check.status == "warn"
         assert check.detail.startswith("10.3.0.30 belongs to the system's Python 3.10; ")
         assert "include-system-site-packages = true" in (check.mend or "")
@@ -245,11 +248,11 @@ class TestTensorrt:
         ],
     )
     def test_of_the_system_is_hidden_from_another_python(
-        self, look: Look, monkeypatch: pytest.MonkeyPatch, here: tuple[str, str, str]
+        self, examined: Examined, monkeypatch: pytest.MonkeyPatch, here: tuple[str, str, str]
     ) -> None:
         said = (here[0], Path(here[1]), Path(here[2]))
         monkeypatch.setattr(diagnosis, "_python_here", lambda: said)
-        mend = look(NANO, gpu=ORIN)["tensorrt"].mend or ""
+        mend = examined(NANO, gpu=ORIN)["tensorrt"].mend or ""
         assert mend.startswith("/usr/bin/python3.10 -m venv --system-site-packages ")
 
     def test_the_command_really_opens_the_environment(self, tmp_path: Path) -> None:
@@ -281,61 +284,63 @@ class TestTensorrt:
             (Answer(error="ImportError: libnvinfer.so.10: …"), "fails: ImportError: libnvinfer"),
         ],
     )
-    def test_that_is_broken_fails(self, look: Look, answer: Answer, said: str) -> None:
-        check = look(NANO, gpu=ORIN, tensorrt=answer)["tensorrt"]
+    def test_that_is_broken_fails(self, examined: Examined, answer: Answer, said: str) -> None:
+        check = examined(NANO, gpu=ORIN, tensorrt=answer)["tensorrt"]
         assert check.status == "fail"
         assert said in check.detail
         assert "apt install --reinstall python3-libnvinfer" in (check.mend or "")
-        check = look(PC, gpu=RTX_4090, tensorrt_rtx=answer)["tensorrt-rtx"]
+        check = examined(PC, gpu=RTX_4090, tensorrt_rtx=answer)["tensorrt-rtx"]
         assert check.status == "fail"
         assert check.mend == "pip install --force-reinstall tensorrt-rtx-cu13"
 
-    def test_is_offered_where_it_would_help(self, look: Look, tmp_path: Path) -> None:
-        assert look(PC, gpu=RTX_4090)["tensorrt-rtx"].mend == "pip install tensorrt-rtx-cu13"
-        assert look(tmp_path)["tensorrt-rtx"].mend is None
-        bare = look(BOARDS / "agx-orin-64gb-jetpack-6.1", gpu=ORIN)
+    def test_is_offered_where_it_would_help(self, examined: Examined, tmp_path: Path) -> None:
+        assert examined(PC, gpu=RTX_4090)["tensorrt-rtx"].mend == "pip install tensorrt-rtx-cu13"
+        assert examined(tmp_path)["tensorrt-rtx"].mend is None
+        bare = examined(BOARDS / "agx-orin-64gb-jetpack-6.1", gpu=ORIN)
         assert "python3-libnvinfer" in (bare["tensorrt"].mend or "")
         assert bare["tensorrt-rtx"].mend is None
 
-    def test_rtx_on_a_gpu_that_it_does_not_support(self, look: Look) -> None:
+    def test_rtx_on_a_gpu_that_it_does_not_support(self, examined: Examined) -> None:
         h200 = Answer({**(RTX_4090.facts or {}), "compute_capability": "9.0"})
-        checks = look(PC, ["tensorrt"], gpu=h200, tensorrt_rtx=library(1, 7, 1), pycuda=PYCUDA)
+        checks = examined(PC, ["tensorrt"], gpu=h200, tensorrt_rtx=library(1, 7, 1), pycuda=PYCUDA)
         assert checks["tensorrt-rtx"].status == "warn"
         assert checks["tensorrt-rtx"].mend is None
         assert "9.0" in checks["tensorrt-rtx"].detail
         assert checks["require-tensorrt"].status == "fail"
 
-    def test_pycuda_is_asked_for_only_where_it_would_run(self, look: Look, tmp_path: Path) -> None:
-        pycuda = look(NANO, gpu=ORIN, tensorrt=library(10, 5, 0))["pycuda"]
+    def test_pycuda_is_asked_for_only_where_it_would_run(
+        self, examined: Examined, tmp_path: Path
+    ) -> None:
+        pycuda = examined(NANO, gpu=ORIN, tensorrt=library(10, 5, 0))["pycuda"]
         assert (pycuda.status, pycuda.mend) == (
             "warn",
             "PATH=/usr/local/cuda/bin:$PATH pip install pycuda",
         )
-        assert look(tmp_path, tensorrt_rtx=library(1, 7, 1))["pycuda"].status == "none"
+        assert examined(tmp_path, tensorrt_rtx=library(1, 7, 1))["pycuda"].status == "none"
 
-    def test_pycuda_without_a_gpu_is_no_failure(self, look: Look, tmp_path: Path) -> None:
+    def test_pycuda_without_a_gpu_is_no_failure(self, examined: Examined, tmp_path: Path) -> None:
         answer = Answer(error="LogicError: cuInit failed: no CUDA-capable device is detected")
-        assert look(tmp_path, pycuda=answer)["pycuda"].status == "none"
-        assert look(NANO, pycuda=answer)["pycuda"].status == "fail"
+        assert examined(tmp_path, pycuda=answer)["pycuda"].status == "none"
+        assert examined(NANO, pycuda=answer)["pycuda"].status == "fail"
 
-    def test_cuda_python_for_a_newer_cuda_than_the_drivers(self, look: Look) -> None:
-        check = look(NANO, gpu=ORIN, cuda_python=Answer({"version": "13.5.0"}))["cuda-python"]
+    def test_cuda_python_for_a_newer_cuda_than_the_drivers(self, examined: Examined) -> None:
+        check = examined(NANO, gpu=ORIN, cuda_python=Answer({"version": "13.5.0"}))["cuda-python"]
         assert (check.status, check.mend) == (
             "warn",
             "pip install --force-reinstall 'cuda-python==12.*'",
         )
-        check = look(NANO, gpu=ORIN, cuda_python=Answer({"version": "12.6.2"}))["cuda-python"]
+        check = examined(NANO, gpu=ORIN, cuda_python=Answer({"version": "12.6.2"}))["cuda-python"]
         assert check.status == "ok"
 
-    def test_cuda_python_is_worth_having(self, look: Look) -> None:
-        check = look(NANO, gpu=ORIN, tensorrt=library(10, 5, 0))["cuda-python"]
+    def test_cuda_python_is_worth_having(self, examined: Examined) -> None:
+        check = examined(NANO, gpu=ORIN, tensorrt=library(10, 5, 0))["cuda-python"]
         assert (check.status, check.mend) == ("none", "pip install 'cuda-python==12.*'")
 
 
 class TestOnnxruntime:
-    def test_two_builds_in_one_folder(self, look: Look) -> None:
-        look.builds["onnxruntime-gpu"] = "1.23.2"  # type: ignore[attr-defined]
-        check = look(PC, gpu=RTX_4090)["onnxruntime"]
+    def test_two_builds_in_one_folder(self, examined: Examined) -> None:
+        examined.builds["onnxruntime-gpu"] = "1.23.2"  # type: ignore[attr-defined]
+        check = examined(PC, gpu=RTX_4090)["onnxruntime"]
         assert check.status == "warn"
         assert "onnxruntime and onnxruntime-gpu are both installed" in check.detail
         assert check.mend == (
@@ -343,24 +348,24 @@ class TestOnnxruntime:
             "pip install 'onnxruntime-gpu[cuda,cudnn]'"
         )
 
-    def test_cuda_is_on_offer_but_a_library_is_missing(self, look: Look) -> None:
+    def test_cuda_is_on_offer_but_a_library_is_missing(self, examined: Examined) -> None:
         answer = ort("could not start", "[E:…] libcudnn.so.9: cannot open shared object file: No")
-        check = look(PC, gpu=RTX_4090, onnxruntime=answer)["onnxruntime"]
+        check = examined(PC, gpu=RTX_4090, onnxruntime=answer)["onnxruntime"]
         assert check.status == "fail"
         assert check.detail.endswith("but CUDA fails: libcudnn.so.9 is missing")
         assert check.mend == "pip install 'onnxruntime-gpu[cuda,cudnn]'"
 
-    def test_the_gpu_build_without_a_gpu_is_fine(self, look: Look, tmp_path: Path) -> None:
-        check = look(tmp_path, onnxruntime=ort("could not start"))["onnxruntime"]
+    def test_the_gpu_build_without_a_gpu_is_fine(self, examined: Examined, tmp_path: Path) -> None:
+        check = examined(tmp_path, onnxruntime=ort("could not start"))["onnxruntime"]
         assert check.status == "ok"
 
-    def test_the_cpu_build_beside_a_gpu(self, look: Look) -> None:
-        assert look(PC, gpu=RTX_4090)["onnxruntime"].status == "warn"
+    def test_the_cpu_build_beside_a_gpu(self, examined: Examined) -> None:
+        assert examined(PC, gpu=RTX_4090)["onnxruntime"].status == "warn"
         # There is no other build for a Jetson.
-        assert look(NANO, gpu=ORIN)["onnxruntime"].status == "ok"
+        assert examined(NANO, gpu=ORIN)["onnxruntime"].status == "ok"
 
-    def test_without_it_nothing_runs(self, look: Look) -> None:
-        check = look(PC, onnxruntime=MISSING)["onnxruntime"]
+    def test_without_it_nothing_runs(self, examined: Examined) -> None:
+        check = examined(PC, onnxruntime=MISSING)["onnxruntime"]
         assert (check.status, check.mend) == ("fail", "pip install --force-reinstall onnxruntime")
 
 
@@ -371,57 +376,57 @@ class TestOnnxruntime:
         (Answer({"versions": {"pyzmq": "27"}, "curve": False}), "no CURVE"),
     ],
 )
-def test_packages_that_are_needed(look: Look, answer: Answer, said: str) -> None:
-    check = look(PC, packages=answer)["packages"]
+def test_packages_that_are_needed(examined: Examined, answer: Answer, said: str) -> None:
+    check = examined(PC, packages=answer)["packages"]
     assert check.status == "fail"
     assert said in check.detail
     assert "pip install --force-reinstall" in (check.mend or "")
 
 
-def test_curve_belongs_to_libzmq(look: Look) -> None:
+def test_curve_belongs_to_libzmq(examined: Examined) -> None:
     versions = {"pyzmq": "27", "libzmq": "4.3.5", "Pillow": "13"}
-    check = look(PC, packages=Answer({"versions": versions, "curve": True}))["packages"]
+    check = examined(PC, packages=Answer({"versions": versions, "curve": True}))["packages"]
     assert check.detail == "pyzmq 27, libzmq 4.3.5 with CURVE, Pillow 13"
 
 
-def test_a_bundle_is_not_blamed_for_missing_packages(look: Look) -> None:
+def test_a_bundle_is_not_blamed_for_missing_packages(examined: Examined) -> None:
     error = Answer(error="ModuleNotFoundError: No module named 'msgspec'")
-    checks = look(PC, packages=error, bundle=error, engines=error)
+    checks = examined(PC, packages=error, bundle=error, engines=error)
     assert checks["packages"].status == "fail"
     assert checks["bundle"].status == "none"
     assert "engines" not in checks
 
 
-def test_a_damaged_bundle_is_said_once(look: Look) -> None:
+def test_a_damaged_bundle_is_said_once(examined: Examined) -> None:
     error = Answer(error="tail.onnx is damaged")
-    checks = look(PC, bundle=error, engines=error)
+    checks = examined(PC, bundle=error, engines=error)
     assert checks["bundle"].status == "fail"
     assert "--no-deps ." in (checks["bundle"].mend or "")
     assert "engines" not in checks
 
 
-def test_a_plan_that_is_passed_over_names_what_helps(look: Look) -> None:
-    said = "TensorRT is passed over: stale. Build it again: `edge-runtime build b --stage tail`"
-    check = look(NANO, engines=engines(said, tail=CPU))["engines"]
-    assert (check.status, check.mend) == ("warn", "edge-runtime build b --stage tail")
+def test_a_plan_that_is_passed_over_names_what_helps(examined: Examined) -> None:
+    said, mend = "TensorRT is passed over: stale", "edge-runtime build b --stage tail"
+    check = examined(NANO, engines=engines(said, mend=mend, tail=CPU))["engines"]
+    assert (check.status, check.mend) == ("warn", mend)
     assert check.detail.startswith(f"{CPU} runs every stage. TensorRT is passed over")
 
 
 def test_a_bundle_that_may_not_be_written(
-    look: Look, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    examined: Examined, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    assert look(tmp_path)["disk"].status == "none"
-    disk = look(tmp_path, tensorrt_rtx=library(1, 7, 1))["disk"]
+    assert examined(tmp_path)["disk"].status == "none"
+    disk = examined(tmp_path, tensorrt_rtx=library(1, 7, 1))["disk"]
     assert disk.status == "warn"
     assert (disk.mend or "").startswith("cp -r ")
 
 
-def test_a_full_disk(look: Look, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_full_disk(examined: Examined, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=300_000_000)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    assert look(tmp_path)["disk"].detail.startswith("0.3 GB free where")
-    assert look(tmp_path)["disk"].status == "warn"
+    assert examined(tmp_path)["disk"].detail.startswith("0.3 GB free where")
+    assert examined(tmp_path)["disk"].status == "warn"
 
 
 @pytest.mark.parametrize(
@@ -435,17 +440,17 @@ def test_a_full_disk(look: Look, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ],
 )
 def test_requiring_tensorrt_names_the_first_part_that_is_missing(
-    look: Look, answers: dict[str, Answer], ok: bool, says: str
+    examined: Examined, answers: dict[str, Answer], ok: bool, says: str
 ) -> None:
-    check = look(NANO, require=["tensorrt", "tensorrt"], **answers)["require-tensorrt"]
+    check = examined(NANO, require=["tensorrt", "tensorrt"], **answers)["require-tensorrt"]
     assert (check.status == "ok") is ok
     assert says in check.detail
     assert (check.mend is None) is ok
 
 
-def test_requiring_cuda(look: Look) -> None:
-    assert look(PC, ["cuda"], gpu=RTX_4090, onnxruntime=ort(""))["require-cuda"].status == "ok"
-    lacking = look(PC, ["cuda"], gpu=RTX_4090, onnxruntime=ort())["require-cuda"]
+def test_requiring_cuda(examined: Examined) -> None:
+    assert examined(PC, ["cuda"], gpu=RTX_4090, onnxruntime=ort(""))["require-cuda"].status == "ok"
+    lacking = examined(PC, ["cuda"], gpu=RTX_4090, onnxruntime=ort())["require-cuda"]
     assert lacking.status == "fail"
     assert "onnxruntime-gpu" in (lacking.mend or "")
 
@@ -454,9 +459,11 @@ class TestItNeverRaises:
     def boom(self, *args: object, **options: object) -> Any:
         raise LookupError("surprise")
 
-    def test_when_the_files_surprise_it(self, look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_when_the_files_surprise_it(
+        self, examined: Examined, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(diagnosis, "read_board", self.boom)
-        checks = look(NANO)
+        checks = examined(NANO)
         assert checks["files"].status == "fail"
         assert "LookupError: surprise (a bug)" in checks["files"].detail
         assert checks["packages"].status == "ok"
@@ -470,34 +477,34 @@ class TestItNeverRaises:
 
     @pytest.mark.parametrize("name", diagnosis._CHECKS)
     def test_when_a_check_goes_wrong(
-        self, look: Look, monkeypatch: pytest.MonkeyPatch, name: str
+        self, examined: Examined, monkeypatch: pytest.MonkeyPatch, name: str
     ) -> None:
         monkeypatch.setitem(diagnosis._CHECKS, name, self.boom)
-        checks = look(NANO, ["cuda", "tensorrt"], gpu=ORIN)
+        checks = examined(NANO, ["cuda", "tensorrt"], gpu=ORIN)
         assert checks[name].status == "fail"
         assert checks[name].detail.startswith("this check failed: LookupError: surprise")
         assert checks["board" if name != "board" else "memory"].status == "ok"
 
-    def test_when_a_probe_answers_nonsense(self, look: Look) -> None:
-        checks = look(NANO, **dict.fromkeys(("gpu", "tensorrt", "onnxruntime"), Answer({})))
+    def test_when_a_probe_answers_nonsense(self, examined: Examined) -> None:
+        checks = examined(NANO, **dict.fromkeys(("gpu", "tensorrt", "onnxruntime"), Answer({})))
         for name in ("gpu", "tensorrt", "onnxruntime"):
             assert "KeyError" in checks[name].detail
 
     @pytest.mark.parametrize("tree", sorted(p.name for p in BOARDS.iterdir() if p.is_dir()))
-    def test_on_any_board(self, look: Look, tree: str) -> None:
-        checks = look(BOARDS / tree, ["cuda", "tensorrt"])
+    def test_on_any_board(self, examined: Examined, tree: str) -> None:
+        checks = examined(BOARDS / tree, ["cuda", "tensorrt"])
         assert not any("(a bug)" in check.detail for check in checks.values())
 
 
 def test_lines_are_printable_short_and_without_the_home_folder(
-    look: Look, monkeypatch: pytest.MonkeyPatch
+    examined: Examined, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", "/home/canary")
     error = Answer(error="\x1b[31mImportError: /home/canary/v/x.so: " + "long " * 1000)
-    detail = look(NANO, tensorrt=error)["tensorrt"].detail
+    detail = examined(NANO, tensorrt=error)["tensorrt"].detail
     assert "\x1b" not in detail
     assert "ImportError: ~/v/x.so: long" in detail
     assert len(detail) <= 600
     # A folder that only begins like it is another's.
-    other = look(NANO, tensorrt=Answer(error="/home/canary2/x"))["tensorrt"].detail
+    other = examined(NANO, tensorrt=Answer(error="/home/canary2/x"))["tensorrt"].detail
     assert "/home/canary2/x" in other

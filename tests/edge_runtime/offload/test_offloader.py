@@ -25,10 +25,13 @@ from edge_common.errors import (
 )
 from edge_runtime.config import EdgeConfig
 from edge_runtime.imaging.images import resize_longest
+from edge_runtime.offload import dispatch as dispatch_module
 from edge_runtime.offload import offloader as offload_module
-from edge_runtime.offload.connection import NodeClient, NodeRefusedError, Reply
-from edge_runtime.offload.offloader import Offloader, OffloadReport
+from edge_runtime.offload.connection import Connection, NodeRefusedError, Reply
+from edge_runtime.offload.offloader import Offloader
+from edge_runtime.offload.report import OffloadReport, RunRecord
 from engines.bundle import Bundle
+from engines.ort import OrtEngine
 from engines.pipeline import Pipeline
 from engines.windows import Windows, cut
 from transport.keys import generate
@@ -43,14 +46,22 @@ def offload(
 ) -> tuple[dict[str, np.ndarray], OffloadReport]:
     loaded = Bundle.load(bundle or str(config.bundle))
     with Pipeline(loaded, threads=1) as pipeline, Offloader(config, pipeline) as offloader:
-        return offloader.stack(windows_of(photo, loaded))
+        return stack(offloader, windows_of(photo, loaded))
+
+
+def stack(offloader: Offloader, windows: Windows) -> tuple[dict[str, np.ndarray], OffloadReport]:
+    record = RunRecord()
+    outputs = offloader.stack(windows, record)
+    report = record.report()
+    assert report is not None
+    return outputs, report
 
 
 def alone(photo: np.ndarray, bundle: Path) -> dict[str, np.ndarray]:
     """What one process gets that runs all windows in one batch."""
     loaded = Bundle.load(bundle)
     with Pipeline(loaded, threads=1) as pipeline:
-        return pipeline.stack(pipeline.leave_home(windows_of(photo, loaded)))
+        return pipeline.stack(pipeline.stack_inputs(windows_of(photo, loaded)))
 
 
 def assert_identical(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
@@ -90,11 +101,12 @@ def test_offloaded_is_bit_identical_to_one_batch(
     sent = sorted(w for node in report.nodes for w in node.windows)
     assert sent == windows.window.tolist()  # each once, and none that is all padding
     assert (report.windows_sent, report.windows_total, report.home) == (len(sent), 9, ())
-    granted = sorted(w for decision in report.ledger for w in decision.windows)
-    assert granted == sent
-    assert all(decision.granted for decision in report.ledger)
-    if per_request:
-        assert len(report.ledger) == len(sent)
+    for event in ("reserved", "committed"):
+        entries = [entry for entry in report.ledger if entry.event == event]
+        assert sorted(w for entry in entries for w in entry.windows) == sent
+        if per_request:
+            assert len(entries) == len(sent)
+    assert {entry.event for entry in report.ledger} == {"reserved", "committed"}
     assert report.largest_share == max(node.share_of_image for node in report.nodes) <= 0.6
 
 
@@ -201,12 +213,12 @@ def test_a_frozen_node_ends_in_an_error_or_at_home(shared_fleet: Any, photo: np.
     windows = windows_of(photo, bundle)
     right = alone(photo, shared_fleet.bundle)
     with Pipeline(bundle, threads=1) as pipeline, Offloader(local, pipeline) as connected:
-        assert connected.stack(windows)[1].home == ()
+        assert stack(connected, windows)[1].home == ()
         frozen.signal(signal.SIGSTOP)
         try:
             with pytest.raises(OffloadError, match=r"node alpha .*(frozen|froze)"):
                 offload(config, photo)
-            outputs, report = connected.stack(windows)
+            outputs, report = stack(connected, windows)
         finally:
             frozen.signal(signal.SIGCONT)
         assert_identical(outputs, right)
@@ -292,17 +304,17 @@ def test_windows_beyond_the_budget_are_computed_at_home_with_fallback(
     assert not set(report.home) & {w for node in report.nodes for w in node.windows}
 
 
-@pytest.mark.parametrize("work", ["place", "_image_hash"])
+@pytest.mark.parametrize("work", ["place", "image_hash"])
 def test_placing_and_hashing_leave_the_network_loop_free(
     shared_fleet: Any, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch, work: str
 ) -> None:
-    real, threads = getattr(offload_module, work), []
+    real, threads = getattr(dispatch_module, work), []
 
     def noting(*arguments: Any, **options: Any) -> Any:
         threads.append(threading.current_thread().name)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(offload_module, work, noting)
+    monkeypatch.setattr(dispatch_module, work, noting)
     offload(shared_fleet.config(), photo)
     assert len(threads) == 1
     assert threads[0] != "edge-network"
@@ -316,20 +328,28 @@ def test_no_time_is_an_error_even_with_fallback(shared_fleet: Any, photo: np.nda
 
 
 @pytest.mark.parametrize(
-    ("slow", "doing"),
-    [("leave_home", "preparing what the nodes are sent"), ("stack", "computing windows at home")],
+    ("owner", "slow", "doing"),
+    [
+        (Pipeline, "stack_inputs", "preparing what the nodes are sent"),
+        (OrtEngine, "run", "computing windows at home"),
+    ],
 )
 def test_the_edge_s_own_engine_cannot_outlast_the_deadline(
-    shared_fleet: Any, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch, slow: str, doing: str
+    shared_fleet: Any,
+    photo: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: type,
+    slow: str,
+    doing: str,
 ) -> None:
     enough = threading.Event()
-    real = getattr(Pipeline, slow)
+    real = getattr(owner, slow)
 
     def waiting(*arguments: Any) -> Any:
         enough.wait(60)
         return real(*arguments)
 
-    monkeypatch.setattr(Pipeline, slow, waiting)
+    monkeypatch.setattr(owner, slow, waiting)
     config = shared_fleet.config(deadline_s=4.0, max_exposure=0.25, fallback="local")
     bundle = Bundle.load(shared_fleet.bundle)
     with Pipeline(bundle, threads=1) as pipeline, Offloader(config, pipeline) as offloader:
@@ -346,17 +366,19 @@ def refusing(
 ) -> list[tuple[int, ...]]:
     """Have a node refuse the first requests that reach it; the windows of all of them."""
     asked: list[tuple[int, ...]] = []
-    infer = NodeClient.infer
+    infer = Connection.infer
 
-    async def first_refused(self: NodeClient, feeds: Any, permit: Any, until: float) -> Reply:
+    async def first_refused(self: Connection, feeds: Any, permit: Any, until: float) -> Reply:
         reply = await infer(self, feeds, permit, until)
         if self.name == node:
             asked.append(permit.windows)
             if len(asked) <= times:
-                raise NodeRefusedError(f"node {node}: busy", "overloaded", retry_ms)
+                refused = NodeRefusedError.of(self.node, "busy", "refused")
+                refused.refusal, refused.retry_ms = "overloaded", retry_ms
+                raise refused
         return reply
 
-    monkeypatch.setattr(NodeClient, "infer", first_refused)
+    monkeypatch.setattr(Connection, "infer", first_refused)
     return asked
 
 
@@ -372,10 +394,10 @@ def test_a_node_that_asks_for_patience_is_asked_once_more_and_shown_nothing_new(
     assert beta.windows == asked[0]
     assert beta.failure is None
     assert report.largest_share <= 0.5
-    again = [decision for decision in report.ledger if decision.node == "beta"]
-    assert [decision.granted for decision in again] == [True, True]
-    assert again[0].share_of_image == again[1].share_of_image
-    assert again[1].reason == "once more: overloaded"
+    again = [entry for entry in report.ledger if entry.node == "beta"]
+    assert [entry.event for entry in again] == ["reserved", "committed"] * 2
+    assert len({entry.share_of_image for entry in again}) == 1
+    assert again[2].reason == again[3].reason == "once more: overloaded"
 
 
 @pytest.mark.parametrize(("times", "retry_ms"), [(2, 20), (1, 0), (1, 3_600_000)])
@@ -401,7 +423,7 @@ def test_failures_at_once_leave_no_complaint_of_asyncio(
     async def failing(*arguments: Any) -> None:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(NodeClient, "infer", failing)
+    monkeypatch.setattr(Connection, "infer", failing)
     with pytest.raises(RuntimeError, match="a defect"):
         offload(shared_fleet.config(), photo)
     gc.collect()

@@ -1,8 +1,4 @@
-"""``edge-runtime tensors``: the largest tensors inside a graph, if nothing were fused.
-
-It shows why a bundle has a plain form and what that form keeps down; the measuring is
-:mod:`exporters.tensor_sizes`'s. Nothing is run and no weight is read.
-"""
+"""`edge-runtime tensors`: the largest tensors inside a graph, if no operators were fused."""
 
 from __future__ import annotations
 
@@ -84,8 +80,8 @@ def _graphs(args: argparse.Namespace) -> tuple[dict[str, Path], int]:
     if args.graph.suffix == ".onnx" and not args.graph.is_dir():
         if args.stage or args.plain:
             raise ExportError(
-                f"--stage and --plain choose a graph of a bundle, and {args.graph} is a graph: "
-                "leave them out, or name the bundle's directory"
+                f"--stage and --plain choose a graph of a bundle, but {args.graph} is a graph",
+                mend="leave them out, or name the bundle's directory",
             )
         return {args.graph.name: args.graph}, 25 if args.windows is None else args.windows
     bundle = Bundle.load(args.graph)
@@ -96,7 +92,7 @@ def _graphs(args: argparse.Namespace) -> tuple[dict[str, Path], int]:
 
 
 def _problems(reports: dict[str, Report], limit: float | None) -> list[str]:
-    """What stands in the way of saying that every tensor is within the limit."""
+    """Why it cannot be said that every tensor is within the limit."""
     problems = []
     for stage, found in reports.items():
         if found.unknown:

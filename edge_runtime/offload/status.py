@@ -1,0 +1,49 @@
+"""Whether a node could be used right now, and if not, why. No window is sent to find out."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+
+from edge_runtime.offload.connection import Connection, NodeError, listed, mismatch
+
+
+class NodeStatus(msgspec.Struct, frozen=True):
+    """What is known about one node; None means not known.
+
+    Attributes:
+        code: None if it can be used, else what is wrong: see :class:`.connection.NodeError`.
+        detail: what is wrong, or what the node runs.
+    """
+
+    name: str
+    endpoint: str
+    reachable: bool
+    authorised: bool | None
+    same_bundle: bool | None
+    round_trip_ms: float | None
+    code: str | None
+    detail: str
+
+    @property
+    def usable(self) -> bool:
+        return self.code is None
+
+
+async def status(connection: Connection, timeout_s: float) -> NodeStatus:
+    """Ask a node what it serves."""
+    name, endpoint = connection.name, connection.node.endpoint
+    try:
+        info, ms = await connection.info(asyncio.get_running_loop().time() + timeout_s)
+    except NodeError as error:
+        state = connection.link.state if connection.link else "unreachable"
+        authorised = True if state == "up" else False if error.code == "not_authorised" else None
+        reachable = state in ("up", "refused")
+        return NodeStatus(
+            name, endpoint, reachable, authorised, None, None, error.code, error.reason
+        )
+    wrong = mismatch(info, connection.stage)
+    detail = wrong or f"{info.software}, {listed(info)}"
+    code = "wrong_bundle" if wrong else None
+    return NodeStatus(name, endpoint, True, True, wrong is None, ms, code, detail)

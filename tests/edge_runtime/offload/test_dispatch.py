@@ -1,0 +1,143 @@
+"""The orchestration of one image, and several images at a time, with real nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from test_offloader import alone, assert_identical, windows_of
+
+from edge_common.errors import OffloadError
+from edge_runtime.offload import dispatch
+from edge_runtime.offload.connection import Connection, Reply
+from edge_runtime.offload.offloader import Offloader
+from edge_runtime.offload.report import RunRecord
+from engines.bundle import Bundle
+from engines.pipeline import Pipeline
+from engines.windows import cut
+
+
+def test_with_a_local_fallback_nodes_get_half_of_the_deadline(shared_fleet: Any) -> None:
+    config = shared_fleet.config(deadline_s=8.0)
+    assert dispatch.deadline_of_nodes(100.0, config) == 108.0
+    local = msgspec.structs.replace(config, fallback="local")
+    assert dispatch.deadline_of_nodes(100.0, local) == 104.0
+
+
+@pytest.mark.parametrize(("fallback", "share"), [("error", 1.0), ("local", 0.5)])
+def test_that_deadline_is_the_one_that_connections_get(
+    shared_fleet: Any,
+    photo: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+    fallback: str,
+    share: float,
+) -> None:
+    infer, left = Connection.infer, []
+
+    async def noting(self: Connection, feeds: Any, permit: Any, until: float) -> Reply:
+        left.append(until - asyncio.get_running_loop().time())
+        return await infer(self, feeds, permit, until)
+
+    monkeypatch.setattr(Connection, "infer", noting)
+    bundle = Bundle.load(shared_fleet.bundle)
+    config = shared_fleet.config(deadline_s=1000.0, fallback=fallback)
+    with Pipeline(bundle, threads=1) as pipeline, Offloader(config, pipeline) as offloader:
+        offloader.stack(windows_of(photo, bundle))
+    assert len(left) == 3
+    assert all(share * 1000 - 100 < each <= share * 1000 for each in left)
+
+
+def test_the_hash_of_an_image_depends_on_its_pixels_and_its_size(shared_fleet: Any) -> None:
+    geometry = Bundle.load(shared_fleet.bundle).geometry
+    side = geometry.image_size
+    black = [cut(np.zeros((h, side, 3), np.uint8), geometry) for h in (20, 27)]
+    assert black[0].pixels.tobytes() == black[1].pixels.tobytes()
+    hashes = {dispatch.image_hash(each) for each in black}
+    spot = np.zeros((20, side, 3), np.uint8)
+    spot[3, 4, 1] = 1
+    hashes.add(dispatch.image_hash(cut(spot, geometry)))
+    assert len(hashes) == 3
+    assert dispatch.image_hash(cut(spot, geometry)) in hashes
+
+
+def test_several_images_at_a_time_get_their_own_tokens_and_records(shared_fleet: Any) -> None:
+    rng = np.random.default_rng(7)
+    photos = [rng.integers(0, 256, (60, 90, 3), dtype=np.uint8) for _ in range(8)]
+    bundle = Bundle.load(shared_fleet.bundle)
+    config = shared_fleet.config(max_exposure=0.25, fallback="local")
+    records = [RunRecord() for _ in photos]
+    with Pipeline(bundle, threads=1) as pipeline, Offloader(config, pipeline) as offloader:
+        windows = [windows_of(photo, bundle) for photo in photos]
+        with ThreadPoolExecutor(len(photos)) as callers:
+            found = [*callers.map(offloader.stack, windows, records)]
+    for photo, outputs, record in zip(photos, found, records, strict=True):
+        assert_identical(outputs, alone(photo, shared_fleet.bundle))
+        report = record.report()
+        assert report is not None
+        sent = [w for node in report.nodes for w in node.windows]
+        assert sorted([*sent, *report.home]) == list(range(6))
+        assert 0 < report.largest_share <= 0.25
+        assert report.total_ms > 0
+
+
+def test_a_record_can_be_read_while_the_image_is_on_its_way(
+    shared_fleet: Any, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by the thread that ends a process: what has left by then is on record."""
+    infer, sent, go_on = Connection.infer, threading.Event(), threading.Event()
+
+    async def waiting(self: Connection, feeds: Any, permit: Any, until: float) -> Reply:
+        reply = await infer(self, feeds, permit, until)
+        if self.name == "alpha":
+            sent.set()
+            while not go_on.is_set():
+                await asyncio.sleep(0.01)
+        return reply
+
+    monkeypatch.setattr(Connection, "infer", waiting)
+    bundle, record = Bundle.load(shared_fleet.bundle), RunRecord()
+    assert record.report() is None
+    with (
+        Pipeline(bundle, threads=1) as pipeline,
+        Offloader(shared_fleet.config(), pipeline) as offloader,
+        ThreadPoolExecutor(1) as caller,
+    ):
+        running = caller.submit(offloader.stack, windows_of(photo, bundle), record)
+        try:
+            assert sent.wait(30)
+            report = record.report()
+            assert report is not None
+            assert report.nodes[0].windows
+            assert report.nodes[0].bytes_up > 0
+            assert (report.nodes[0].bytes_down, report.nodes[0].failure) == (0, None)
+        finally:
+            go_on.set()
+        running.result(30)
+
+
+def test_closing_while_an_image_is_on_its_way_is_an_error(
+    shared_fleet: Any, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = threading.Event()
+
+    async def never(self: Connection, feeds: Any, permit: Any, until: float) -> None:
+        sent.set()
+        await asyncio.sleep(3600)
+
+    monkeypatch.setattr(Connection, "infer", never)
+    bundle = Bundle.load(shared_fleet.bundle)
+    with Pipeline(bundle, threads=1) as pipeline, ThreadPoolExecutor(1) as caller:
+        offloader = Offloader(shared_fleet.config(), pipeline)
+        try:
+            running = caller.submit(offloader.stack, windows_of(photo, bundle))
+            assert sent.wait(30)
+        finally:
+            offloader.close()
+        with pytest.raises(OffloadError, match="closed") as caught:
+            running.result(30)
+        assert caught.value.code == "closed"

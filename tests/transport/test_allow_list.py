@@ -1,0 +1,242 @@
+"""The folder of authorised keys: which files count, and how changes are noticed."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_common import permissions
+from edge_common.errors import KeyFileError
+from transport import allow_list
+from transport.allow_list import AllowList
+from transport.keys import KeyPair, make_directory, write_public
+
+NewPair = Callable[[str], KeyPair]
+
+
+def test_the_command_that_lets_an_edge_in_fits_the_folder(authorized: Path, tmp_path: Path) -> None:
+    told = AllowList(authorized).command("k.pub")
+    assert told == f"edge-runtime keys authorize --dir {tmp_path} k.pub"
+    elsewhere = authorized.rename(tmp_path / "edges")
+    assert AllowList(elsewhere).command("k.pub") == f"cp k.pub {elsewhere}"
+
+
+def test_folder_must_exist_and_be_closed_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        permissions, "_alone", lambda uid, gid: False
+    )  # its group has other members
+    with pytest.raises(KeyFileError, match="edge-runtime keys node"):
+        AllowList(tmp_path / "nowhere")
+    for mode in (0o770, 0o702, 0o777, 0o1777):
+        folder = tmp_path / f"{mode:o}"
+        folder.mkdir()
+        folder.chmod(mode)
+        with pytest.raises(KeyFileError, match=f"chmod go-w {folder}"):
+            AllowList(folder)
+
+
+def test_a_folder_above_that_others_may_change(tmp_path: Path, new_pair: NewPair) -> None:
+    """Anybody who may write to the folder above can put another one in its place."""
+    above = tmp_path / "above"
+    folder = make_directory(above / "authorized")
+    write_public(folder / "edge.pub", new_pair("edge").public, "edge")
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    assert len(AllowList(folder)) == len(AllowList(link)) == 1
+    allowed = AllowList(folder)
+    above.chmod(0o777)
+    for path in (folder, link):
+        with pytest.raises(KeyFileError, match=f"chmod go-w {above}"):
+            AllowList(path)
+    with pytest.raises(KeyFileError, match="go-w"):
+        allowed.reload()
+    above.chmod(0o700)
+    assert len(allowed.reload()) == 1
+
+
+def test_a_key_file_that_others_may_write_shuts_out_its_holder_alone(
+    authorized: Path,
+    authorise: Any,
+    new_pair: NewPair,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    kept, loose, linked = map(new_pair, ("kept", "loose", "linked"))
+    authorise(kept)
+    authorise(loose)
+    target = make_directory(tmp_path / "elsewhere") / "linked"
+    write_public(target, linked.public, "linked")
+    (authorized / "linked.pub").symlink_to(target)
+    allowed = AllowList(authorized)
+    assert sorted(allowed.reload().values()) == ["kept", "linked", "loose"]
+    (authorized / "loose.pub").chmod(0o646)
+    with caplog.at_level(logging.WARNING):
+        assert sorted(allowed.reload().values()) == ["kept", "linked"]
+    assert f"chmod go-w {authorized / 'loose.pub'}" in caplog.text
+    target.parent.chmod(0o777)  # nothing about the link or its target has changed
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert sorted(allowed.reload().values()) == ["kept"]
+    assert caplog.text.count(f"chmod go-w {target.parent}") == 1  # logged once
+    target.parent.chmod(0o700)
+    (authorized / "loose.pub").chmod(0o644)
+    assert len(allowed.reload()) == 3
+
+
+def test_another_users_key_file_lets_in_nobody(
+    authorized: Path, authorise: Any, new_pair: NewPair
+) -> None:
+    if os.geteuid():
+        pytest.skip("only root can give files away")
+    pair = new_pair("edge")
+    authorise(pair)
+    os.chown(authorized / "edge.pub", 12_345, -1)
+    assert AllowList(authorized).name_of(pair.public) is None
+    assert AllowList(authorized, owner=12_345).name_of(pair.public) == "edge"
+    os.chown(authorized, 12_345, -1)
+    with pytest.raises(KeyFileError, match="belongs to"):
+        AllowList(authorized)
+
+
+def _replace_in_place(file: Path, public: str) -> None:
+    """Write another key over a file and keep its size and time."""
+    before = file.stat()
+    file.write_text(file.read_text().splitlines()[0] + f"\npublic-key {public}\n")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = file.stat()
+    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (
+        before.st_size,
+        before.st_mtime_ns,
+        before.st_ino,
+    )
+
+
+def test_a_key_replaced_in_place_with_size_and_time_kept_is_noticed(
+    authorized: Path, authorise: Any, new_pair: NewPair
+) -> None:
+    old, new = new_pair("edge"), new_pair("edge")
+    authorise(old)
+    file = authorized / "edge.pub"
+    allowed = AllowList(authorized)
+    before = file.stat().st_ctime_ns
+    while file.stat().st_ctime_ns == before:  # the clock of files may tick slowly
+        _replace_in_place(file, new.public)
+    assert allowed.reload() == {new.public: "edge"}
+    assert allowed.name_of(old.public) is None
+
+
+def test_a_key_replaced_within_one_tick_of_the_clock_of_files_is_noticed(
+    authorized: Path, authorise: Any, new_pair: NewPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing about the file has changed but its content."""
+    stamp = allow_list._stamp
+    second = 1_000_000_000
+    monkeypatch.setattr(
+        allow_list,
+        "_stamp",
+        lambda entry: tuple(n - n % second if n > second else n for n in stamp(entry)),
+    )
+    old, new = new_pair("edge"), new_pair("edge")
+    file = authorized / "edge.pub"
+    for _ in range(20):
+        authorise(old)
+        allowed = AllowList(authorized)
+        before = allow_list._stamp(file)
+        _replace_in_place(file, new.public)
+        if allow_list._stamp(file) == before:  # both within one second
+            break
+        file.unlink()
+    else:
+        pytest.fail("this machine is too slow to write two files in a second")
+    now = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now + 3 * second)
+    assert allowed.reload() == {new.public: "edge"}
+
+
+def test_only_files_that_changed_are_read_again(
+    authorized: Path, authorise: Any, new_pair: NewPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = [new_pair(f"edge{i}") for i in range(20)]
+    for pair in pairs:
+        authorise(pair)
+    later = time.time_ns() + 3_000_000_000
+    monkeypatch.setattr(time, "time_ns", lambda: later)
+    allowed = AllowList(authorized)
+    read: list[Path] = []
+    real = allow_list.read_public
+    monkeypatch.setattr(allow_list, "read_public", lambda path: read.append(path) or real(path))
+    for _ in range(3):
+        assert len(allowed.reload()) == 20
+    assert not read
+    (authorized / "edge3.pub").unlink()
+    authorise(new_pair("another"))
+    os.utime(authorized / "edge5.pub")
+    assert len(allowed.reload()) == 20
+    assert sorted(path.name for path in read) == ["another.pub", "edge5.pub"]
+
+
+def test_only_pub_files_count(authorized: Path, authorise: Any, new_pair: NewPair) -> None:
+    kept, other = new_pair("kept"), new_pair("other")
+    authorise(kept)
+    for name in ("other.txt", ".other.pub", "other.pub~"):
+        (authorized / name).write_text(f"public-key {other.public}\n")
+    allowed = AllowList(authorized)
+    assert len(allowed) == 1
+    assert allowed.name_of(kept.public) == "kept"
+    assert allowed.name_of(other.public) is None
+
+
+def test_a_link_to_nowhere_is_skipped_until_it_leads_somewhere(
+    authorized: Path,
+    authorise: Any,
+    new_pair: NewPair,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    kept, linked = new_pair("kept"), new_pair("linked")
+    authorise(kept)
+    (authorized / "linked.pub").symlink_to(tmp_path / "later")
+    (authorized / "loop.pub").symlink_to(authorized / "loop.pub")
+    with caplog.at_level(logging.WARNING):
+        allowed = AllowList(authorized)
+    for name in ("linked.pub", "loop.pub"):
+        assert name in caplog.text
+    assert allowed.name_of(kept.public) == "kept"
+    assert allowed.name_of(linked.public) is None
+    write_public(tmp_path / "later", linked.public, "linked")
+    allowed.reload()
+    assert allowed.name_of(linked.public) == "linked"
+    assert allowed.name_of(kept.public) == "kept"
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_a_shortage_shuts_out_nobody(
+    authorized: Path,
+    authorise: Any,
+    new_pair: NewPair,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+) -> None:
+    pair, other = new_pair("edge"), new_pair("other")
+    authorise(pair)
+    allowed = AllowList(authorized)
+
+    def fail(path: object) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", fail)
+        authorise(other)
+        assert allowed.reload() == {pair.public: "edge"}
+        with pytest.raises(KeyFileError):
+            AllowList(authorized)  # without anything read before, there is nothing to go by
+    assert allowed.reload()[other.public] == "other"
