@@ -51,6 +51,7 @@ def test_what_cannot_be_used_is_refused(tmp_path: Path, content: bytes, reason: 
         read(path)
 
 
+@pytest.mark.timeout(30)
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read(tmp_path / "missing.json")

@@ -213,6 +213,7 @@ def test_a_plan_whose_bytes_changed_is_not_read(
     refused(str(caught.value), bundle, "tensorrt")
 
 
+@pytest.mark.timeout(30)
 def test_a_pipe_in_place_of_a_plan_does_not_hang(bundle: Bundle) -> None:
     plan = put(bundle, record_of(bundle))
     plan.path.unlink()
@@ -527,6 +528,7 @@ def test_skipping_a_damaged_record_is_logged(
     assert find(bundle, "stack", JETPACK, "8.7") == good  # another stage's damage is no matter
 
 
+@pytest.mark.timeout(30)
 def test_a_record_is_read_within_bounds(bundle: Bundle) -> None:
     plan = put(bundle, record_of(bundle))
     note_of(plan).write_bytes(b" " * (9 << 20))
