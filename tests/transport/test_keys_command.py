@@ -24,18 +24,11 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _error(capsys: pytest.CaptureFixture[str]) -> str:
-<<<<<<< HEAD
     """What was found and, on a line of its own, the remedy if there is one."""
     found, *remedy = capsys.readouterr().err.strip().splitlines()
     assert found.startswith("error: ")
     assert not remedy or (len(remedy) == 1 and remedy[0].startswith("  -> "))
     return " ".join((found, *remedy))
-=======
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 or (len(lines) == 2 and lines[1].startswith("  -> "))
-    assert lines[0].startswith("error: ")
-    return "\n".join(lines)
->>>>>>> w-edge
 
 
 def test_the_walk(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
