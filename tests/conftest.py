@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -21,6 +22,38 @@ from toy import Toy, write_toy_bundle
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+# `make check` leaves out the tests marked `process`. A test that starts a process without the mark
+# fails, so that the mark stays true.
+_STARTING = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn"}
+_started: list[str] = []
+_starting_fixtures: set[str] = set()
+sys.addaudithook(lambda event, args: _started.append(event) if event in _STARTING else None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> Generator[None, object, object]:
+    before = len(_started)
+    try:
+        return (yield)
+    finally:
+        if len(_started) > before:
+            _starting_fixtures.add(fixturedef.argname)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
+    _started.clear()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
+    yield
+    fixtures = _starting_fixtures.intersection(getattr(item, "fixturenames", ()))
+    if (_started or fixtures) and not item.get_closest_marker("process"):
+        pytest.fail("this test starts a process: mark it with @pytest.mark.process", pytrace=False)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -43,6 +43,7 @@ def locked(kind: str) -> dict[str, dict[str, str]]:
     return found
 
 
+@pytest.mark.process
 def test_nothing_advises_to_install_this_project_from_an_index() -> None:
     """It is on none: whoever registered its name there would reach its users."""
     files = subprocess.run(
@@ -83,6 +84,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
+@pytest.mark.process
 def test_the_wheel_holds_the_packages_and_their_data_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -111,6 +113,7 @@ def test_the_wheel_holds_the_packages_and_their_data_and_nothing_else(wheel: Pat
     assert always == {*RUNTIME, "tomli"}
 
 
+@pytest.mark.process
 def test_the_installed_wheel_segments_a_photo(wheel: Path, tmp_path: Path) -> None:
     """Away from the checkout, from the installed files alone."""
     with zipfile.ZipFile(wheel) as archive:
@@ -188,6 +191,7 @@ def make(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["make", *words], cwd=cwd, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.process
 def test_make_alone_says_what_it_can_do() -> None:
     done = make()
     assert done.returncode == 0
@@ -195,6 +199,7 @@ def test_make_alone_says_what_it_can_do() -> None:
         assert re.search(rf"^{target} +\S", done.stdout, re.MULTILINE)
 
 
+@pytest.mark.process
 def test_make_demo_installs_the_runtime_alone() -> None:
     done = make("--dry-run", "DEMO_VENV=.venv-none", "demo")
     assert done.returncode == 0, done.stderr
@@ -204,12 +209,14 @@ def test_make_demo_installs_the_runtime_alone() -> None:
     assert "dev.txt" not in done.stdout
 
 
+@pytest.mark.process
 def test_an_unfit_python_is_named() -> None:
     done = make("PYTHON=false", "DEMO_VENV=.venv-none", ".venv-none/.ready")
     assert done.returncode != 0
     assert "false is not Python 3.10 to 3.14" in done.stderr
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("outcome", ["true", "false"])
 def test_ci_runs_make_test_and_reports_its_failure(tmp_path: Path, outcome: str) -> None:
     (tmp_path / ".ci").mkdir()

@@ -224,6 +224,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.mark.process
 def test_the_readme_runs(reader: Path) -> None:
     """In order, because a reader goes in order."""
     environment = {**os.environ, "PATH": f"{BINARIES}{os.pathsep}{os.environ['PATH']}"}

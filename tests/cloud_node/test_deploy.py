@@ -53,6 +53,7 @@ def test_the_unit_waits_longer_than_the_node_takes_to_stop() -> None:
     assert int(stop) > NodeConfig().drain_s + 10
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["edge-runtime-node.service", "gpu.conf"])
 def test_systemd_takes_the_unit(tmp_path: Path, name: str) -> None:
     if not shutil.which("systemd-analyze"):
@@ -134,6 +135,7 @@ def system_calls(groups: list[str]) -> list[str]:
     return sorted(allowed | expand("@default"))
 
 
+@pytest.mark.process
 def test_a_node_works_under_the_units_restrictions(
     tmp_path: Path, start_node: Any, connect: Any, feeds: dict[str, np.ndarray], local: Any
 ) -> None:

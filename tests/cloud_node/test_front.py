@@ -105,6 +105,7 @@ def mine(start_node: Any) -> Iterator[Any]:
     node.end(signal.SIGKILL)
 
 
+@pytest.mark.process
 def test_requests_that_waited_are_computed_together(
     shared: Any, connect: Any, feeds: Feeds, local: Any
 ) -> None:
@@ -122,6 +123,7 @@ def test_requests_that_waited_are_computed_together(
     until(lambda: shared.logged().count("in a batch of 9") == 4)
 
 
+@pytest.mark.process
 def test_a_modest_client_does_not_wait_behind_a_flooder(
     shared: Any, connect: Any, five: Feeds
 ) -> None:
@@ -147,6 +149,7 @@ def test_a_modest_client_does_not_wait_behind_a_flooder(
     assert [order.count(name) for name in order].index(1) <= 2
 
 
+@pytest.mark.process
 def test_a_busy_node_answers_what_costs_nothing(shared: Any, connect: Any, five: Feeds) -> None:
     edge, other = connect(shared), connect(shared)
     with shared.stopped():
@@ -170,6 +173,7 @@ def test_a_busy_node_answers_what_costs_nothing(shared: Any, connect: Any, five:
     assert {type(message) for message in replies.values()} == {Result}
 
 
+@pytest.mark.process
 def test_cancelled_requests_are_not_computed_or_not_answered(
     shared: Any, connect: Any, five: Feeds
 ) -> None:
@@ -210,6 +214,7 @@ def test_requests_of_an_ended_connection_are_not_computed(
     assert computed(shared, left) == 0
 
 
+@pytest.mark.process
 def test_one_bad_request_fails_alone_whoever_shares_its_batch(
     start_node: Any, connect: Any, local: Any
 ) -> None:
@@ -237,6 +242,7 @@ def test_one_bad_request_fails_alone_whoever_shares_its_batch(
     until(lambda: "a batch of 3 requests failed" in node.logged())
 
 
+@pytest.mark.process
 def test_a_killed_worker_costs_what_it_was_at_and_nothing_else(
     mine: Any, connect: Any, feeds: Feeds, local: Any
 ) -> None:
@@ -257,6 +263,7 @@ def test_a_killed_worker_costs_what_it_was_at_and_nothing_else(
         assert same(mine, local, lost, edge.ask(lost))  # which clears it of suspicion
 
 
+@pytest.mark.process
 def test_a_request_that_two_workers_died_over_is_refused_for_good(
     mine: Any, connect: Any, feeds: Feeds, local: Any
 ) -> None:
@@ -275,6 +282,7 @@ def test_a_request_that_two_workers_died_over_is_refused_for_good(
         assert same(mine, local, fed, asking.ask(fed))
 
 
+@pytest.mark.process
 def test_revoked_edges_lose_their_connection_their_place_and_their_replies(
     shared: Any, connect: Any, five: Feeds, local: Any
 ) -> None:
@@ -293,6 +301,7 @@ def test_revoked_edges_lose_their_connection_their_place_and_their_replies(
     assert "windows for mallory" not in shared.logged()
 
 
+@pytest.mark.process
 def test_sixteen_clients_get_their_own_answers(shared: Any, connect: Any, local: Any) -> None:
     edges = [connect(shared) for _ in range(16)]
     rng = np.random.default_rng(0)
@@ -310,6 +319,7 @@ def test_sixteen_clients_get_their_own_answers(shared: Any, connect: Any, local:
                 assert same(shared, local, sent.pop(message.id), outputs)
 
 
+@pytest.mark.process
 def test_a_stop_within_the_drain_limit_ends_all_the_same(
     start_node: Any, connect: Any, five: Feeds
 ) -> None:
@@ -331,6 +341,7 @@ def hostile(node: Any, name: str) -> HostileEdge:
     return HostileEdge(node.endpoint, str(node.ready["public_key"]), pair, node.stage.sha256)
 
 
+@pytest.mark.process
 @needs_sodium
 def test_an_edge_that_never_reads_disturbs_nobody(
     mine: Any, connect: Any, five: Feeds, local: Any
@@ -382,6 +393,7 @@ def test_an_edge_that_takes_another_ones_routing_id_cannot_read_its_results(
             assert window.tobytes()[:16] not in frame
 
 
+@pytest.mark.process
 @needs_sodium
 def test_a_message_of_many_frames_costs_its_sender_the_connection(
     mine: Any, connect: Any, five: Feeds, local: Any
@@ -400,6 +412,7 @@ def test_a_message_of_many_frames_costs_its_sender_the_connection(
     assert same(mine, local, five, edge.ask(five))
 
 
+@pytest.mark.process
 def test_refused_requests_do_not_fill_the_log(shared: Any, connect: Any, five: Feeds) -> None:
     edge = connect(shared)
     bad = {**five, "window": five["window"] * 0 - 1}
@@ -420,6 +433,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.process
 @needs_sodium
 def test_a_node_that_holds_too_much_drops_all_connections_and_goes_on(
     start_node: Any, connect: Any, five: Feeds, local: Any

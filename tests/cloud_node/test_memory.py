@@ -164,6 +164,7 @@ def test_limits_are_read_once_for_both_questions() -> None:
     assert told.read == before + 1
 
 
+@pytest.mark.process
 @linux
 @pytest.mark.parametrize("most", [48, 80, 112])
 @pytest.mark.parametrize("name", ["RLIMIT_DATA", "RLIMIT_AS"])
@@ -198,6 +199,7 @@ def idle(echoing: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
         return data_bytes(node.pid)
 
 
+@pytest.mark.process
 @linux
 def test_under_a_limit_a_node_sheds_and_lives(echoing: Path, idle: int, tmp_path: Path) -> None:
     limit = idle + 180 * MIB
@@ -210,6 +212,7 @@ def test_under_a_limit_a_node_sheds_and_lives(echoing: Path, idle: int, tmp_path
     assert seen["served afterwards"]
 
 
+@pytest.mark.process
 @linux
 def test_a_node_for_which_nothing_fits_says_what_does(
     echoing: Path, idle: int, tmp_path: Path
@@ -223,6 +226,7 @@ def test_a_node_for_which_nothing_fits_says_what_does(
         assert "may wait in the queue, not 256 MiB" in node.logged()
 
 
+@pytest.mark.process
 @linux
 def test_a_node_follows_a_limit_that_is_set_while_it_runs(
     echoing: Path, idle: int, tmp_path: Path

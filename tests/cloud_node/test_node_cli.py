@@ -73,6 +73,7 @@ def folder(tmp_path: Path, bundle_of: Callable[[str], Path]) -> Path:
     return tmp_path
 
 
+@pytest.mark.process
 def test_every_setting_is_an_option_that_is_explained() -> None:
     done = run("serve", "--help")
     assert done.returncode == 0
@@ -83,6 +84,7 @@ def test_every_setting_is_an_option_that_is_explained() -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.process
 def test_check_shows_what_holds_and_where_it_comes_from(folder: Path) -> None:
     (folder / "node.toml").write_text(
         'bundle = "bundle"\nbind = "tcp://127.0.0.1:0"\nthreads = 1\n'
@@ -103,6 +105,7 @@ def test_check_shows_what_holds_and_where_it_comes_from(folder: Path) -> None:
     assert told["authorised_keys"] == 0
 
 
+@pytest.mark.process
 def test_check_and_serve_refuse_the_same_mistakes(folder: Path) -> None:
     (folder / "node.toml").write_text('bundel = "bundle"\n')
     options = ("--config", folder / "node.toml")
@@ -116,6 +119,7 @@ def test_check_and_serve_refuse_the_same_mistakes(folder: Path) -> None:
     assert (done.returncode, "chmod 600" in done.stderr) == (1, True)
 
 
+@pytest.mark.process
 def test_init_writes_a_file_that_explains_and_loads(folder: Path) -> None:
     done = run(
         "init", "--bundle", "bundle", "--metrics", "127.0.0.1:0", "--device", "cuda:0,1",
@@ -154,6 +158,7 @@ def test_the_comments_that_init_writes_are_valid_settings(tmp_path: Path) -> Non
     assert set(sources.values()) == {str(tmp_path / "all.toml")}
 
 
+@pytest.mark.process
 def test_init_on_a_full_disk_leaves_nothing_that_blocks_the_next_try(full_disk: Path) -> None:
     filler = full_disk / "filler"
     filler.write_bytes(b"x" * (64 << 10))
@@ -166,6 +171,7 @@ def test_init_on_a_full_disk_leaves_nothing_that_blocks_the_next_try(full_disk: 
     assert run("init", cwd=full_disk).returncode == 0
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("words", "part"),
     [
@@ -200,6 +206,7 @@ def test_a_wrong_value_of_an_option_is_a_usage_error(words: list[str]) -> None:
     assert re.match(rf"error: {words[0]}: expected .*, not '{words[1]}' \(", done.stderr)
 
 
+@pytest.mark.process
 def test_a_node_serves_from_its_file_and_tells_how_it_does(
     folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -257,6 +264,7 @@ def _children(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
+@pytest.mark.process
 def test_an_address_for_metrics_that_is_taken_stops_the_start(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"

@@ -153,6 +153,7 @@ def direct(bundle_of: Callable[[str], Path]) -> Iterator[Callable[[Feeds], Feeds
 # Outputs
 
 
+@pytest.mark.process
 def test_outputs_are_bit_equal_to_a_direct_run(
     bundle_of: Any, batch: Any, direct: Callable[[Feeds], Feeds]
 ) -> None:
@@ -169,6 +170,7 @@ def test_outputs_are_bit_equal_to_a_direct_run(
     run(main())
 
 
+@pytest.mark.process
 def test_more_rows_than_an_image_has_windows(
     bundle_of: Any, batch: Any, direct: Callable[[Feeds], Feeds]
 ) -> None:
@@ -180,6 +182,7 @@ def test_more_rows_than_an_image_has_windows(
     run(main())
 
 
+@pytest.mark.process
 def test_hidden_states(bundle_of: Any) -> None:
     rng = np.random.default_rng(0)
     feeds = {"hidden": rng.normal(size=(3, 4, 8)).astype(np.float32), "window": np.array([8, 0, 3])}
@@ -193,6 +196,7 @@ def test_hidden_states(bundle_of: Any) -> None:
     run(main())
 
 
+@pytest.mark.process
 def test_outputs_are_read_only_and_timed(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels")) as pool:
@@ -206,6 +210,7 @@ def test_outputs_are_read_only_and_timed(bundle_of: Any, batch: Any) -> None:
     run(main())
 
 
+@pytest.mark.process
 def test_outputs_stay_until_released_and_are_in_the_way_of_nobody_else_s(
     bundle_of: Any, batch: Any, direct: Callable[[Feeds], Feeds]
 ) -> None:
@@ -226,6 +231,7 @@ def test_outputs_stay_until_released_and_are_in_the_way_of_nobody_else_s(
     run(main())
 
 
+@pytest.mark.process
 def test_outputs_outlive_the_worker_and_the_pool(
     bundle_of: Any, batch: Any, direct: Callable[[Feeds], Feeds]
 ) -> None:
@@ -244,6 +250,7 @@ def test_outputs_outlive_the_worker_and_the_pool(
     run(main())
 
 
+@pytest.mark.process
 def test_noop_answers_without_an_engine(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels"), noop=True) as pool:
@@ -257,6 +264,7 @@ def test_noop_answers_without_an_engine(bundle_of: Any, batch: Any) -> None:
 # Failures that the worker survives
 
 
+@pytest.mark.process
 def test_a_failed_batch_costs_only_itself(
     bundle_of: Any, batch: Any, direct: Callable[[Feeds], Feeds]
 ) -> None:
@@ -283,6 +291,7 @@ def test_a_failed_batch_costs_only_itself(
 # Losing workers
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
 def test_a_worker_that_dies_fails_its_run_and_is_replaced(
     bundle_of: Any, batch: Any, direct: Callable[[Feeds], Feeds], number: int
@@ -315,6 +324,7 @@ def test_a_worker_that_dies_fails_its_run_and_is_replaced(
     run(main())
 
 
+@pytest.mark.process
 def test_a_run_that_the_node_cannot_handle_is_lost_with_its_worker(
     bundle_of: Any, batch: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -333,6 +343,7 @@ def test_a_run_that_the_node_cannot_handle_is_lost_with_its_worker(
     run(main())
 
 
+@pytest.mark.process
 def test_a_lane_that_nobody_looks_after_ends_the_pool(
     bundle_of: Any, batch: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -370,6 +381,7 @@ def _once(function: Callable[..., Any]) -> Callable[..., Any]:
     return failing
 
 
+@pytest.mark.process
 def test_an_idle_worker_that_dies_is_replaced(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels")) as pool:
@@ -381,6 +393,7 @@ def test_an_idle_worker_that_dies_is_replaced(bundle_of: Any, batch: Any) -> Non
     run(main())
 
 
+@pytest.mark.process
 def test_a_slot_of_a_dead_worker_is_not_given_out_twice(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels"), noop=True) as pool:
@@ -402,6 +415,7 @@ def test_a_slot_of_a_dead_worker_is_not_given_out_twice(bundle_of: Any, batch: A
     run(main())
 
 
+@pytest.mark.process
 def test_a_slot_of_a_dead_worker_does_not_hold_up_the_next(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels")) as pool:
@@ -414,6 +428,7 @@ def test_a_slot_of_a_dead_worker_does_not_hold_up_the_next(bundle_of: Any, batch
     run(main())
 
 
+@pytest.mark.process
 def test_a_hung_worker_is_killed(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels"), hang_s=0.3) as pool:
@@ -430,6 +445,7 @@ def test_a_hung_worker_is_killed(bundle_of: Any, batch: Any) -> None:
     run(main())
 
 
+@pytest.mark.process
 def test_a_slow_worker_is_not_hung(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("slow"), hang_s=0.05) as pool:
@@ -439,6 +455,7 @@ def test_a_slow_worker_is_not_hung(bundle_of: Any, batch: Any) -> None:
     run(main())
 
 
+@pytest.mark.process
 def test_time_in_which_the_node_itself_stood_still_is_no_hang(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels"), hang_s=1.0) as pool:
@@ -455,6 +472,7 @@ def test_time_in_which_the_node_itself_stood_still_is_no_hang(bundle_of: Any, ba
     run(main())
 
 
+@pytest.mark.process
 def test_a_worker_that_never_gets_ready_is_killed(bundle_of: Any) -> None:
     async def main() -> None:
         pool = Watched(Bundle.load(bundle_of("pixels")), start_s=0.01)
@@ -464,6 +482,7 @@ def test_a_worker_that_never_gets_ready_is_killed(bundle_of: Any) -> None:
     run(main())
 
 
+@pytest.mark.process
 def test_one_of_two_may_be_lost(
     bundle_of: Any, batch: Any, direct: Callable[[Feeds], Feeds]
 ) -> None:
@@ -514,6 +533,7 @@ def test_the_error_of_a_failed_first_start_is_raised(bundle_of: Any, tmp_path: P
     run(main())
 
 
+@pytest.mark.process
 def test_a_process_that_cannot_be_started(bundle_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/no/such/python")
 
@@ -525,6 +545,7 @@ def test_a_process_that_cannot_be_started(bundle_of: Any, monkeypatch: pytest.Mo
     run(main())
 
 
+@pytest.mark.process
 def test_later_starts_are_tried_until_one_succeeds(
     bundle_of: Any, tmp_path: Path, batch: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -550,6 +571,7 @@ def test_later_starts_are_tried_until_one_succeeds(
     assert "4 failed starts in a row, the last because" in caplog.text
 
 
+@pytest.mark.process
 def test_another_bundle_put_in_its_place_is_not_served(
     bundle_of: Any, tmp_path: Path, batch: Any
 ) -> None:
@@ -569,6 +591,7 @@ def test_another_bundle_put_in_its_place_is_not_served(
 # Slots
 
 
+@pytest.mark.process
 def test_slots_are_given_out_in_order_and_cancelled_waits_lose_none(
     bundle_of: Any, batch: Any
 ) -> None:
@@ -630,6 +653,7 @@ def test_a_caller_that_is_woken_in_vain_keeps_its_place(bundle_of: Any) -> None:
     run(main())
 
 
+@pytest.mark.process
 def test_a_cancelled_run_keeps_its_memory_until_the_worker_is_through(
     bundle_of: Any, batch: Any
 ) -> None:
@@ -654,6 +678,7 @@ def test_a_cancelled_run_keeps_its_memory_until_the_worker_is_through(
     run(main())
 
 
+@pytest.mark.process
 def test_a_gpu_would_get_its_next_batch_while_it_computes(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels"), noop=True) as pool:  # treated as a GPU
@@ -689,6 +714,7 @@ def test_a_batch_that_a_dead_worker_had_not_begun_is_marked(bundle_of: Any, batc
     run(main())
 
 
+@pytest.mark.process
 def test_released_from_another_thread_and_twice(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels")) as pool:
@@ -731,6 +757,7 @@ def test_misuse_of_a_slot_raises(bundle_of: Any, batch: Any) -> None:
 # Closing
 
 
+@pytest.mark.process
 def test_close_lets_runs_end(bundle_of: Any, batch: Any, direct: Callable[[Feeds], Feeds]) -> None:
     async def main() -> None:
         async with running(bundle_of("slow")) as pool:
@@ -752,6 +779,7 @@ def test_close_lets_runs_end(bundle_of: Any, batch: Any, direct: Callable[[Feeds
     run(main())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("again", [False, True])
 def test_close_without_patience(bundle_of: Any, batch: Any, again: bool) -> None:
     async def main() -> None:
@@ -773,6 +801,7 @@ def test_close_without_patience(bundle_of: Any, batch: Any, again: bool) -> None
     run(main())
 
 
+@pytest.mark.process
 def test_closed_while_starting_and_while_waiting_to_restart(bundle_of: Any) -> None:
     async def main() -> None:
         pool = Watched(Bundle.load(bundle_of("pixels")), devices=["cpu", "cpu"])
@@ -789,6 +818,7 @@ def test_closed_while_starting_and_while_waiting_to_restart(bundle_of: Any) -> N
     run(main())
 
 
+@pytest.mark.process
 def test_start_may_be_cancelled(bundle_of: Any) -> None:
     async def main() -> None:
         pool = Watched(Bundle.load(bundle_of("slow")))
@@ -801,6 +831,7 @@ def test_start_may_be_cancelled(bundle_of: Any) -> None:
     run(main())
 
 
+@pytest.mark.process
 def test_a_loop_that_ends_without_closing_leaves_no_worker(bundle_of: Any) -> None:
     async def main() -> None:
         pool = Watched(Bundle.load(bundle_of("pixels")), devices=["cpu", "cpu"])
@@ -809,6 +840,7 @@ def test_a_loop_that_ends_without_closing_leaves_no_worker(bundle_of: Any) -> No
     run(main())
 
 
+@pytest.mark.process
 def test_workers_die_with_their_parent(bundle_of: Any) -> None:
     code = f"""
         import asyncio
@@ -856,6 +888,7 @@ def _command(pid: int) -> bytes:
 # Over a long time
 
 
+@pytest.mark.process
 def test_a_thousand_runs_cost_no_memory_and_no_descriptors(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels")) as pool:
@@ -883,6 +916,7 @@ def _resident(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
+@pytest.mark.process
 def test_many_restarts_leave_nothing_behind(bundle_of: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels"), noop=True, retry_s=(0.001, 0.001)) as pool:
@@ -902,6 +936,7 @@ def test_many_restarts_leave_nothing_behind(bundle_of: Any) -> None:
     run(main())
 
 
+@pytest.mark.process
 def test_nothing_mixes_in_a_storm(
     bundle_of: Any, batch: Any, direct: Callable[[Feeds], Feeds]
 ) -> None:
@@ -966,6 +1001,7 @@ def test_nothing_mixes_in_a_storm(
 # Events and settings
 
 
+@pytest.mark.process
 def test_a_listener_that_fails_does_no_harm(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         pool = LocalPool(Bundle.load(bundle_of("pixels")), devices=["cpu"], threads=1)
@@ -980,6 +1016,7 @@ def test_a_listener_that_fails_does_no_harm(bundle_of: Any, batch: Any) -> None:
     run(main())
 
 
+@pytest.mark.process
 def test_events_say_where_and_how_long(bundle_of: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels")) as pool:

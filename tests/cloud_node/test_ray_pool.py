@@ -185,6 +185,7 @@ def running(bundle: Bundle) -> Iterator[Running]:
 # With two replicas
 
 
+@pytest.mark.process
 def test_outputs_are_those_of_the_engine_bit_for_bit(running: Running) -> None:
     pool = running.pool
     assert (pool.ready, pool.lanes) == (2, 2)
@@ -201,6 +202,7 @@ def test_outputs_are_those_of_the_engine_bit_for_bit(running: Running) -> None:
         np.testing.assert_array_equal(found["tokens"], expected["tokens"])
 
 
+@pytest.mark.process
 def test_a_batch_that_fails_costs_only_that_batch(running: Running) -> None:
     feeds = make_feeds(running.bundle, 3)
     wrong = {**feeds, "window": feeds["window"] + running.bundle.geometry.windows}
@@ -224,6 +226,7 @@ def test_a_batch_that_fails_costs_only_that_batch(running: Running) -> None:
     assert running.pids() == pids
 
 
+@pytest.mark.process
 def test_a_cancelled_run_gives_its_slot_back_once_it_is_over(running: Running) -> None:
     pool = running.pool
     feeds = make_feeds(running.bundle, 1)
@@ -244,6 +247,7 @@ def test_a_cancelled_run_gives_its_slot_back_once_it_is_over(running: Running) -
     running.call(cancel())
 
 
+@pytest.mark.process
 def test_a_replica_killed_in_a_request_is_replaced(running: Running) -> None:
     pool = running.pool
     feeds = make_feeds(running.bundle, 4)
@@ -328,6 +332,7 @@ def test_a_cluster_of_its_own_is_closed_to_others(running: Running) -> None:
     assert serve.status().proxies == {}  # nothing takes requests over HTTP
 
 
+@pytest.mark.process
 def test_another_process_uses_the_cluster_and_leaves_it(
     running: Running, bundle: Bundle, tmp_path: Path
 ) -> None:
@@ -401,6 +406,7 @@ def test_another_process_uses_the_cluster_and_leaves_it(
 # Without that cluster
 
 
+@pytest.mark.process
 def test_a_node_with_workers_on_ray(
     start_node: Callable[..., Any],
     connect: Callable[..., Any],

@@ -62,12 +62,14 @@ def _refusal(options: dict[str, str]) -> str:
     return done.stderr[done.stderr.index("error: ") :]
 
 
+@pytest.mark.process
 def test_no_keys(options: dict[str, str], tmp_path: Path) -> None:
     error = _refusal({**options, "--keys": str(tmp_path / "nowhere")})
     assert "node.key" in error
     assert "edge-runtime keys" in error
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
 def test_secret_key_open_to_others(options: dict[str, str], mode: int) -> None:
     path = Path(options["--keys"], "node.key")
@@ -75,12 +77,14 @@ def test_secret_key_open_to_others(options: dict[str, str], mode: int) -> None:
     assert f"chmod 600 {path}" in _refusal(options)
 
 
+@pytest.mark.process
 def test_folder_of_authorised_keys_open_to_others(options: dict[str, str]) -> None:
     path = Path(options["--keys"], "authorized")
     path.chmod(0o777)
     assert f"chmod go-w {path}" in _refusal(options)
 
 
+@pytest.mark.process
 def test_stock_order_bundle(options: dict[str, str], tmp_path: Path) -> None:
     from engines.bundle import Stage, TensorSpec
 
@@ -121,6 +125,7 @@ def test_stock_order_bundle(options: dict[str, str], tmp_path: Path) -> None:
     assert "--order reordered" in error
 
 
+@pytest.mark.process
 def test_damaged_stack(options: dict[str, str], tmp_path: Path) -> None:
     shutil.copytree(options["--bundle"], tmp_path / "bundle")
     path = tmp_path / "bundle" / "stack.onnx"
@@ -131,10 +136,12 @@ def test_damaged_stack(options: dict[str, str], tmp_path: Path) -> None:
     assert "stack.onnx is damaged" in error
 
 
+@pytest.mark.process
 def test_missing_bundle(options: dict[str, str], tmp_path: Path) -> None:
     assert "does not exist" in _refusal({**options, "--bundle": str(tmp_path / "nowhere")})
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "bind", ["0.0.0.0:5555", "tcp://0.0.0.0", "ipc:///tmp/x", "tcp://0.0.0.0:70000", "tcp://:5"]
 )
@@ -144,6 +151,7 @@ def test_malformed_endpoint(options: dict[str, str], bind: str) -> None:
     assert "tcp://0.0.0.0:5555" in error
 
 
+@pytest.mark.process
 def test_port_taken(options: dict[str, str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         bind = f"tcp://127.0.0.1:{other.getsockname()[1]}"
@@ -152,11 +160,13 @@ def test_port_taken(options: dict[str, str]) -> None:
     assert "choose another" in error
 
 
+@pytest.mark.process
 def test_unwritable_ready_file(options: dict[str, str], tmp_path: Path) -> None:
     error = _refusal({**options, "--ready-file": str(tmp_path / "no" / "ready.json")})
     assert "ready file" in error
 
 
+@pytest.mark.process
 def test_a_node_that_takes_all_cores_says_how_to_share_them(options: dict[str, str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:  # so that it ends by itself
         words = [word for pair in options.items() for word in pair]
@@ -165,15 +175,18 @@ def test_a_node_that_takes_all_cores_says_how_to_share_them(options: dict[str, s
         assert "--threads" not in _serve(*words, "--threads", "1").stderr
 
 
+@pytest.mark.process
 def test_tensorrt_without_a_plan_says_how_to_build_one(options: dict[str, str]) -> None:
     error = _refusal({**options, "--device": "tensorrt"})
     assert f"\n  -> edge-runtime build {options['--bundle']} --stage stack\n" in error
 
 
+@pytest.mark.process
 def test_usage_errors_exit_2() -> None:
     assert _serve("--bundle", "x", "--keys", "y", "--device", "abacus").returncode == 2
 
 
+@pytest.mark.process
 def test_help_is_light() -> None:
     code = (
         "import sys, cloud_node.cli as c\n"
@@ -236,6 +249,7 @@ def _client(
     return sockets.client(ctx, node.endpoint, key, pair, node.limits, connect=False)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["unauthorised key", "wrong server key", "NULL", "PLAIN"])
 def test_strangers_are_kept_out_and_edges_get_in_after_them(
     node: Any, connect: Any, zmq_context: zmq.Context[Any], feeds: Feeds, local: Any, kind: str
@@ -255,6 +269,7 @@ def test_strangers_are_kept_out_and_edges_get_in_after_them(
             stranger.close()
 
 
+@pytest.mark.process
 def test_keys_come_and_go_without_a_restart(
     start_node: Any, connect: Any, zmq_context: zmq.Context[Any]
 ) -> None:
@@ -278,6 +293,7 @@ def test_keys_come_and_go_without_a_restart(
     again.close()
 
 
+@pytest.mark.process
 def test_a_malformed_authorised_key_is_skipped_with_a_warning(
     start_node: Any, connect: Any
 ) -> None:
@@ -298,6 +314,7 @@ def hangups(request: pytest.FixtureRequest) -> Iterator[None]:
     signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_stop_the_node_cleanly(
     start_node: Any, number: signal.Signals, hangups: None
@@ -351,6 +368,7 @@ def test_a_node_with_a_defect_ends_and_logs_it(
     assert "ZeroDivisionError" in node.logged()
 
 
+@pytest.mark.process
 def test_stopping_finishes_what_was_admitted_and_refuses_what_comes(
     start_node: Any, connect: Any, five: Feeds
 ) -> None:
@@ -370,6 +388,7 @@ def test_stopping_finishes_what_was_admitted_and_refuses_what_comes(
     assert [type(replies[id]) for id in sent] == [Result] * 3
 
 
+@pytest.mark.process
 def test_stopping_waits_until_slow_links_have_carried_the_last_replies(tmp_path: Path) -> None:
     if reason := Netns.unavailable():
         pytest.skip(reason)
@@ -402,6 +421,7 @@ def test_stopping_waits_until_slow_links_have_carried_the_last_replies(tmp_path:
                 ctx.destroy(linger=0)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_stops_at_once(
     number: signal.Signals, start_node: Any, connect: Any, feeds: Feeds
@@ -425,6 +445,7 @@ os.execv(sys.executable, [sys.executable, "-m", "cloud_node.cli", *sys.argv[2:]]
 """
 
 
+@pytest.mark.process
 def test_a_closed_terminal_lets_the_node_finish_what_was_admitted(
     start_node: Any, connect: Any, five: Feeds, hangups: None
 ) -> None:
@@ -445,6 +466,7 @@ def test_a_closed_terminal_lets_the_node_finish_what_was_admitted(
     assert node.logged().rstrip().endswith("stopped")
 
 
+@pytest.mark.process
 def test_under_nohup_a_node_outlives_its_terminal(
     start_node: Any, connect: Any, feeds: Feeds, local: Any, hangups: None
 ) -> None:
@@ -457,6 +479,7 @@ def test_under_nohup_a_node_outlives_its_terminal(
     assert node.end() == 0
 
 
+@pytest.mark.process
 def test_signals_count_for_the_first_process_of_a_container(
     start_node: Any, connect: Any, feeds: Feeds
 ) -> None:
@@ -478,6 +501,7 @@ def test_signals_count_for_the_first_process_of_a_container(
     assert node.process.wait(timeout=60) == 128 + signal.SIGTERM
 
 
+@pytest.mark.process
 def test_an_edge_that_leaves_does_no_harm(
     node: Any, connect: Any, feeds: Feeds, local: Any
 ) -> None:

@@ -29,6 +29,7 @@ from transport.messages import (
 Feeds = dict[str, np.ndarray]
 
 
+@pytest.mark.process
 def test_result_is_bit_equal_to_a_local_run(node: Any, edge: Any, feeds: Feeds, local: Any) -> None:
     sent = edge.request(feeds)
     accepted, _ = edge.receive()
@@ -42,6 +43,7 @@ def test_result_is_bit_equal_to_a_local_run(node: Any, edge: Any, feeds: Feeds, 
     assert outputs["tokens"].tobytes() == expected["tokens"].tobytes()
 
 
+@pytest.mark.process
 def test_all_windows_at_once_and_one_by_one_agree(node: Any, edge: Any) -> None:
     rng = np.random.default_rng(5)
     n = node.bundle.geometry.windows
@@ -56,6 +58,7 @@ def test_all_windows_at_once_and_one_by_one_agree(node: Any, edge: Any) -> None:
     assert np.concatenate(parts).tobytes() == whole.tobytes()
 
 
+@pytest.mark.process
 def test_hidden_states_bundle(start_node: Any, connect: Any, local: Any) -> None:
     node = start_node("hidden")
     rng = np.random.default_rng(0)
@@ -65,6 +68,7 @@ def test_hidden_states_bundle(start_node: Any, connect: Any, local: Any) -> None
     assert outputs["tokens"].tobytes() == local(node, feeds)["tokens"].tobytes()
 
 
+@pytest.mark.process
 def test_requests_of_several_edges_do_not_mix(node: Any, connect: Any, local: Any) -> None:
     edges = [connect(node) for _ in range(4)]
     rng = np.random.default_rng(9)
@@ -86,6 +90,7 @@ def test_requests_of_several_edges_do_not_mix(node: Any, connect: Any, local: An
             assert outputs["tokens"].tobytes() == local(node, feeds)["tokens"].tobytes()
 
 
+@pytest.mark.process
 def test_info_says_what_is_served(node: Any, edge: Any) -> None:
     edge.send(encode(InfoRequest(messages.new_id())))
     info, _ = edge.receive()
@@ -100,6 +105,7 @@ def test_info_says_what_is_served(node: Any, edge: Any) -> None:
     ]
 
 
+@pytest.mark.process
 def test_another_bundles_stage_is_refused_by_name(
     node: Any, edge: Any, feeds: Feeds, bundle_of: Callable[[str], Path], local: Any
 ) -> None:
@@ -151,6 +157,7 @@ BAD_REQUESTS: dict[str, tuple[Callable[[Feeds], Feeds], str]] = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("defect", BAD_REQUESTS)
 def test_requests_that_do_not_fit_are_refused(
     node: Any, edge: Any, feeds: Feeds, local: Any, defect: str
@@ -163,12 +170,14 @@ def test_requests_that_do_not_fit_are_refused(
     assert edge.ask(feeds)["tokens"].tobytes() == local(node, feeds)["tokens"].tobytes()
 
 
+@pytest.mark.process
 def test_expired_deadline(edge: Any, feeds: Feeds) -> None:
     refused = edge.ask(feeds, deadline_ms=0)
     assert isinstance(refused, Refused)
     assert refused.code == "deadline"
 
 
+@pytest.mark.process
 def test_deadline_that_passes_in_the_queue(node: Any, edge: Any, five: Feeds) -> None:
     with node.stopped():
         first = edge.request(five)
@@ -195,6 +204,7 @@ def test_a_request_that_would_be_late_is_refused_with_a_hint(
     assert isinstance(edge.replies([running], final=True)[running], Result)
 
 
+@pytest.mark.process
 def test_too_many_requests_of_one_edge_are_refused_at_once_and_others_let_in(
     node: Any, connect: Any, feeds: Feeds
 ) -> None:
@@ -213,6 +223,7 @@ def test_too_many_requests_of_one_edge_are_refused_at_once_and_others_let_in(
     assert {type(message) for message in results} == {Result}
 
 
+@pytest.mark.process
 def test_engine_failure_fails_one_request_only(start_node: Any, connect: Any, local: Any) -> None:
     node = start_node("broken")
     edge = connect(node)
@@ -240,6 +251,7 @@ class Canary:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.process
 def test_pickle_is_never_loaded(edge: Any, feeds: Feeds, tmp_path: Path) -> None:
     canary = pickle.dumps(Canary(tmp_path / "hatched"))
     request = Request(messages.new_id(), "0" * 64, 1000, messages.new_seal())
@@ -257,12 +269,14 @@ def test_pickle_is_never_loaded(edge: Any, feeds: Feeds, tmp_path: Path) -> None
     assert not (tmp_path / "hatched").exists()
 
 
+@pytest.mark.process
 def test_unknown_version_is_told_which_are_spoken(edge: Any, feeds: Feeds) -> None:
     whole = encode(Request(messages.new_id(), "0" * 64, 1000, messages.new_seal()), feeds)
     edge.send(b"ERT\x07" + whole[4:])
     assert edge.receive()[0] == VersionsSpoken(messages.VERSIONS)
 
 
+@pytest.mark.process
 def test_messages_for_edges_are_refused(edge: Any) -> None:
     sent = messages.new_id()
     for message in (Accepted(sent), Result(sent, 1, 1), Refused(sent, "engine", "x")):
@@ -272,12 +286,14 @@ def test_messages_for_edges_are_refused(edge: Any) -> None:
         assert (refused.id, refused.code) == (sent, "malformed")
 
 
+@pytest.mark.process
 def test_versions_message_is_not_answered(edge: Any) -> None:
     edge.send(encode(VersionsSpoken((9,))))
     edge.send(encode(InfoRequest(messages.new_id())))
     assert isinstance(edge.receive()[0], Info)
 
 
+@pytest.mark.process
 def test_garbage_gets_one_refusal_each_and_harms_nobody(
     node: Any, connect: Any, feeds: Feeds, local: Any
 ) -> None:
@@ -312,6 +328,7 @@ def test_garbage_gets_one_refusal_each_and_harms_nobody(
     assert "message dropped" not in node.logged()
 
 
+@pytest.mark.process
 def test_a_refusal_without_readable_id_bears_none(edge: Any) -> None:
     edge.send(b"nonsense")
     refused, _ = edge.receive()
@@ -319,6 +336,7 @@ def test_a_refusal_without_readable_id_bears_none(edge: Any) -> None:
     assert (refused.id, refused.code) == (NO_ID, "malformed")
 
 
+@pytest.mark.process
 def test_an_oversized_part_costs_only_its_sender(
     node: Any, connect: Any, feeds: Feeds, local: Any
 ) -> None:
@@ -340,6 +358,7 @@ def _resident(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
+@pytest.mark.process
 def test_the_log_holds_nothing_of_windows(node: Any, edge: Any) -> None:
     canary = b"CANARY-IN-THE-COAL-MINE!"
     pixels = np.frombuffer(canary * 8, np.uint8).reshape(1, 8, 8, 3)
@@ -358,6 +377,7 @@ def test_the_log_holds_nothing_of_windows(node: Any, edge: Any) -> None:
     assert canary[:8].hex().encode() not in log
 
 
+@pytest.mark.process
 def test_no_log_line_can_be_forged(node: Any, edge: Any) -> None:
     import msgspec
 
@@ -368,12 +388,14 @@ def test_no_log_line_can_be_forged(node: Any, edge: Any) -> None:
     assert not [line for line in node.logged().splitlines() if line.startswith("b FORGED")]
 
 
+@pytest.mark.process
 def test_no_core_dump(node: Any) -> None:
     limits = Path(f"/proc/{node.process.pid}/limits").read_text()
     core = next(line for line in limits.splitlines() if line.startswith("Max core file size"))
     assert core.split()[4:6] == ["0", "0"]
 
 
+@pytest.mark.process
 def test_nothing_heavy_is_imported(
     start_node: Any, connect: Any, feeds: Feeds, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,7 @@ def test_types_and_shapes_are_the_specs(arena: Arena) -> None:
     arena.close()
 
 
+@pytest.mark.process
 def test_another_process_sees_it_and_answers(arena: Arena) -> None:
     arena.batches[1]["window"][:] = [7, 8, 9]
     code = (

@@ -135,6 +135,7 @@ def _request(bundle: Bundle, /, **changes: Any) -> Open:
     )
 
 
+@pytest.mark.process
 def test_runs_what_it_is_told_where_it_is_told(
     start: Callable[..., Peer], feeds: dict[str, np.ndarray]
 ) -> None:
@@ -154,12 +155,14 @@ def test_runs_what_it_is_told_where_it_is_told(
     assert not peer.arena.results[0]["tokens"].any()
 
 
+@pytest.mark.process
 def test_it_says_what_it_opens_before_that_takes_long(start: Callable[..., Peer]) -> None:
     peer = start(log_level=logging.INFO)
     assert isinstance(peer.receive(), Ready)
     assert peer.logged[0].text.startswith("opening ")
 
 
+@pytest.mark.process
 def test_runs_may_be_sent_ahead(start: Callable[..., Peer], feeds: dict[str, np.ndarray]) -> None:
     peer = start()
     rows = peer.fill(0, feeds)
@@ -168,6 +171,7 @@ def test_runs_may_be_sent_ahead(start: Callable[..., Peer], feeds: dict[str, np.
     assert [peer.receive().id for _ in range(20)] == list(range(20))
 
 
+@pytest.mark.process
 def test_ends_when_the_socket_closes_after_what_it_was_told(
     start: Callable[..., Peer], feeds: dict[str, np.ndarray]
 ) -> None:
@@ -180,6 +184,7 @@ def test_ends_when_the_socket_closes_after_what_it_was_told(
     assert peer.process.wait(60) == 0
 
 
+@pytest.mark.process
 def test_signals_for_the_whole_group_do_not_end_it(
     start: Callable[..., Peer], feeds: dict[str, np.ndarray]
 ) -> None:
@@ -222,6 +227,7 @@ def test_an_engine_that_cannot_be_opened_is_reported(
     assert peer.process.wait(60) == 1
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("garbage", [b"\0\0\0\1\xc1", b"\xff" * 64, pack(Run(1, 99, 1))])
 def test_nonsense_ends_it(start: Callable[..., Peer], garbage: bytes) -> None:
     peer = start()
@@ -240,6 +246,7 @@ def test_times_that_cannot_be_are_no_message(message: FromWorker) -> None:
         msgspec.msgpack.decode(pack(message)[4:], type=FromWorker)
 
 
+@pytest.mark.process
 def test_it_is_the_first_to_go_and_leaves_no_core(start: Callable[..., Peer]) -> None:
     peer = start()
     assert isinstance(peer.receive(), Ready)
@@ -249,6 +256,7 @@ def test_it_is_the_first_to_go_and_leaves_no_core(start: Callable[..., Peer]) ->
     assert core.split()[4:6] == ["0", "0"]
 
 
+@pytest.mark.process
 def test_it_opens_no_network_and_keeps_no_descriptor_of_the_memory(
     start: Callable[..., Peer],
 ) -> None:
@@ -264,6 +272,7 @@ def test_it_opens_no_network_and_keeps_no_descriptor_of_the_memory(
     assert sum("memfd:" in name for name in opened) == 1
 
 
+@pytest.mark.process
 def test_no_content_is_logged(start: Callable[..., Peer]) -> None:
     canary = b"CANARY-IN-THE-COAL-MINE!"
     peer = start("broken")

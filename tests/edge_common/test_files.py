@@ -171,6 +171,7 @@ def test_an_empty_folder_is_no_obstacle(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "result") == ["new"]
 
 
+@pytest.mark.process
 def test_a_full_disk_is_named_and_nothing_stays_on_it(full_disk: Path) -> None:
     path = full_disk / "file"
     with pytest.raises(OutputError) as caught:
@@ -189,6 +190,7 @@ def test_a_full_disk_is_named_and_nothing_stays_on_it(full_disk: Path) -> None:
     assert os.listdir(full_disk) == []
 
 
+@pytest.mark.process
 def test_a_disk_that_fills_up_meanwhile_keeps_the_old_file(full_disk: Path) -> None:
     path = full_disk / "file"
     path.write_bytes(b"old")
@@ -204,6 +206,7 @@ def test_a_disk_that_fills_up_meanwhile_keeps_the_old_file(full_disk: Path) -> N
     assert os.listdir(full_disk) == ["file"]
 
 
+@pytest.mark.process
 def test_a_limit_on_files_is_told_like_a_full_disk(tmp_path: Path) -> None:
     code = (
         "import sys\n"

@@ -34,6 +34,7 @@ def test_groups_are_read_from_the_innermost_to_the_outermost(tmp_path: Path) -> 
     limits.close()
 
 
+@pytest.mark.process
 @linux
 @pytest.mark.parametrize("name", ["RLIMIT_DATA", "RLIMIT_AS"])
 def test_limits_of_the_process_are_read(name: str) -> None:

@@ -39,6 +39,7 @@ def test_what_only_its_owner_can_write_is_safe(file: Path) -> None:
     assert why_untrusted(file.parent, closed=True) is None
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("mode", [0o602, 0o646, 0o666])
 def test_a_file_that_others_may_write(file: Path, mode: int) -> None:
     file.chmod(mode)
@@ -58,6 +59,7 @@ def test_a_folder_on_the_way_that_others_may_write(file: Path, mode: int) -> Non
     assert f"or move {file}" in found
 
 
+@pytest.mark.process
 def test_commands_quote_odd_paths(tmp_path: Path) -> None:
     file = tmp_path / "a b$c.pub"
     file.write_text("x")

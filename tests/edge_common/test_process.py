@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 
 def test_core_dumps_are_disabled() -> None:
     code = (

@@ -54,6 +54,7 @@ def test_work_of_unknown_length_has_no_share() -> None:
     assert work.text(work._begun + 200) == "3 min so far"
 
 
+@pytest.mark.process
 def test_lines_where_there_is_no_terminal() -> None:
     done = subprocess.run(
         [sys.executable, "-c", WORK.format(quiet=False)], capture_output=True, text=True, check=True
@@ -65,6 +66,7 @@ def test_lines_where_there_is_no_terminal() -> None:
     assert "\x1b" not in done.stderr
 
 
+@pytest.mark.process
 def test_a_bar_on_a_terminal_that_vanishes_and_gives_the_cursor_back() -> None:
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
@@ -88,6 +90,7 @@ def test_a_bar_on_a_terminal_that_vanishes_and_gives_the_cursor_back() -> None:
     assert text.rstrip().endswith("\x1b[2K") or text.rindex("\x1b[2K") > text.rindex("photo.jpg")
 
 
+@pytest.mark.process
 def test_quiet_is_quiet(capfd: pytest.CaptureFixture[str]) -> None:
     with progress("x", 2, quiet=True) as work, work.piece():
         pass

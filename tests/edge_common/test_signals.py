@@ -14,6 +14,8 @@ import pytest
 
 from edge_common import signals
 
+pytestmark = pytest.mark.process
+
 # Never ends by itself, and Python runs no signal handler meanwhile.
 STUCK = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', (1 << 31) - 1)"
 HEADER = """

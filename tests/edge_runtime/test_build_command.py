@@ -33,6 +33,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path(shutil.copytree(shipped_bundle("fp16"), tmp_path / "tiny"))
 
 
+@pytest.mark.process
 def test_it_builds_all_stages_and_says_what_came_out(
     tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -52,6 +53,7 @@ def test_it_builds_all_stages_and_says_what_came_out(
     assert len(plans(Bundle.load(tiny))) == 3
 
 
+@pytest.mark.process
 def test_json_holds_the_records(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--stage", "tail", "--backend", "tensorrt-rtx", "--strict", "--json"]
     assert main(["build", str(tiny), *options]) == 0
@@ -62,6 +64,7 @@ def test_json_holds_the_records(tiny: Path, capsys: pytest.CaptureFixture[str]) 
     assert {*found} == {*PlanRecord.__struct_fields__}
 
 
+@pytest.mark.process
 def test_a_nodes_bundle_is_built_for_fewer_windows(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -98,6 +101,7 @@ def test_a_workspace_out_of_bounds_is_refused(
     assert not (tiny / "plans").exists()
 
 
+@pytest.mark.process
 def test_unfused_attention_is_said_aloud_and_fails_when_strict(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,6 +146,7 @@ def test_a_long_build_prints_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch
     assert all("Timing tactics" in line for line in console.lines[1:])
 
 
+@pytest.mark.process
 def test_a_terminal_shows_a_bar(tiny: Path) -> None:
     controller, terminal = pty.openpty()
     edge = subprocess.Popen(
@@ -167,6 +172,7 @@ def test_a_terminal_shows_a_bar(tiny: Path) -> None:
 # -- stopping -----------------------------------------------------------------
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("wait_s", [0.0, 0.2, 0.7])
 def test_a_signal_at_any_moment_leaves_whole_plans_or_none(
@@ -239,6 +245,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
     return outcome
 
 
+@pytest.mark.process
 def test_where_a_gpu_is_the_plans_are_measured(
     tiny: Path, on_a_gpu: dict[str, bool], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -248,6 +255,7 @@ def test_where_a_gpu_is_the_plans_are_measured(
     assert f"next: edge-runtime segment PHOTO --point X,Y --local --bundle {tiny}" in said.out
 
 
+@pytest.mark.process
 def test_a_plan_that_fails_the_gate_is_a_failure(
     tiny: Path, on_a_gpu: dict[str, bool], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -262,6 +270,7 @@ def test_a_plan_that_fails_the_gate_is_a_failure(
 # -- what it needs ----------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_neither_torch_nor_onnx_is_needed(tiny: Path, tmp_path: Path) -> None:
     """In the builder's process too: modules of those names there are traps."""
     for name in ("torch", "onnx", "onnx_ir", "onnxruntime", "pycuda"):

@@ -39,6 +39,7 @@ def command(monkeypatch: pytest.MonkeyPatch, behaviour: object) -> None:
     monkeypatch.setattr(cli.importlib, "import_module", lambda name: module)
 
 
+@pytest.mark.process
 def test_help_names_every_command_and_imports_nothing_heavy() -> None:
     done = subprocess.run(
         [
@@ -196,6 +197,7 @@ def test_signals_unwind_a_command_and_are_given_back(
         signal.signal(number, before)
 
 
+@pytest.mark.process
 def test_missing_torch_is_no_traceback_in_a_real_process(tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_text("some")
     code = (
@@ -211,6 +213,7 @@ def test_missing_torch_is_no_traceback_in_a_real_process(tmp_path: Path) -> None
     assert mend == "  -> run `pip install '.[export]'` in a checkout of edge-runtime"
 
 
+@pytest.mark.process
 def test_a_reader_that_leaves_is_no_error() -> None:
     shell = f"{sys.executable} -m edge_runtime.cli --help | head -n 1"
     done = subprocess.run(shell, shell=True, capture_output=True, text=True, check=True)

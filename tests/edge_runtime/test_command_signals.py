@@ -19,6 +19,8 @@ from toy import slow
 
 from engines.bundle import shipped_bundle
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).resolve().parents[2]
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 

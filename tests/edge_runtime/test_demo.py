@@ -53,6 +53,7 @@ def report(finished: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.process
 def test_the_report_says_what_was_promised(report: dict[str, Any]) -> None:
     assert report["identical_to_local"] is True
     assert 0 < report["largest_share"] <= report["max_exposure"] == 0.37
@@ -73,6 +74,7 @@ def test_the_report_says_what_was_promised(report: dict[str, Any]) -> None:
     assert {entry["event"] for entry in report["ledger"]} == {"reserved", "committed"}
 
 
+@pytest.mark.process
 def test_it_writes_two_pictures_and_the_report_and_nothing_else(finished: Path) -> None:
     names = ["overlay.png", "report.json", "what-each-node-saw.png"]
     assert sorted(os.listdir(finished)) == names
@@ -82,6 +84,7 @@ def test_it_writes_two_pictures_and_the_report_and_nothing_else(finished: Path) 
             assert picture.width > 1000
 
 
+@pytest.mark.process
 def test_no_node_is_left_running(finished: Path) -> None:
     commands = [
         Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
@@ -91,6 +94,7 @@ def test_no_node_is_left_running(finished: Path) -> None:
     assert not [command for command in commands if b"edge-runtime-demo-" in command]
 
 
+@pytest.mark.process
 def test_one_corrupted_token_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One bit of one number of one token, in what the nodes returned."""
     real = demo._offloaded
@@ -146,6 +150,7 @@ def test_the_verdict_names_what_is_wrong(change: dict[str, Any], words: str) -> 
     assert words in " ".join(demo.verdict({**good, **change}))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_nodes_too(tmp_path: Path, number: signal.Signals) -> None:
     scratch = tmp_path / "tmp"
@@ -175,6 +180,7 @@ def test_a_signal_ends_the_nodes_too(tmp_path: Path, number: signal.Signals) -> 
     assert not (tmp_path / "out" / "report.json").exists()
 
 
+@pytest.mark.process
 def test_a_node_that_does_not_start_is_named_and_the_others_are_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,6 +217,7 @@ def test_results_of_other_commands_are_not_replaced(
     assert os.listdir(tmp_path) == ["out"]
 
 
+@pytest.mark.process
 def test_earlier_results_of_the_demo_are_replaced_and_nothing_of_them_is_kept(
     finished: Path, tmp_path: Path
 ) -> None:
@@ -229,6 +236,7 @@ def segment_refuses(out: Path) -> bool:
     return main([*command, "--overwrite"]) == 1
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("place", ["full", "proc"])
 def test_a_place_that_cannot_be_written_is_told_before_any_node_starts(
     place: str, full_disk: Path, monkeypatch: pytest.MonkeyPatch

@@ -62,6 +62,7 @@ def failed(found: dict[str, dict[str, Any]]) -> set[str]:
     return {name for name, row in found.items() if row["status"] == "fail"}
 
 
+@pytest.mark.process
 def test_this_machine(run: Run) -> None:
     done = run("--json", "--timeout", "120")
     found = checks(done)
@@ -73,6 +74,7 @@ def test_this_machine(run: Run) -> None:
     assert done.returncode == (1 if failed(found) else 0)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("source", "said"),
     [
@@ -94,6 +96,7 @@ def test_a_broken_tensorrt_is_one_failed_line(
     assert done.returncode == 1
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["numpy", "msgspec", "rich", "zmq"])
 def test_it_runs_where_what_edge_runtime_needs_is_broken(run: Run, broken: Path, name: str) -> None:
     (broken / f"{name}.py").write_text("import os; os.abort()")
@@ -105,6 +108,7 @@ def test_it_runs_where_what_edge_runtime_needs_is_broken(run: Run, broken: Path,
     assert done.returncode == 1
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("needed", ["cuda", "tensorrt"])
 def test_requirements_decide_the_exit_code(run: Run, needed: str) -> None:
     done = run("--json", "--require", needed, "--timeout", "120", CUDA_VISIBLE_DEVICES="")
@@ -113,6 +117,7 @@ def test_requirements_decide_the_exit_code(run: Run, needed: str) -> None:
     assert done.returncode == 1
 
 
+@pytest.mark.process
 def test_nothing_heavy_is_imported() -> None:
     heavy = "'torch', 'numpy', 'onnxruntime', 'tensorrt', 'tensorrt_rtx', 'pycuda', 'rich', 'zmq'"
     code = (
@@ -125,6 +130,7 @@ def test_nothing_heavy_is_imported() -> None:
     assert done.stderr == "[]\n"
 
 
+@pytest.mark.process
 def test_the_report_names_neither_machine_nor_user(run: Run, broken: Path, tmp_path: Path) -> None:
     home = tmp_path / "home" / "canary-user"
     home.mkdir(parents=True)
@@ -241,6 +247,7 @@ def simulated_gpu() -> dict[str, str]:
         pytest.skip(str(reason))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("devices", ["1", "0"])
 def test_a_gpu_as_real_pycuda_and_a_simulated_driver_show_it(
     run: Run, broken: Path, simulated_gpu: dict[str, str], devices: str

@@ -139,6 +139,7 @@ def test_what_it_writes_is_closed_to_others_whatever_the_umask() -> None:
     load_nodes(load_config("edge.toml"))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("option", "name"), [("--out", "edge.toml"), ("--keys", "keys")])
 def test_a_full_disk_leaves_nothing_that_blocks_the_next_try(
     option: str, name: str, full_disk: Path, capsys: pytest.CaptureFixture[str]

@@ -15,6 +15,8 @@ from edge_runtime import cli
 from engines.bundle import Bundle
 from transport.keys import generate
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(autouse=True)
 def _keep_core_dumps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,6 +227,7 @@ def test_pillow_s_own_numbers_out_of_range_are_refused(predictor: OffloadPredict
 # -- through nodes, on the toy bundle -----------------------------------------------------------
 
 
+@pytest.mark.process
 def test_settings_of_the_configuration_can_be_changed(
     shared_fleet: Any, photo: np.ndarray, toy_bundle: Path
 ) -> None:
@@ -242,6 +243,7 @@ def test_settings_of_the_configuration_can_be_changed(
             OffloadPredictor(bundle=toy_bundle, **{name: changes[name]})
 
 
+@pytest.mark.process
 def test_through_nodes_it_is_bit_identical_to_local(shared_fleet: Any, photo: np.ndarray) -> None:
     bundle = shared_fleet.bundle
     with (
@@ -263,6 +265,7 @@ def test_through_nodes_it_is_bit_identical_to_local(shared_fleet: Any, photo: np
         assert remote.report.windows_sent == 6
 
 
+@pytest.mark.process
 def test_configuration_file_and_explicit_bundle(
     shared_fleet: Any, photo: np.ndarray, tmp_path: Path
 ) -> None:
@@ -278,6 +281,7 @@ def test_configuration_file_and_explicit_bundle(
         assert predictor.report is not None
 
 
+@pytest.mark.process
 def test_a_failed_image_leaves_none_set(shared_fleet: Any, photo: np.ndarray) -> None:
     config = shared_fleet.config()
     with OffloadPredictor(config, threads=1) as predictor:
@@ -292,6 +296,7 @@ def test_a_failed_image_leaves_none_set(shared_fleet: Any, photo: np.ndarray) ->
             predictor.predict(np.array([[1, 1]]), np.array([1]))
 
 
+@pytest.mark.process
 def test_engines_are_opened_before_the_deadline_begins(
     shared_fleet: Any, make_toy_bundle: Callable[..., Path], tmp_path: Path, photo: np.ndarray
 ) -> None:

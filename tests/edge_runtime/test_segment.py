@@ -131,6 +131,7 @@ def test_multimask_keeps_all_three_best_first(
     assert scores == sorted(scores, reverse=True)
 
 
+@pytest.mark.process
 def test_through_nodes_the_masks_are_the_same_and_exposure_is_told(
     photo: Path, tmp_path: Path, shared_fleet: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,6 +180,7 @@ def one_node(folder: Path, bundle: Path, **options: Any) -> Iterator[tuple[Fault
         yield node, path
 
 
+@pytest.mark.process
 def test_a_failed_run_leaves_a_record_of_what_nodes_were_shown(
     photo: Path, tmp_path: Path, shared_fleet: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -237,6 +239,7 @@ def test_a_broken_bundle_is_an_error_and_no_empty_mask(
     assert sorted(os.listdir(tmp_path)) == ["broken", "photo.png"]
 
 
+@pytest.mark.process
 def test_nodes_that_are_not_there_saw_nothing(
     photo: Path, tmp_path: Path, shared_fleet: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -251,6 +254,7 @@ def test_nodes_that_are_not_there_saw_nothing(
     assert (exposure["largest_share"], len(exposure["windows_at_home"])) == (0, 6)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_nothing_behind(
     photo: Path, tmp_path: Path, make_fleet: Callable[..., Any], number: signal.Signals
@@ -288,6 +292,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("where", ["waiting for a node", "computing the tail"])
 def test_a_signal_leaves_a_record_of_what_a_node_has_seen(
     photo: Path, tmp_path: Path, toy_bundle: Path, where: str
@@ -313,6 +318,7 @@ def test_a_signal_leaves_a_record_of_what_a_node_has_seen(
     assert not (tmp_path / "result").exists()
 
 
+@pytest.mark.process
 def test_edge_toml_of_the_current_folder_is_found(
     photo: Path, tmp_path: Path, shared_fleet: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,6 +343,7 @@ def test_without_nodes_the_message_explains_both_ways(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.process
 def test_a_budget_that_cannot_be_met_leaves_nothing_behind(
     photo: Path, tmp_path: Path, shared_fleet: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -383,6 +390,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert os.listdir(tmp_path) == ["photo.png"]
 
 
+@pytest.mark.process
 def test_shares_may_be_in_percent_and_threads_have_a_limit(
     photo: Path,
     tmp_path: Path,
@@ -480,6 +488,7 @@ def test_pictures_may_be_left_out_and_their_time_is_counted(
     assert 0 < spent["files"] < parts <= spent["total"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("place", ["full", "proc"])
 def test_a_place_that_cannot_be_written_is_told_before_anything_is_computed(
     place: str,
@@ -500,6 +509,7 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_is_computed(
     assert os.listdir(full_disk) == []
 
 
+@pytest.mark.process
 def test_a_disk_that_fills_up_meanwhile_is_named(
     photo: Path,
     full_disk: Path,

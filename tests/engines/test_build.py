@@ -174,6 +174,7 @@ def check(plan: Plan, bundle: Bundle, stage: str) -> None:
     assert record.parity is None
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("rtx")
 def test_every_stage_of_a_bundle_is_built_and_described(tiny: Bundle, heard: Heard) -> None:
     for stage in ("stack", "tail", "decoder"):
@@ -190,6 +191,7 @@ def test_every_stage_of_a_bundle_is_built_and_described(tiny: Bundle, heard: Hea
     assert left_in(tiny) == sorted([f"plans/{target}", *files])
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("rtx")
 def test_progress_is_told_from_start_to_end(tiny: Bundle, heard: Heard) -> None:
     build_stage(tiny, "tail", RTX, heard)
@@ -229,6 +231,7 @@ def export(bundle: Bundle, *names: str, head_blocks: int | None = None) -> Bundl
     return Bundle.load(bundle.path)
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("rtx")
 def test_head_and_stack_of_a_bundle_that_sends_hidden_states(tiny: Bundle, heard: Heard) -> None:
     bundle = export(tiny, "head", "stack", head_blocks=1)
@@ -239,6 +242,7 @@ def test_head_and_stack_of_a_bundle_that_sends_hidden_states(tiny: Bundle, heard
     assert heard.warnings == []
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("rtx")
 def test_the_encoder_of_a_stock_bundle(tiny: Bundle, heard: Heard) -> None:
     bundle = export(tiny, "encoder")
@@ -248,6 +252,7 @@ def test_the_encoder_of_a_stock_bundle(tiny: Bundle, heard: Heard) -> None:
     assert heard.warnings == []
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("rtx")
 def test_float32_is_built_from_the_plain_form_and_said_to_be_unfused(
     tiny_fp32: Bundle, heard: Heard
@@ -261,6 +266,7 @@ def test_float32_is_built_from_the_plain_form_and_said_to_be_unfused(
     assert "--precision fp16" in warning
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("rtx")
 def test_strict_keeps_no_plan_that_is_not_fused(tiny_fp32: Bundle, heard: Heard) -> None:
     strict = BuildOptions(backend="tensorrt-rtx", strict=True)
@@ -270,6 +276,7 @@ def test_strict_keeps_no_plan_that_is_not_fused(tiny_fp32: Bundle, heard: Heard)
     assert heard.records == []
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("rtx")
 def test_strict_keeps_one_that_is(tiny: Bundle, heard: Heard) -> None:
     strict = BuildOptions(backend="tensorrt-rtx", strict=True, max_windows=4, workspace_mib=256)
@@ -281,6 +288,7 @@ def test_strict_keeps_one_that_is(tiny: Bundle, heard: Heard) -> None:
     assert plan.rebuild == record.command.replace(tiny.path.name, str(tiny.path))
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("rtx")
 def test_a_second_build_replaces_the_first(tiny: Bundle, heard: Heard) -> None:
     first = build_stage(tiny, "tail", RTX, heard)
@@ -292,6 +300,7 @@ def test_a_second_build_replaces_the_first(tiny: Bundle, heard: Heard) -> None:
     check(second, tiny, "tail")
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("rtx")
 def test_a_failed_build_leaves_the_old_plan(tiny: Bundle, heard: Heard) -> None:
     plan = build_stage(tiny, "tail", RTX, heard)
@@ -302,6 +311,7 @@ def test_a_failed_build_leaves_the_old_plan(tiny: Bundle, heard: Heard) -> None:
     assert {path: path.read_bytes() for path in plan.path.parent.iterdir()} == before
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("rtx")
 def test_a_graph_that_cannot_be_parsed_leaves_nothing(tiny: Bundle, heard: Heard) -> None:
     from engines.bundle import hash_file, stage_digest
@@ -318,6 +328,7 @@ def test_a_graph_that_cannot_be_parsed_leaves_nothing(tiny: Bundle, heard: Heard
     assert no_plans(tiny)
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("rtx")
 def test_what_a_killed_build_left_is_removed_by_the_next(tiny: Bundle, heard: Heard) -> None:
     (tiny.path / "plans").mkdir()
@@ -327,6 +338,7 @@ def test_what_a_killed_build_left_is_removed_by_the_next(tiny: Bundle, heard: He
     assert not stale.exists()
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("rtx")
 def test_the_partial_file_of_a_running_build_is_left_alone(tiny: Bundle, heard: Heard) -> None:
     with building._workplace(tiny) as folder:
@@ -424,6 +436,7 @@ def test_a_workspace_of_nothing_is_refused(tiny: Bundle) -> None:
         build_stage(tiny, "stack", BuildOptions(workspace_mib=0))
 
 
+@pytest.mark.process
 def test_a_library_that_is_not_installed(tiny: Bundle) -> None:
     if "tensorrt" in building.libraries.installed():
         pytest.skip("TensorRT is installed here")
@@ -442,6 +455,7 @@ def test_a_full_disk_is_told_before_the_build(
     assert no_plans(tiny)
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("rtx")
 def test_a_disk_that_fills_up_meanwhile_leaves_nothing(tiny: Bundle) -> None:
     import resource
@@ -472,6 +486,7 @@ def test_a_read_only_place_says_what_to_do(tiny: Bundle) -> None:
 # -- a builder that dies; the library is simulated --------------------------------
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("code", "expected"),
     [
@@ -491,6 +506,7 @@ def test_a_builder_that_dies_is_one_clear_line(
     assert no_plans(tiny)
 
 
+@pytest.mark.process
 def test_an_error_of_the_library_keeps_control_characters_off_the_terminal(
     tiny: Bundle, pretend: Callable[[str], BuildOptions]
 ) -> None:
@@ -499,6 +515,7 @@ def test_an_error_of_the_library_keeps_control_characters_off_the_terminal(
         build_stage(tiny, "stack", options)
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("rtx")
 def test_an_exception_of_the_watcher_ends_the_build(tiny: Bundle) -> None:
     class Stop(Watcher):

@@ -17,6 +17,8 @@ from large_bundles import write_large_bundle
 from engines.build import BuildOptions, Watcher, build_stage
 from engines.bundle import Bundle
 
+pytestmark = pytest.mark.process
+
 pytest.importorskip("tensorrt_rtx")
 pytest.importorskip("torch")
 

@@ -438,6 +438,7 @@ def start(folder: Path, code: str, request: Request) -> subprocess.CompletedProc
     )
 
 
+@pytest.mark.process
 def test_what_a_library_prints_does_not_reach_the_events(
     ask: Callable[..., Request], matmul: list[Any], tmp_path: Path
 ) -> None:
@@ -452,6 +453,7 @@ def test_what_a_library_prints_does_not_reach_the_events(
     assert done.returncode == 1
 
 
+@pytest.mark.process
 def test_the_process_ends_when_its_parent_is_another(
     ask: Callable[..., Request], matmul: list[Any]
 ) -> None:

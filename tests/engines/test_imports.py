@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 RUNTIME = ("edge_common", "engines", "transport", "cloud_node", "edge_runtime")
 HEAVY = ("torch", "torchvision", "matplotlib", "scipy", "onnx", "onnxscript", "skimage")
 ROOT = Path(__file__).resolve().parents[2]

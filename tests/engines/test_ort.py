@@ -182,6 +182,7 @@ print(len(os.listdir("/proc/self/task")) - before)
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_it_starts_no_more_threads_than_told(toy_bundle: Path, threads: int) -> None:

@@ -58,6 +58,7 @@ def test_without_plans_it_is_onnx_runtime_and_nobody_looks_for_a_gpu(
     assert texts(caplog) == []
 
 
+@pytest.mark.process
 def test_running_without_plans_imports_no_tensorrt(bundle: Bundle) -> None:
     script = (
         "import sys\n"
@@ -334,6 +335,7 @@ def test_plans_of_another_library_are_found_by_their_own(
         assert isinstance(engine, SimulatedTrt)
 
 
+@pytest.mark.process
 def test_a_real_plan_waits_for_its_gpu(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """TensorRT-RTX builds without a GPU; nothing here is simulated."""
     pytest.importorskip("tensorrt_rtx")

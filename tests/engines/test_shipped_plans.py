@@ -92,6 +92,7 @@ def read_only(*_: Any) -> None:
     ctypes.CDLL(None).prctl(_PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE, 0, 0, 0)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("environment", [{}, {"XDG_CACHE_HOME": "{}/elsewhere"}])
 def test_a_read_only_package(tmp_path: Path, environment: dict[str, str]) -> None:
     pytest.importorskip("tensorrt_rtx")

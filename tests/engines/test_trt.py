@@ -50,6 +50,7 @@ def simulated_cuda() -> dict[str, str]:
     return {**os.environ, **found, "PYTHONPATH": python_path}
 
 
+@pytest.mark.process
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("checks", ["check_cuda.py", "check_trt.py", "check_parity.py"])
 def test_on_a_simulated_gpu(simulated_cuda: dict[str, str], checks: str) -> None:
@@ -66,6 +67,7 @@ def test_on_a_simulated_gpu(simulated_cuda: dict[str, str], checks: str) -> None
     assert "skipped" not in done.stdout
 
 
+@pytest.mark.process
 def test_importing_the_engine_imports_no_gpu_library() -> None:
     code = (
         "import sys, engines.trt, engines.cuda\n"

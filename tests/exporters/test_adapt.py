@@ -195,6 +195,7 @@ def run_cli(*args):
     return subprocess.run(cli(*args), capture_output=True, text=True, timeout=240, check=False)
 
 
+@pytest.mark.process
 def test_the_command_is_interrupted_continued_and_done(tmp_path, photos):
     weights, out = tmp_path / "stock.pt", tmp_path / "adapted.pt"
     save_checkpoint(stock(), weights)
@@ -226,6 +227,7 @@ def test_the_command_is_interrupted_continued_and_done(tmp_path, photos):
     assert "--force" in again.stderr
 
 
+@pytest.mark.process
 def test_the_command_as_json(tmp_path, photos):
     weights, out = tmp_path / "stock.pt", tmp_path / "adapted.pt"
     save_checkpoint(stock(), weights)
@@ -238,6 +240,7 @@ def test_the_command_as_json(tmp_path, photos):
     assert told["next"].startswith("edge-runtime export ")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -278,6 +281,7 @@ def test_reordered_weights_are_refused_unread(tmp_path, photos, monkeypatch, cap
     assert "reordered already" in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_two_processes_do_what_one_does(tmp_path, photos):
     """torchrun with gloo: the same images, halved, give the same weights up to rounding."""
     weights = tmp_path / "stock.pt"

@@ -335,6 +335,7 @@ def test_command_as_json(adapted: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert facts["peak_rss_mib"] > 100
 
 
+@pytest.mark.process
 def test_help_teaches_without_torch() -> None:
     code = (
         "import sys; from edge_runtime.cli import main; main(['export', '--help']); "
@@ -408,6 +409,7 @@ def test_a_folder_that_cannot_be_written_to(random_checkpoint: Path, tmp_path: P
         export(random_checkpoint, Path("/proc/none/b"), node_only=True)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -495,6 +497,7 @@ def test_disk_fills_up(random_checkpoint: Path, room: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted(random_checkpoint: Path, room: Path, stop: int, code: int) -> None:
     command = [sys.executable, "-m", "edge_runtime.cli", "export"]

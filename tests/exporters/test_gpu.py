@@ -89,6 +89,7 @@ def rows(content: dict[str, Any], engine: str) -> dict[tuple[str, int], str]:
     }
 
 
+@pytest.mark.process
 def test_every_engine_has_its_rows_or_says_why_not(fake: Path, tmp_path: Path) -> None:
     code, content = run(tmp_path, "--engine-seconds", "4")
     assert code == 0
@@ -122,6 +123,7 @@ def test_every_engine_has_its_rows_or_says_why_not(fake: Path, tmp_path: Path) -
     assert "exporters.gpu --out" in content["command"]
 
 
+@pytest.mark.process
 def test_targets_come_from_rows(fake: Path, tmp_path: Path) -> None:
     _, content = run(tmp_path, "--engines", "pytorch-eager", "onnxruntime")
     assert [target["status"] for target in content["targets"]] == ["met", "met", "missed"]
@@ -132,6 +134,7 @@ def test_targets_come_from_rows(fake: Path, tmp_path: Path) -> None:
     assert tail["engine"] == "onnxruntime"
 
 
+@pytest.mark.process
 def test_without_a_baseline_there_is_nothing_to_compare_with(fake: Path, tmp_path: Path) -> None:
     _, content = run(tmp_path, "--engines", "onnxruntime")
     share, speed, tail = content["targets"]
@@ -141,11 +144,13 @@ def test_without_a_baseline_there_is_nothing_to_compare_with(fake: Path, tmp_pat
         assert "speedup" not in target
 
 
+@pytest.mark.process
 def test_wrong_output_and_the_baseline_meet_no_target(fake: Path, tmp_path: Path) -> None:
     _, content = run(tmp_path, "--engines", "pytorch-eager", "pytorch-folded")
     assert all(target["status"].startswith("not measurable") for target in content["targets"])
 
 
+@pytest.mark.process
 def test_out_of_time_leaves_a_file_that_resume_completes(fake: Path, tmp_path: Path) -> None:
     engines = ["--engines", "pytorch-eager", "pytorch-compiled"]
     code, content = run(tmp_path, *engines, "--seconds", "3")
@@ -164,6 +169,7 @@ def test_out_of_time_leaves_a_file_that_resume_completes(fake: Path, tmp_path: P
     assert len(times[0]) == len(times[1])
 
 
+@pytest.mark.process
 def test_resume_refuses_another_machine_and_another_file(fake: Path, tmp_path: Path) -> None:
     run(tmp_path, "--engines", "pytorch-eager")
     out = tmp_path / "gpu-pretend.json"
@@ -185,6 +191,7 @@ def test_a_rehearsal_stays_out_of_the_results(capsys: pytest.CaptureFixture[str]
         assert "outside docs/results" in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_without_a_gpu_nothing_is_written(tmp_path: Path) -> None:
     if cuda.device_count():
         pytest.skip("there is an NVIDIA GPU here")
@@ -207,6 +214,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         gpu.main([])
 
 
+@pytest.mark.process
 def test_the_parent_imports_nothing_that_needs_installing() -> None:
     code = (
         "import sys, exporters.gpu\n"
@@ -257,6 +265,7 @@ def check_rows(content: dict[str, Any], engines: list[str], cases: Any) -> None:
     assert len(cases) == len([r for r in content["rows"] if r["engine"] == engines[0]])
 
 
+@pytest.mark.process
 @pytest.mark.timeout(900)
 def test_rehearsal(tmp_path: Path) -> None:
     """The real worker on the CPU, tiny: upstream's modules, this project's, and ONNX Runtime."""

@@ -98,6 +98,7 @@ def test_weights_need_not_be_there(tmp_path: Path) -> None:
     assert main(["tensors", str(graph)]) == 0
 
 
+@pytest.mark.process
 def test_help_teaches_and_loads_nothing_heavy() -> None:
     code = (
         "import sys; from edge_runtime.cli import main; main(['tensors', '--help']); "

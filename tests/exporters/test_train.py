@@ -242,6 +242,7 @@ def run_cli(*args, **kw):
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, **kw)
 
 
+@pytest.mark.process
 def test_the_command_is_interrupted_continued_and_done(tmp_path):
     out = tmp_path / "run"
     options = ["--out", str(out), "--images", "1", "--clicks", "1", "--threads", "1"]

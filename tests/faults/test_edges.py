@@ -16,7 +16,10 @@ from faults.nodes import FaultyNode, NodeProcess
 from faults.zmtp import Budget
 from transport.messages import Info, Refused
 
-pytestmark = pytest.mark.skipif(sodium.MISSING is not None, reason=str(sodium.MISSING))
+pytestmark = [
+    pytest.mark.skipif(sodium.MISSING is not None, reason=str(sodium.MISSING)),
+    pytest.mark.process,
+]
 
 REFUSALS = {
     "shape": "invalid",

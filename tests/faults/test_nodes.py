@@ -262,6 +262,7 @@ def test_policies_are_reproducible_and_come_from_json() -> None:
         Mix({"nan": 0.7, "inf": 0.7})
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("policy", [None, "norm"])
 def test_a_node_process_keeps_its_port_and_keys_when_restarted(
     policy: Any, bundle: Bundle, tmp_path: Path, truth: Callable[[int], np.ndarray]

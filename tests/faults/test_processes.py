@@ -33,6 +33,7 @@ def child(tmp_path: Path) -> Iterator[Child]:
         yield made
 
 
+@pytest.mark.process
 def test_a_child_is_frozen_thawed_killed_and_restarted(child: Child) -> None:
     assert child.stop()
     assert state(child.pid) == "T"
@@ -50,6 +51,7 @@ def test_a_child_is_frozen_thawed_killed_and_restarted(child: Child) -> None:
     assert child.starts == 2
 
 
+@pytest.mark.process
 def test_a_child_that_never_gets_ready_says_why(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "print('no good', flush=True); raise SystemExit(3)"]
     with pytest.raises(RuntimeError, match="no good"):
@@ -70,6 +72,7 @@ def test_plans_are_reproducible_and_undo_what_they_do() -> None:
     assert set(last.values()) <= {"restart", "cont"}
 
 
+@pytest.mark.process
 def test_a_plan_is_done_in_order_and_thaws_at_the_end(tmp_path: Path) -> None:
     with Child(SLEEP, log=tmp_path / "a") as a, Child(SLEEP, log=tmp_path / "b") as b:
         plan = [Step(0.0, "a", "kill"), Step(0.01, "b", "stop"), Step(0.02, "a", "restart")]
@@ -85,6 +88,7 @@ def test_a_plan_is_done_in_order_and_thaws_at_the_end(tmp_path: Path) -> None:
             time.sleep(0.001)
 
 
+@pytest.mark.process
 def test_growth_shows_in_samples(tmp_path: Path) -> None:
     program = (
         "import sys, threading, time\n"
@@ -134,6 +138,7 @@ def serve(net: Netns, tmp_path: Path) -> Child:
     return Child(command, log=log, popen=net.popen, ready=lambda: "ready" in log.read_text())
 
 
+@pytest.mark.process
 def test_a_namespace_has_a_rate_and_a_cable(net: Netns, tmp_path: Path) -> None:
     with serve(net, tmp_path):
         net.rate("8mbit")
@@ -158,6 +163,7 @@ def test_a_namespace_has_a_rate_and_a_cable(net: Netns, tmp_path: Path) -> None:
             assert end.recv(1) == b"x"
 
 
+@pytest.mark.process
 def test_namespaces_are_gone_afterwards(tmp_path: Path) -> None:
     if reason := Netns.unavailable():
         pytest.skip(reason)

@@ -61,6 +61,7 @@ def test_broken_openings_follow_from_the_seed() -> None:
     assert len(kinds) == 10
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("keys", ["good", "unknown", "wrong server"])
 def test_a_curve_client_is_let_in_with_the_right_keys_only(
     keys: str, hostile: HostileEdge, victim: NodeProcess
@@ -84,6 +85,7 @@ def test_a_curve_client_is_let_in_with_the_right_keys_only(
             asyncio.run(work())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("mechanism", ["NULL", "PLAIN"])
 def test_other_mechanisms_are_spoken_and_refused(mechanism: Any, hostile: HostileEdge) -> None:
     async def work() -> bool:
@@ -117,6 +119,7 @@ def test_null_peers_talk_to_a_null_socket() -> None:
     asyncio.run(work())
 
 
+@pytest.mark.process
 def test_broken_openings_reach_the_victim(victim: NodeProcess, hostile: HostileEdge) -> None:
     budget = Budget(count=200, seconds=10)
     key = victim.keypair.public
@@ -128,6 +131,7 @@ def test_broken_openings_reach_the_victim(victim: NodeProcess, hostile: HostileE
     alive(hostile)
 
 
+@pytest.mark.process
 def test_commands_out_of_order_are_seen(victim: NodeProcess, hostile: HostileEdge) -> None:
     tally = asyncio.run(zmtp.wrong_order(hostile.address, victim.keypair.public, wait_s=0.3))
     assert tally.messages == sum(tally.notes.values()) == 13
@@ -135,6 +139,7 @@ def test_commands_out_of_order_are_seen(victim: NodeProcess, hostile: HostileEdg
     alive(hostile)
 
 
+@pytest.mark.process
 def test_half_open_and_slow_connections_are_held(victim: NodeProcess, hostile: HostileEdge) -> None:
     before = sample(victim.pid).fds
 
@@ -159,12 +164,14 @@ def test_half_open_and_slow_connections_are_held(victim: NodeProcess, hostile: H
     alive(hostile)
 
 
+@pytest.mark.process
 def test_giant_frames_before_authentication_are_cut(hostile: HostileEdge) -> None:
     tally = asyncio.run(zmtp.giant_frames(hostile.address, budget=Budget(count=20)))
     assert tally.connections == tally.closed == 20
     alive(hostile)
 
 
+@pytest.mark.process
 def test_an_endless_message_reaches_the_node_and_is_cut_off(bundle: Bundle, tmp_path: Path) -> None:
     """That it would fill a node which does not meter is shown in ``tests/transport``."""
     size = 48 << 20
@@ -187,6 +194,7 @@ def test_an_endless_message_reaches_the_node_and_is_cut_off(bundle: Bundle, tmp_
         alive(hostile)
 
 
+@pytest.mark.process
 def test_giant_parts_and_heartbeats_after_the_handshake(hostile: HostileEdge) -> None:
     tally = asyncio.run(hostile.giant_part(declared=1 << 40))
     assert tally.closed == 1
@@ -196,6 +204,7 @@ def test_giant_parts_and_heartbeats_after_the_handshake(hostile: HostileEdge) ->
     alive(hostile)
 
 
+@pytest.mark.process
 def test_attacks_end_with_their_budget(hostile: HostileEdge) -> None:
     async def work() -> zmtp.Tally:
         limits = {"bytes": 100_000, "count": 10, "seconds": 0.2}

@@ -77,6 +77,7 @@ def test_nothing_is_kept(name: str) -> None:
     assert min(rise) < 1 << 20
 
 
+@pytest.mark.process
 def test_the_command_says_what_it_did(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fuzz", "--engine", "hypothesis", "--seconds", "1"]
     done = subprocess.run(

@@ -13,6 +13,8 @@ from faults.floods import Kind
 from reliability.floods import CASES, edges_join, message_flood
 from reliability.rows import Bench
 
+pytestmark = pytest.mark.process
+
 
 @pytest.mark.parametrize(
     ("kind", "connections", "limit"), [("cancel", 1, None), ("request", 16, 250 << 20)]

@@ -80,6 +80,7 @@ def test_a_row_that_cannot_be_run_says_why(bench: Bench) -> None:
     assert told["skipped"] == "no such kernel"
 
 
+@pytest.mark.process
 def test_a_row_that_hangs_is_ended(tmp_path: Path, toy_bundle: Path) -> None:
     frozen = dataclasses.replace(load_rows()["node frozen"], seconds={"short": 0.5, "long": 1})
     told = apart(frozen, "short", toy_bundle, tmp_path / "row")
@@ -111,6 +112,7 @@ def command(out: Path, rows: list[str]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.process
 def test_the_command(tmp_path: Path) -> None:
     out = tmp_path / "results.json"
     rows = ["schema skew", "no pickle", "values and messages that show at once"]
@@ -128,6 +130,7 @@ def test_the_command(tmp_path: Path) -> None:
         assert {"python", "libzmq", "kernel"} <= one["run"]["versions"].keys()
 
 
+@pytest.mark.process
 def test_interrupted_it_keeps_what_was_measured(tmp_path: Path) -> None:
     out = tmp_path / "results.json"
     with subprocess.Popen(

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from reliability.load import write_sized_bundle
 from reliability.rows import Bench
 from reliability.throughput import sided
+
+pytestmark = pytest.mark.process
 
 
 def test_edges_that_ask_for_more_than_the_node_may_hold_lose_nothing(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ asyncio.run(half_open({}, hold_s=120, budget=Budget(count=2000, seconds=120)))
 """
 
 
+@pytest.mark.process
 @linux
 @pytest.mark.parametrize("part", [MIB, 64])
 def test_an_endless_message_costs_its_sender_the_connection(
@@ -87,6 +88,7 @@ def test_without_metering_the_same_attack_fills_the_memory(
     asyncio.run(attack())
 
 
+@pytest.mark.process
 @linux
 def test_a_connection_that_breaks_while_its_inbox_is_full_stops_nothing(
     start: Callable[..., EchoNode],
@@ -120,6 +122,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.process
 @linux
 def test_an_edge_that_freezes_loses_its_connection(start: Callable[..., EchoNode]) -> None:
     node = start()
@@ -141,6 +144,7 @@ def test_an_edge_that_freezes_loses_its_connection(start: Callable[..., EchoNode
             edge.kill()
 
 
+@pytest.mark.process
 @linux
 def test_many_endless_messages_together_are_bounded(
     start: Callable[..., EchoNode], behave: Callable[..., Honest]
@@ -168,6 +172,7 @@ def test_many_endless_messages_together_are_bounded(
     honest.close()
 
 
+@pytest.mark.process
 @linux
 def test_a_peer_that_does_not_read_costs_its_connection(
     start: Callable[..., EchoNode], behave: Callable[..., Honest]
@@ -195,6 +200,7 @@ def test_a_peer_that_does_not_read_costs_its_connection(
     honest.close()
 
 
+@pytest.mark.process
 @linux
 def test_a_peer_that_stops_reading_is_dropped_in_time(
     start: Callable[..., EchoNode], behave: Callable[..., Honest]
@@ -215,6 +221,7 @@ def test_a_peer_that_stops_reading_is_dropped_in_time(
     honest.close()
 
 
+@pytest.mark.process
 @linux
 def test_a_flood_of_half_open_connections_keeps_nobody_out(
     start: Callable[..., EchoNode],
@@ -266,6 +273,7 @@ def test_an_honest_edge_is_not_charged(
     node.wait_for(lambda s: s["connections"] == 0 and s["held"] == 0)
 
 
+@pytest.mark.process
 @linux
 def test_one_key_has_only_so_many_connections(
     start: Callable[..., EchoNode], behave: Callable[..., Honest]

@@ -336,6 +336,7 @@ async def _answered(peer: Peer) -> bool:
     return bool(await asyncio.wait_for(peer.read_message(), 60))
 
 
+@pytest.mark.process
 def test_a_revoked_key_is_cut_off_and_nobody_else(
     start: Callable[..., EchoNode], behave: Callable[..., Honest]
 ) -> None:
@@ -365,6 +366,7 @@ def test_a_revoked_key_is_cut_off_and_nobody_else(
     honest.close()
 
 
+@pytest.mark.process
 def test_another_key_under_the_same_name_cuts_off_the_old_one(
     start: Callable[..., EchoNode], new_pair: NewPair
 ) -> None:
@@ -386,6 +388,7 @@ def test_another_key_under_the_same_name_cuts_off_the_old_one(
     asyncio.run(scene())
 
 
+@pytest.mark.process
 def test_a_folder_not_to_be_trusted_any_more_cuts_off_everybody(
     start: Callable[..., EchoNode],
 ) -> None:
@@ -489,6 +492,7 @@ def test_a_banned_edge_gets_in_again_and_another_meanwhile(
     asyncio.run(asyncio.wait_for(scene(), 60))
 
 
+@pytest.mark.process
 def test_a_key_that_comes_too_often_is_paced_and_another_gets_in_meanwhile(
     start: Callable[..., EchoNode],
 ) -> None:
@@ -523,6 +527,7 @@ def test_a_key_that_comes_too_often_is_paced_and_another_gets_in_meanwhile(
         client.close()
 
 
+@pytest.mark.process
 def test_an_edge_that_loses_its_connection_again_and_again_is_never_refused(
     start: Callable[..., EchoNode],
 ) -> None:

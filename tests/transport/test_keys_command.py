@@ -75,6 +75,7 @@ def test_a_public_key_from_a_loose_place_can_be_authorised(folders: Path) -> Non
     assert len(AllowList("n/authorized")) == 1
 
 
+@pytest.mark.process
 def test_a_printed_key_can_be_pasted_into_a_shell(
     folders: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -483,6 +483,7 @@ ctx.destroy(linger=0)
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="by way of libc")
 def test_nobody_can_tell_the_routing_ids_of_a_node_from_those_of_another() -> None:
     """An id that a peer gave to itself ends the process when it is the next one's turn."""

@@ -18,6 +18,8 @@ from faults.zmtp import Curve, Peer, command, frame
 
 from transport.keys import KeyPair
 
+pytestmark = pytest.mark.process
+
 Spoil = Callable[[Peer], Awaitable[None]]
 _HEARTBEAT_S = 1.5  # a server's is due after one second
 _MANY = 64

@@ -388,6 +388,7 @@ print(peak() - before, masks.nbytes / 2**20, masks.mean())
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
 def test_masks_of_50_megapixels_need_little_beyond_themselves() -> None:
     done = subprocess.run(

@@ -255,6 +255,7 @@ class TestTensorrt:
         mend = examined(NANO, gpu=ORIN)["tensorrt"].mend or ""
         assert mend.startswith("/usr/bin/python3.10 -m venv --system-site-packages ")
 
+    @pytest.mark.process
     def test_the_command_really_opens_the_environment(self, tmp_path: Path) -> None:
         """The sed line, run on a real virtual environment."""
         venv.create(tmp_path / "v", with_pip=False)

@@ -11,6 +11,8 @@ import pytest
 
 from edge_runtime.machine.probes import ask
 
+pytestmark = pytest.mark.process
+
 TENSORRT = ("tensorrt",)
 
 

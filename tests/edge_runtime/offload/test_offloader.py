@@ -36,6 +36,8 @@ from engines.pipeline import Pipeline
 from engines.windows import Windows, cut
 from transport.keys import generate
 
+pytestmark = pytest.mark.process
+
 
 def windows_of(photo: np.ndarray, bundle: Bundle) -> Windows:
     return cut(resize_longest(photo, bundle.geometry.image_size), bundle.geometry)

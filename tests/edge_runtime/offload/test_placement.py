@@ -165,6 +165,7 @@ def test_order_of_nodes_and_of_windows_does_not_matter(
     assert again == expected
 
 
+@pytest.mark.process
 def test_same_photo_gets_the_same_placement_in_another_process() -> None:
     areas, windows = windows_of(144, 144, 32, 5)
     here = place(areas, windows, 5, names(3), 0.5, SECRET, b"photo")
