@@ -35,7 +35,8 @@ class Connection:
         end: duplicate of its descriptor. address: the peer's, without port.
         user: name of its key; empty before its first message. route: its routing id, likewise.
         authenticated: whether its handshake is finished.
-        delivered: bytes since the last `count`. undelivered, unacked: see `ConnectionLimits`.
+        delivered: bytes since the last `count`. unacked: see `ConnectionLimits`.
+        in_queue: bytes that the kernel has received and libzmq has not read.
         received, sent, acked: the kernel's counters.
     """
 
@@ -51,8 +52,9 @@ class Connection:
     sent: int = 0
     acked: int = 0
     delivered: int = 0
-    undelivered: float = 0.0
+    in_queue: int = 0
     unacked: int = 0
+    _undelivered: float = 0.0  # with what is in the queue
     _counted: float = 0.0
     _progress: float = 0.0  # when it last acknowledged something, or had nothing to acknowledge
     _window: tuple[float, int, int] = (0.0, 0, 0)  # start, acked and unacked at its start
@@ -60,6 +62,12 @@ class Connection:
 
     def __post_init__(self) -> None:
         self._counted = self._progress = self.opened
+
+    @property
+    def undelivered(self) -> float:
+        """See `ConnectionLimits`. TCP bounds the kernel's queue, and it is not this process's
+        memory: with it, a node with many busy edges would seem to hold a hundred MB more."""
+        return max(0.0, self._undelivered - self.in_queue)
 
     @property
     def held(self) -> float:
@@ -81,7 +89,7 @@ class Connection:
         """Take in the kernel's counters."""
         came = received - self.received
         forgiven = (now - self._counted) * _FORGIVEN_PER_S
-        self.undelivered = max(0.0, self.undelivered + came - self.delivered - forgiven)
+        self._undelivered = max(0.0, self._undelivered + came - self.delivered - forgiven)
         if acked != self.acked:
             self.unacked = max(0, self.unacked - (acked - self.acked))
             self._progress = now

@@ -243,6 +243,7 @@ class Connections:
                 return
             self._acked += counters[1] - connection.acked
             connection.count(*counters, now)
+            connection.in_queue = tcp.in_queue(connection.end)
             if connection.authenticated:
                 self._handshakes.finish(connection)
 
