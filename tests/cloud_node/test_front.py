@@ -215,6 +215,22 @@ def test_requests_of_an_ended_connection_are_not_computed(
 
 
 @pytest.mark.process
+def test_requests_of_another_connection_of_the_same_edge_are_computed(
+    shared: Any, connect: Any, five: Feeds
+) -> None:
+    """An edge may run several processes; the end of one is not the end of the others."""
+    pair = shared.authorise("two-processes")
+    left, other = connect(shared, pair), connect(shared, pair)
+    with shared.stopped():
+        computing(left, some(five, 9, 0))
+        accepted(left, five)
+        sent = accepted(other, five)
+        left.socket.close(linger=0)
+        until(lambda: "a connection of two-processes has ended with" in shared.logged())
+    assert isinstance(other.replies([sent], final=True)[sent], Result)
+
+
+@pytest.mark.process
 def test_one_bad_request_fails_alone_whoever_shares_its_batch(
     start_node: Any, connect: Any, local: Any
 ) -> None:

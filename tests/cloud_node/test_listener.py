@@ -163,6 +163,10 @@ def test_limits_are_lowered_and_raised_again(prepared: Prepared, edge_pair: keys
             listener.lower_limits(1 << 20, 2)
             assert (listener.limits.total, listener.limits.connections) == (1 << 20, 2)
             await listener.reopen()
+            three = [Edge(prepared, listener.endpoint, edge_pair) for _ in range(3)]
+            async with three[0], three[1], three[2]:
+                while not value(metrics, "connections_dropped_total", reason="crowd"):
+                    await asyncio.sleep(0.02)
             one, other = (Edge(prepared, listener.endpoint, edge_pair) for _ in range(2))
             async with one, other:
                 for edge in (one, other):
@@ -468,6 +472,23 @@ def test_an_edge_that_was_banned_is_banned_again_sooner(
 
     within(work())
     assert len(seen) == 5, "a tenth of the burst"
+
+
+def test_an_edge_that_is_kept_out_is_not_banned_once_more_for_what_it_had_sent(
+    prepared: Prepared, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def work() -> None:
+        async with listening(prepared) as listener:
+            for reason in ("its first connection", "its second connection"):
+                listener.ban("bad", reason)
+            listener.ban("other", "its only connection")
+
+    within(work())
+    banned = [r.getMessage() for r in caplog.records if "is kept out" in r.getMessage()]
+    assert banned == [
+        "bad is kept out for 2 s: its first connection",
+        "other is kept out for 2 s: its only connection",
+    ]
 
 
 @needs_sodium

@@ -172,6 +172,8 @@ def test_values(write: Callable[[str], Path], line: str, value: Any) -> None:
         ('workers = "ray"\ndevice = "cuda:0,1"', ["cuda:0,cuda:1", "ray_replicas"]),
         ('memory_ceiling = "128 MiB"', ["expected at least 320 MiB", "queue_bytes, 256 MiB"]),
         ('bind = "tcp://*:9464"\nmetrics = "127.0.0.1:9464"', ["need different ports"]),
+        ('bind = "tcp://127.0.0.1:9464"\nmetrics = "0.0.0.0:9464"', ["need different ports"]),
+        ('bind = "tcp://10.0.0.1:9464"\nmetrics = "10.0.0.1:9464"', ["need different ports"]),
         ("threads = ]", ["not valid TOML", "line 1"]),
     ],
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import dataclasses
 import logging
 import os
 import sys
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import zmq
-from node_metrics import nonzero
+from node_metrics import nonzero, value
 
 from cloud_node import listener, server
 from cloud_node.config import NodeConfig, Prepared, prepare
@@ -585,6 +586,57 @@ def test_a_batch_that_only_waited_for_a_worker_that_died_is_run_again(
     running.settle(running.computing(*sent))
     assert sorted(running.told(Result)) == sorted(sent)
     assert not running.server._poison._deaths
+
+
+def test_what_is_cancelled_before_it_is_run_again_is_not_computed(
+    start: Callable[[], Running],
+) -> None:
+    running = start()
+    running.worker.ends = [WorkerDied("no", began=False)]
+    kept, gone = running.computing(running.request(4), running.request(5))
+    running.worker.busy = True
+    running.call(running.worker.go.set)
+    running.until(lambda: bool(running.server._retries))
+    running.edge.send(encode(Cancel(gone)))
+    running.ask_info()
+    running.worker.busy = False
+    running.settle([kept])
+    assert running.told(Result, Refused) == [kept]
+    assert value(running.server.metrics, "windows_total") == 4
+
+
+def test_requests_of_connections_that_a_rebind_ended_are_not_computed(
+    start: Callable[[], Running],
+) -> None:
+    running = start()
+    running.computing(running.request(9))
+    running.accepted(running.request(9))
+    rebind = running.server._rebind(0, "nothing")
+    asyncio.run_coroutine_threadsafe(rebind, running.loop).result(30)
+    running.call(running.worker.go.set)
+    running.until(lambda: not running.server._open)
+    assert nonzero(running.server.metrics, "requests_total") == {"lost": 2}
+    assert running.worker.runs == 1
+
+
+def test_requests_for_which_memory_is_too_little_now_are_refused(
+    start: Callable[[], Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = start()
+    first = running.request(9)
+    running.computing(first)
+    waiting = running.accepted(*(running.request(5) for _ in range(4)))
+    memory = running.server._memory
+    smaller = dataclasses.replace(memory.budget, queue=2 * (5 * 216 + 4096))
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "budget", smaller)
+        patch.setattr(memory, "update", lambda: True)
+        running.until(lambda: len(running.told(Refused)) == 2)
+    running.settle([first, *waiting])
+    assert running.told(Refused) == waiting[:2], "the oldest"
+    assert {m.code for m in running.heard if isinstance(m, Refused)} == {"overloaded"}
+    assert sorted(running.told(Result)) == sorted([first, *waiting[2:]])
+    assert running.thread.is_alive()
 
 
 def test_a_client_whose_request_failed_shares_no_batch_for_a_while(

@@ -18,6 +18,9 @@ while data := sock.recv(65536):
             os.kill(os.getpid(), signal.SIGSEGV)
         elif body == b"garbage":
             sock.sendall(b"\xff" * 8)
+        elif body == b"print":
+            print("printed", flush=True)
+            sock.sendall(pack(body))
         elif body == b"linger":
             time.sleep(1000)
         else:

@@ -71,6 +71,19 @@ def test_the_reason_of_its_end_is_known(message: bytes, reason: str | None) -> N
 
 
 @pytest.mark.process
+def test_what_it_prints_stays_out_of_our_output(capfd: pytest.CaptureFixture[str]) -> None:
+    """Another program may read that."""
+
+    async def test(child: Child, got: asyncio.Queue[bytes]) -> None:
+        child.send(b"print")
+        assert await got.get() == b"print"
+
+    child_test(test)
+    said = capfd.readouterr()
+    assert (said.out, said.err) == ("", "printed\n")
+
+
+@pytest.mark.process
 def test_one_that_does_not_end_is_killed_after_its_grace() -> None:
     async def test(child: Child, got: asyncio.Queue[bytes]) -> None:
         child.send(b"linger")

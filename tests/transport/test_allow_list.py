@@ -200,6 +200,18 @@ def test_only_pub_files_count(authorized: Path, authorise: Any, new_pair: NewPai
     assert allowed.name_of(other.public) is None
 
 
+def test_a_key_in_two_files_has_the_first_name(
+    authorized: Path, authorise: Any, new_pair: NewPair
+) -> None:
+    """Another file after it renames nobody: whoever is connected under the name stays."""
+    pair = new_pair("edge")
+    authorise(pair)
+    allowed = AllowList(authorized)
+    write_public(authorized / "later.pub", pair.public, "later")
+    assert allowed.reload() == {pair.public: "edge"}
+    assert allowed.name_of(pair.public) == "edge"
+
+
 def test_a_link_to_nowhere_is_skipped_until_it_leads_somewhere(
     authorized: Path,
     authorise: Any,

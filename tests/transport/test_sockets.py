@@ -257,6 +257,81 @@ def test_the_wait_before_a_retry_doubles_up_to_the_longest(
     assert waits[:4] == [0.11, 0.22, 0.44, 0.44]
 
 
+def test_a_link_that_was_up_is_tried_again_soon(
+    run_scene: Any,
+    authorise: Any,
+    new_pair: NewPair,
+    limits: StageLimits,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The back-off of earlier refusals is over once a handshake succeeds."""
+    sleep, waits = asyncio.sleep, list[float]()
+    pair, other = new_pair("edge"), new_pair("other")
+
+    async def short(seconds: float) -> None:
+        if seconds in (0.1, 0.2, 0.4, 0.8):
+            waits.append(seconds)
+            seconds = 0.01
+        await sleep(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", short)
+
+    async def scene(stage: Any) -> None:
+        server = stage.server()
+        endpoint = server.last_endpoint.decode()
+        async with stage.watching(endpoint, pair) as (_, events):
+            assert await _next(events) == LinkEvent("refused", link.NOT_AUTHORISED)
+            while len(waits) < 3:
+                await sleep(0.01)
+            authorise(pair)
+            while (await _next(events)).state != "up":
+                pass
+            waits.clear()
+            server.close()
+            while True:  # libzmq closes in a thread of its own
+                try:
+                    server = sockets.server(stage.ctx, endpoint, other, limits)
+                    break
+                except ConfigError:
+                    await sleep(0.01)
+            while not waits:
+                await sleep(0.01)
+        server.close()
+
+    run_scene(scene)
+    assert waits[0] == 0.1
+
+
+def test_a_node_that_is_replaced_by_something_else(run_scene: Any, new_pair: NewPair) -> None:
+    """After one refusal the next one is explained, too."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(10)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n" + b"x" * 100)
+        await writer.drain()
+        writer.close()
+
+    async def scene(stage: Any) -> None:
+        server = stage.server()
+        endpoint = server.last_endpoint.decode()
+        async with stage.watching(endpoint, new_pair("edge")) as (_, events):
+            assert await _next(events) == LinkEvent("refused", link.NOT_AUTHORISED)
+            server.close()
+            while True:  # libzmq closes in a thread of its own
+                try:
+                    web = await asyncio.start_server(
+                        answer, "127.0.0.1", int(endpoint.rpartition(":")[2])
+                    )
+                    break
+                except OSError:
+                    await asyncio.sleep(0.01)
+            while await _next(events) != LinkEvent("refused", link.NOT_A_NODE):
+                pass
+        web.close()
+
+    run_scene(scene)
+
+
 def test_a_frozen_listener(run_scene: Any, new_pair: NewPair) -> None:
     async def scene(stage: Any) -> None:
         with plain.create_server(("127.0.0.1", 0)) as silent:
