@@ -56,7 +56,7 @@ def test_limits_of_the_process_are_read(name: str) -> None:
 
 
 @linux
-def test_memory_use_and_some_limit_are_always_known() -> None:
+def test_memory_use_and_a_limit_are_known_without_a_group() -> None:
     read = MemoryLimits(group="").resident
     before = read()
     assert before

@@ -245,8 +245,7 @@ def test_a_kernel_with_an_unknown_name_is_unknown(tiny: Any) -> None:
     plan, attentions = tiny("fp16/stack.onnx")
     renamed = plan.replace(b"name=_gemm_mha_v2 ", b"name=_flash_whatever ")
     assert states(fusion.from_plan(renamed, attentions)) == dict.fromkeys(attentions)
-    # Without the nodes, a name as long as another kind's, or one that looks like attention, is no
-    # evidence.
+    # A kernel's name is no evidence without the nodes, even if it looks like attention.
     elsewhere = plan.replace(b"[ONNX Layer: node_scaled_dot", b"[ONNX Layer: node_another_dot")
     assert states(fusion.from_plan(elsewhere, attentions)) == dict.fromkeys(attentions)
 

@@ -315,7 +315,7 @@ def test_a_known_defect_names_itself_and_its_source() -> None:
             assert set(defect.precisions) <= {"fp32", "fp16", "bf16"}
 
 
-def test_graphics_cards_supported_by_tensorrt_rtx() -> None:
+def test_gpus_unsupported_by_tensorrt_rtx_are_a_known_defect() -> None:
     for capability in ("8.7", "9.0", "10.0", "11.0"):
         (defect,) = libraries.defects("tensorrt-rtx", (1, 7, 1), capability)
         assert capability in defect.what

@@ -96,7 +96,7 @@ def test_mask_iou_gives_total_minimum_and_mean() -> None:
     assert kinds == {"mask ", "mean mask ", "least mask "}
 
 
-def test_tiny_masks_are_judged_by_the_logits() -> None:
+def test_a_difference_of_a_few_pixels_is_left_to_the_logits() -> None:
     result = compare([(ONES, ONES)], [(square(2, 2), square(2)), (square(9), square(9))])
     assert (result.mask_iou_min, result.mask_iou_mean) == (1, 1)
     assert result.mask_iou == pytest.approx(81 / 89)
@@ -657,7 +657,9 @@ def test_nothing_is_compared_with_a_failing_reference(
     assert verdicts["tail"].status == "ok"
 
 
-def test_kinds_of_outputs(fp16: Bundle, machine: SimulatedMachine) -> None:
+def test_only_engines_of_the_requested_kinds_are_measured(
+    fp16: Bundle, machine: SimulatedMachine
+) -> None:
     machine.build(fp16, "stack")
     assert of_tensorrt(gate(fp16, kinds=("cpu",), threads=1)) == {}
     report = gate(fp16, ["stack"], kinds=("tensorrt",), threads=1)

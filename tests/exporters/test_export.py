@@ -258,7 +258,7 @@ def test_bf16_with_a_head_is_exported(adapted: Path, tmp_path: Path) -> None:
     ("options", "finished"),
     [({}, 1), ({"node_only": True}, 3), ({"order": "stock"}, 0), ({"head_blocks": 1}, 2)],
 )
-def test_everything_is_verified_once(
+def test_everything_is_verified_and_nothing_large_twice(
     random_checkpoint: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -224,7 +224,7 @@ def test_padding_does_not_count_in_the_loss():
     assert torch.isclose(one, two)
 
 
-def test_position_tables_keep_their_shape_at_another_resolution():
+def test_position_tables_keep_their_slope_at_another_resolution():
     low = build_from_spec(MODELS["tiny"].at(144, 4))
     with torch.no_grad():
         line = torch.linspace(-1, 1, 18)
