@@ -55,7 +55,7 @@ def test_a_machine_with_only_a_cpu_is_reported_as_such(
     command = ["verify", str(bundle.path), "--threads", "1"]
     assert main(command) == 0
     out = words(capsys.readouterr().out)
-    assert "Nothing but ONNX Runtime on the CPU is here" in out
+    assert "Only ONNX Runtime on the CPU is available" in out
     assert f"`edge-runtime build '{bundle.path}'`" in out
     assert main([*command, "--device", "cpu"]) == 0
     assert "Nothing but" not in capsys.readouterr().out

@@ -409,7 +409,7 @@ def test_a_folder_that_becomes_unsafe_disconnects_every_edge(
             assert await _answered(peer)
 
     asyncio.run(scene())
-    assert "nobody is authorised any more" in node.log
+    assert "no key is authorised any more" in node.log
     assert "chmod go-w" in node.log
     assert node.stats()["refused"]["folder"] == 1
 
