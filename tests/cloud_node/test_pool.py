@@ -515,6 +515,7 @@ def test_the_pool_survives_the_loss_of_one_of_two_workers(
 # Starts that fail
 
 
+@pytest.mark.process
 def test_the_error_of_a_failed_first_start_is_raised(bundle_of: Any, tmp_path: Path) -> None:
     damaged = shutil.copytree(bundle_of("pixels"), tmp_path / "damaged")
     with (damaged / "stack.onnx").open("ab") as file:
@@ -698,6 +699,7 @@ def test_a_gpu_gets_its_next_batch_while_it_computes(bundle_of: Any, batch: Any)
     run(main())
 
 
+@pytest.mark.process
 def test_a_batch_not_begun_by_its_dead_worker_is_marked(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels"), noop=True) as pool:
@@ -737,6 +739,7 @@ def test_a_slot_may_be_released_from_another_thread_and_twice(bundle_of: Any, ba
     run(main())
 
 
+@pytest.mark.process
 def test_misuse_of_a_slot_raises(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels")) as pool:

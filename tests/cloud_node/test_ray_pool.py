@@ -282,6 +282,7 @@ def test_a_replica_killed_in_a_request_is_replaced(running: Running) -> None:
     assert victim not in pids
 
 
+@pytest.mark.process
 def test_ray_sees_only_encrypted_tensors(running: Running, monkeypatch: Any) -> None:
     """Neither Ray's store, which may spill to disk, nor its logs contain a window."""
     import ray
@@ -322,6 +323,7 @@ def test_ray_sees_only_encrypted_tensors(running: Running, monkeypatch: Any) -> 
         assert not listed.search(content), path
 
 
+@pytest.mark.process
 def test_the_node_s_own_cluster_is_closed_to_others(running: Running) -> None:
     from ray import serve
 
@@ -431,6 +433,7 @@ def test_a_node_with_workers_on_ray(
     assert folders() == before_folders
 
 
+@pytest.mark.process
 def test_an_address_where_no_cluster_listens(bundle: Bundle) -> None:
     script = """
         import asyncio, sys
@@ -563,6 +566,7 @@ def test_sealed_tensors_open_only_with_their_key() -> None:
             unseal(wrong, key, result=result)
 
 
+@pytest.mark.slow
 def test_no_private_part_of_ray_is_used() -> None:
     text = Path(ray_pool.__file__).read_text()
     assert not re.findall(r"ray\._|_system_config|/proc/", text)

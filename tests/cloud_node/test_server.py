@@ -190,6 +190,7 @@ def test_a_deadline_that_passes_in_the_queue_is_refused(node: Any, edge: Any, fi
     assert isinstance(edge.replies([first], final=True)[first], Result)
 
 
+@pytest.mark.process
 def test_a_request_that_would_be_late_is_refused_with_a_hint(
     start_node: Any, connect: Any, five: Feeds
 ) -> None:

@@ -197,6 +197,7 @@ def test_signals_to_the_process_group_do_not_end_the_worker(
     assert isinstance(peer.receive(), Done)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("changes", "kind", "found"),
     [

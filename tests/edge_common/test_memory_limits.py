@@ -70,6 +70,7 @@ def test_memory_use_and_a_limit_are_known_without_a_group() -> None:
     assert limit > after
 
 
+@pytest.mark.process
 @linux
 @pytest.mark.parametrize("name", ["RLIMIT_DATA", "RLIMIT_AS"])
 def test_a_process_limit_limits_its_memory(name: str) -> None:

@@ -65,6 +65,7 @@ def adapted(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
 # The written files
 
 
+@pytest.mark.slow
 def test_manifest_content(random_bundle: Path, random_checkpoint: Path) -> None:
     bundle = Bundle.load(random_bundle)
     bundle.verify_hashes()
@@ -163,6 +164,7 @@ def test_the_decoder_accepts_any_number_of_prompts(random_bundle: Path, p: int, 
     assert np.isfinite(logits).all()
 
 
+@pytest.mark.slow
 def test_stock_order_computes_the_original_function(
     random_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -181,6 +183,7 @@ def test_stock_order_computes_the_original_function(
     np.testing.assert_allclose(found, wanted, atol=3e-5)
 
 
+@pytest.mark.slow
 def test_node_bundle_has_the_same_stack(
     random_checkpoint: Path,
     random_bundle: Path,
@@ -221,6 +224,7 @@ def test_a_plain_form_outside_its_tolerance_fails(
         export(random_checkpoint, room / "b", node_only=True)
 
 
+@pytest.mark.slow
 def test_bf16_with_a_head_is_exported(adapted: Path, tmp_path: Path) -> None:
     steps: list[str] = []
     shares: list[float] = []
@@ -254,6 +258,7 @@ def test_bf16_with_a_head_is_exported(adapted: Path, tmp_path: Path) -> None:
         assert golden["stack.tokens"].dtype == np.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "finished"),
     [({}, 1), ({"node_only": True}, 3), ({"order": "stock"}, 0), ({"head_blocks": 1}, 2)],
@@ -298,6 +303,7 @@ def test_everything_is_verified_and_nothing_large_twice(
 # The command
 
 
+@pytest.mark.slow
 def test_the_command_prints_parity_and_the_next_step(
     random_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -473,6 +479,7 @@ def test_a_stage_outside_its_tolerance_fails(
     assert [(row.stage, row.passed) for row in seen] == [("stack", False)]
 
 
+@pytest.mark.slow
 def test_an_fp16_overflow_fails(random_checkpoint: Path, room: Path, tmp_path: Path) -> None:
     sam = load_checkpoint(random_checkpoint)
     with torch.no_grad():

@@ -51,6 +51,7 @@ def test_every_undamaged_message_is_valid() -> None:
         decode_header(message(b"", [kind]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["decode", "node", "edge", "zap"])
 def test_fuzzing_keeps_no_memory(name: str) -> None:
     rng = random.Random(2)

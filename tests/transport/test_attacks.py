@@ -70,6 +70,7 @@ def test_an_endless_message_ends_its_sender_s_connection(
     honest.close()
 
 
+@pytest.mark.process
 @linux
 def test_without_byte_accounting_the_same_attack_fills_the_memory(
     start: Callable[..., EchoNode],
@@ -258,6 +259,7 @@ def test_a_flood_of_half_open_connections_locks_out_no_edge(
     node.wait_for(lambda s: s["connections"] == 0)
 
 
+@pytest.mark.process
 @linux
 def test_an_honest_edge_is_not_charged(
     start: Callable[..., EchoNode], behave: Callable[..., Honest]

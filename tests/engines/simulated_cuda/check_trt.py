@@ -28,6 +28,8 @@ from engines import cuda
 from engines.bundle import Bundle, TensorSpec
 from engines.trt import TrtEngine
 
+pytestmark = pytest.mark.process  # some do; all run in one of their own
+
 STACK = {"n": 6}
 DECODER = {"p": 4, "k": 5}
 CLOSE: Any = {"rtol": 1e-5, "atol": 1e-5}
