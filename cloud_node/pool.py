@@ -383,13 +383,13 @@ _DEPTH = 2
 """Slots of a worker: while one computes, another is filled, so that a GPU never waits."""
 
 _GRACE_S = 5.0
-"""Time for a worker to end by itself once it has nothing to do."""
+"""Time for an idle worker to end without a signal."""
 
 _GONE_S = 15.0
-"""Time for a killed worker to be gone; a driver may hold it up."""
+"""Time for a killed worker to end. A driver may delay it."""
 
 _STEADY_S = 60.0
-"""A worker that was ready this long is sound: its successor starts after the shortest delay."""
+"""After this time a worker counts as healthy: its successor starts after the shortest delay."""
 
 HANG_FACTOR = 10
 """A run may take this many times as long as the slowest one so far."""

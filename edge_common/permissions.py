@@ -2,7 +2,7 @@
 engines.
 
 The rule is the one of OpenSSH's StrictModes: the file, and every link and folder on the path to it,
-belongs to us or to root, and nobody else may write to it.
+belongs to us or to root, and no other user may write to it.
 """
 
 from __future__ import annotations

@@ -343,7 +343,7 @@ def hostile(node: Any, name: str) -> HostileEdge:
 
 @pytest.mark.process
 @needs_sodium
-def test_an_edge_that_never_reads_disturbs_nobody(
+def test_an_edge_that_never_reads_does_not_disturb_others(
     mine: Any, connect: Any, five: Feeds, local: Any
 ) -> None:
     edge = connect(mine)

@@ -137,7 +137,7 @@ def test_a_batch_waits_for_more_requests_but_briefly_and_not_when_full() -> None
     assert queue.wait(10.0) == 0.0
     admitted(queue, job(), now=10.0)
     queue.take(10.0)
-    assert queue.wait(10.0) == 0.0, "what is left has waited already"
+    assert queue.wait(10.0) == 0.0, "the remaining requests have waited already"
 
 
 def test_an_isolated_client_shares_no_batch_for_that_time() -> None:

@@ -145,7 +145,7 @@ def test_the_attack_works_on_an_unprotected_process(
         got = end()
         process.kill()
     if not got["mem"] and not got["memories"]:
-        pytest.skip("this kernel keeps processes of one user apart by itself")
+        pytest.skip("this kernel already separates processes of one user")
     assert got["seen"] == 1
     assert got["late"]
 

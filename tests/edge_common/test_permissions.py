@@ -216,7 +216,7 @@ def test_folders_of_users_outside_a_container_are_accepted_as_parents(
 ) -> None:
     """They belong to the host, and the container can't see which of its users owns them."""
     if os.geteuid():
-        pytest.skip("only root can give files away")
+        pytest.skip("only root can change the owner of a file")
     os.chown(file.parent, 65_534, -1)
     assert why_untrusted(file)
     monkeypatch.setattr(permissions, "_unmapped", lambda: 65_534)

@@ -21,7 +21,7 @@ from transport.keys import load_secret, load_secret_bytes
 pytestmark = pytest.mark.process
 
 PIXEL = bytes((0xC5, 0x3A, 0x97))
-"""The photo is this colour all over, so that any piece of it is recognised."""
+"""The whole photo has this colour, so every piece of it is recognised."""
 POINT = ("13.62548", "27.37519")
 
 

@@ -25,7 +25,7 @@ pytest.importorskip("torch")
 DEPTHS = {"vit_b": 12, "vit_h": 32}
 GLOBAL = 4
 BUILDER_MIB = 6_000
-"""A plan of ViT-H must be built on a machine of 8 GB; it took 4.1 GB, ViT-B 0.9."""
+"""The limit for a machine with 8 GB. A plan of ViT-H took 4.1 GB, one of ViT-B 0.9 GB."""
 
 
 @pytest.fixture(scope="module", params=["vit_b", "vit_h"])

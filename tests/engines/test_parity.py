@@ -229,7 +229,7 @@ def test_nan_weights_fail(fp16: Bundle) -> None:
     assert verdict.stage == "stack"
     assert "NaN or infinity" in verdict.why
     assert all(row.cosine is None and not row.finite for row in verdict.rows)
-    assert statuses(report)["tail"] == "ok", "the stages after it were fed something finite"
+    assert statuses(report)["tail"] == "ok", "the later stages got finite inputs"
     with pytest.raises(EngineError, match="failed the parity gate"):
         open_stage(bundle, "stack")
 
@@ -352,7 +352,7 @@ def test_only_the_wrong_plan_fails_and_it_never_serves(
     assert {n: v.status for n, v in verdicts.items()} == {
         **dict.fromkeys(["stack", "tail", "decoder", END_TO_END], "ok"),
         stage: "failed",
-    }, "the others are chained with ONNX Runtime in its stead, and pass"
+    }, "the other plans run in a chain with ONNX Runtime in its place, and pass"
     assert "golden inputs against PyTorch: relative error 0." in verdicts[stage].why
     assert len(verdicts[END_TO_END].why.split(" and ")) == 2
     with open_stage(fp16, stage) as engine:
@@ -516,7 +516,7 @@ def test_any_misbehaviour_of_an_engine_is_a_failure(
     assert not report.passed
     assert verdicts["stack"].status == "failed"
     assert why in verdicts["stack"].why
-    assert verdicts["tail"].status == "ok", "the others are measured all the same"
+    assert verdicts["tail"].status == "ok", "the others are still measured"
     machine.spoil = lambda stage, outputs: outputs
     with pytest.raises(PlanError, match=r"failed the parity gate .* no answer at all\. It does"):
         open_stage(fp16, "stack", device="tensorrt")

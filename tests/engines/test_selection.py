@@ -174,7 +174,7 @@ def test_a_missing_gpu_is_reported(
     with Pipeline(bundle, threads=1) as pipeline:
         for stage in ("stack", "tail", "decoder"):
             assert isinstance(pipeline.engine(stage), OrtEngine)
-    assert len(texts(caplog)) == 1, "one reason, said once"
+    assert len(texts(caplog)) == 1, "one reason, logged once"
     assert "no NVIDIA driver" in texts(caplog)[0]
     with pytest.raises(EngineError, match="no NVIDIA driver"):
         open_stage(bundle, "stack", device="tensorrt")

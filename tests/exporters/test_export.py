@@ -104,7 +104,7 @@ def test_graphs_use_only_supported_operators(random_bundle: Path) -> None:
             assert len(fused) == 4
             for node in fused:
                 shapes = {tuple(v.shape or ())[-1] for v in node.inputs}
-                assert len(shapes) == 1, "q, k and v of one width"
+                assert len(shapes) == 1, "q, k and v have the same width"
                 assert shapes.pop() % 8 == 0
 
 
@@ -247,7 +247,7 @@ def test_bf16_with_a_head_is_exported(adapted: Path, tmp_path: Path) -> None:
     assert (hidden.name, hidden.dtype) == ("hidden", "bfloat16")
     result.bundle.verify_hashes()
     assert [row.stage for row in result.rows][-1] == "end to end"
-    assert result.rows[1].max_abs > 1e-4, "rounded weights must show"
+    assert result.rows[1].max_abs > 1e-4, "the effect of rounded weights must be visible"
     assert any("float32 graphs" in note for note in result.notes)
     assert UNADAPTED not in result.notes
     assert len(steps) - 1 == int(steps[0])
@@ -522,7 +522,9 @@ def test_an_interrupted_export_leaves_nothing(
     for line in process.stderr:
         if "writing and verifying tail" in line:  # the stack has been written
             break
-    assert list(room.glob(".b.*/bundle/stack.onnx")), "nothing to clean up: test proves nothing"
+    assert list(room.glob(".b.*/bundle/stack.onnx")), (
+        "there was nothing to clean up, so the test proves nothing"
+    )
     process.send_signal(stop)
     time.sleep(0.2)
     process.send_signal(stop)  # a second signal must not break the clean-up

@@ -203,7 +203,7 @@ def test_every_weight_is_read_from_the_main_form_s_data(
             assert tensor is not None
             if isinstance(tensor, ir.ExternalTensor):
                 assert tensor.location == f"{main.name}.data"
-                assert tensor.dtype.is_floating_point(), "masks and indices lie in the graph"
+                assert tensor.dtype.is_floating_point(), "masks and indices are in the graph"
                 original = originals[name].const_value
                 assert original is not None
                 assert tensor.tobytes() == original.tobytes(), name

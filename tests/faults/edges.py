@@ -40,8 +40,8 @@ server.Server._on_connection_ended = lambda *_: None
 from cloud_node.cli import main
 sys.exit(main(sys.argv[1:]))
 """
-"""A node that does not notice when an edge leaves: a result goes to whichever connection has
-its routing id."""
+"""Program of a node that does not notice when an edge leaves. A result goes to the connection that
+has the routing id."""
 
 Feeds = dict[str, np.ndarray]
 _BYTES = Budget()

@@ -67,9 +67,8 @@ Arrays = dict[str, np.ndarray]
 Wire = Literal["router", "raw"]
 
 Value = Literal["nan", "inf", "zeros", "norm", "shape", "dtype", "name", "batch", "forge"]
-"""Lies in the numbers: a NaN or an infinity somewhere; zeros; `factor` times the norm; a dimension,
-the type, the name or the number of windows wrong; `share` of the windows replaced by numbers with
-exactly the honest ones' statistics."""
+"""Wrong numbers: a NaN or an infinity; zeros; `factor` times the norm; a wrong dimension, type,
+name or number of windows; `share` of the windows replaced by numbers with the same statistics."""
 Shape = Literal[
     "wrong_id",
     "wrong_stage",
@@ -82,18 +81,18 @@ Shape = Literal[
     "info",
     "frames",
 ]
-"""Lies in the message: an id nobody asked for; a refusal as if another bundle were asked for; a
-result sealed with another key; a refusal as overloaded; a message shorter than declared; a header
-that is none; an unknown version; a result without tensors; an answer of another type; a message of
+"""Wrong messages: an id that was not requested; a refusal because of another bundle; a result
+sealed with another key; a refusal because of overload; a message shorter than declared; an invalid
+header; an unknown version; a result without tensors; an answer of another type; a message of
 several frames."""
 Order = Literal["replay", "cross_frame", "cross_node", "duplicate", "reordered"]
-"""Lies in time and place: an earlier answer word for word; an earlier answer's numbers, or another
-node's, under this id; the same answer twice; the result before its `accepted`."""
+"""Wrong time or place: an exact copy of an earlier answer; the numbers of an earlier answer, or of
+another node's, under this id; the same answer twice; the result before its `accepted`."""
 Pace = Literal["slow", "late", "stall", "accepted_only", "not_accepted", "never_read"]
-"""`factor` times as slow; after the deadline; no answer at all; `accepted` and nothing more; a
-result without it; no further reading for `delay_s` (0: ever)."""
+"""Wrong speed: `factor` times as slow; after the deadline; no answer at all; only `accepted`; only
+the result; no further reading for `delay_s` (0: forever)."""
 Bytes = Literal["endless", "giant", "close_mid", "half"]
-"""Of the wire: a result that never ends (raw); a frame of `size` bytes; RST in the middle of the
+"""Wrong bytes: a result that never ends (raw); a frame of `size` bytes; RST in the middle of the
 result (raw); half the result and then silence (raw)."""
 Kind = Literal["honest"] | Value | Shape | Order | Pace | Bytes
 KINDS: tuple[str, ...] = (

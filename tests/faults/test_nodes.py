@@ -91,7 +91,7 @@ REFUSED = {
     "close_mid": "connection lost",
     "half": SILENT,
 }
-"""What the client says of an act that it can tell. The others are in the tests below."""
+"""The client's error for each act that it can detect. The tests below have the other acts."""
 
 
 @pytest.mark.parametrize(

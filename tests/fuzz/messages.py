@@ -55,7 +55,7 @@ STAGE = Stage(
 LIMITS = stage_limits(STAGE.inputs, STAGE.outputs, GEOMETRY.windows)
 NODE = Node("node", "tcp://127.0.0.1:5555", "a" * 40, KeyPair("edge", "b" * 40, "c" * 40))
 WINDOWS = 2
-"""As many as the sound request asks for, and the sound result holds."""
+"""The number of windows in the valid request and in the valid result."""
 
 FEEDS = {
     "pixels": np.arange(WINDOWS * 192, dtype=np.uint8).reshape(WINDOWS, 8, 8, 3),

@@ -35,7 +35,7 @@ T = TypeVar("T")
 Form = Literal["short", "long"]
 Numbers = Mapping[str, Any]
 SEEDS = 8
-"""Different pictures asked about, so that an answer to another question shows."""
+"""The number of different pictures, so that an answer to another question is noticed."""
 
 
 class Skip(Exception):

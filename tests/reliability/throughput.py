@@ -63,7 +63,7 @@ from transport.sockets import client, server
 
 EDGES = (1, 16)
 IN_FLIGHT = 3
-"""Requests of one edge at a time, each of all windows of an image."""
+"""Concurrent requests of one edge, each with all windows of an image."""
 _RAMP_S = 0.4
 _LOST_S = 8.0
 _SHARE, _KEPT = 80.0, 90.0  # percent

@@ -99,7 +99,7 @@ def test_another_user_s_key_file_admits_no_edge(
     authorized: Path, authorise: Any, new_pair: NewPair
 ) -> None:
     if os.geteuid():
-        pytest.skip("only root can give files away")
+        pytest.skip("only root can change the owner of a file")
     pair = new_pair("edge")
     authorise(pair)
     os.chown(authorized / "edge.pub", 12_345, -1)

@@ -54,7 +54,7 @@ def test_an_endless_message_ends_its_sender_s_connection(
             return await zmtp.endless_multipart(peer, part_bytes=part, budget=budget)
 
     tally = asyncio.run(attack())
-    assert tally.closed == 1, "it was let do as it liked"
+    assert tally.closed == 1, "the connection was not closed"
     stats = node.wait_for(lambda s: s["dropped"].get("endless"))
     most = connection_limits(LIMITS.request, LIMITS.result, backlog=sockets.BACKLOG)
     allowed = most.undelivered
@@ -192,7 +192,7 @@ def test_a_peer_that_does_not_read_loses_its_connection(
                 while time.monotonic() < give_up:
                     await peer.send_message([b"4 1000000"])
                     await asyncio.sleep(0.02)
-                pytest.fail("it was let do as it liked")
+                pytest.fail("the connection was not closed")
 
     asyncio.run(attack())
     stats = node.wait_for(lambda s: s["dropped"].get("slow"))
@@ -241,7 +241,7 @@ def test_a_flood_of_half_open_connections_locks_out_no_edge(
                     client.recv()
                     break
             else:
-                pytest.fail("nobody was served within a minute")
+                pytest.fail("no edge was served within a minute")
             client.close()
 
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -252,7 +252,7 @@ def test_a_flood_of_half_open_connections_locks_out_no_edge(
         node.wait_for(lambda s: s["dropped"].get("crowd", 0) >= 2000)
         for _ in range(3):
             ask()
-            assert flood.poll() is None, "the flood was over before anybody was served"
+            assert flood.poll() is None, "the flood ended before any edge was served"
     finally:
         flood.kill()
         flood.wait()

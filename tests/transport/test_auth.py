@@ -148,7 +148,7 @@ def test_an_unencodable_file_name_excludes_only_its_holder(
     try:
         os.rename(authorized / "cellar.pub", os.fsencode(authorized) + b"/k\xfcche.pub")
     except OSError:
-        pytest.skip("this file system takes UTF-8 alone")
+        pytest.skip("this file system accepts only UTF-8")
 
     async def scene() -> None:
         async with _serving(AllowList(authorized), node, limits) as (ctx, server):

@@ -43,7 +43,7 @@ def test_too_many_connections_drop_silent_ones_first_and_then_the_largest_party(
         peers.speak(fd, "" if fd == 5 else "many" if fd > 2 else f"one{fd}")
     assert peers.told() == [(5, "crowd"), (3, "crowd")]
     peers.add(8, "10.0.0.9", 1.0)
-    assert peers.told() == [(8, "crowd")], "a handshake goes before all others"
+    assert peers.told() == [(8, "crowd")], "a handshake is dropped first"
     for fd in (3, 4, 5):
         peers.closed(fd)
     peers.add(9, "10.0.0.9", 1.0)
@@ -51,7 +51,7 @@ def test_too_many_connections_drop_silent_ones_first_and_then_the_largest_party(
     peers.closed(8)
     assert not peers.told()
     peers.add(10, "10.0.0.9", 2.0)
-    assert peers.told(2.0) == [(10, "crowd")], "a handshake goes before a silent connection"
+    assert peers.told(2.0) == [(10, "crowd")], "a handshake is dropped before a silent connection"
 
 
 def test_too_many_connections_of_one_party_drop_its_oldest() -> None:

@@ -200,7 +200,7 @@ def test_a_folder_of_keys_writable_by_others_is_refused(tmp_path: Path) -> None:
 def test_root_creates_keys_in_another_user_s_folder(tmp_path: Path) -> None:
     """For example in a container started with a folder of the host's user."""
     if os.geteuid():
-        pytest.skip("only root can give files away")
+        pytest.skip("only root can change the owner of a file")
     folder = keys.make_directory(tmp_path / "keys")
     os.chown(folder, 12_345, -1)
     keys.generate(folder, "alpha")

@@ -56,7 +56,7 @@ def test_root_authorises_an_edge_for_another_user_s_node(
 ) -> None:
     """For example in a container started once as root, with keys of the node's user."""
     if os.geteuid():
-        pytest.skip("only root can give files away")
+        pytest.skip("only root can change the owner of a file")
     main(["keys", "node", "--dir", "n"])
     main(["keys", "edge", "--dir", "e", "--node", "alpha"])
     for path in (*Path("n").rglob("*"), Path("n"), Path("e/alpha.pub")):

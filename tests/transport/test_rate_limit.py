@@ -48,6 +48,6 @@ def test_each_ban_is_twice_as_long_as_the_last() -> None:
         assert not box.banned("a", now)
         now += 9.9
     assert kept == [2.0, 4.0, 8.0, 10.0, 10.0]
-    assert box.ban("a", now + 0.2) == 2.0, "it had behaved for a while"
+    assert box.ban("a", now + 0.2) == 2.0, "the key broke no rule for a while"
     box.forget(["a"])
     assert not box.banned("a", now + 0.3)

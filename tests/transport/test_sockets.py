@@ -392,8 +392,8 @@ def test_a_failed_handshake_is_explained_once() -> None:
     finished.count(600, 0, 301, 0.0)
     failures.failed(zmq.EVENT_HANDSHAKE_FAILED_AUTH, 400)
     assert failures.reason(finished) == ""
-    assert failures.reason(stranger) == "", "the authenticator has told it"
-    assert failures.reason(stranger) == "wrong_key", "this one it has not"
+    assert failures.reason(stranger) == "", "the authenticator explained this one"
+    assert failures.reason(stranger) == "wrong_key", "the authenticator did not explain this one"
     failures.failed(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, errno.ETIMEDOUT)
     assert [failures.reason(scan) for _ in range(2)] == ["timeout", "protocol"]
     failures.failed(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, errno.EPIPE)

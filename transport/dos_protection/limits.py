@@ -30,7 +30,7 @@ class ConnectionLimits:
         total: both, of all connections together.
         stall_s: how long a connection may acknowledge nothing of what waits for it.
         least_rate: bytes per second that a connection must acknowledge while more than a quarter
-            of `total` waits to be acknowledged, so that slow readers hold up nobody else.
+            of `total` waits to be acknowledged, so that slow readers delay no others.
         handshakes: unfinished handshakes; half as many from one address.
         connections: open connections.
         per_party: connections of one user; also of one address, before their first message. An edge
