@@ -175,7 +175,7 @@ ALL_CORES = (
 
 
 def takes_all_cores(config: NodeConfig) -> bool:
-    """Whether workers of this machine compute with all its cores."""
+    """True if workers of this machine compute with all its cores."""
     local = config.threads is None and config.workers == "local"
     return local and {*config.device} <= {"auto", "cpu"}
 

@@ -482,7 +482,7 @@ class RayPool(QueuedPool):
             await asyncio.wait_for(in_thread(None, self._cluster.remove), _START_GRACE_S)
         if self._starting is not None:
             if not self._starting.done():
-                # It notices that it was called off, or that its application is gone.
+                # The starting task notices its cancellation, or that its application has ended.
                 await asyncio.wait({self._starting}, timeout=_START_GRACE_S)
                 await in_thread(None, self._cluster.remove)
             if self._starting.done():
@@ -549,7 +549,7 @@ class _Cluster:
                 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         import ray
 
-        # The import gives Ray a handler of its own, but the node's log may be JSON.
+        # The import makes Ray install its own handler, but the node's log may be JSON.
         logger = logging.getLogger("ray")
         logger.handlers.clear()
         logger.propagate = True
@@ -609,8 +609,8 @@ class _Cluster:
                 import ray
 
                 try:
-                    # Without serve.shutdown() before: threads that still listen to Serve's
-                    # controller would find Ray gone, and end this process.
+                    # Do not call serve.shutdown() first: threads that still listen to Serve's
+                    # controller would lose Ray and end this process.
                     ray.shutdown()
                 except Exception as error:
                     log.error("leaving Ray failed: %s", type(error).__name__)
@@ -631,7 +631,7 @@ def _open(sealed: Sealed, key: bytes) -> Outputs:
     return unseal(sealed, key, result=True)
 
 
-# What runs on the hosts of the cluster
+# The code that runs on the hosts of the cluster
 
 
 class Failures:
@@ -671,7 +671,7 @@ class Replica:
         self._lock = threading.Lock()  # Serve has a thread for each batch that waits
 
     def about(self) -> tuple[str, str, int]:
-        """What computes here; host and process."""
+        """The kind of engine, the host and the process."""
         return self._engine.kind, socket.gethostname(), os.getpid()
 
     def run(self, batch: Sealed, key: bytes) -> tuple[Sealed, int] | str:

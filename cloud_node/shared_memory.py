@@ -1,7 +1,7 @@
 """Memory shared by a node's front and a worker, for batches and results.
 
 An :class:`Arena` is an anonymous file in memory that both processes map. The :class:`Layout` alone
-determines where each tensor lies. The pool decides who writes where.
+determines each tensor's place. The pool assigns places to writers.
 """
 
 from __future__ import annotations

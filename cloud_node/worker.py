@@ -50,7 +50,7 @@ _CLOEXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
 
 class Noop(Engine):
-    """Computes nothing: outputs hold whatever their memory holds, zeros where it is new."""
+    """Computes nothing. Outputs keep the previous content of their memory, or zeros."""
 
     def __init__(self, layout: Layout) -> None:
         self.inputs, self.outputs = layout.inputs, layout.outputs
@@ -73,7 +73,7 @@ class WarmEngine:
     """The engine of a bundle's stack, open and warm.
 
     Attributes:
-        kind: what computes.
+        kind: the engine, see `Kind`.
         slowest_s: the longest run so far.
 
     Raises:
@@ -132,7 +132,7 @@ class WarmEngine:
         return outputs, round(seconds * 1e6)
 
     def works(self) -> bool:
-        """Whether the engine still runs. A GPU may be unusable after a failed batch."""
+        """True if the engine still runs. A GPU may be unusable after a failed batch."""
         try:
             self._warm_up(1)
         except Exception as error:

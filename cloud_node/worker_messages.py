@@ -19,7 +19,7 @@ _DAY_US = 86_400_000_000
 """No run takes longer. A broken worker could otherwise distort the estimates of the queue."""
 
 Kind = Literal["tensorrt", "cuda", "cpu", "noop"]
-"""What computes: TensorRT, ONNX Runtime on CUDA or on the CPU, or nothing."""
+"""The engine: TensorRT, ONNX Runtime on CUDA or on the CPU, or none."""
 
 
 class Open(msgspec.Struct, frozen=True, kw_only=True, tag="open"):

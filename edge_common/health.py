@@ -39,7 +39,7 @@ class Health(Protocol):
 
     @property
     def ready(self) -> bool:
-        """Whether it accepts work."""
+        """True if it accepts work."""
 
     @property
     def state(self) -> str:
@@ -123,7 +123,7 @@ class Endpoint:
         await writer.wait_closed()
 
     def _answer(self, request: bytes | None) -> bytes:
-        """The answer to a request; None is one that was too long."""
+        """The answer to a request. None is a request that was too long."""
         if request is None:
             return _response(431, f"at most {_REQUEST_BYTES} bytes\n")
         words = request.split(b"\r\n", 1)[0].split(b" ")

@@ -1,7 +1,8 @@
-"""Whether another user could change a file that must be trusted: keys, settings, engines.
+"""Checks that no other user could have changed a file that must be trusted: keys, settings,
+engines.
 
 The rule is the one of OpenSSH's StrictModes: the file, and every link and folder on the path to it,
-belongs to us or to root, and nobody else may write to it.
+belongs to us or to root, and no other user may write to it.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def _unmapped() -> int | None:
 
 @functools.cache
 def _is_private_group(uid: int, gid: int) -> bool:
-    """Whether this user is the only member of the group. Cached, because the lookup may be slow."""
+    """True if this user is the only member of the group. Cached, because the lookup may be slow."""
     try:
         name, members = pwd.getpwuid(uid).pw_name, set(grp.getgrgid(gid).gr_mem)
     except KeyError:
@@ -123,7 +124,7 @@ def _is_private_group(uid: int, gid: int) -> bool:
 
 
 def _has_acl(path: Path) -> bool:
-    """Whether an access control list gives rights that the mode does not show."""
+    """True if an access control list gives rights that the mode does not show."""
     try:
         return "system.posix_acl_access" in os.listxattr(path)
     except (OSError, AttributeError):  # macOS has no such function

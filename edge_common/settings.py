@@ -288,7 +288,7 @@ def _read_address(value: Any) -> str | None:
 
 
 def is_address(text: str) -> bool:
-    """Whether a text is ``HOST:PORT``."""
+    """True if a text is ``HOST:PORT``."""
     found = _ADDRESS.fullmatch(text)
     return found is not None and int(found[2]) <= 65535
 

@@ -54,11 +54,11 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What ``edge.toml`` says. Make one with :func:`load_config`, or directly in a program.
+    """The settings in ``edge.toml``. Make one with :func:`load_config`, or directly in a program.
 
     Attributes:
         nodes: at least one.
-        bundle: directory of the full bundle; None is the one that comes with the package.
+        bundle: directory of the full bundle. None is the shipped bundle.
         secret: file that keys the placement of windows.
         deadline_s: seconds until all of an image's tokens must be back. With ``fallback = "local"``
             nodes get half of it, and the edge the rest to compute what they did not.
@@ -199,7 +199,7 @@ def refuse_own_keys(server_keys: dict[str, str], own: set[str]) -> None:
 
 
 def is_key(text: str) -> bool:
-    """Whether `text` is a public key itself (40 characters of Z85) and not its path."""
+    """True if `text` is a public key itself (40 characters of Z85) and not its path."""
     return bool(_Z85.match(text)) and not text.endswith(".pub")
 
 

@@ -1,4 +1,4 @@
-"""Builds TensorRT plans of a bundle, one stage at a time, each in a process of its own.
+"""Builds TensorRT plans of a bundle, one stage at a time, each in its own process.
 
 :func:`build_stage` starts :mod:`engines.build_process`, reports its progress, and puts the finished
 plan and its record in place.

@@ -32,7 +32,8 @@ Profile = dict[str, tuple[Shape, Shape, Shape]]
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """What to build. The files ``plan`` and ``new_timing_cache`` will be overwritten."""
+    """The parameters of a build. The files ``plan`` and ``new_timing_cache`` will be
+    overwritten."""
 
     parent: int
     backend: Backend

@@ -149,7 +149,7 @@ class Bundle:
         return self.manifest.geometry
 
     def has(self, stage: str) -> bool:
-        """Whether the bundle holds ``stage``."""
+        """True if the bundle holds ``stage``."""
         return stage in self.manifest.stages
 
     def stage(self, name: str) -> Stage:
@@ -486,7 +486,7 @@ def _check_pipeline(root: Path, manifest: Manifest) -> None:
 
 
 def _tensor_defect(specs: tuple[TensorSpec, ...], expected: Side) -> str | None:
-    """What is wrong with one side of a stage; a codec may add tensors to ``tokens``."""
+    """The defects of one side of a stage. A codec may add tensors to ``tokens``."""
     by_name = {spec.name: spec for spec in specs}
     if len(by_name) != len(specs):
         return "named twice"

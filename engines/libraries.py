@@ -70,7 +70,7 @@ class Library:
 
     @property
     def parses_attention(self) -> bool:
-        """Whether the ONNX parser knows the operator ``Attention`` of opset 23."""
+        """True if the ONNX parser knows the operator ``Attention`` of opset 23."""
         # onnx-tensorrt has it since 10.14, TensorRT-RTX since 1.7 or earlier.
         return self.flavour == "tensorrt-rtx" or self.version >= (10, 14, 0)
 
@@ -163,7 +163,7 @@ def compute_capabilities(library: Library, gpu: str | None) -> tuple[str, ...]:
 
 
 def builds_for(library: Library, compute_capability: str) -> bool:
-    """Whether a plan that ``library`` builds on a machine with such a GPU fits that GPU."""
+    """True if a plan that ``library`` builds on a machine with such a GPU fits that GPU."""
     return compute_capability in compute_capabilities(library, compute_capability)
 
 
@@ -258,7 +258,7 @@ def give_memory(context: Any, address: int, size: int) -> None:
 
 
 def capturable(context: Any, stream: int) -> bool:
-    """Whether work of ``context`` can be captured on ``stream``; True if unknown."""
+    """True if work of ``context`` can be captured on ``stream``, or if that is unknown."""
     # Only TensorRT-RTX has this check; otherwise the capture itself fails.
     asked = getattr(context, "is_stream_capturable", None)
     return asked is None or bool(asked(stream))

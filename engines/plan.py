@@ -45,7 +45,7 @@ Shape = Annotated[
 
 
 class Machine(msgspec.Struct, frozen=True, eq=False):
-    """Where a plan was measured. Two machines are equal when everything but the memory is.
+    """The machine that measured a plan. Two machines are equal if everything except the memory is.
 
     ``memory_bytes`` is all of the GPU's memory, ``library`` a name such as ``TensorRT 10.3.0``. The
     memory of a GPU that shares it with the CPU differs by a few pages from boot to boot, which is
@@ -91,7 +91,7 @@ class Row(msgspec.Struct, frozen=True):
 
 
 class Parity(msgspec.Struct, frozen=True):
-    """What the parity gate found, on which machine, when (UTC, ISO 8601) and by which measure."""
+    """The parity gate's result, with its machine, time (UTC, ISO 8601) and measure."""
 
     passed: bool
     machine: Machine
@@ -101,7 +101,8 @@ class Parity(msgspec.Struct, frozen=True):
 
 
 class AttentionReport(msgspec.Struct, frozen=True):
-    """Whether one attention was fused, and into which kernel. None: the plan does not say."""
+    """The state of one attention: fused or not, and into which kernel. None if the plan does not
+    say."""
 
     name: Line
     fused: bool | None
@@ -117,7 +118,7 @@ class LayerReport(msgspec.Struct, frozen=True):
 
 
 class PlanRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What a plan is.
+    """The record of a plan.
 
     Attributes:
         form: which graph of the stage was parsed.
@@ -354,7 +355,7 @@ def check(
 
 
 def may_serve(plan: Plan, machine: Machine, defects: Sequence[Defect]) -> str | None:
-    """Whether a plan may answer requests on ``machine``, by the parity gate's verdict.
+    """Decide if a plan may answer requests on ``machine``, by the parity gate's verdict.
 
     Args:
         defects: known defects of this library on this machine, from
@@ -446,7 +447,7 @@ def write_parity(plan: Plan, parity: Parity) -> Plan:
 
 
 def another_place(path: Path) -> str:
-    """What the user can do if ``path``, a place of plans, cannot be written."""
+    """The remedy if ``path``, a place of plans, cannot be written."""
     if cache() in path.parents:
         return "set XDG_CACHE_HOME to a directory that you may write"
     return (

@@ -122,8 +122,8 @@ def random_sample(bundle: Bundle, golden: Sample, rng: np.random.Generator) -> S
     """Random inputs for every stage, without outputs.
 
     Pixels are noise and blobs, in windows with every kind of padding. Prompts are points, a box and
-    a mask at random places. What one stage passes to the next is drawn with the golden sample's
-    mean and spread; :func:`engines.parity.gate` replaces it by a reference's outputs. The same
+    a mask at random places. Inputs from an earlier stage have the golden sample's mean and spread;
+    :func:`engines.parity.gate` replaces them by a reference's outputs. The same
     ``rng`` gives the same sample.
     """
     geometry = bundle.geometry

@@ -95,7 +95,7 @@ def open_onnx(
     device: Literal["auto", "cpu", "cuda"],
     threads: int | None = None,
 ) -> OrtEngine:
-    """Open a stage in ONNX Runtime, whatever the parity gate's verdict.
+    """Open a stage in ONNX Runtime. The parity gate's verdict is not checked.
 
     Raises:
         BundleError, EngineError: as :func:`open_stage`.
@@ -112,7 +112,8 @@ def open_onnx(
 
 
 def open_plan(bundle: Bundle, plan: Plan, library: Library, *, ordinal: int = 0) -> Engine:
-    """Open a plan that :func:`engines.plan.check` accepted, whatever the parity gate's verdict.
+    """Open a plan that :func:`engines.plan.check` accepted. The parity gate's verdict is not
+    checked.
 
     Raises:
         PlanError: its bytes differ from the record, the library refuses them, or its inputs or
@@ -167,7 +168,7 @@ def _open_tensorrt(bundle: Bundle, stage: str, ordinal: int) -> Engine:
 
 
 def _has_plans(bundle: Bundle, stage: str) -> bool:
-    """Whether the stage has any plan. Cheap, and imports nothing."""
+    """True if the stage has any plan. Cheap, and imports nothing."""
     return any(plans_folder(bundle.path).glob(f"tensorrt*/{stage}.json"))
 
 
@@ -189,7 +190,7 @@ def _contradiction(engine: Engine, bundle: Bundle, name: str) -> str | None:
 
 
 def _signature(spec: TensorSpec) -> str:
-    """What graph and manifest must agree on: everything but names of dynamic dimensions."""
+    """The part in which graph and manifest must agree: all except names of dynamic dimensions."""
     shape = ", ".join(str(dim) if isinstance(dim, int) else "?" for dim in spec.shape)
     return f"{spec.name} {spec.dtype} [{shape}]"
 
@@ -198,8 +199,8 @@ def _listed(signatures: set[str]) -> str:
     return ", ".join(sorted(signatures))
 
 
-# Verdicts on ONNX Runtime. A verdict on a plan is in its record. Graphs have none, so a failure of
-# ONNX Runtime is kept in a file of its own until the gate passes again.
+# Verdicts on ONNX Runtime. A verdict on a plan is in its record. Graphs have no record, so a
+# failure of ONNX Runtime is kept in a separate file until the gate passes again.
 
 
 class Failure(msgspec.Struct, frozen=True):

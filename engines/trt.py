@@ -30,8 +30,8 @@ from engines.plan import Plan
 
 _logger = logging.getLogger(__name__)
 
-# Causes from engines.libraries.invalidity that building again removes. The others lie in driver,
-# GPU and memory.
+# Causes from engines.libraries.invalidity that a new build removes. The others are in driver, GPU
+# and memory.
 _REBUILD_HELPS = ("version mismatch", "unsupported cc", "malformed engine")
 # Each holds an execution context. Stages see few different shapes.
 _MAX_GRAPHS = 8
@@ -44,7 +44,7 @@ class TrtEngine(Engine):
     """One plan, opened on one GPU. Threads may share it; it serves them one after the other.
 
     Opening allocates buffers and working memory for the greatest shapes of the plan; :meth:`close`
-    frees them, in whatever order engines are closed. A batch larger than the plan allows runs in
+    frees them. Engines may be closed in any order. A batch larger than the plan allows runs in
     parts. A shape that occurs again is captured as a CUDA graph, if cuda-python is installed and
     there is enough memory. Errors contain the library's own message.
 
@@ -80,7 +80,7 @@ class TrtEngine(Engine):
         # the middle of a run.
         self._lock = threading.RLock()
         self._worker = _Worker(loaded, graphs, self.notes, self._lock)
-        # Also without close(): as garbage, or when the process ends.
+        # This also releases engines that were not closed, and at the end of the process.
         self._release = weakref.finalize(self, self._worker.release)
 
     def another(self) -> TrtEngine:
@@ -434,7 +434,7 @@ class _Worker:
         return {spec.name: _shape(spec, dims) for spec in (*self._inputs, *self._outputs)}
 
     def _prepare(self, key: tuple[int, ...], shapes: _Shapes) -> _Ready:
-        """The context to run these shapes: from their second run on one of their own, for a graph.
+        """The context to run these shapes. From their second run on it is their own, for a graph.
 
         A context with a graph keeps its shapes, because the graph may read data of the library that
         depends on them.

@@ -86,7 +86,7 @@ class Folder:
                     return np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
                 continue
-        raise ImageError(f"no image of the folder can be decoded any more, last tried {path}")
+        raise ImageError(f"no image in the folder can be decoded; the last one tried is {path}")
 
 
 class Scenes:
@@ -164,7 +164,7 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """What ``torchrun`` wrote into RANK, WORLD_SIZE and LOCAL_RANK."""
+        """The values of RANK, WORLD_SIZE and LOCAL_RANK that ``torchrun`` set."""
         get = os.environ.get
         return cls(int(get("RANK", "0")), int(get("WORLD_SIZE", "1")), int(get("LOCAL_RANK", "0")))
 

@@ -155,7 +155,7 @@ def build_sam(name: str) -> Sam:
 
 
 def is_window_block(block: Any) -> bool:
-    """Whether an encoder block attends within windows only."""
+    """True if an encoder block attends within windows only."""
     return bool(block.window_size > 0)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edge_common.errors import CheckpointError, EdgeRuntimeError, ImageError
 
-DEVICE_HELP = "what computes: cpu, cuda, or auto, which is cuda where PyTorch finds a GPU (auto)"
+DEVICE_HELP = "where to compute: cpu, cuda, or auto, which is cuda if PyTorch finds a GPU (auto)"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 

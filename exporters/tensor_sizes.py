@@ -65,7 +65,7 @@ def report(path: Path, sizes: Mapping[str, int]) -> Report:
     inferred are listed as unknown. Weights in other files are not read.
 
     Args:
-        path: ONNX file; weights outside it need not exist.
+        path: ONNX file. Its external weights are not required.
         sizes: size of each dynamic dimension, by the name the graph gives it.
 
     Raises:

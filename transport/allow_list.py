@@ -1,4 +1,4 @@
-"""The keys that a node lets in: every ``NAME.pub`` in a folder admits its holder as NAME."""
+"""The allow-list: every ``NAME.pub`` in a folder admits the holder of its key as NAME."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 _COARSE_NS = 2_000_000_000  # the clocks of file systems are finer
 _Stamp = tuple[int, ...]
 _Entry = tuple["_Stamp | None", "str | KeyFileError"]
-"""Of a key file: its stamp, None if it must be read again, and its key or why it does not count."""
+"""A key file: its stamp, None if it must be read again, and its key or why it does not count."""
 _stamp_of: Callable[[os.stat_result], _Stamp] = operator.attrgetter(
     "st_ctime_ns", "st_mtime_ns", "st_size", "st_ino", "st_dev", "st_mode", "st_uid", "st_gid"
 )
@@ -48,7 +48,7 @@ class AllowList:
     def reload(self) -> dict[str, str]:
         """Names by Z85 public key. Only files that may have changed are read again.
 
-        A file that is malformed, or that others may write to, lets in nobody. A process short of
+        A malformed file, or one that others may write to, admits no edge. A process short of
         descriptors or memory keeps the names it read last: otherwise an attacker who exhausts
         descriptors locks everyone out.
 
@@ -159,7 +159,7 @@ def _key(path: Path, owner: int | None) -> str:
 
 
 def _stamp(entry: os.DirEntry[str]) -> _Stamp | None:
-    """What changes when a key file does; None for a link to nowhere.
+    """The parts of a key file's status that change with the file. None for a dangling link.
 
     A program that replaces a file's content can keep its size and modification time, but not its
     change time.

@@ -1,7 +1,7 @@
 """Key files: CURVE key pairs of nodes and of edges (one for each node), placement secrets.
 
-A secret file is 0600 from its creation, whatever the umask. A secret key that others may read, and
-any key that others may replace, is refused with the command that repairs it.
+A secret file is 0600 from its creation, under any umask. A secret key that others may read, and any
+key that others may replace, is refused with the command that repairs it.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def load_public(path: Path | str) -> str:
 
 
 def read_public(path: Path | str) -> str:
-    """Read the Z85 public key of a ``.pub`` file, whoever may write to it.
+    """Read the Z85 public key of a ``.pub`` file. Its permissions are not checked.
 
     Raises:
         KeyFileError: missing, malformed, or a secret key file.
@@ -251,7 +251,7 @@ def _read(path: Path, *, private: bool) -> str:
 
 
 def _is_credential(path: Path) -> bool:
-    """Whether systemd made this file for this service alone. Its access control list shows as read
+    """True if systemd made this file for this service alone. Its access control list shows as read
     permission of the group."""
     folder = os.environ.get("CREDENTIALS_DIRECTORY")
     return folder is not None and path.parent == Path(folder)

@@ -184,7 +184,7 @@ def _public(key: str) -> str:
 
 
 def _warning(config: EdgeConfig) -> str | None:
-    """What to know if the budget cannot be met with so few nodes; None if it can."""
+    """A warning if this number of nodes cannot meet the budget, else None."""
     import math
 
     from edge_common.errors import BundleError

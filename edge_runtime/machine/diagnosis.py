@@ -1,4 +1,4 @@
-"""What is usable on this machine, and the command that repairs what is not: one check for each.
+"""Checks of this machine's hardware and software, each with the command that repairs a problem.
 
 A check that fails because of a bug is reported like any other. The module imports nothing but the
 standard library and this project, so that it runs where other packages are broken.
@@ -61,7 +61,7 @@ class _Facts:
     asked_for: Path | None
 
     def found(self, probe: str) -> dict[str, Any]:
-        """What the probe found; empty if it failed."""
+        """The probe's findings. Empty if it failed."""
         return self.answers[probe].facts or {}
 
     @property
@@ -524,7 +524,7 @@ def _pycuda(facts: _Facts) -> Check:
 
 
 def _has_tensorrt(facts: _Facts) -> bool:
-    """Whether one of the two libraries works and is not known to lack this GPU."""
+    """True if one of the two libraries works and is not known to lack this GPU."""
     rtx = facts.answers["tensorrt-rtx"].facts and not facts.defects("tensorrt-rtx")
     return bool(facts.answers["tensorrt"].facts or rtx)
 
@@ -567,7 +567,7 @@ def _bundle(facts: _Facts) -> Check:
 
 
 def _disk(facts: _Facts) -> Check | None:
-    """Whether there is room for plans."""
+    """True if there is room for plans."""
     if facts.bundle is None or not facts.bundle.is_dir():
         return None
     try:
@@ -643,7 +643,7 @@ _CHECKS: dict[str, Callable[[_Facts], Check | None]] = {
 
 
 def _require(needed: Needed, facts: _Facts, checks: Sequence[Check]) -> Check:
-    """Whether an engine can run here; if not, the first part that is missing."""
+    """Check that an engine can run here. If not, name the first missing part."""
     name = f"require-{needed}"
     what = f"required {needed}"
     by_id = {check.id: check for check in checks}

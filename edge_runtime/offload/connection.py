@@ -92,7 +92,7 @@ class Reply:
     """A node's checked outputs and where the time went, in milliseconds.
 
     `upload_ms` ends when the node says that it has the whole request. The node reports `compute_ms`
-    and `queue_ms` itself; `download_ms` is the rest. The clocks of edge and node need not agree.
+    and `queue_ms` itself; `download_ms` is the rest. The clocks of edge and node may differ.
     """
 
     outputs: dict[str, np.ndarray]
@@ -118,7 +118,7 @@ class _Pending:
 
 
 def listed(info: Info) -> str:
-    """What a node says it serves, as text."""
+    """The stage that a node claims to serve, as text."""
     served = [f"{stage.label} (stack {stage.sha256[:12]})" for stage in info.stages]
     return ", ".join(served) or "nothing"
 
@@ -148,8 +148,8 @@ class Connection:
 
     Attributes:
         strays: messages that answered no open request; all were ignored.
-        cancelled: requests that the node was told to forget.
-        quarantine: why this node is not used any more; None if it is.
+        cancelled: requests that were cancelled on the node.
+        quarantine: why this node is no longer used. None if it is used.
     """
 
     def __init__(
@@ -269,7 +269,7 @@ class Connection:
         except ProtocolError as error:
             raise self._wrong(f"wrong answer: {error}") from None
         accepted = finished if pending.accepted is None else pending.accepted
-        # A node may report any times; no more can have passed than by our own clock.
+        # A node may report any times. Limit them to the time that passed on our own clock.
         compute_ms = min(message.compute_us / 1000, (finished - started) * 1000)
         queue_ms = min(message.queue_us / 1000, (finished - started) * 1000 - compute_ms)
         return Reply(
@@ -282,7 +282,7 @@ class Connection:
         )
 
     async def info(self, until: float) -> tuple[Info, float]:
-        """What the node serves, and the round trip in milliseconds once connected.
+        """The stage that the node serves, and the round trip in milliseconds once connected.
 
         Raises:
             NodeError: no answer by the deadline.
@@ -566,5 +566,5 @@ class Connection:
 
 
 def _succeeded(future: asyncio.Future[Any]) -> bool:
-    """Whether it is done, and well. If it isn't done it is cancelled; its error is not logged."""
+    """True if it is done without an error. Otherwise it is cancelled. Its error is not logged."""
     return not future.cancel() and not future.cancelled() and future.exception() is None

@@ -1,4 +1,4 @@
-"""Whether a node could be used right now, and if not, why. No window is sent to find out."""
+"""Checks which nodes could be used right now, without sending a window."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from edge_runtime.offload.connection import Connection, NodeError, listed, misma
 
 
 class NodeStatus(msgspec.Struct, frozen=True):
-    """What is known about one node; None means not known.
+    """The known facts about one node. None means not known.
 
     Attributes:
-        code: None if it can be used, else what is wrong: see :class:`.connection.NodeError`.
-        detail: what is wrong, or what the node runs.
+        code: None if it can be used, otherwise that of :class:`.connection.NodeError`.
+        detail: the problem, or the software that the node runs.
     """
 
     name: str

@@ -1,4 +1,5 @@
-"""`cloud-node` as typed: help, check, init, serving from a file; health and notifications."""
+"""The `cloud-node` command line: help, check, init, serving from a file, health and
+notifications."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ class Done:
 
 
 def run(*words: object, cwd: Path | None = None) -> Done:
-    """A command that serves nothing, in this process."""
+    """Run a command that does not serve, in this process."""
     out, err = io.StringIO(), io.StringIO()
     before = Path.cwd()
     os.chdir(cwd or before)
@@ -53,7 +54,7 @@ def run(*words: object, cwd: Path | None = None) -> Done:
 
 
 def serve(*words: object, cwd: Path | None = None) -> Any:
-    """`cloud-node serve`, which ends by itself."""
+    """Run `cloud-node serve` in a case where it exits by itself."""
     return subprocess.run(
         [sys.executable, "-m", "cloud_node.cli", "serve", *map(str, words)],
         capture_output=True,
@@ -74,7 +75,7 @@ def folder(tmp_path: Path, bundle_of: Callable[[str], Path]) -> Path:
 
 
 @pytest.mark.process
-def test_every_setting_is_an_option_that_is_explained() -> None:
+def test_every_setting_is_a_documented_option() -> None:
     done = run("serve", "--help")
     assert done.returncode == 0
     text = re.sub(r"\s+", " ", done.stdout)
@@ -85,7 +86,7 @@ def test_every_setting_is_an_option_that_is_explained() -> None:
 
 
 @pytest.mark.process
-def test_check_shows_what_holds_and_where_it_comes_from(folder: Path) -> None:
+def test_check_shows_each_value_and_its_source(folder: Path) -> None:
     (folder / "node.toml").write_text(
         'bundle = "bundle"\nbind = "tcp://127.0.0.1:0"\nthreads = 1\n'
     )
@@ -127,7 +128,7 @@ def test_init_writes_a_file_that_explains_and_loads(folder: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "cloud-node check --config etc.toml" in done.stdout
-    assert "keys node" not in done.stdout  # there are some
+    assert "keys node" not in done.stdout  # the folder already has keys
     text = (folder / "etc.toml").read_text()
     for setting in SETTINGS.values():
         assert re.search(rf"^(# )?{setting.name} = ", text, re.MULTILINE)
@@ -208,10 +209,10 @@ def test_a_wrong_value_of_an_option_is_a_usage_error(words: list[str]) -> None:
 
 
 @pytest.mark.process
-def test_a_node_serves_from_its_file_and_tells_how_it_does(
+def test_a_node_serves_from_its_file_and_reports_its_health(
     folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    short = tmp_path_factory.mktemp("n")  # a socket's path may not be long
+    short = tmp_path_factory.mktemp("n")  # socket paths have a length limit
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(short / "notify"))
         manager.settimeout(60)
@@ -266,7 +267,7 @@ def _children(pid: int) -> list[str]:
 
 
 @pytest.mark.process
-def test_an_address_for_metrics_that_is_taken_stops_the_start(folder: Path) -> None:
+def test_a_taken_metrics_address_stops_the_start(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
         done = serve("--metrics", address, "--bind", "tcp://127.0.0.1:0", cwd=folder)
@@ -274,5 +275,5 @@ def test_an_address_for_metrics_that_is_taken_stops_the_start(folder: Path) -> N
     assert f"error: cannot listen on {address}" in done.stderr
 
 
-def test_the_document_holds_the_table_of_settings() -> None:
+def test_the_document_holds_the_settings_table() -> None:
     assert settings_table(SETTINGS) in DOCUMENT.read_text()

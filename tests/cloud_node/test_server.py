@@ -1,4 +1,4 @@
-"""A live node: right answers, and every wrong request refused without harm to the next."""
+"""A live node: correct answers, and every bad request refused without harm to the next."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_requests_of_several_edges_do_not_mix(node: Any, connect: Any, local: An
 
 
 @pytest.mark.process
-def test_info_says_what_is_served(node: Any, edge: Any) -> None:
+def test_info_describes_the_served_stage(node: Any, edge: Any) -> None:
     edge.send(encode(InfoRequest(messages.new_id())))
     info, _ = edge.receive()
     assert isinstance(info, Info)
@@ -118,7 +118,8 @@ def test_another_bundles_stage_is_refused_by_name(
     for part in ("test_pixels fp32", node.stage.sha256[:12], other[:12]):
         assert part in refused.message
     own = node.stage.sha256
-    nearly = own[:-1] + ("0" if own[-1] != "0" else "1")  # as the log shows it, the same
+    # the log shows a prefix, in which the two are equal
+    nearly = own[:-1] + ("0" if own[-1] != "0" else "1")
     assert edge.ask(feeds, stage=nearly).code == "wrong_bundle"
     assert edge.ask(feeds)["tokens"].tobytes() == local(node, feeds)["tokens"].tobytes()
 
@@ -171,14 +172,14 @@ def test_requests_that_do_not_fit_are_refused(
 
 
 @pytest.mark.process
-def test_expired_deadline(edge: Any, feeds: Feeds) -> None:
+def test_an_expired_deadline_is_refused(edge: Any, feeds: Feeds) -> None:
     refused = edge.ask(feeds, deadline_ms=0)
     assert isinstance(refused, Refused)
     assert refused.code == "deadline"
 
 
 @pytest.mark.process
-def test_deadline_that_passes_in_the_queue(node: Any, edge: Any, five: Feeds) -> None:
+def test_a_deadline_that_passes_in_the_queue_is_refused(node: Any, edge: Any, five: Feeds) -> None:
     with node.stopped():
         first = edge.request(five)
         assert edge.receive()[0] == Accepted(first)
@@ -195,7 +196,7 @@ def test_a_request_that_would_be_late_is_refused_with_a_hint(
 ) -> None:
     node = start_node("slow")
     edge = connect(node)
-    edge.ask(five)  # now it knows
+    edge.ask(five)  # the node has an estimate now
     running = edge.request(five)
     assert edge.receive()[0] == Accepted(running)
     refused = edge.ask(five, deadline_ms=50)
@@ -234,7 +235,7 @@ def test_engine_failure_fails_one_request_only(start_node: Any, connect: Any, lo
         "extent": np.full((1, 2), w),
         "window": np.array([0]),
     }
-    bad = {**good, "window": np.array([8])}  # legal, but the graph's table is a row short
+    bad = {**good, "window": np.array([8])}  # legal, but the graph's table is one row short
     for _ in range(3):
         refused = edge.ask(bad)
         assert isinstance(refused, Refused)
@@ -243,7 +244,7 @@ def test_engine_failure_fails_one_request_only(start_node: Any, connect: Any, lo
 
 
 class Canary:
-    """Unpickling it would leave a file behind."""
+    """Unpickling it would create a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -271,7 +272,7 @@ def test_pickle_is_never_loaded(edge: Any, feeds: Feeds, tmp_path: Path) -> None
 
 
 @pytest.mark.process
-def test_unknown_version_is_told_which_are_spoken(edge: Any, feeds: Feeds) -> None:
+def test_an_unknown_version_gets_the_list_of_known_ones(edge: Any, feeds: Feeds) -> None:
     whole = encode(Request(messages.new_id(), "0" * 64, 1000, messages.new_seal()), feeds)
     edge.send(b"ERT\x07" + whole[4:])
     assert edge.receive()[0] == VersionsSpoken(messages.VERSIONS)
@@ -295,7 +296,7 @@ def test_versions_message_is_not_answered(edge: Any) -> None:
 
 
 @pytest.mark.process
-def test_garbage_gets_one_refusal_each_and_harms_nobody(
+def test_garbage_gets_one_refusal_each_and_harms_no_other_edge(
     node: Any, connect: Any, feeds: Feeds, local: Any
 ) -> None:
     vandal, honest = connect(node), connect(node)
@@ -318,7 +319,7 @@ def test_garbage_gets_one_refusal_each_and_harms_nobody(
         if case[:4] == b"ERT\0" and len(case) > 4:
             continue
         message, _ = vandal.receive()
-        if isinstance(message, Accepted):  # a harmless mutation, in the id or the key for instance
+        if isinstance(message, Accepted):  # a harmless mutation, for example in the id or the key
             assert isinstance(vandal.receive(tensors=False)[0], Result)
         else:
             assert isinstance(message, (Refused, VersionsSpoken))
@@ -330,7 +331,7 @@ def test_garbage_gets_one_refusal_each_and_harms_nobody(
 
 
 @pytest.mark.process
-def test_a_refusal_without_readable_id_bears_none(edge: Any) -> None:
+def test_a_refusal_of_an_unreadable_id_carries_none(edge: Any) -> None:
     edge.send(b"nonsense")
     refused, _ = edge.receive()
     assert isinstance(refused, Refused)
@@ -338,7 +339,7 @@ def test_a_refusal_without_readable_id_bears_none(edge: Any) -> None:
 
 
 @pytest.mark.process
-def test_an_oversized_part_costs_only_its_sender(
+def test_an_oversized_part_costs_only_its_sender_the_connection(
     node: Any, connect: Any, feeds: Feeds, local: Any
 ) -> None:
     vandal, honest = connect(node), connect(node)
@@ -349,7 +350,7 @@ def test_an_oversized_part_costs_only_its_sender(
     assert monitor.poll(60_000), "the link was not cut"
     vandal.socket.disable_monitor()
     monitor.close()
-    assert not vandal.socket.poll(0)  # nor refused
+    assert not vandal.socket.poll(0)  # and gets no refusal
     assert part < 1 << 20
     assert _resident(node.process.pid) - before < 16 << 20
     assert honest.ask(feeds)["tokens"].tobytes() == local(node, feeds)["tokens"].tobytes()
@@ -360,7 +361,7 @@ def _resident(pid: int) -> int:
 
 
 @pytest.mark.process
-def test_the_log_holds_nothing_of_windows(node: Any, edge: Any) -> None:
+def test_the_log_contains_no_windows(node: Any, edge: Any) -> None:
     canary = b"CANARY-IN-THE-COAL-MINE!"
     pixels = np.frombuffer(canary * 8, np.uint8).reshape(1, 8, 8, 3)
     good = {"pixels": pixels, "extent": np.full((1, 2), 8), "window": np.array([0])}
@@ -372,7 +373,7 @@ def test_the_log_holds_nothing_of_windows(node: Any, edge: Any) -> None:
     edge.send(b"ERT\2\x18\0\0\0" + canary * 8)
     edge.receive()
     log = node.logged().encode()
-    assert b"windows for edge-" in log  # debug level: what is logged at all
+    assert b"windows for edge-" in log  # debug level: this line is logged at all
     assert b"CANARY" not in log
     assert str(list(canary[:8])).encode() not in log
     assert canary[:8].hex().encode() not in log
@@ -390,7 +391,7 @@ def test_no_log_line_can_be_forged(node: Any, edge: Any) -> None:
 
 
 @pytest.mark.process
-def test_no_core_dump(node: Any) -> None:
+def test_core_dumps_are_disabled(node: Any) -> None:
     limits = Path(f"/proc/{node.process.pid}/limits").read_text()
     core = next(line for line in limits.splitlines() if line.startswith("Max core file size"))
     assert core.split()[4:6] == ["0", "0"]
@@ -400,7 +401,7 @@ def test_no_core_dump(node: Any) -> None:
 def test_nothing_heavy_is_imported(
     start_node: Any, connect: Any, feeds: Feeds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # every import is told on stderr
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # Python reports every import on stderr
     node = start_node()
     connect(node).ask(feeds)
     told = [line for line in node.logged().splitlines() if line.startswith("import time:")]

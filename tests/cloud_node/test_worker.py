@@ -63,7 +63,7 @@ class Peer:
         self.socket.sendall(pack(message))
 
     def receive(self) -> Any:
-        """The next message that is not for the log; None at the end."""
+        """The next message that is no log record; None at the end."""
         while True:
             while not self._bodies:
                 try:
@@ -86,7 +86,7 @@ class Peer:
 
 @pytest.fixture
 def start(tmp_path: Path, bundle_of: Callable[[str], Path]) -> Iterator[Callable[..., Peer]]:
-    """Start workers and tell them what to open."""
+    """Start workers and send them what to open."""
     peers: list[Peer] = []
 
     def start(kind: str = "pixels", **changes: Any) -> Peer:
@@ -136,7 +136,7 @@ def _request(bundle: Bundle, /, **changes: Any) -> Open:
 
 
 @pytest.mark.process
-def test_runs_what_it_is_told_where_it_is_told(
+def test_a_run_uses_the_given_place_in_shared_memory(
     start: Callable[..., Peer], feeds: dict[str, np.ndarray]
 ) -> None:
     peer = start()
@@ -144,7 +144,8 @@ def test_runs_what_it_is_told_where_it_is_told(
     assert isinstance(ready, Ready)
     assert ready.kind == "cpu"
     assert ready.slowest_s > 0
-    assert not any(a.any() for r in peer.arena.results for a in r.values())  # warmed elsewhere
+    # the warm-up uses other memory
+    assert not any(a.any() for r in peer.arena.results for a in r.values())
     peer.send(Run(7, 1, peer.fill(1, feeds)))
     done = peer.receive()
     assert isinstance(done, Done)
@@ -156,14 +157,14 @@ def test_runs_what_it_is_told_where_it_is_told(
 
 
 @pytest.mark.process
-def test_it_says_what_it_opens_before_that_takes_long(start: Callable[..., Peer]) -> None:
+def test_the_worker_announces_the_stage_before_opening_it(start: Callable[..., Peer]) -> None:
     peer = start(log_level=logging.INFO)
     assert isinstance(peer.receive(), Ready)
     assert peer.logged[0].text.startswith("opening ")
 
 
 @pytest.mark.process
-def test_runs_may_be_sent_ahead(start: Callable[..., Peer], feeds: dict[str, np.ndarray]) -> None:
+def test_runs_may_be_queued(start: Callable[..., Peer], feeds: dict[str, np.ndarray]) -> None:
     peer = start()
     rows = peer.fill(0, feeds)
     peer.socket.sendall(b"".join(pack(Run(i, 0, rows)) for i in range(20)))
@@ -172,7 +173,7 @@ def test_runs_may_be_sent_ahead(start: Callable[..., Peer], feeds: dict[str, np.
 
 
 @pytest.mark.process
-def test_ends_when_the_socket_closes_after_what_it_was_told(
+def test_the_worker_ends_when_the_socket_closes_after_finishing_queued_runs(
     start: Callable[..., Peer], feeds: dict[str, np.ndarray]
 ) -> None:
     peer = start()
@@ -185,7 +186,7 @@ def test_ends_when_the_socket_closes_after_what_it_was_told(
 
 
 @pytest.mark.process
-def test_signals_for_the_whole_group_do_not_end_it(
+def test_signals_to_the_process_group_do_not_end_the_worker(
     start: Callable[..., Peer], feeds: dict[str, np.ndarray]
 ) -> None:
     peer = start()
@@ -230,7 +231,7 @@ def test_an_engine_that_cannot_be_opened_is_reported(
 
 @pytest.mark.process
 @pytest.mark.parametrize("garbage", [b"\0\0\0\1\xc1", b"\xff" * 64, pack(Run(1, 99, 1))])
-def test_nonsense_ends_it(start: Callable[..., Peer], garbage: bytes) -> None:
+def test_malformed_messages_end_the_worker(start: Callable[..., Peer], garbage: bytes) -> None:
     peer = start()
     assert isinstance(peer.receive(), Ready)
     peer.socket.sendall(garbage)
@@ -242,13 +243,15 @@ def test_nonsense_ends_it(start: Callable[..., Peer], garbage: bytes) -> None:
     "message",
     [Done(1, -1), Done(1, 1 << 62), Ready("cpu", -1.0), Ready("cpu", float("inf"))],
 )
-def test_times_that_cannot_be_are_no_message(message: FromWorker) -> None:
+def test_impossible_times_make_a_message_invalid(message: FromWorker) -> None:
     with pytest.raises(ValueError, match="Expected"):
         msgspec.msgpack.decode(pack(message)[4:], type=FromWorker)
 
 
 @pytest.mark.process
-def test_it_is_the_first_to_go_and_leaves_no_core(start: Callable[..., Peer]) -> None:
+def test_the_kernel_kills_the_worker_first_and_it_leaves_no_core_dump(
+    start: Callable[..., Peer],
+) -> None:
     peer = start()
     assert isinstance(peer.receive(), Ready)
     proc = Path(f"/proc/{peer.process.pid}")
@@ -258,7 +261,7 @@ def test_it_is_the_first_to_go_and_leaves_no_core(start: Callable[..., Peer]) ->
 
 
 @pytest.mark.process
-def test_it_opens_no_network_and_keeps_no_descriptor_of_the_memory(
+def test_the_worker_opens_no_network_and_closes_the_memory_s_descriptor(
     start: Callable[..., Peer],
 ) -> None:
     peer = start()
@@ -269,12 +272,12 @@ def test_it_opens_no_network_and_keeps_no_descriptor_of_the_memory(
     except PermissionError:
         pytest.skip("a process without core dumps shows its descriptors to root only")
     assert sum(name.startswith("socket:") for name in opened) == 1
-    # Python's mapping keeps one of its own.
+    # Python's mapping keeps a descriptor of its own.
     assert sum("memfd:" in name for name in opened) == 1
 
 
 @pytest.mark.process
-def test_no_content_is_logged(start: Callable[..., Peer]) -> None:
+def test_no_tensor_content_is_logged(start: Callable[..., Peer]) -> None:
     canary = b"CANARY-IN-THE-COAL-MINE!"
     peer = start("broken")
     assert isinstance(peer.receive(), Ready)
@@ -293,11 +296,11 @@ def test_no_content_is_logged(start: Callable[..., Peer]) -> None:
         assert form not in said
 
 
-# The loop with engines that misbehave, in this process
+# The loop with misbehaving engines, in this process
 
 
 class Odd(Noop):
-    """Does what the test says."""
+    """An engine that behaves as the test says."""
 
     def __init__(self, layout: Layout) -> None:
         super().__init__(layout)
@@ -316,7 +319,7 @@ class Odd(Noop):
 
 @pytest.fixture
 def serve(bundle_of: Callable[[str], Path]) -> Callable[..., Any]:
-    """Serve runs with an odd engine; returns what came back and the exit status."""
+    """Serve runs with an `Odd` engine. Returns the replies and the exit status."""
 
     def serve(runs: list[Any], count: int) -> tuple[list[Any], int]:
         bundle = Bundle.load(bundle_of("pixels"))
@@ -339,7 +342,7 @@ def serve(bundle_of: Callable[[str], Path]) -> Callable[..., Any]:
     return serve
 
 
-def test_an_engine_that_works_again_goes_on(serve: Callable[..., Any]) -> None:
+def test_an_engine_that_recovers_goes_on(serve: Callable[..., Any]) -> None:
     answers, status = serve([EngineError("no"), None, None, MemoryError(), None], 4)
     assert [type(answer) for answer in answers] == [RunFailed, Done, RunFailed, Done]
     assert answers[0].text == "no"
@@ -347,7 +350,7 @@ def test_an_engine_that_works_again_goes_on(serve: Callable[..., Any]) -> None:
     assert status == 0
 
 
-def test_an_engine_that_works_no_more_ends_the_process(serve: Callable[..., Any]) -> None:
+def test_an_engine_that_keeps_failing_ends_the_process(serve: Callable[..., Any]) -> None:
     answers, status = serve([EngineError("no"), EngineError("still no")], 3)
     assert [type(answer) for answer in answers] == [RunFailed]
     assert status == 1
@@ -371,6 +374,6 @@ def test_outputs_that_do_not_fit_fail_the_run(
     assert status == 0
 
 
-def test_a_surprising_error_tells_nothing_of_its_text(serve: Callable[..., Any]) -> None:
+def test_an_unexpected_error_does_not_expose_its_text(serve: Callable[..., Any]) -> None:
     answers, _ = serve([ValueError("CANARY")], 1)
     assert answers[0].text == "ValueError in the engine"

@@ -1,4 +1,4 @@
-"""The code of `docs/python-api.md`, run block after block, with three nodes."""
+"""The code of `docs/python-api.md`, run block by block, with three nodes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_every_block_runs(
     assert "image | nowhere.jpg does not exist" in told
 
 
-def test_every_code_is_listed() -> None:
+def test_every_error_code_is_listed() -> None:
     rows = re.findall(r"^\| (.*?) \| `\w+Error`", TEXT, re.MULTILINE)
     listed = {code for row in rows for code in re.findall(r"`(\w+)`", row)}
     classes = [kind for kind in vars(errors).values() if isinstance(kind, type)]

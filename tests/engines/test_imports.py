@@ -1,4 +1,4 @@
-"""What an edge and a node load: no torch, and nothing else that only exporters or tests need."""
+"""Edge and node load no torch and nothing else that only exporters or tests need."""
 
 from __future__ import annotations
 

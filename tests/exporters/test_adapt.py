@@ -1,4 +1,5 @@
-"""Distillation: what it learns, exact resume, folders of images, several processes, the command."""
+"""Distillation: what the student learns, exact resume, folders of images, several processes, the
+command."""
 
 from __future__ import annotations
 
@@ -114,7 +115,7 @@ def test_two_and_two_steps_equal_four(tmp_path, photos):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_state_of_other_weights_or_settings_is_refused(tmp_path, photos):
+def test_a_checkpoint_of_other_weights_or_settings_is_refused(tmp_path, photos):
     run = Adaptation(stock(), CONFIG, Folder(photos, 1))
     run.save(tmp_path / "state")
     other = stock()
@@ -140,7 +141,7 @@ def test_recomputing_blocks_changes_nothing():
     assert torch.equal(a, b)
 
 
-def test_relative_error():
+def test_relative_error_values():
     wanted = torch.randn(2, 8, 4, 4)
     mean = wanted.mean((2, 3), keepdim=True).expand_as(wanted)
     assert float(relative_error(wanted, wanted)) == 0
@@ -166,7 +167,7 @@ def test_each_epoch_shows_every_image_once_in_a_new_order(photos):
     assert len({tuple(e) for e in epochs}) > 1
 
 
-def test_folders_without_readable_images(tmp_path, photos):
+def test_folders_without_readable_images_are_refused(tmp_path, photos):
     with pytest.raises(ImageError, match="not a directory"):
         Folder(tmp_path / "nowhere", 1)
     (tmp_path / "empty").mkdir()
@@ -177,13 +178,13 @@ def test_folders_without_readable_images(tmp_path, photos):
         Folder(tmp_path / "empty", 1)
 
 
-def test_damaged_images_are_passed_over(photos):
+def test_damaged_images_are_skipped(photos):
     (photos / "bad.jpg").write_bytes(b"no image")
     whole = (photos / "0.png").read_bytes()
     (photos / "cut.png").write_bytes(whole[: len(whole) // 2])
     folder = Folder(photos, 1)
     assert [p.name for p in folder.unreadable] == ["bad.jpg"]
-    assert len(folder) == 4  # the cut one opens, and fails only when decoded
+    assert len(folder) == 4  # the truncated file opens and fails only when decoded
     shapes = {folder.image(i).shape[:2] for i in range(4)}
     assert shapes == {(40, 60), (64, 30), (50, 50)}
 
@@ -197,7 +198,7 @@ def run_cli(*args):
 
 
 @pytest.mark.process
-def test_the_command_is_interrupted_continued_and_done(tmp_path, photos):
+def test_the_command_can_be_interrupted_and_resumed(tmp_path, photos):
     weights, out = tmp_path / "stock.pt", tmp_path / "adapted.pt"
     save_checkpoint(stock(), weights)
     options = ["--checkpoint", weights, "--images", photos, "--out", out, "--batch", 1]
@@ -271,8 +272,10 @@ def test_paths_are_checked_before_pytorch_is_loaded(tmp_path, photos, changes, m
     assert message in done.stderr
 
 
-def test_reordered_weights_are_refused_unread(tmp_path, photos, monkeypatch, capsys):
-    """Before the images are looked into, which may be thousands."""
+def test_reordered_weights_are_refused_before_anything_is_read(
+    tmp_path, photos, monkeypatch, capsys
+):
+    """There may be thousands of images to read."""
     weights = tmp_path / "reordered.pt"
     save_checkpoint(reorder(stock()), weights)
     monkeypatch.setattr(Checkpoint, "load", lambda _: pytest.fail("the weights were read"))
@@ -283,8 +286,8 @@ def test_reordered_weights_are_refused_unread(tmp_path, photos, monkeypatch, cap
 
 
 @pytest.mark.process
-def test_two_processes_do_what_one_does(tmp_path, photos):
-    """torchrun with gloo: the same images, halved, give the same weights up to rounding."""
+def test_two_processes_give_the_result_of_one(tmp_path, photos):
+    """torchrun with gloo: half of the images each give the same weights up to rounding."""
     weights = tmp_path / "stock.pt"
     save_checkpoint(stock(), weights)
     common = ["--checkpoint", weights, "--images", photos, "--batch", 2, "--steps", 3]

@@ -1,9 +1,9 @@
-"""Byte accounting: what each connection makes libzmq hold.
+"""Byte accounting: the bytes that each connection makes libzmq hold.
 
 Attacks: a message that never ends, messages faster than the program reads, results never read.
 Counted: bytes received and not delivered, bytes sent and not acknowledged. libzmq keeps both and
-limits neither; the kernel's counters (`tcp`) tell them.
-Done: the connection is dropped, and libzmq frees at once what it held for it.
+limits neither; the kernel's counters (`tcp`) show them.
+Done: the connection is dropped, and libzmq at once frees its memory for it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _FORGIVEN_PER_S = 256.0
 # Heartbeats are received and never delivered: two a second of about 40 bytes. A patient attacker
 # gains no more than this rate.
 _SERVER_HANDSHAKE_BYTES = 280
-# A server sends a greeting, WELCOME and READY, 301 bytes, to a client that it lets in, and 246
-# bytes to one that it refuses.
+# A server sends a greeting, WELCOME and READY, 301 bytes, to an admitted client, and 246 bytes to a
+# refused one.
 _HANDSHAKE_BYTES = 64 << 10  # either side of a handshake sends less than a kilobyte
 _RATE_WINDOW_S = 3.0
 

@@ -10,7 +10,7 @@ import sys
 import termios
 
 AVAILABLE = sys.platform == "linux" and hasattr(socket, "TCP_INFO")
-"""Whether the kernel counts bytes. Without it only connections are counted."""
+"""True if the kernel counts bytes. Without it only connections are counted."""
 _TCP_INFO_BYTES = 208  # up to tcpi_bytes_sent, Linux 4.19
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
