@@ -176,11 +176,11 @@ def test_a_full_disk_is_named_and_nothing_stays_on_it(full_disk: Path) -> None:
     path = full_disk / "file"
     with pytest.raises(OutputError) as caught:
         write_atomically(path, b"x" * 100_000)
-    text = str(caught.value)
-    assert text == (
-        f"cannot write {path}: No space left on device; make room on that disk, or name another "
-        "file"
-    )
+    assert caught.value.fields() == {
+        "error": f"cannot write {path}: No space left on device",
+        "code": "disk_full",
+        "mend": "make room on that disk, or name another file",
+    }
     assert os.listdir(full_disk) == []
     with (
         pytest.raises(OutputError, match=r"needs about 0\.1 MB and 0\.1 MB are free: make room"),
@@ -223,7 +223,7 @@ def test_a_limit_on_files_is_told_like_a_full_disk(tmp_path: Path) -> None:
         check=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
     )
-    assert "File too large; name another file" in done.stdout
+    assert "File too large: name another file" in done.stdout
     assert os.listdir(tmp_path) == []
 
 
@@ -248,7 +248,7 @@ def test_a_parent_that_is_a_file_is_named(tmp_path: Path) -> None:
 def test_a_refusal_without_a_number_counts_as_a_full_disk(tmp_path: Path) -> None:
     """NumPy says only how many items it has written."""
     with (
-        pytest.raises(OutputError, match="3 requested and 0 written; make room on that disk"),
+        pytest.raises(OutputError, match="3 requested and 0 written: make room on that disk"),
         explain_write_errors(tmp_path),
     ):
         raise OSError("3 requested and 0 written")

@@ -311,13 +311,10 @@ def test_command_prints_parity_and_what_to_do_next(
     bundle = Bundle.load(out)
     assert bundle.manifest.stages["stack"].outputs[0].dtype == "float16"
     assert main(["export", *arguments]) == 1
-    assert (
-        capsys.readouterr()
-        .err.strip()
-        .endswith(
-            f"error: {out} exists and is never overwritten: move it away, or choose another --out"
-        )
+    said = (
+        f"error: {out} exists and is never overwritten\n  -> move it away, or choose another --out"
     )
+    assert capsys.readouterr().err.strip().endswith(said)
 
 
 def test_command_as_json(adapted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -374,7 +371,7 @@ def test_adapted_weights_in_stock_order_are_refused(adapted: Path, room: Path) -
 def test_wrong_model_and_truncated_checkpoint(
     random_checkpoint: Path, room: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(CheckpointError, match="looks like tiny, not vit_b; use --model tiny"):
+    with pytest.raises(CheckpointError, match="looks like tiny, not vit_b: use --model tiny"):
         export(random_checkpoint, room / "b", model="vit_b")
     cropped = tmp_path / "cropped.pt"
     cropped.write_bytes(random_checkpoint.read_bytes()[:300_000])
@@ -474,7 +471,7 @@ def test_fp16_that_overflows(random_checkpoint: Path, room: Path, tmp_path: Path
     with torch.no_grad():
         sam.image_encoder.blocks[2].mlp.lin2.bias.fill_(1e5)
     save_checkpoint(sam, tmp_path / "huge.pt")
-    with pytest.raises(ExportError, match=r"stack gives NaN or Inf in fp16; .* --precision bf16"):
+    with pytest.raises(ExportError, match=r"stack gives NaN or Inf in fp16: .* --precision bf16"):
         export(tmp_path / "huge.pt", room / "b", precision="fp16", node_only=True)
 
 
@@ -491,7 +488,7 @@ def test_disk_fills_up(random_checkpoint: Path, room: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
-        with pytest.raises(ExportError, match=r"cannot write .*b: .*; .*choose another --out"):
+        with pytest.raises(ExportError, match=r"cannot write .*b: .*: .*choose another --out"):
             export(random_checkpoint, room / "b", node_only=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -75,7 +75,7 @@ def test_errors_are_one_line(
     assert main(["tensors", *arguments]) == 1
     said = capsys.readouterr().err
     assert message in said
-    assert said.count("\n") == 1
+    assert said.count("\n") == 1 + said.count("\n  -> ")
 
 
 def test_a_shape_that_is_not_known_fails_a_limit(
