@@ -37,8 +37,8 @@ test: lint types ## Lint, types and all tests, in the full environment
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: check
-check: lint types ## Lint, types and every test that starts no process: a few minutes
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not process"
+check: lint types ## Lint, types and every quick test that starts no process: about three minutes
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not process and not slow"
 
 .PHONY: lint
 lint: $(VENV)/.ready ## Lint and format check

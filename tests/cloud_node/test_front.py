@@ -361,6 +361,7 @@ def test_an_edge_that_never_reads_disturbs_nobody(
     assert asyncio.run(work()) > 100
 
 
+@pytest.mark.process
 @needs_sodium
 def test_an_edge_that_takes_another_ones_routing_id_cannot_read_its_results(
     start_node: Any, connect: Any, feeds: Feeds, local: Any

@@ -141,6 +141,7 @@ def test_init_writes_a_file_that_explains_and_loads(folder: Path) -> None:
     assert (folder / "etc.toml").read_text() == text
 
 
+@pytest.mark.process
 def test_init_writes_a_file_that_only_the_owner_can_change(tmp_path: Path) -> None:
     command = f"umask 0; exec {sys.executable} -m cloud_node.cli init"
     subprocess.run(command, shell=True, cwd=tmp_path, check=True, capture_output=True)

@@ -515,6 +515,7 @@ def test_one_of_two_may_be_lost(
 # Starts that fail
 
 
+@pytest.mark.process
 def test_the_error_of_a_failed_first_start_is_raised(bundle_of: Any, tmp_path: Path) -> None:
     damaged = shutil.copytree(bundle_of("pixels"), tmp_path / "damaged")
     with (damaged / "stack.onnx").open("ab") as file:
@@ -698,6 +699,7 @@ def test_a_gpu_would_get_its_next_batch_while_it_computes(bundle_of: Any, batch:
     run(main())
 
 
+@pytest.mark.process
 def test_a_batch_that_a_dead_worker_had_not_begun_is_marked(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels"), noop=True) as pool:
@@ -737,6 +739,7 @@ def test_released_from_another_thread_and_twice(bundle_of: Any, batch: Any) -> N
     run(main())
 
 
+@pytest.mark.process
 def test_misuse_of_a_slot_raises(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels")) as pool:

@@ -214,6 +214,7 @@ def test_most_requests_of_one_client() -> None:
     admitted(queue, job("b"))
 
 
+@pytest.mark.process
 def test_a_request_that_would_be_late_is_refused_with_a_hint() -> None:
     queue = make()
     queue.record_batch(10, 1.0)

@@ -281,6 +281,7 @@ def test_a_replica_killed_in_a_request_is_replaced(running: Running) -> None:
     assert victim not in pids
 
 
+@pytest.mark.process
 def test_ray_gets_only_encrypted_tensors(running: Running, monkeypatch: Any) -> None:
     """Neither its store, which may spill to disk, nor its logs hold anything of a window."""
     import ray
@@ -321,6 +322,7 @@ def test_ray_gets_only_encrypted_tensors(running: Running, monkeypatch: Any) -> 
         assert not listed.search(content), path
 
 
+@pytest.mark.process
 def test_a_cluster_of_its_own_is_closed_to_others(running: Running) -> None:
     from ray import serve
 
@@ -430,6 +432,7 @@ def test_a_node_with_workers_on_ray(
     assert folders() == before_folders
 
 
+@pytest.mark.process
 def test_an_address_where_no_cluster_listens(bundle: Bundle) -> None:
     script = """
         import asyncio, sys
@@ -560,6 +563,7 @@ def test_sealed_tensors_open_with_their_key_only() -> None:
             unseal(wrong, key, result=result)
 
 
+@pytest.mark.slow
 def test_nothing_of_ray_that_is_private_is_used() -> None:
     text = Path(ray_pool.__file__).read_text()
     assert not re.findall(r"ray\._|_system_config|/proc/", text)

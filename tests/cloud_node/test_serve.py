@@ -342,6 +342,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("module", "kind", "name", "calls"),
     [

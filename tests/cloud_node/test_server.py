@@ -189,6 +189,7 @@ def test_deadline_that_passes_in_the_queue(node: Any, edge: Any, five: Feeds) ->
     assert isinstance(edge.replies([first], final=True)[first], Result)
 
 
+@pytest.mark.process
 def test_a_request_that_would_be_late_is_refused_with_a_hint(
     start_node: Any, connect: Any, five: Feeds
 ) -> None:

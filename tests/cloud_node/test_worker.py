@@ -196,6 +196,7 @@ def test_signals_for_the_whole_group_do_not_end_it(
     assert isinstance(peer.receive(), Done)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("changes", "kind", "found"),
     [

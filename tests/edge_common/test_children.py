@@ -36,6 +36,7 @@ def child_test(test: Callable[[Child, asyncio.Queue[bytes]], Awaitable[None]]) -
     asyncio.run(main())
 
 
+@pytest.mark.process
 def test_messages_go_both_ways_and_it_ends_when_the_socket_closes() -> None:
     async def test(child: Child, got: asyncio.Queue[bytes]) -> None:
         for body in (b"a", b"", b"x" * 200_000):
@@ -49,6 +50,7 @@ def test_messages_go_both_ways_and_it_ends_when_the_socket_closes() -> None:
     child_test(test)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("message", "reason"),
     [
@@ -68,6 +70,7 @@ def test_the_reason_of_its_end_is_known(message: bytes, reason: str | None) -> N
     child_test(test)
 
 
+@pytest.mark.process
 def test_one_that_does_not_end_is_killed_after_its_grace() -> None:
     async def test(child: Child, got: asyncio.Queue[bytes]) -> None:
         child.send(b"linger")

@@ -70,6 +70,7 @@ def test_memory_is_read_and_limited_by_something() -> None:
     assert limit > after
 
 
+@pytest.mark.process
 @linux
 @pytest.mark.parametrize("name", ["RLIMIT_DATA", "RLIMIT_AS"])
 def test_a_limit_of_the_process_limits_its_memory(name: str) -> None:

@@ -63,6 +63,7 @@ def prompts(height: int, width: int, low_res: np.ndarray) -> dict[str, dict[str,
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
 def test_equals_the_original(
     size: tuple[int, int], predictor: OffloadPredictor, reference: Any

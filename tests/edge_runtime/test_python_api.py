@@ -19,6 +19,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "python-api.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 
 
+@pytest.mark.process
 def test_every_block_runs(
     make_fleet: Callable[..., Any],
     tmp_path: Path,

@@ -187,6 +187,7 @@ def test_the_shipped_bundles_pass(precision: str) -> None:
     assert sorted(bundle.path.rglob("*")) == before, "a pass leaves nothing behind"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"head_blocks": 2}, {"order": "stock"}])
 def test_other_kinds_of_bundle(
     random_checkpoint: Path, tmp_path: Path, options: dict[str, Any]
@@ -698,6 +699,7 @@ class Rounded(Engine):
         self._engine.close()
 
 
+@pytest.mark.slow
 def test_bf16_is_not_run_on_the_cpu(bf16: Path, tmp_path: Path) -> None:
     bundle = Bundle.load(shutil.copytree(bf16, tmp_path / "b"))
     report = gate(bundle, threads=1)
@@ -706,6 +708,7 @@ def test_bf16_is_not_run_on_the_cpu(bf16: Path, tmp_path: Path) -> None:
     assert all("bfloat16" in v.why for v in report.verdicts if v.status == "not run")
 
 
+@pytest.mark.slow
 def test_bf16_plans_are_measured_on_the_golden_sample_and_on_themselves(
     bf16: Path, tmp_path: Path, random_bundle: Path, machine: SimulatedMachine
 ) -> None:

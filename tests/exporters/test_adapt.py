@@ -69,6 +69,7 @@ def photos(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_it_learns_the_stock_embeddings_and_leaves_the_decoder_alone():
     run = Adaptation(stock(), AdaptConfig("tiny", steps=20, batch=2, lr_warmup=2), Scenes(1, 96))
     images = torch.stack(

@@ -152,6 +152,7 @@ def test_the_coins_have_the_reference_of_scikit_images_recipe():
     assert np.array_equal(same, masks)
 
 
+@pytest.mark.slow
 def test_the_table(weights, capsys):
     files = ["--stock", str(weights / "stock.pt"), "--adapted", str(weights / "adapted.pt")]
     assert main(["evaluate", *files, "--scenes", "1", "--only", "scenes", "--threads", "1"]) == 0

@@ -65,6 +65,7 @@ def adapted(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
 # What is written
 
 
+@pytest.mark.slow
 def test_manifest(random_bundle: Path, random_checkpoint: Path) -> None:
     bundle = Bundle.load(random_bundle)
     bundle.verify_hashes()
@@ -163,6 +164,7 @@ def test_decoder_takes_any_number_of_prompts(random_bundle: Path, p: int, k: int
     assert np.isfinite(logits).all()
 
 
+@pytest.mark.slow
 def test_stock_order_is_the_original_function(random_checkpoint: Path, tmp_path: Path) -> None:
     result = export(random_checkpoint, tmp_path / "stock", order="stock")
     assert list(result.bundle.manifest.stages) == ["encoder", "decoder"]
@@ -179,6 +181,7 @@ def test_stock_order_is_the_original_function(random_checkpoint: Path, tmp_path:
     np.testing.assert_allclose(found, wanted, atol=3e-5)
 
 
+@pytest.mark.slow
 def test_node_bundle_has_the_same_stack(
     random_checkpoint: Path,
     random_bundle: Path,
@@ -219,6 +222,7 @@ def test_a_plain_form_that_misses_its_tolerance(
         export(random_checkpoint, room / "b", node_only=True)
 
 
+@pytest.mark.slow
 def test_bf16_with_a_head(adapted: Path, tmp_path: Path) -> None:
     steps: list[str] = []
     shares: list[float] = []
@@ -252,6 +256,7 @@ def test_bf16_with_a_head(adapted: Path, tmp_path: Path) -> None:
         assert golden["stack.tokens"].dtype == np.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "finished"),
     [({}, 1), ({"node_only": True}, 3), ({"order": "stock"}, 0), ({"head_blocks": 1}, 2)],
@@ -296,6 +301,7 @@ def test_everything_is_verified_and_nothing_large_twice(
 # The command
 
 
+@pytest.mark.slow
 def test_command_prints_parity_and_what_to_do_next(
     random_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -466,6 +472,7 @@ def test_stage_that_misses_its_tolerance(
     assert [(row.stage, row.passed) for row in seen] == [("stack", False)]
 
 
+@pytest.mark.slow
 def test_fp16_that_overflows(random_checkpoint: Path, room: Path, tmp_path: Path) -> None:
     sam = load_checkpoint(random_checkpoint)
     with torch.no_grad():

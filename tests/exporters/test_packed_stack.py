@@ -14,6 +14,7 @@ from exporters.packed_stack import PackedStack
 from exporters.precision import cast
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_packed_is_the_stack(sam: Any, example: Callable[..., Any], case: str) -> None:
     after = len(stages.window_blocks(sam.image_encoder))

@@ -83,6 +83,7 @@ def nodes(path: Path) -> list[ir.Node]:
 # The same function
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 4, 25])
 def test_stack_for_any_number_of_windows(random_bundle: Path, n: int) -> None:
     bundle = Bundle.load(random_bundle)
@@ -120,6 +121,7 @@ def test_decoder_for_any_number_of_prompts(random_bundle: Path, p: int, k: int) 
         np.testing.assert_allclose(other[output], values, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [STACK, TAIL])
 def test_half_precision(half: Path, random_bundle: Path, name: str) -> None:
     fed = feeds(Bundle.load(random_bundle), name)
@@ -351,6 +353,7 @@ def vit_h(
     shutil.rmtree(directory)  # 100 MB
 
 
+@pytest.mark.slow
 def test_no_tensor_of_vit_h_exceeds_64_mb(vit_h: tuple[Path, dict[str, Any]]) -> None:
     directory, written = vit_h
     for name, stage in written.items():
@@ -391,6 +394,7 @@ def build(path: Path) -> bytes | str:
     return "not built" if plan is None else bytes(plan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [STACK, TAIL, DECODER])
 def test_rtx_builds_every_stage_and_reads_weights_out_of_the_main_form(
     half: Path, random_bundle: Path, tmp_path: Path, name: str

@@ -57,6 +57,7 @@ def half(request: pytest.FixtureRequest, tiny_sam: Any, tmp_path_factory: Any) -
     return directory, {n: write(n, tiny_sam, request.param, directory) for n in names}
 
 
+@pytest.mark.slow
 def test_fragile_parts_of_the_graphs_are_float32(half: Any) -> None:
     directory, written = half
     small = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}

@@ -50,6 +50,7 @@ def scattered(tokens: torch.Tensor, windows: Windows) -> torch.Tensor:
     return every
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_stack_and_tail(sam: Any, case: str, example: Example) -> None:
     windows, tokens, embedding = example(sam, case, len(window_blocks(sam.image_encoder)))
@@ -269,6 +270,7 @@ def test_prompts_of_a_batch_are_independent(tiny_sam: Any) -> None:
     assert difference(together[0][0], together[0][1]) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # 40 s of two free cores
 def test_vit_b_in_full_size() -> None:
     torch.manual_seed(0)

@@ -44,6 +44,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_two_and_two_steps_equal_four(tmp_path):
     """Bit for bit, across a checkpoint, the warm-up and the change of resolution."""
     whole = Trainer(MINUTE)

@@ -51,6 +51,7 @@ def test_every_message_is_sound_until_damaged() -> None:
         decode_header(message(b"", [kind]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["decode", "node", "edge", "zap"])
 def test_nothing_is_kept(name: str) -> None:
     rng = random.Random(2)

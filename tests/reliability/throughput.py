@@ -369,7 +369,7 @@ def vit_h(bench: Bench) -> Seen:
 @row(
     "slow readers",
     "edges that read 20 kB/s and ask for more than the node may hold: its memory is bounded, none "
-    "of an honest edge's requests is lost and none takes 10 s, two windows of the least pace",
+    "of an honest edge's requests is lost and none takes 10 s",
     short_s=120,
     long_s=900,
 )

@@ -69,6 +69,7 @@ def test_an_endless_message_costs_its_sender_the_connection(
     honest.close()
 
 
+@pytest.mark.process
 @linux
 def test_without_metering_the_same_attack_fills_the_memory(
     start: Callable[..., EchoNode],
@@ -257,6 +258,7 @@ def test_a_flood_of_half_open_connections_keeps_nobody_out(
     node.wait_for(lambda s: s["connections"] == 0)
 
 
+@pytest.mark.process
 @linux
 def test_an_honest_edge_is_not_charged(
     start: Callable[..., EchoNode], behave: Callable[..., Honest]

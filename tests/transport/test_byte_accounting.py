@@ -69,11 +69,11 @@ def test_unread_bytes_are_known_of_each_user_and_of_all() -> None:
     assert peers.unread() == peers.unread("user1") == 0
 
 
-@pytest.mark.parametrize(("total", "gone"), [(2000, [(1, "slow")]), (5000, [])])
-def test_a_slow_reader_is_dropped_only_while_much_waits(
-    total: int, gone: list[tuple[int, str]]
+@pytest.mark.parametrize(("slow", "gone"), [(300, [(1, "slow")]), (1000, [])])
+def test_a_slow_reader_is_dropped_only_if_slow_readers_hold_much(
+    slow: int, gone: list[tuple[int, str]]
 ) -> None:
-    peers = Unconnected(2, total=total, least_rate=10)
+    peers = Unconnected(2, slow=slow, least_rate=10)
     found, acked = [], [0, 0]
     for second in range(30):
         for fd, reads in ((1, 9), (2, 11)):  # bytes per second
@@ -90,16 +90,35 @@ def test_a_slow_reader_is_dropped_only_while_much_waits(
     assert found == gone
 
 
-def test_of_slow_readers_the_largest_go_until_little_waits() -> None:
-    peers = Unconnected(4, total=1800, least_rate=100)
+def test_of_slow_readers_the_largest_go_until_the_rest_holds_little() -> None:
+    peers = Unconnected(4, slow=400, least_rate=100)
     for fd in (1, 2, 3):
         peers.hand_over(fd, 300 + fd, 0.0)
-    assert not peers.told(4.9)
-    assert peers.told(5.0) == [(3, "slow"), (2, "slow")]
-    assert not peers.told(9.9)  # 301 bytes are little, and a new window has begun
-    peers.hand_over(4, 500, 9.9)
-    peers.count(1, 10.0, acked=200)
-    assert peers.told(10.0) == [(1, "slow")]
+    assert not peers.told(2.9)
+    assert peers.told(3.0) == [(3, "slow"), (2, "slow")]
+    assert not peers.told(5.9)  # 301 bytes are little
+    peers.hand_over(4, 500, 5.9)
+    assert not peers.told(8.8)  # so far only the first is known to be slow
+    assert peers.told(8.9) == [(4, "slow")]
+
+
+def test_slow_readers_count_together_whenever_their_windows_end() -> None:
+    peers = Unconnected(3, slow=400, least_rate=100)
+    for fd in (1, 2, 3):
+        peers.hand_over(fd, 150, fd / 10)
+    assert not peers.told(3.1)
+    assert not peers.told(3.2)
+    assert peers.told(3.3) == [(1, "slow")]
+
+
+def test_a_reader_that_recovers_is_slow_no_more() -> None:
+    peers = Unconnected(1, slow=300, least_rate=100)
+    peers.hand_over(1, 290, 0.0)
+    assert not peers.told(3.0)
+    peers.count(1, 5.0, acked=290)
+    peers.hand_over(1, 310, 5.0)
+    assert not peers.told(7.9)
+    assert peers.told(8.0) == [(1, "slow")]
 
 
 def test_a_peer_that_reads_all_there_is_is_not_slow_however_little_it_is() -> None:

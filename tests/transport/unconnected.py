@@ -11,6 +11,7 @@ LIMITS = ConnectionLimits(
     undelivered=1000,
     unacked=1000,
     total=10_000,
+    slow=2_500,
     stall_s=10,
     handshakes=3,
     connections=5,

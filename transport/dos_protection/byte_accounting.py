@@ -24,7 +24,7 @@ _SERVER_HANDSHAKE_BYTES = 280
 # A server sends a greeting, WELCOME and READY, 301 bytes, to a client that it lets in, and 246
 # bytes to one that it refuses.
 _HANDSHAKE_BYTES = 64 << 10  # either side of a handshake sends less than a kilobyte
-_RATE_WINDOW_S = 5.0
+_RATE_WINDOW_S = 3.0
 
 
 @dataclass(slots=True, eq=False)
@@ -56,6 +56,7 @@ class Connection:
     _counted: float = 0.0
     _progress: float = 0.0  # when it last acknowledged something, or had nothing to acknowledge
     _window: tuple[float, int, int] = (0.0, 0, 0)  # start, acked and unacked at its start
+    _slow: bool = False
 
     def __post_init__(self) -> None:
         self._counted = self._progress = self.opened
@@ -73,7 +74,7 @@ class Connection:
         """`size` bytes were handed to libzmq for this connection."""
         if not self.unacked:
             self._progress = now
-            self._window = now, self.acked, size
+            self._window, self._slow = (now, self.acked, size), False
         self.unacked += size
 
     def count(self, received: int, acked: int, sent: int, now: float) -> None:
@@ -95,14 +96,14 @@ class Connection:
             return True
         return self.unacked > 0 and now - self._progress > limits.stall_s
 
-    def below_least_rate(self, least: float, now: float) -> bool:
-        """Whether it acknowledged less than this in the window that ends now, though more waited.
-        A new window begins."""
+    def is_slow(self, least: float, now: float) -> bool:
+        """Whether it acknowledged less than this rate in its last whole window, though more
+        waited."""
         start, acked, waited = self._window
-        if not self.unacked or now - start < _RATE_WINDOW_S:
-            return False
-        self._window = now, self.acked, self.unacked
-        return self.acked - acked < min(waited, least * (now - start))
+        if self.unacked and now - start >= _RATE_WINDOW_S:
+            self._slow = self.acked - acked < min(waited, least * (now - start))
+            self._window = now, self.acked, self.unacked
+        return self._slow and self.unacked > 0
 
 
 Excess = tuple[Connection, Reason, float]
@@ -132,13 +133,13 @@ def too_many_bytes(
 def _slow_readers(
     connections: list[Connection], limits: ConnectionLimits, now: float
 ) -> Iterator[Excess]:
-    """Connections below the least rate, the largest first, until little enough waits."""
-    waiting = sum(each.unacked for each in connections)
-    slow = [each for each in connections if each.below_least_rate(limits.least_rate, now)]
+    """Connections below the least rate, the largest first, until the rest holds little enough."""
+    slow = [each for each in connections if each.is_slow(limits.least_rate, now)]
+    held = sum(each.unacked for each in slow)
     for each in sorted(slow, key=lambda one: -one.unacked):
-        if waiting <= limits.total / 4:
+        if held <= limits.slow:
             return
-        waiting -= each.unacked
+        held -= each.unacked
         yield each, "slow", each.unacked
 
 

@@ -12,6 +12,8 @@ import simulated_driver as driver
 from edge_common.errors import EngineError
 from engines import cuda
 
+pytestmark = pytest.mark.process  # some do; all run in one of their own
+
 
 @pytest.fixture
 def gpu() -> cuda.Context:

@@ -21,6 +21,8 @@ from engines.selection import open_stage
 from engines.trt import TrtEngine
 from engines.windows import cut
 
+pytestmark = pytest.mark.process  # some do; all run in one of their own
+
 DIMS: dict[str, dict[str, int]] = {"stack": {"n": 6}, "tail": {}, "decoder": {"p": 16, "k": 16}}
 
 
