@@ -100,8 +100,8 @@ def divide(limit: Limit, used: int, wanted: Budget, needs: Needs) -> Budget:
         raise TooLittle(
             f"{limit.name} is {size_text(_down(limit.most))}, of which {size_text(_up(used))} are "
             f"in use before any request; expected at least {size_text(_up(least_limit))}, for two "
-            f"requests with all windows of an image to wait and {least.connections} connections: "
-            f"{limit.raise_}, or serve a smaller model"
+            f"requests with all windows of an image to wait and {least.connections} connections",
+            mend=f"{limit.raise_}, or serve a smaller model",
         )
     both = min(
         wanted.queue + wanted.transit,
@@ -153,7 +153,8 @@ def check_room(size: int = _IMPORTS) -> None:
             if limit.most < least:
                 raise TooLittle(
                     f"{limit.name} is {size_text(_down(limit.most))}, expected at least "
-                    f"{size_text(_up(least))} to start with, and more to serve: {limit.raise_}"
+                    f"{size_text(_up(least))} to start with, and more to serve",
+                    mend=limit.raise_,
                 )
     finally:
         limits.close()

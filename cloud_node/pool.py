@@ -373,8 +373,8 @@ def visible_devices(ordinal: int, visible: str | None) -> str:
     seen = [name.strip() for name in visible.split(",") if name.strip()]
     if ordinal >= len(seen):
         raise ConfigError(
-            f"device number {ordinal}, but CUDA_VISIBLE_DEVICES={visible} shows {len(seen)}: "
-            "change either; numbers count from 0"
+            f"device number {ordinal}, but CUDA_VISIBLE_DEVICES={visible} shows {len(seen)}",
+            mend="change either; numbers count from 0",
         )
     return seen[ordinal]
 
@@ -597,7 +597,7 @@ class _Lane:
             if not run.future.done():
                 run.future.set_result(outputs)
         elif not run.future.done():
-            run.future.set_exception(EngineError(message.text))
+            run.future.set_exception(message.failure.error())
         del self.runs[message.id]  # not before: if anything fails above, the run is lost
         run.slot.ended(succeeded=succeeded)
         self._pool.run_ended()

@@ -10,8 +10,8 @@ class EdgeRuntimeError(Exception):
 
     Args:
         found: what was found and, where that helps, what was expected.
-        mend: what the user can do about it; may be empty.
-        code: which failure it is, for programs. None is the default of the class.
+        mend: what the user can do about it: the command alone, where one is enough. May be empty.
+        code: which failure it is, for programs; None is the class's own.
 
     Attributes:
         code: short and stable, so that programs can branch on it. `docs/python-api.md` lists them.

@@ -75,8 +75,8 @@ class Endpoint:
             )
         except OSError as error:
             raise ConfigError(
-                f"cannot listen on {_address(host, port)} for metrics: {error.strerror or error}; "
-                "choose another address (--metrics), or off"
+                f"cannot listen on {_address(host, port)} for metrics: {error.strerror or error}",
+                mend="choose another address (--metrics), or off",
             ) from None
         self.address = _address(*self._server.sockets[0].getsockname()[:2])
         log.info("metrics at http://%s/metrics", self.address)

@@ -97,8 +97,9 @@ class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         for node in self.nodes:
             if not _NAME.match(node.name):
                 raise ConfigError(
-                    f"node name {node.name!r}: use up to 64 letters, digits, '.', '_' and '-'; the "
-                    "first must be a letter, digit or '_'"
+                    f"the node name {node.name!r} cannot be used",
+                    mend="use up to 64 letters, digits, '.', '_' and '-', the first a letter, "
+                    "digit or '_'",
                 )
         # One machine under two names would see twice what the budget allows.
         for what in ("name", "endpoint", "server_key"):
@@ -128,8 +129,8 @@ def load_config(path: str | os.PathLike[str]) -> EdgeConfig:
             f"{file} holds the settings of a node, expected those of an edge",
             mend="write one with `edge-runtime init`; `cloud-node serve --config` reads a node's",
         )
-    if found := why_untrusted(file):
-        raise ConfigError(found)
+    if danger := why_untrusted(file):
+        raise danger.error(ConfigError)
     try:
         _check_types(table, EdgeConfig, "")
         nodes = table.setdefault("nodes", [])
@@ -245,7 +246,7 @@ def _check_types(table: dict[str, Any], struct: type[msgspec.Struct], where: str
     hints = get_type_hints(struct)
     for key, value in table.items():
         if key not in hints:
-            raise ConfigError(unknown_key(key, hints, where))
+            raise unknown_key(key, hints, where)
         try:
             if key != "nodes":
                 msgspec.convert(value, hints[key])

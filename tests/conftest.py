@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -23,6 +24,8 @@ hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
+
+platform.platform()  # starts `uname` once in a process, in whichever test comes first
 
 # `make check` leaves out the tests marked `process`. A test that starts a process without the mark
 # fails, so the marks stay correct.

@@ -62,8 +62,8 @@ class AllowList:
                 return self._names
             self._names, self._files = {}, {}
             raise KeyFileError(
-                f"cannot read the folder of authorised keys {self.folder}: {error.strerror}; "
-                "`edge-runtime keys node` makes one"
+                f"cannot read the folder of authorised keys {self.folder}: {error.strerror}",
+                mend="`edge-runtime keys node` makes one",
             ) from None
         except KeyFileError:
             self._names, self._files = {}, {}
@@ -97,8 +97,8 @@ class AllowList:
             KeyFileError: others may change the folder.
             OSError: it can't be read.
         """
-        if found := why_untrusted(self.folder, owner=self._owner, closed=True):
-            raise KeyFileError(found)
+        if danger := why_untrusted(self.folder, owner=self._owner, closed=True):
+            raise danger.error(KeyFileError)
         with os.scandir(self.folder) as entries:
             stamps = {
                 entry.name: _stamp(entry)
@@ -141,20 +141,22 @@ def _key(path: Path, owner: int | None) -> str:
         public = read_public(path)
         # The folder has been judged; what a link leads to has not.
         linked = path.is_symlink()
-        found = (
+        danger = (
             why_untrusted(path, owner=owner)
             if linked
             else why_entry_untrusted(path, os.lstat(path), owner)
         )
     except UnicodeEncodeError:  # libzmq takes UTF-8 names only
-        raise KeyFileError(f"the file name {path.name!r} is not UTF-8: rename it") from None
+        raise KeyFileError(
+            f"the file name {path.name!r} is not UTF-8", mend="rename the file"
+        ) from None
     except (KeyFileError, OSError) as error:
         cause = error.__cause__ or error
         if isinstance(cause, OSError) and cause.errno in _SHORTAGES:
             raise cause from None
-        raise KeyFileError(str(error)) from None
-    if found:
-        raise KeyFileError(found)
+        raise (error if isinstance(error, KeyFileError) else KeyFileError(str(error))) from None
+    if danger:
+        raise danger.error(KeyFileError)
     return public
 
 

@@ -170,8 +170,13 @@ class VersionsSpoken:
 Message = Request | Accepted | Result | Refused | Cancel | InfoRequest | Info | VersionsSpoken
 
 
+UPDATE = "update the older side"
+
+
 class UnknownVersionError(ProtocolError):
     """A message of a version that this software does not speak. Answer with `VersionsSpoken`."""
+
+    code = "wrong_version"
 
 
 class Spec(Protocol):
@@ -347,7 +352,8 @@ def _split(frame: Any) -> tuple[memoryview, memoryview]:
     if view[3] not in VERSIONS:
         raise UnknownVersionError(
             f"message of protocol version {view[3]}, this software speaks "
-            f"{', '.join(map(str, VERSIONS))}: update the older side"
+            f"{', '.join(map(str, VERSIONS))}",
+            mend=UPDATE,
         )
     length = _PREFIX.unpack_from(view)[2] if view.nbytes >= _PREFIX.size else 0
     header = view[: _PREFIX.size + length]

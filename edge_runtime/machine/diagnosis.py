@@ -126,7 +126,7 @@ def examine(
 
 class _Answers(dict[str, Answer]):
     def __missing__(self, probe: str) -> Answer:
-        return Answer(error="was not asked")
+        return Answer(error="was not asked", end="not asked")
 
 
 def _bug(name: str, what: str, error: Exception) -> Check:
@@ -501,9 +501,7 @@ def _library(facts: _Facts, flavour: Flavour, what: str, install: str | None) ->
 def _failed(answer: Answer) -> str:
     """A probe's error, to follow the name of what failed."""
     error = answer.error or "failed"
-    return (
-        error if error.startswith(("crashed", "gave no", "ended", "was not")) else f"fails: {error}"
-    )
+    return error if answer.end else f"fails: {error}"
 
 
 def _pycuda(facts: _Facts) -> Check:
@@ -557,7 +555,7 @@ def _bundle(facts: _Facts) -> Check:
         if facts.answers["packages"].facts is None:
             return Check("bundle", "none", "bundle", "not opened: packages are missing")
         error, command = f"{answer.error}", answer.mend
-        if "gave no answer" in error:
+        if answer.end == "late":
             command = f"edge-runtime info {_quoted(facts.bundle)}    (hashes it without a limit)"
         elif facts.asked_for is None:
             command = "pip install --force-reinstall --no-deps .    (in the folder of its source)"
@@ -596,7 +594,7 @@ def _engines(facts: _Facts) -> Check | None:
         error, command = f"{answer.error}", answer.mend
         if error == facts.answers["bundle"].error:
             return None  # the check of the bundle has said it
-        if "gave no answer" in error:
+        if answer.end == "late":
             command = f"edge-runtime doctor {_quoted(facts.bundle)} --timeout 200"
         return Check("engines", "fail", what, error, command)
     by_engine: dict[str, list[str]] = {}

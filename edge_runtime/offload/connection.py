@@ -23,6 +23,7 @@ from transport.dos_protection import Connections, connection_limits
 from transport.link import NOT_AUTHORISED, LinkEvent, watch
 from transport.messages import (
     NO_ID,
+    UPDATE,
     VERSIONS,
     Accepted,
     Cancel,
@@ -64,14 +65,15 @@ class NodeError(OffloadError):
     """One node failed. `node` is its name, `reason` what happened, without the node's name.
 
     `code` is ``unreachable``, ``connection_lost``, ``link_refused``, ``not_authorised``,
-    ``wrong_bundle``, ``late``, ``wrong_answer``, ``refused``, ``quarantined`` or ``offload``.
+    ``wrong_bundle``, ``wrong_version``, ``late``, ``wrong_answer``, ``refused``, ``quarantined`` or
+    ``offload``.
     """
 
     node = reason = ""
 
     @classmethod
-    def of(cls: type[_E], node: Node, reason: str, code: str) -> _E:
-        error = cls(f"node {node.name} ({node.endpoint}): {reason}", code=code)
+    def of(cls: type[_E], node: Node, reason: str, code: str, mend: str = "") -> _E:
+        error = cls(f"node {node.name} ({node.endpoint}): {reason}", mend=mend, code=code)
         error.node, error.reason = node.name, reason
         return error
 
@@ -112,9 +114,9 @@ class _Pending:
         self.answered: float | None = None
         self.answer: asyncio.Future[tuple[Message, zmq.Frame]] = loop.create_future()
 
-    def fail(self, reason: str, code: str) -> None:
+    def fail(self, reason: str, code: str, mend: str = "") -> None:
         if not self.answer.done():
-            self.answer.set_exception(OffloadError(reason, code=code))
+            self.answer.set_exception(OffloadError(reason, mend=mend, code=code))
 
 
 def listed(info: Info) -> str:
@@ -335,7 +337,7 @@ class Connection:
             try:
                 message, answer = pending.answer.result()
             except OffloadError as error:
-                raise self._error(error.found, error.code) from None
+                raise self._error(error.found, error.code, error.mend) from None
         except zmq.ZMQError as error:
             raise self._error(f"sending failed: {error}", "connection_lost") from None
         finally:
@@ -358,8 +360,8 @@ class Connection:
         sending = self._socket.send(frame, flags=zmq.NOBLOCK)
         return _succeeded(sending)  # pyzmq may queue it behind other messages: then give it up
 
-    def _error(self, reason: str, code: str) -> NodeError:
-        return NodeError.of(self.node, reason, code)
+    def _error(self, reason: str, code: str, mend: str = "") -> NodeError:
+        return NodeError.of(self.node, reason, code, mend)
 
     def _wrong(self, reason: str) -> NodeError:
         return self._error(reason, "wrong_answer")
@@ -494,7 +496,7 @@ class Connection:
             try:
                 self._handle(message.frame, loop.time())
             except UnknownVersionError as error:
-                self._fail_all(f"wrong answer: {error}", "wrong_answer")
+                self._fail_all(f"wrong answer: {error.found}", error.code, error.mend)
                 self._tell_versions()
             except ProtocolError as error:
                 # It does not say which request it answers, and this node breaks the protocol.
@@ -514,8 +516,8 @@ class Connection:
         message = decode_header(frame)
         if isinstance(message, VersionsSpoken):
             spoken = ", ".join(map(str, message.versions))
-            reason = f"speaks only protocol versions {spoken}: update the older side"
-            self._fail_all(reason, "wrong_answer")
+            reason = f"speaks only protocol versions {spoken}"
+            self._fail_all(reason, UnknownVersionError.code, UPDATE)
             return
         if isinstance(message, Refused) and message.id == NO_ID:
             self._fail_all(f"refused ({message.code}): {message.message}", "refused")
@@ -560,9 +562,9 @@ class Connection:
         self._rebuilding = None
         self._turn(LinkEvent("down", reason))  # until the monitor reports
 
-    def _fail_all(self, reason: str, code: str) -> None:
+    def _fail_all(self, reason: str, code: str, mend: str = "") -> None:
         for pending in self._pending.values():
-            pending.fail(reason, code)
+            pending.fail(reason, code, mend)
 
 
 def _succeeded(future: asyncio.Future[Any]) -> bool:

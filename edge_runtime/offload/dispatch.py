@@ -203,9 +203,13 @@ def _raise_first(errors: list[BaseException | None]) -> None:
         if error not in nodes:
             raise error
     if nodes:
+        general = (
+            "`edge-runtime nodes` checks every node; with --fallback local the edge computes what "
+            "nodes do not"
+        )
+        mends = dict.fromkeys([error.mend for error in nodes if error.mend] + [general])
         raise OffloadError(
             "; ".join(dict.fromkeys(error.found for error in nodes)) + ". No mask was made",
-            mend="`edge-runtime nodes` checks every node; with --fallback local the edge computes "
-            "what nodes do not",
+            mend="; ".join(mends),
             code=nodes[0].code,
         )

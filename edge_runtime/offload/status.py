@@ -40,9 +40,8 @@ async def status(connection: Connection, timeout_s: float) -> NodeStatus:
         state = connection.link.state if connection.link else "unreachable"
         authorised = True if state == "up" else False if error.code == "not_authorised" else None
         reachable = state in ("up", "refused")
-        return NodeStatus(
-            name, endpoint, reachable, authorised, None, None, error.code, error.reason
-        )
+        detail = f"{error.reason}: {error.mend}" if error.mend else error.reason
+        return NodeStatus(name, endpoint, reachable, authorised, None, None, error.code, detail)
     wrong = mismatch(info, connection.stage)
     detail = wrong or f"{info.software}, {listed(info)}"
     code = "wrong_bundle" if wrong else None

@@ -112,7 +112,7 @@ def test_check_and_serve_refuse_the_same_mistakes(folder: Path) -> None:
     options = ("--config", folder / "node.toml")
     for done in (run("check", *options), serve(*options)):
         assert done.returncode == 1
-        assert done.stderr.count("\n") == 1
+        assert done.stderr.count("\n") == 1 + done.stderr.count("\n  -> ")
         assert "did you mean bundle?" in done.stderr
     (folder / "node.toml").write_text("")
     (folder / "keys" / "node.key").chmod(0o644)
@@ -166,7 +166,9 @@ def test_init_on_a_full_disk_leaves_nothing_that_blocks_the_next_try(full_disk: 
     filler.write_bytes(b"x" * (64 << 10))
     done = run("init", cwd=full_disk)
     assert done.returncode == 1
-    said = "error: cannot write node.toml: No space left on device; make room on that disk, or "
+    said = (
+        "error: cannot write node.toml: No space left on device\n  -> make room on that disk, or "
+    )
     assert done.stderr.startswith(said)
     assert list(full_disk.iterdir()) == [filler]
     filler.unlink()

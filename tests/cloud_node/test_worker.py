@@ -291,7 +291,11 @@ def test_no_tensor_content_is_logged(start: Callable[..., Peer]) -> None:
     peer.send(Run(2, 0, peer.fill(0, {**good, "window": np.array([8])})))
     failed = peer.receive()
     assert isinstance(failed, RunFailed)
-    said = peer.out.read_text() + failed.text + "".join(line.text for line in peer.logged)
+    said = (
+        peer.out.read_text()
+        + str(failed.failure.error())
+        + "".join(line.text for line in peer.logged)
+    )
     for form in (canary.decode(), str(list(canary[:8]))[1:-1], canary[:8].hex()):
         assert form not in said
 
@@ -342,11 +346,12 @@ def serve(bundle_of: Callable[[str], Path]) -> Callable[..., Any]:
     return serve
 
 
-def test_an_engine_that_recovers_goes_on(serve: Callable[..., Any]) -> None:
-    answers, status = serve([EngineError("no"), None, None, MemoryError(), None], 4)
+def test_an_engine_that_works_again_goes_on(serve: Callable[..., Any]) -> None:
+    error = EngineError("no", mend="wait", code="busy")
+    answers, status = serve([error, None, None, MemoryError(), None], 4)
     assert [type(answer) for answer in answers] == [RunFailed, Done, RunFailed, Done]
-    assert answers[0].text == "no"
-    assert answers[2].text == "MemoryError in the engine"
+    assert answers[0].failure.error().fields() == error.fields()
+    assert answers[2].failure.found == "MemoryError in the engine"
     assert status == 0
 
 
@@ -370,10 +375,10 @@ def test_outputs_that_do_not_fit_fail_the_run(
 ) -> None:
     answers, status = serve([returns], 2)
     assert [type(answer) for answer in answers] == [RunFailed, Done]
-    assert "the engine returns tokens as" in answers[0].text
+    assert "the engine returns tokens as" in answers[0].failure.found
     assert status == 0
 
 
 def test_an_unexpected_error_does_not_expose_its_text(serve: Callable[..., Any]) -> None:
     answers, _ = serve([ValueError("CANARY")], 1)
-    assert answers[0].text == "ValueError in the engine"
+    assert answers[0].failure.found == "ValueError in the engine"

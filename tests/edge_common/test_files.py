@@ -178,11 +178,11 @@ def test_a_full_disk_is_named_and_nothing_remains_on_it(full_disk: Path) -> None
     path = full_disk / "file"
     with pytest.raises(OutputError) as caught:
         write_atomically(path, b"x" * 100_000)
-    text = str(caught.value)
-    assert text == (
-        f"cannot write {path}: No space left on device; make room on that disk, or name another "
-        "file"
-    )
+    assert caught.value.fields() == {
+        "error": f"cannot write {path}: No space left on device",
+        "code": "disk_full",
+        "mend": "make room on that disk, or name another file",
+    }
     assert os.listdir(full_disk) == []
     with (
         pytest.raises(OutputError, match=r"needs about 0\.1 MB and 0\.1 MB are free: make room"),
@@ -225,7 +225,7 @@ def test_a_file_size_limit_is_reported_like_a_full_disk(tmp_path: Path) -> None:
         check=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
     )
-    assert "File too large; name another file" in done.stdout
+    assert "File too large: name another file" in done.stdout
     assert os.listdir(tmp_path) == []
 
 
@@ -250,7 +250,7 @@ def test_a_parent_that_is_a_file_is_named(tmp_path: Path) -> None:
 def test_an_error_without_a_number_counts_as_a_full_disk(tmp_path: Path) -> None:
     """NumPy reports only how many items it has written."""
     with (
-        pytest.raises(OutputError, match="3 requested and 0 written; make room on that disk"),
+        pytest.raises(OutputError, match="3 requested and 0 written: make room on that disk"),
         explain_write_errors(tmp_path),
     ):
         raise OSError("3 requested and 0 written")

@@ -19,7 +19,7 @@ class Note(msgspec.Struct):
 
 def read(path: Path, schema: int | None = 1) -> Note:
     return read_json(
-        path, Note, max_bytes=100, error=ConfigError, remedy="Write it again", schema=schema
+        path, Note, max_bytes=100, error=ConfigError, remedy="write it again", schema=schema
     )
 
 
@@ -47,7 +47,7 @@ def test_a_written_note_is_read_back(tmp_path: Path) -> None:
 def test_malformed_content_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "note.json"
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match=rf"note\.json {reason}.*\. Write it again"):
+    with pytest.raises(ConfigError, match=rf"note\.json {reason}.*: write it again"):
         read(path)
 
 
@@ -57,5 +57,5 @@ def test_a_path_that_is_no_regular_file_is_refused(tmp_path: Path) -> None:
         read(tmp_path / "missing.json")
     os.mkfifo(tmp_path / "pipe")  # opening a pipe would wait for a writer
     for name in ("pipe", "."):
-        with pytest.raises(ConfigError, match=r"is not a file\. Write it again"):
+        with pytest.raises(ConfigError, match=r"is not a file: write it again"):
             read(tmp_path / name)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from edge_common import permissions
-from edge_common.permissions import why_untrusted
+from edge_common.permissions import Danger, why_untrusted
 
 OTHER = 12_345
 
@@ -34,7 +34,12 @@ def _foreign(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "geteuid", lambda: OTHER)
 
 
-def test_a_file_writable_by_its_owner_only_is_safe(file: Path) -> None:
+def mend(danger: Danger | None) -> str:
+    assert danger is not None
+    return danger.mend
+
+
+def test_what_only_its_owner_can_write_is_safe(file: Path) -> None:
     assert why_untrusted(file) is None
     assert why_untrusted(file.parent, closed=True) is None
 
@@ -45,8 +50,8 @@ def test_a_file_writable_by_others_is_refused(file: Path, mode: int) -> None:
     file.chmod(mode)
     found = why_untrusted(file)
     assert found
-    assert f"chmod go-w {file}`" in found
-    subprocess.run(found.split("`")[1], shell=True, check=True)  # the suggested command repairs it
+    assert found.mend == f"chmod go-w {file}"
+    subprocess.run(found.mend, shell=True, check=True)
     assert why_untrusted(file) is None
 
 
@@ -55,8 +60,8 @@ def test_a_parent_folder_writable_by_others_is_refused(file: Path, mode: int) ->
     file.parent.parent.chmod(mode)
     found = why_untrusted(file)
     assert found
-    assert f"chmod go-w {file.parent.parent}`" in found
-    assert f"or move {file}" in found
+    assert f"`chmod go-w {file.parent.parent}`" in found.mend
+    assert f"or move {file}" in found.mend
 
 
 @pytest.mark.process
@@ -66,7 +71,7 @@ def test_commands_quote_odd_paths(tmp_path: Path) -> None:
     file.chmod(0o666)
     found = why_untrusted(file)
     assert found
-    subprocess.run(found.split("`")[1], shell=True, check=True)
+    subprocess.run(found.mend, shell=True, check=True)
     assert why_untrusted(file) is None
 
 
@@ -74,7 +79,7 @@ def test_a_sticky_folder_is_safe_as_a_parent_but_not_to_list(file: Path) -> None
     """Others may add files to it but cannot replace ours."""
     file.parent.chmod(0o1777)
     assert why_untrusted(file) is None
-    assert "chmod go-w" in (why_untrusted(file.parent, closed=True) or "")
+    assert "chmod go-w" in mend(why_untrusted(file.parent, closed=True))
 
 
 def test_a_file_or_folder_of_another_user_is_refused(
@@ -86,8 +91,8 @@ def test_a_file_or_folder_of_another_user_is_refused(
             uid = path.stat().st_uid
             found = why_untrusted(file)
             assert found
-            assert f"(uid {uid})" in found
-            assert "chown" in found
+            assert f"(uid {uid})" in found.found
+            assert "chown" in found.mend
             if os.geteuid() == 0:
                 assert why_untrusted(file, owner=OTHER) is None
                 os.chown(path, 0, -1)
@@ -99,7 +104,7 @@ def test_another_users_file_in_a_sticky_folder_is_refused(
 ) -> None:
     file.parent.chmod(0o1777)
     _foreign(file, monkeypatch)
-    assert "belongs to" in (why_untrusted(file) or "")
+    assert "belongs to" in str(why_untrusted(file))
 
 
 def test_links_are_judged_together_with_their_targets(file: Path, tmp_path: Path) -> None:
@@ -113,16 +118,16 @@ def test_links_are_judged_together_with_their_targets(file: Path, tmp_path: Path
     assert why_untrusted(link) is None
     assert why_untrusted(folder / "node.pub") is None
     assert why_untrusted(folder, closed=True) is None
-    assert f"go-w {loose}`" in (
-        why_untrusted(loose / "link.pub") or ""
-    )  # others can replace the link itself
+    assert f"go-w {loose}`" in mend(
+        why_untrusted(loose / "link.pub")
+    )  # the link itself is replaceable
     file.parent.chmod(0o777)
     for path in (link, folder / "node.pub"):
-        assert f"go-w {file.parent}`" in (why_untrusted(path) or "")
+        assert f"go-w {file.parent}" in mend(why_untrusted(path))
     file.parent.chmod(0o755)
     file.chmod(0o666)
-    assert f"go-w {file}`" in (why_untrusted(link) or "")
-    assert "go-w" in (why_untrusted(folder / ".." / "b" / "node.pub") or "")
+    assert f"go-w {file}" in mend(why_untrusted(link))
+    assert "go-w" in mend(why_untrusted(folder / ".." / "b" / "node.pub"))
 
 
 def test_another_users_link_is_refused(
@@ -132,7 +137,7 @@ def test_another_users_link_is_refused(
     link = tmp_path / "link.pub"
     link.symlink_to(file)
     _foreign(link, monkeypatch)
-    assert "belongs to" in (why_untrusted(link) or "")
+    assert "belongs to" in str(why_untrusted(link))
 
 
 def test_link_loops_and_missing_files_are_reported(tmp_path: Path) -> None:
@@ -194,7 +199,7 @@ def test_an_access_control_list_counts_as_a_permission_of_the_group(
     """The list hides behind the group's bits, so the group's members do not matter."""
     monkeypatch.setattr(permissions, "_is_private_group", lambda uid, gid: True)
     _write_acl(file)
-    assert "go-w" in (why_untrusted(file) or "")
+    assert "go-w" in mend(why_untrusted(file))
 
 
 def _write_acl(path: Path) -> None:

@@ -18,7 +18,7 @@ def test_a_table_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, "does not exist; write one with `make one`"),
+        (None, "does not exist: make one"),
         (b"name = ]", "is not valid TOML: .*line 1"),
         (b'name = "\xe9"', "is not valid TOML: 'utf-8'"),
     ],
@@ -40,9 +40,7 @@ def test_a_folder_is_refused(tmp_path: Path) -> None:
 
 def test_an_unknown_key_is_reported_with_the_nearest_or_all_keys() -> None:
     known = ["deadline_s", "device"]
-    assert unknown_key("dead-line-s", known) == (
-        "unknown key 'dead-line-s'; did you mean deadline_s?"
-    )
-    assert unknown_key("zzz", known, " in table 2") == (
-        "unknown key 'zzz' in table 2; known are deadline_s, device"
-    )
+    near = unknown_key("dead-line-s", known)
+    assert (near.found, near.mend) == ("unknown key 'dead-line-s'", "did you mean deadline_s?")
+    far = unknown_key("zzz", known, " in table 2")
+    assert (far.found, far.mend) == ("unknown key 'zzz' in table 2", "known are deadline_s, device")

@@ -155,7 +155,7 @@ def test_with_json_an_error_has_fields(capsys: pytest.CaptureFixture[str]) -> No
     said = capsys.readouterr()
     fields = json.loads(said.out)
     assert fields.keys() == {"error", "code", "mend"}
-    assert fields["code"] == "bundle"
+    assert fields["code"] == "missing"
     assert said.err.startswith(f"error: {fields['error']}")
 
 

@@ -73,10 +73,10 @@ def test_integers_are_accepted_as_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("max_exposre = 0.4\n" + NODE, "unknown key 'max_exposre'; did you mean max_exposure"),
+        ("max_exposre = 0.4\n" + NODE, "unknown key 'max_exposre': did you mean max_exposure"),
         (
             NODE + 'endpont = "x"\n',
-            "unknown key 'endpont' in .*table 1 .alpha.; did you mean endpoint",
+            "unknown key 'endpont' in .*table 1 .alpha.: did you mean endpoint",
         ),
         ("zzz = 1\n" + NODE, "known are nodes, bundle"),
         ("max_exposure = 0\n" + NODE, "max_exposure is 0"),

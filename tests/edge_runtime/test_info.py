@@ -105,7 +105,7 @@ def test_damage_is_one_line_and_a_failure(
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert "tail.onnx is damaged" in error
-    assert error.count("\n") == 1
+    assert error.count("\n") == 1 + error.count("\n  -> ")
     assert main(["info", str(copy), "--no-verify"]) == 0
     assert "not verified" in capsys.readouterr().out
 

@@ -150,7 +150,7 @@ def test_a_full_disk_leaves_nothing_that_blocks_the_next_try(
     assert cli.main(arguments) == 1
     said = capsys.readouterr().err
     assert f"cannot write {full_disk / name}" in said
-    assert "No space left on device; make room on that disk, or " in said
+    assert "No space left on device\n  -> make room on that disk, or " in said
     assert [path for path in full_disk.rglob("*") if path.is_file()] == [filler]
     filler.unlink()
     assert cli.main(arguments) == 0

@@ -504,8 +504,9 @@ def test_an_unwritable_folder_is_reported_before_any_computation(
     assert main([*command, "--bundle", str(endless.path)]) == 1
     said = capsys.readouterr().err
     assert str(out) in said
+    assert "\n  -> " in said
     assert "name another folder with --out" in said
-    assert said.count("\n") == 1
+    assert said.count("\n") == 2
     assert os.listdir(full_disk) == []
 
 
@@ -521,8 +522,8 @@ def test_a_disk_that_fills_up_during_the_run_is_named(
     command = ["segment", str(photo), "--point", "5,6", "--local", "--bundle", str(toy_bundle)]
     assert main([*command, "--out", str(full_disk / "out")]) == 1
     said = capsys.readouterr().err
-    wanted = f"cannot write {full_disk}/out: No space left on device; make room on that disk, or "
-    assert wanted + "name another folder with --out\n" in said
+    assert f"cannot write {full_disk}/out: No space left on device\n" in said
+    assert "  -> make room on that disk, or name another folder with --out\n" in said
     assert os.listdir(full_disk) == []
 
 

@@ -448,7 +448,8 @@ def test_library_output_does_not_mix_with_the_events(
     failed = json.loads(event)
     assert failed["type"] == "failed"
     assert failed["kind"] == "EngineError"
-    assert "libnvinfer.so.10" in failed["text"]
+    assert "libnvinfer.so.10" in failed["found"]
+    assert "apt install --reinstall" in failed["mend"]
     assert b"chatter" in done.stderr
     assert done.returncode == 1
 

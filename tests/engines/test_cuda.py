@@ -63,7 +63,10 @@ def test_a_cuda_python_that_does_not_load_counts_as_missing(
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (ModuleNotFoundError("pycuda"), r"pycuda is not installed: `pip install .*nvcc"),
+        (
+            ModuleNotFoundError("pycuda"),
+            r"pycuda is not installed: PATH=/usr/local/cuda/.* pip install",
+        ),
         (ImportError("undefined symbol: cuX"), r"does not work here \(undefined symbol: cuX\)"),
     ],
 )

@@ -105,7 +105,7 @@ def test_the_remedy_for_a_broken_library_is_a_forced_reinstall(
 ) -> None:
     """A plain install would find nothing to do."""
     simulate(tensorrt=body, tensorrt_rtx=body)
-    with pytest.raises(EngineError, match="`pip install --force-reinstall tensorrt-rtx-cu13`"):
+    with pytest.raises(EngineError, match=r": pip install --force-reinstall tensorrt-rtx-cu13$"):
         libraries.load("tensorrt-rtx")
     with pytest.raises(EngineError, match="`sudo apt install --reinstall python3-libnvinfer`"):
         libraries.load("tensorrt")
@@ -260,7 +260,7 @@ def test_device_memory_is_queried_by_the_name_of_the_version(rtx: Library) -> No
 
 def test_the_real_library_reports_a_malformed_plan_without_a_gpu(rtx: Library) -> None:
     runtime = rtx.module.Runtime(rtx.module.Logger(rtx.module.Logger.INTERNAL_ERROR))
-    assert libraries.invalidity(rtx, runtime, b"no plan" * 100) == "malformed engine"
+    assert libraries.invalidity(rtx, runtime, b"no plan" * 100) == ["malformed engine"]
 
 
 def test_invalidity_lists_every_cause(rtx: Library) -> None:
@@ -269,7 +269,8 @@ def test_invalidity_lists_every_cause(rtx: Library) -> None:
     both = int(bits.UNSUPPORTED_CC) | int(bits.OLD_CUDA_DRIVER)
     runtime = MagicMock(engine_header_size=64)
     runtime.get_engine_validity.return_value = (trt.EngineValidity.INVALID, both)
-    assert libraries.invalidity(rtx, runtime, bytes(500)) == "unsupported cc, old cuda driver"
+    causes = ["unsupported cc", "old cuda driver"]
+    assert libraries.invalidity(rtx, runtime, bytes(500)) == causes
     (header,) = runtime.get_engine_validity.call_args.args
     assert len(header) == 64  # not a gigabyte
     for validity in (trt.EngineValidity.VALID, trt.EngineValidity.SUBOPTIMAL):

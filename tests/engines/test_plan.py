@@ -128,12 +128,16 @@ def parity(machine: Machine = ORIN, passed: bool = True, *rows: Row) -> Parity:
     return Parity(passed, machine, rows or (row(passed=passed),), "2026-11-21T07:00:00Z", {})
 
 
-def refused(text: str, bundle: Bundle, library: str, stage: str = "stack") -> None:
-    """Check that a refusal is one printable line with the exact command that rebuilds the plan."""
-    assert text.isprintable()
-    command = text.split("`")[-2]
+def command_in(mend: str) -> list[str]:
+    """The command that is the remedy, or that it ends with."""
+    return shlex.split(mend.split("`")[-2] if "`" in mend else mend)
+
+
+def refused(error: PlanError, bundle: Bundle, library: str, stage: str = "stack") -> None:
+    """A refusal is one printable line with the exact command that rebuilds the plan."""
+    assert str(error).isprintable()
     words = ["edge-runtime", "build", str(bundle.path), "--stage", stage, "--backend", library]
-    assert shlex.split(command) == words
+    assert command_in(error.mend) == words
 
 
 # Names and commands
@@ -210,7 +214,7 @@ def test_a_plan_with_changed_bytes_is_refused(
         plan.path.write_bytes(content)
     with pytest.raises(PlanError, match=reason) as caught:
         plan.read()
-    refused(str(caught.value), bundle, "tensorrt")
+    refused(caught.value, bundle, "tensorrt")
 
 
 @pytest.mark.timeout(30)
@@ -285,10 +289,10 @@ def test_a_missing_folder_is_a_build_error(bundle: Bundle, tmp_path: Path) -> No
 
 def test_a_missing_plan_gives_the_build_command(bundle: Bundle) -> None:
     with pytest.raises(
-        PlanError, match=r"TensorRT 10\.3\.0 .* 8\.7\. The bundle has none"
+        PlanError, match=r"TensorRT 10\.3\.0 .* 8\.7: the bundle has none"
     ) as caught:
         find(bundle, "tail", JETPACK, "8.7")
-    refused(str(caught.value), bundle, "tensorrt", "tail")
+    refused(caught.value, bundle, "tensorrt", "tail")
     with pytest.raises(BundleError, match="no encoder"):
         find(bundle, "encoder", JETPACK, "8.7")
 
@@ -300,39 +304,39 @@ def test_a_portable_plan_fits_its_gpus_under_any_name(bundle: Bundle) -> None:
     turing = "compute capability 8.0, 8.6, 8.9, 12.0, 12.1, this GPU has 7.5"
     with pytest.raises(PlanError, match=turing) as caught:
         find(bundle, "stack", RTX, "7.5", "T4")
-    refused(str(caught.value), bundle, "tensorrt-rtx")
+    refused(caught.value, bundle, "tensorrt-rtx")
 
 
 @pytest.mark.parametrize(("capability", "gpu"), [("9.0", "NVIDIA H200"), ("8.7", "Orin")])
 def test_no_rebuild_is_suggested_if_the_library_lacks_the_gpu(
     bundle: Bundle, capability: str, gpu: str
 ) -> None:
-    def told() -> str:
+    def told() -> PlanError:
         with pytest.raises(PlanError, match="supports no GPU of compute capability") as caught:
             find(bundle, "stack", RTX, capability, gpu)
-        return str(caught.value)
+        return caught.value
 
-    assert "tensorrt-rtx" not in told()
+    assert "tensorrt-rtx" not in str(told())
     refused(told(), bundle, "tensorrt")
     plan = put(bundle, record_of(bundle, library=RTX, capabilities=PORTABLE))
-    assert f"this GPU has {capability}" in told()
+    assert f"this GPU has {capability}" in told().found
     refused(told(), bundle, "tensorrt")
     with pytest.raises(PlanError, match="building again does not help") as caught:
         check(plan, bundle, RTX, capability, gpu)
-    refused(str(caught.value), bundle, "tensorrt")
+    refused(caught.value, bundle, "tensorrt")
 
 
 ASKED = {"max windows": 2, "workspace MiB": 512, "timing cache": "my.cache", "strict": True}
 AS_ASKED = ["--max-windows", "2", "--workspace", "512", "--timing-cache", "my.cache", "--strict"]
 
 
-def options_in(text: str) -> list[str]:
-    return shlex.split(text.split("`")[-2])[7:]
+def options_in(mend: str) -> list[str]:
+    return command_in(mend)[7:]
 
 
 def test_the_rebuild_command_repeats_the_options_of_the_build(bundle: Bundle) -> None:
     plan = put(bundle, record_of(bundle, flags=ASKED))
-    assert options_in(f"`{plan.rebuild}`") == AS_ASKED
+    assert options_in(plan.rebuild) == AS_ASKED
     other = Library("tensorrt", (10, 13, 3), None)
     for ask in (
         lambda: check(plan, bundle, other, "8.7", "Orin"),
@@ -341,11 +345,11 @@ def test_the_rebuild_command_repeats_the_options_of_the_build(bundle: Bundle) ->
     ):
         with pytest.raises(PlanError) as caught:
             ask()  # type: ignore[no-untyped-call]
-        assert options_in(str(caught.value)) == AS_ASKED
+        assert options_in(caught.value.mend) == AS_ASKED
     # TensorRT-RTX refuses a timing cache.
     with pytest.raises(PlanError) as caught:
         check(plan, bundle, RTX, "8.6")
-    assert options_in(str(caught.value)) == ["--max-windows", "2", "--workspace", "512", "--strict"]
+    assert options_in(caught.value.mend) == ["--max-windows", "2", "--workspace", "512", "--strict"]
 
 
 def test_of_several_plans_the_most_similar_one_gives_the_options(
@@ -357,7 +361,7 @@ def test_of_several_plans_the_most_similar_one_gives_the_options(
     put(bundle, record_of(bundle, capabilities=("8.6",), built="2", flags={"max windows": 3}))
     with pytest.raises(PlanError) as caught:
         find(bundle, "stack", Library("tensorrt", (10, 13, 3), None), "8.7", "Orin")
-    assert options_in(str(caught.value)) == ["--max-windows", "2"]
+    assert options_in(caught.value.mend) == ["--max-windows", "2"]
 
 
 def test_the_rebuild_command_asks_for_no_more_windows_than_the_bundle_has(bundle: Bundle) -> None:
@@ -366,7 +370,7 @@ def test_the_rebuild_command_asks_for_no_more_windows_than_the_bundle_has(bundle
     plan = put(bundle, record_of(bundle, flags=flags, model="vit_b"))
     with pytest.raises(PlanError, match="stale") as caught:
         check(plan, bundle, JETPACK, "8.7")
-    assert options_in(str(caught.value)) == []
+    assert options_in(caught.value.mend) == []
 
 
 @pytest.mark.parametrize(
@@ -377,8 +381,8 @@ def test_the_rebuild_command_asks_for_no_more_windows_than_the_bundle_has(bundle
         {"timing cache": "/"},
     ],
 )
-def test_unknown_flags_of_a_record_give_no_options(bundle: Bundle, flags: dict[str, Any]) -> None:
-    assert options_in(f"`{put(bundle, record_of(bundle, flags=flags)).rebuild}`") == []
+def test_flags_that_no_build_wrote_are_no_options(bundle: Bundle, flags: dict[str, Any]) -> None:
+    assert options_in(put(bundle, record_of(bundle, flags=flags)).rebuild) == []
 
 
 def test_a_record_cannot_cause_a_file_elsewhere_to_be_overwritten(bundle: Bundle) -> None:
@@ -435,7 +439,7 @@ def test_a_plan_that_does_not_match_is_refused(
     ):
         with pytest.raises(PlanError, match=reason) as caught:
             ask()
-        refused(str(caught.value), bundle, library.flavour)
+        refused(caught.value, bundle, library.flavour)
 
 
 def test_a_matching_plan_passes(bundle: Bundle) -> None:
@@ -472,7 +476,7 @@ def test_a_plan_of_a_missing_stage_is_refused(bundle: Bundle) -> None:
 
 def test_a_damaged_record_of_a_missing_stage_is_refused(bundle: Bundle) -> None:
     note_of(put(bundle, record_of(bundle))).with_name("encoder.json").write_text("{")
-    with pytest.raises(PlanError, match=r"is damaged: .*\. Remove it") as caught:
+    with pytest.raises(PlanError, match=r"is damaged: .*: remove it") as caught:
         plans(bundle)
     assert "edge-runtime build" not in str(caught.value)
 
@@ -511,7 +515,7 @@ def test_a_damaged_or_hostile_record_is_refused(bundle: Bundle, edit: Any, reaso
     note_of(plan).write_text(json.dumps(content))
     with pytest.raises(PlanError, match=reason) as caught:
         plans(bundle)
-    refused(str(caught.value), bundle, "auto")
+    refused(caught.value, bundle, "auto")
     assert plans(bundle, skip_damaged=True) == []
     with pytest.raises(PlanError, match=reason):
         find(bundle, "stack", JETPACK, "8.7")
@@ -580,8 +584,8 @@ def test_an_unmeasured_plan_serves_with_a_warning(bundle: Bundle) -> None:
     plan = put(bundle, record_of(bundle))
     warning = may_serve(plan, ORIN, ())
     assert warning is not None
-    assert "never measured" in warning
-    assert shlex.split(warning.split("`")[-2]) == ["edge-runtime", "verify", str(bundle.path)]
+    assert "never measured" in warning.found
+    assert shlex.split(warning.mend) == ["edge-runtime", "verify", str(bundle.path)]
 
 
 @pytest.mark.parametrize(
@@ -600,7 +604,7 @@ def test_a_measurement_on_another_machine_does_not_count(
     plan = put(bundle, record_of(bundle, parity=parity(there)))
     warning = may_serve(plan, ORIN, ())
     assert warning is not None
-    assert str(next(iter(changes.values()))) in warning
+    assert str(next(iter(changes.values()))) in warning.found
     with pytest.raises(PlanError, match="wrong in all"):
         may_serve(plan, ORIN, WIDER)
 

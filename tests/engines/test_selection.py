@@ -223,7 +223,7 @@ def test_a_plan_that_contradicts_the_manifest_is_closed_and_refused(
 
     monkeypatch.undo()
     monkeypatch.setattr(engines.trt, "TrtEngine", Wrong)
-    with pytest.raises(PlanError, match=r"stack\.plan has inputs .*, its manifest says .*`edge"):
+    with pytest.raises(PlanError, match=r"stack\.plan has inputs .*, its manifest says .*: edge"):
         selection.open_plan(bundle, plan, machine.library)
     assert machine.open == 0
 

@@ -71,7 +71,7 @@ def test_verdicts_are_kept_there(cache: Path) -> None:
     selection.write_failure(bundle, "decoder", "cpu", failure(bundle))
     assert sorted(bundle.path.rglob("*")) == before
     (note,) = cache.rglob("*.json")
-    assert "failed the parity gate" in (selection.find_failure(bundle, "decoder", "cpu") or "")
+    assert "failed the parity gate" in str(selection.find_failure(bundle, "decoder", "cpu"))
     assert (cache.stat().st_mode & 0o777) == 0o700
     selection.write_failure(bundle, "decoder", "cpu", None)
     assert not note.exists()

@@ -319,13 +319,10 @@ def test_the_command_prints_parity_and_the_next_step(
     bundle = Bundle.load(out)
     assert bundle.manifest.stages["stack"].outputs[0].dtype == "float16"
     assert main(["export", *arguments]) == 1
-    assert (
-        capsys.readouterr()
-        .err.strip()
-        .endswith(
-            f"error: {out} exists and is never overwritten: move it away, or choose another --out"
-        )
+    said = (
+        f"error: {out} exists and is never overwritten\n  -> move it away, or choose another --out"
     )
+    assert capsys.readouterr().err.strip().endswith(said)
 
 
 def test_the_command_with_json(
@@ -384,7 +381,7 @@ def test_adapted_weights_in_stock_order_are_refused(adapted: Path, room: Path) -
 def test_a_wrong_model_or_truncated_checkpoint_is_refused(
     random_checkpoint: Path, room: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(CheckpointError, match="looks like tiny, not vit_b; use --model tiny"):
+    with pytest.raises(CheckpointError, match="looks like tiny, not vit_b: use --model tiny"):
         export(random_checkpoint, room / "b", model="vit_b")
     cropped = tmp_path / "cropped.pt"
     cropped.write_bytes(random_checkpoint.read_bytes()[:300_000])
@@ -485,7 +482,7 @@ def test_an_fp16_overflow_fails(random_checkpoint: Path, room: Path, tmp_path: P
     with torch.no_grad():
         sam.image_encoder.blocks[2].mlp.lin2.bias.fill_(1e5)
     save_checkpoint(sam, tmp_path / "huge.pt")
-    with pytest.raises(ExportError, match=r"stack gives NaN or Inf in fp16; .* --precision bf16"):
+    with pytest.raises(ExportError, match=r"stack gives NaN or Inf in fp16: .* --precision bf16"):
         export(tmp_path / "huge.pt", room / "b", precision="fp16", node_only=True)
 
 
@@ -502,7 +499,7 @@ def test_a_disk_that_fills_up_leaves_nothing(random_checkpoint: Path, room: Path
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
-        with pytest.raises(ExportError, match=r"cannot write .*b: .*; .*choose another --out"):
+        with pytest.raises(ExportError, match=r"cannot write .*b: .*: .*choose another --out"):
             export(random_checkpoint, room / "b", node_only=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -148,7 +148,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
 
 def test_a_wrong_model_error_names_the_likely_one(sam, tmp_path):
     save_checkpoint(sam, tmp_path / "w.pt")
-    with pytest.raises(CheckpointError, match=r"looks like tiny, not vit_b; use --model tiny"):
+    with pytest.raises(CheckpointError, match=r"looks like tiny, not vit_b: use --model tiny"):
         load_checkpoint(tmp_path / "w.pt", "vit_b")
 
 

@@ -328,9 +328,9 @@ def no_memory(bench: Bench) -> Seen:
             _, text = started.communicate(timeout=40)
         finally:
             started.kill()
-    last = (text.strip().splitlines() or [""])[-1]
-    clear = started.returncode > 0 and last.startswith("error: ")
-    return Seen({"RLIMIT_DATA MB": mb(limit)}, {"status": started.returncode, "said": last}, clear)
+    said = next((line for line in text.splitlines() if line.startswith("error: ")), "")
+    clear = started.returncode > 0 and said != ""
+    return Seen({"RLIMIT_DATA MB": mb(limit)}, {"status": started.returncode, "said": said}, clear)
 
 
 class _Edge:

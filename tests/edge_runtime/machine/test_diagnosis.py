@@ -282,8 +282,11 @@ class TestTensorrt:
     @pytest.mark.parametrize(
         ("answer", "said"),
         [
-            (Answer(error="crashed the process (SIGSEGV)"), "crashed the process (SIGSEGV)"),
-            (Answer(error="gave no answer within 20 s"), "gave no answer within 20 s"),
+            (
+                Answer(error="crashed the process (SIGSEGV)", end="crashed"),
+                "crashed the process (SIGSEGV)",
+            ),
+            (Answer(error="gave no answer within 20 s", end="late"), "gave no answer within 20 s"),
             (Answer(error="ImportError: libnvinfer.so.10: …"), "fails: ImportError: libnvinfer"),
         ],
     )
@@ -410,7 +413,19 @@ def test_a_damaged_bundle_is_reported_once(examined: Examined) -> None:
     assert "engines" not in checks
 
 
-def test_a_skipped_plan_is_reported_with_the_remedy(examined: Examined) -> None:
+def test_the_remedy_of_an_error_is_shown_as_it_is(examined: Examined, tmp_path: Path) -> None:
+    error = Answer(error="there is no plan", mend="edge-runtime build b --stage tail")
+    check = examined(NANO, engines=error)["engines"]
+    assert (check.status, check.detail, check.mend) == ("fail", error.error, error.mend)
+
+
+def test_a_probe_that_is_too_slow_names_a_command_with_more_time(examined: Examined) -> None:
+    late = Answer(error="gave no answer within 20 s", end="late")
+    assert (examined(NANO, bundle=late)["bundle"].mend or "").startswith("edge-runtime info ")
+    assert (examined(NANO, engines=late)["engines"].mend or "").endswith(" --timeout 200")
+
+
+def test_a_plan_that_is_passed_over_names_what_helps(examined: Examined) -> None:
     said, mend = "TensorRT is passed over: stale", "edge-runtime build b --stage tail"
     check = examined(NANO, engines=engines(said, mend=mend, tail=CPU))["engines"]
     assert (check.status, check.mend) == ("warn", mend)

@@ -421,17 +421,17 @@ def test_a_plan_that_the_library_refuses(open_stack: Opener, flavour: str) -> No
     with pytest.raises(PlanError) as caught:
         open_stack(flavour)
     text = str(caught.value)
-    assert "stack.plan: [runtime.cpp::parse::314] Error Code 6: plan [31m of another. Build" in text
+    assert "stack.plan: [runtime.cpp::parse::314] Error Code 6: plan [31m of another: edge" in text
     assert f"edge-runtime build {{}} --stage stack --backend {flavour}".split("{}")[1] in text
     assert driver.live() == {}
 
 
 def test_a_plan_with_a_refused_header(open_stack: Opener) -> None:
     simulated.failures.invalid = int(simulated.EngineInvalidityDiagnostics.UNSUPPORTED_CC)
-    with pytest.raises(PlanError, match=r"TensorRT-RTX 1\.7\.1 refuses .*: unsupported cc\. Build"):
+    with pytest.raises(PlanError, match=r"TensorRT-RTX 1\.7\.1 refuses .*: unsupported cc: edge"):
         open_stack("tensorrt-rtx")
     simulated.failures.invalid = int(simulated.EngineInvalidityDiagnostics.OLD_CUDA_DRIVER)
-    with pytest.raises(PlanError, match=r"old cuda driver\. Building it again would not help"):
+    with pytest.raises(PlanError, match=r"driver: .*doctor.*building it again would not help"):
         open_stack("tensorrt-rtx")
 
 
@@ -475,9 +475,9 @@ def test_the_library_s_messages_reach_error_and_log(
         simulated.failures.name = "execute_async_v3"
         with pytest.raises(EngineError) as caught:
             engine.run(stack_feeds(2))
-        assert str(caught.value).startswith(
+        assert caught.value.found == (
             "TensorRT 10.3.0 did not run the plan (stack.plan): "
-            "[enqueue] Error Code 1: a simulated reason. Look"
+            "[enqueue] Error Code 1: a simulated reason"
         )
         simulated.failures.name = "set_input_shape"
         with pytest.raises(
