@@ -267,3 +267,16 @@ def test_links_resolve(path: Path) -> None:
         target for target in targets if "://" not in target and not (path.parent / target).exists()
     ]
     assert not missing, f"{path.relative_to(ROOT)} links to {missing}"
+
+
+def test_the_table_of_what_offloading_can_gain_is_as_measured() -> None:
+    measured = json.loads((ROOT / "docs/results/split.json").read_text())
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for row in measured["rows"]:
+        seconds = row["seconds"]
+        gain = (seconds["stack"] + seconds["tail"]) / seconds["tail"]
+        name = f"ViT-{row['model'][-1].upper()}"
+        cells = [name, f"{row['edge_share']:.0%}".replace("%", " %")]
+        cells += [f"{seconds[stage]:.1f}" for stage in ("stack", "tail", "decoder")]
+        assert "| " + " | ".join([*cells, f"{gain:.1f} ×"]) + " |" in text
+    assert len(measured["rows"]) == 3

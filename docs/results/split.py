@@ -34,6 +34,8 @@ def timed(bundle: Bundle) -> dict[str, float]:
     side = bundle.geometry.image_size
     windows = cut(synthetic_image(side, side, seed=0), bundle.geometry)
     point, label = np.full((1, 1, 2), side / 2, np.float32), np.ones((1, 1), np.float32)
+    grid = bundle.geometry.grid
+    no_mask = np.zeros((1, 1, 4 * grid, 4 * grid), np.float32), np.zeros(1, np.float32)
     with Pipeline(bundle, device="cpu") as pipeline:
         for _ in range(2):
             began = time.perf_counter()
@@ -41,7 +43,7 @@ def timed(bundle: Bundle) -> dict[str, float]:
             stacked = time.perf_counter()
             embedding = pipeline.tail(tokens, windows)
             tailed = time.perf_counter()
-            pipeline.decode(embedding, point, label)
+            pipeline.decode(embedding, point, label, *no_mask)
             ended = time.perf_counter()
     return {"stack": stacked - began, "tail": tailed - stacked, "decoder": ended - tailed}
 
