@@ -378,6 +378,7 @@ def test_another_key_under_the_same_name_cuts_off_the_old_one(
         write_public(node.folder / "authorized" / "edge.pub", new.public, "edge")
         assert await peer.wait_closed(60)
         await peer.close()
+        node.wait_for(lambda stats: stats["dropped"] == {"revoked": 1})
         with pytest.raises(PeerError):
             await node.peer(old)
         async with await node.peer(new) as peer:
@@ -399,6 +400,8 @@ def test_a_folder_not_to_be_trusted_any_more_cuts_off_everybody(
         folder.chmod(0o777)
         assert await peer.wait_closed(60)
         await peer.close()
+        # And not for silence, as any peer that answers no heartbeat.
+        node.wait_for(lambda stats: stats["dropped"] == {"revoked": 1})
         with pytest.raises(PeerError):
             await node.peer(pair)
         folder.chmod(0o700)
