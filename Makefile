@@ -36,6 +36,10 @@ demo: $(DEMO_VENV)/.ready ## Segment a photo through three cloud nodes on this m
 test: lint types ## Lint, types and all tests, in the full environment
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
+.PHONY: check
+check: lint types ## Lint, types and every quick test that starts no process: about three minutes
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not process and not slow"
+
 .PHONY: lint
 lint: $(VENV)/.ready ## Lint and format check
 	$(VENV)/bin/ruff check .

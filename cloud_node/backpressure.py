@@ -1,8 +1,8 @@
 """Back-pressure: a result is computed only if it can be sent soon.
 
-Results that nobody reads fill the memory, and a result that can't be sent was computed for nothing.
-So requests wait in the queue, where deadlines and refusals see them, while enough results are on
-their way: to their edge, or to all edges together, by what these read in a few seconds.
+Unread results fill the memory, and a result that can't be sent was computed for nothing. So while
+enough results wait to be sent, to one edge or to all, requests stay in the queue, where deadlines
+and refusals apply. Enough means the bytes that the edges read in a few seconds.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ _LEAST_BYTES = 32 << 20
 def has_room(
     size: int, *, own: int, everybody: int, unacked: int, total: int, largest: int, rate: float
 ) -> bool:
-    """Whether `size` bytes of results of one edge may be added.
+    """True if `size` bytes of results for one edge may be added.
 
-    Whatever the numbers, a single result has room once nothing else is on its way, if `unacked`
+    A single result always has room once nothing else waits, if `unacked`
     holds two and `total` four of the largest results.
 
     Args:
-        own: bytes on their way to this edge, or being computed for it. everybody: to all edges.
-        unacked: at which an edge counts as one that does not read.
-        total: at which connections are dropped because all together hold too much.
+        own: bytes being sent to this edge or computed for it. everybody: for all edges.
+        unacked: an edge with more unacknowledged bytes counts as not reading.
+        total: connections are dropped if all together hold more.
         largest: bytes of the largest result.
         rate: bytes per second that all edges together read lately.
     """

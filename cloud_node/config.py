@@ -73,8 +73,9 @@ def load(file: Path | None = None, options: Mapping[str, Any] | None = None) -> 
         table = read_toml(file, f"cloud-node init --out {file}")
         if EDGE_SETTINGS & table.keys():
             raise ConfigError(
-                f"{file} holds the settings of an edge, which `edge-runtime nodes --config` reads; "
-                "expected a node's, which `cloud-node init` writes"
+                f"{file} holds the settings of an edge, expected those of a node",
+                mend="write one with `cloud-node init`; `edge-runtime nodes --config` reads an "
+                "edge's",
             )
         values = read_settings(file, table, SETTINGS)
         sources |= dict.fromkeys(values, str(file))
@@ -88,7 +89,7 @@ def load(file: Path | None = None, options: Mapping[str, Any] | None = None) -> 
         _refuse_conflicts(config)
     except ConfigError as error:
         used = str(file) in sources.values()
-        raise ConfigError(f"{file}: {error}" if used else str(error)) from None
+        raise (error.within(str(file)) if used else error) from None
     return Loaded(config, sources)
 
 
@@ -110,15 +111,17 @@ def prepare(config: NodeConfig) -> Prepared:
     bundle = Bundle.load(config.bundle or shipped_bundle())
     if not bundle.has("stack"):
         raise BundleError(
-            f"{bundle.path} has its blocks in stock order, which cannot be cut into windows; a "
-            "node serves a reordered bundle (`edge-runtime export --order reordered`)"
+            f"{bundle.path} has its blocks in stock order, which cannot be cut into windows; "
+            "expected a reordered bundle",
+            mend="export one with `edge-runtime export --order reordered`",
         )
     stage = bundle.stage("stack")
     windows = bundle.geometry.windows
     if config.max_batch is not None and config.max_batch < windows:
         raise ConfigError(
             f"max_batch is {config.max_batch}, expected at least {windows}, the windows of an "
-            "image of this bundle; or leave it out"
+            "image of this bundle",
+            mend="raise it, or leave it out",
         )
     # A request holds each window of one image at most once.
     limits = stage_limits(stage.inputs, stage.outputs, windows)
@@ -175,7 +178,7 @@ ALL_CORES = (
 
 
 def takes_all_cores(config: NodeConfig) -> bool:
-    """Whether workers of this machine compute with all its cores."""
+    """True if workers of this machine compute with all its cores."""
     local = config.threads is None and config.workers == "local"
     return local and {*config.device} <= {"auto", "cpu"}
 
@@ -186,13 +189,14 @@ def _refuse_conflicts(config: NodeConfig) -> None:
         if value != setting.default and config.workers != "ray":
             shown = setting.show(value).strip('"')
             raise ConfigError(
-                f'{name} is {shown}, but workers is "{config.workers}": set '
-                f'workers = "ray" (--workers ray), or leave {name} out'
+                f'{name} is {shown}, but workers is "{config.workers}"',
+                mend=f'set workers = "ray" (--workers ray), or leave {name} out',
             )
     if config.workers == "ray" and (len(config.device) > 1 or ":" in config.device[0]):
         raise ConfigError(
             f"device is {','.join(config.device)} with workers on Ray, expected one without a "
-            "number: Ray gives each worker a GPU, and ray_replicas is how many"
+            "number",
+            mend="set the number of workers with ray_replicas: Ray gives each a GPU",
         )
     if config.memory_ceiling is not None:
         least = _BASE_BYTES + config.queue_bytes
@@ -200,7 +204,8 @@ def _refuse_conflicts(config: NodeConfig) -> None:
             raise ConfigError(
                 f"memory_ceiling is {size_text(config.memory_ceiling)}, expected at least "
                 f"{size_text(least)}: what may wait (queue_bytes, "
-                f"{size_text(config.queue_bytes)}) and the process itself; or leave it out"
+                f"{size_text(config.queue_bytes)}) and the process itself",
+                mend="raise it, or leave it out",
             )
     if config.metrics:
         host, port = _host_and_port(config.bind)
@@ -246,7 +251,7 @@ def _probe(name: str, value: str, host: str, port: int) -> str | None:
             return f"{name} is {value}: something listens there already, perhaps this node"
         text = os.strerror(cast(int, error.errno))
         raise ConfigError(
-            f"{name} is {value}: this machine can't listen there ({text}); 0.0.0.0 is all its "
-            "addresses, and ports below 1024 need a privilege"
+            f"{name} is {value}: this machine can't listen there ({text})",
+            mend="use one of its addresses (0.0.0.0 is all of them) and a port above 1023",
         ) from None
     return None

@@ -61,7 +61,7 @@ class Listener:
         prepared: address, keys and limits.
         metrics: counts handshakes and connections.
         on_message: is called with a message's frame, the routing id of its connection and the name
-            of its key. What it raises is logged. Unless it returns something true, the message was
+            of its key. Its exceptions are logged. Unless it returns something true, the message was
             useless and counts for more.
         on_revoked: is called with names whose keys were revoked; their connections are dropped.
         on_left: is called with the name and the routing id of a connection that has ended.
@@ -122,7 +122,7 @@ class Listener:
         """Bind, and begin to let edges in.
 
         Raises:
-            ConfigError: the address can't be bound; `close` all the same.
+            ConfigError: the address can't be bound. Call `close` in this case too.
         """
         prepared = self._prepared
         self._ctx = zmq.Context()
@@ -200,7 +200,7 @@ class Listener:
             await asyncio.sleep(_RETRY_S)
 
     def admits(self, name: str, key: str) -> bool:
-        """Whether this key is authorised under this name."""
+        """True if this key is authorised under this name."""
         return self._authenticator is not None and self._authenticator.admits(name, key)
 
     def ban(self, name: str, reason: str) -> None:
@@ -242,7 +242,7 @@ class Listener:
             raise
         try:
             self._connections.sent(frame.nbytes, time.monotonic(), route=peer)
-        except Exception:  # it was sent all the same, and must not be sent again
+        except Exception:  # it was sent nevertheless and must not be sent again
             log.exception("a message that was sent could not be metered")
         return "sent"
 
@@ -306,8 +306,8 @@ class Listener:
             self._metrics.connections_dropped.labels(event.reason or "full").inc()
 
     def _revoke(self, names: frozenset[str]) -> None:
-        # Also connections that have not sent a message: they may be anybody's. Honest edges come
-        # back at once.
+        # Also drop connections that have sent no message, because their key is not known yet.
+        # Honest edges reconnect at once.
         self._connections.drop({*names, ""}, "revoked")
         self._on_revoked(names)
 
@@ -316,7 +316,7 @@ class Listener:
             self._break(task)
 
     def _break(self, task: asyncio.Task[None]) -> None:
-        """A task that ends by itself is a defect: stop the node."""
+        """If one of these tasks ends, that is a defect: stop the node."""
         if not self.broken.done():
             error = None if task.cancelled() else task.exception()
             self.broken.set_exception(error or RuntimeError(f"{task.get_name()} has ended"))

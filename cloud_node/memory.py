@@ -17,14 +17,14 @@ from edge_common.settings import size_text
 
 log = logging.getLogger(__name__)
 
-# What may arrive between two checks of the connections: 20 ms at 1.6 GB/s, which is more than one
+# Bytes that may arrive between two checks of the connections: 20 ms at 1.6 GB/s, faster than one
 # thread decrypts.
 _OVERSHOOT = 32 << 20
 _SLACK = 16 << 20  # a thread's stack, and what Python takes now and then
 _COPIES = 3  # of a frame under encryption: incoming, outgoing and one in between
 _CONNECTIONS = 4
 _CONNECTION = 20 << 10  # of libzmq and this process, also during a handshake
-# What the front takes before it has read its configuration, and the libraries it maps.
+# Memory of the front before it has read its configuration, and of the libraries it maps.
 _IMPORTS, _LIBRARIES = 64 << 20, 96 << 20
 _THREADS = 8  # of libzmq and pyzmq; the stacks of threads that end are kept
 
@@ -46,7 +46,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a bundle needs, in bytes.
+    """The memory requirements of a bundle, in bytes.
 
     Args:
         request, result: the largest, as they travel.
@@ -81,7 +81,7 @@ class TooLittle(ConfigError):
 
 
 def divide(limit: Limit, used: int, wanted: Budget, needs: Needs) -> Budget:
-    """As much of `wanted` as fits under a limit.
+    """The largest part of `wanted` that fits under a limit.
 
     Args:
         limit: the limit. used: bytes of it that the idle process takes.
@@ -100,8 +100,8 @@ def divide(limit: Limit, used: int, wanted: Budget, needs: Needs) -> Budget:
         raise TooLittle(
             f"{limit.name} is {size_text(_down(limit.most))}, of which {size_text(_up(used))} are "
             f"in use before any request; expected at least {size_text(_up(least_limit))}, for two "
-            f"requests with all windows of an image to wait and {least.connections} connections: "
-            f"{limit.raise_}, or serve a smaller model"
+            f"requests with all windows of an image to wait and {least.connections} connections",
+            mend=f"{limit.raise_}, or serve a smaller model",
         )
     both = min(
         wanted.queue + wanted.transit,
@@ -138,8 +138,8 @@ def _up(size: int) -> int:
 
 
 def check_room(size: int = _IMPORTS) -> None:
-    """Check that `size` more bytes fit, by default the libraries that are imported next. Without
-    this they would fail with messages of their own, or by a signal.
+    """Check that `size` more bytes fit, by default the libraries that are imported next. Otherwise
+    they would fail with unclear errors or a signal.
 
     Raises:
         TooLittle: they don't; the message says how much is enough, and how to raise the limit.
@@ -153,7 +153,8 @@ def check_room(size: int = _IMPORTS) -> None:
             if limit.most < least:
                 raise TooLittle(
                     f"{limit.name} is {size_text(_down(limit.most))}, expected at least "
-                    f"{size_text(_up(least))} to start with, and more to serve: {limit.raise_}"
+                    f"{size_text(_up(least))} to start with, and more to serve",
+                    mend=limit.raise_,
                 )
     finally:
         limits.close()
@@ -188,7 +189,7 @@ class Memory:
 
     @property
     def lowered(self) -> bool:
-        """Whether the budget is less than was wanted."""
+        """True if the budget is less than was wanted."""
         return self.budget != self._wanted
 
     def update(self) -> bool:
@@ -234,7 +235,7 @@ class Memory:
         )
 
     def scarce(self) -> bool:
-        """Whether so little memory is left that no request should be admitted. Fast."""
+        """True if so little memory is left that no request should be admitted. Fast."""
         return any(self._short(limit, 2) for limit in (*self._found, *self._limits.own()))
 
     def breached(self) -> Limit | None:
@@ -245,7 +246,7 @@ class Memory:
         return near[0] if risen else None
 
     def _short(self, limit: Limit, part: int) -> bool:
-        """Whether less is left than this part of the reserve."""
+        """True if less is left than this part of the reserve."""
         room = limit.most - self._idle.get(limit.name, limit.used)
         return limit.most - limit.used < _reserve(room) // part
 

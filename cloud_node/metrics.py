@@ -97,7 +97,7 @@ class Metrics:
 
     @property
     def ready(self) -> bool:
-        """Whether edges may be sent here: bound, not stopping, and a worker can compute."""
+        """True if edges may be sent here: bound, not stopping, and a worker can compute."""
         return self.state in ("ready", "degraded") and self.workers_ready > 0
 
     @property

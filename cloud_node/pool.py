@@ -76,7 +76,7 @@ class WorkerEvent:
         restarts: how often the worker of this lane has been replaced.
         pid: of its process, 0 if that is not on this machine.
         seconds: for ``ready``, since ``started``; for ``died``, until it is started again.
-        text: for ``ready``, what computes; for ``died``, why, in one line.
+        text: for ``ready``, the engine; for ``died``, the reason in one line.
     """
 
     kind: Literal["started", "ready", "died", "stopped"]
@@ -199,7 +199,7 @@ class Pool(ABC):
 
 
 class QueuedPool(Pool):
-    """What local workers and replicas on Ray share: settings, the queue for slots, the end.
+    """The common part of local pools and Ray pools: settings, the queue for slots, closing.
 
     Args:
         bundle: whose stack the workers run.
@@ -282,7 +282,7 @@ class QueuedPool(Pool):
                 count -= 1
 
     def run_ended(self) -> None:
-        """To be called when a run has ended."""
+        """Call this when a run has ended."""
         if self._hurry or not self._runs:
             self._no_runs.set()
         else:
@@ -332,7 +332,7 @@ class QueuedSlot(Slot):
         """Give the batch to the worker."""
 
     def ended(self, *, succeeded: bool = False) -> None:
-        """To be called when the worker no longer uses the slot's memory."""
+        """Call this when the worker no longer uses the slot's memory."""
         self._running, self._succeeded = False, succeeded
         if self._released:
             self._recycle()
@@ -373,8 +373,8 @@ def visible_devices(ordinal: int, visible: str | None) -> str:
     seen = [name.strip() for name in visible.split(",") if name.strip()]
     if ordinal >= len(seen):
         raise ConfigError(
-            f"device number {ordinal}, but CUDA_VISIBLE_DEVICES={visible} shows {len(seen)}: "
-            "change either; numbers count from 0"
+            f"device number {ordinal}, but CUDA_VISIBLE_DEVICES={visible} shows {len(seen)}",
+            mend="change either; numbers count from 0",
         )
     return seen[ordinal]
 
@@ -383,13 +383,13 @@ _DEPTH = 2
 """Slots of a worker: while one computes, another is filled, so that a GPU never waits."""
 
 _GRACE_S = 5.0
-"""Time for a worker to end by itself once it has nothing to do."""
+"""Time for an idle worker to end without a signal."""
 
 _GONE_S = 15.0
-"""Time for a killed worker to be gone; a driver may hold it up."""
+"""Time for a killed worker to end. A driver may delay it."""
 
 _STEADY_S = 60.0
-"""A worker that was ready this long is sound: its successor starts after the shortest delay."""
+"""After this time a worker counts as healthy: its successor starts after the shortest delay."""
 
 HANG_FACTOR = 10
 """A run may take this many times as long as the slowest one so far."""
@@ -514,8 +514,8 @@ class _Pending:
 class _Lane:
     """One device: its shared memory, the process that computes there now, and its runs.
 
-    The memory belongs to the lane, so that outputs outlive a process. Places that a dead process
-    may still write to are used again only once it is gone.
+    The memory belongs to the lane, so outputs outlive a process. Places that a dead process may
+    still write to are reused only after it has ended.
     """
 
     def __init__(
@@ -597,7 +597,7 @@ class _Lane:
             if not run.future.done():
                 run.future.set_result(outputs)
         elif not run.future.done():
-            run.future.set_exception(EngineError(message.text))
+            run.future.set_exception(message.failure.error())
         del self.runs[message.id]  # not before: if anything fails above, the run is lost
         run.slot.ended(succeeded=succeeded)
         self._pool.run_ended()
@@ -671,7 +671,7 @@ class _Lane:
             await self._watch(process)
             lost = self._fail_runs()
             end = await process.reap(_GRACE_S)
-            for run in lost:  # the process is gone and writes to no place any more
+            for run in lost:  # the process has ended and no longer writes anywhere
                 run.slot.ended()
         except BaseException:  # the event loop ends without `close`, or there is a defect
             process.end_now()

@@ -16,7 +16,7 @@ from typing import Any
 from cloud_node.admission import Refusal
 
 OVERHEAD_BYTES = 4096
-"""What a request takes beside its tensors: a limit on bytes also limits the number of requests."""
+"""A request's bytes beside its tensors: a limit on bytes also limits the number of requests."""
 
 _DECAY = 0.8  # weight of past batches in the estimate, at each new one
 _MIN_RETRY_MS, _MAX_RETRY_MS, _UNKNOWN_RETRY_MS = 10, 10_000, 100
@@ -75,7 +75,7 @@ class Queue:
     """The queue of one node.
 
     Waiting requests never exceed `most_bytes`, and one client gets half of it while others wait.
-    Of two clients that always have requests waiting, neither gets more than a batch and two
+    If two clients always have requests waiting, neither gets more than a batch and two
     requests ahead of the other. A client that returns after a pause has neither credit nor debt.
     Every admitted request leaves exactly once: taken into a batch, or returned by a method that
     removes it.
@@ -248,7 +248,7 @@ class Queue:
             self.running_windows -= job.windows
 
     def cancel(self, client: str, id: bytes) -> list[Job]:
-        """As `drop`, for the request with this id."""
+        """Like `drop`, for the request with this id."""
         found = self._clients.get(client)
         job = found and (found.waiting.get(id) or found.running.get(id))
         return self._drop([job], "cancelled") if job else []
@@ -279,7 +279,7 @@ class Queue:
         return [self._remove(job) for job in list(self._jobs.values())]
 
     def drop_all(self) -> list[Job]:
-        """As `drop`, for all clients, whose connections have ended."""
+        """Like `drop`, for all clients: their connections have ended."""
         return [job for client in list(self._clients) for job in self.drop(client, "lost")]
 
     def set_limit(self, most_bytes: int) -> list[Job]:
@@ -293,7 +293,7 @@ class Queue:
         return shed
 
     def isolate(self, client: str, until: float) -> None:
-        """Give each request of this client a batch of its own until then."""
+        """Run each request of this client in its own batch until then."""
         if found := self._clients.get(client):
             found.isolated_until = max(found.isolated_until, until)
 

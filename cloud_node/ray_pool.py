@@ -148,14 +148,16 @@ class RayPool(QueuedPool):
         super().__init__(bundle, threads, max_batch)
         if importlib.util.find_spec("ray") is None:
             raise ConfigError(
-                "workers on Ray were asked for, but Ray is not installed: "
-                "`pip install 'ray[serve]'`, or serve with local workers"
+                "workers on Ray were asked for, but Ray is not installed",
+                mend="`pip install 'ray[serve]'`, or serve with local workers",
+                code="not_installed",
             )
         if address.startswith("ray://"):
             raise ConfigError(
                 f"Ray address {address!r}, expected auto, local or HOST:PORT: a node must be a "
-                "host of the cluster. Join this machine to it with `ray start "
-                "--address=HOST:6379 --num-cpus=0`, then use auto"
+                "host of the cluster",
+                mend="join this machine to it with `ray start --address=HOST:6379 --num-cpus=0`, "
+                "then use auto",
             )
         least, most = (replicas, replicas) if isinstance(replicas, int) else replicas
         if not 1 <= least <= most:
@@ -202,9 +204,9 @@ class RayPool(QueuedPool):
             done, _ = await asyncio.wait({self._starting}, timeout=self._start_s)
             if not done:
                 raise EngineError(
-                    f"the {self._least} replicas on Ray were not ready within {self._start_s:g} s: "
-                    "`ray status` shows whether hosts or GPUs are missing, and the logs of Ray "
-                    "Serve on its hosts show what they are doing"
+                    f"the {self._least} replicas on Ray were not ready within {self._start_s:g} s",
+                    mend="`ray status` shows whether hosts or GPUs are missing, and the logs of "
+                    "Ray Serve on its hosts show what they are doing",
                 )
             self._depth = 1 if self._starting.result() == "cpu" else 2
         except BaseException:
@@ -267,8 +269,8 @@ class RayPool(QueuedPool):
                     raise failed[1].error().within(f"on the host {failed[0]}") from None
             lines = str(error).split("\n")
             raise EngineError(
-                f"replicas on Ray cannot start: {lines[0].strip() or type(error).__name__}; the "
-                "logs of Ray Serve on the hosts have the details"
+                f"replicas on Ray cannot start: {lines[0].strip() or type(error).__name__}",
+                mend="read the logs of Ray Serve on the hosts",
             ) from None
         return str(kind)
 
@@ -289,9 +291,9 @@ class RayPool(QueuedPool):
             if have.get(kind, 0) < number:
                 raise EngineError(
                     f"{self._least} replicas with device {self._device} need {number} {kind}s, the "
-                    f"Ray cluster at {self._cluster.place} has {have.get(kind, 0):g}: join more "
-                    "hosts with `ray start`, or ask for fewer replicas, fewer threads or another "
-                    "device"
+                    f"Ray cluster at {self._cluster.place} has {have.get(kind, 0):g}",
+                    mend="join more hosts with `ray start`, or ask for fewer replicas, fewer "
+                    "threads or another device",
                 )
         return gpus
 
@@ -431,8 +433,9 @@ class RayPool(QueuedPool):
             raise EngineError(f"{kind} in a replica on Ray") from None
         except (exceptions.ObjectStoreFullError, exceptions.OutOfDiskError):
             raise EngineError(
-                "Ray's object store on this host is full: give `ray start` a greater "
-                "--object-store-memory, or lower max_batch"
+                "Ray's object store on this host is full",
+                mend="give `ray start` a greater --object-store-memory, or lower max_batch",
+                code="out_of_memory",
             ) from None
         except exceptions.RayError as error:
             raise WorkerDied(
@@ -442,8 +445,8 @@ class RayPool(QueuedPool):
             if type(error).__module__.startswith("ray.serve"):  # no replica was there
                 raise WorkerDied(f"no replica on Ray took it ({type(error).__name__})") from None
             raise
-        if isinstance(answer, str):
-            raise EngineError(answer)
+        if isinstance(answer, Failed):
+            raise answer.error()
         sealed, compute_us = answer
         try:
             outputs = await in_thread(self._threads_of_ray, _open, sealed, key)
@@ -482,7 +485,7 @@ class RayPool(QueuedPool):
             await asyncio.wait_for(in_thread(None, self._cluster.remove), _START_GRACE_S)
         if self._starting is not None:
             if not self._starting.done():
-                # It notices that it was called off, or that its application is gone.
+                # The starting task notices its cancellation, or that its application has ended.
                 await asyncio.wait({self._starting}, timeout=_START_GRACE_S)
                 await in_thread(None, self._cluster.remove)
             if self._starting.done():
@@ -549,7 +552,7 @@ class _Cluster:
                 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         import ray
 
-        # The import gives Ray a handler of its own, but the node's log may be JSON.
+        # The import makes Ray install its own handler, but the node's log may be JSON.
         logger = logging.getLogger("ray")
         logger.handlers.clear()
         logger.propagate = True
@@ -578,9 +581,10 @@ class _Cluster:
             if self.ours:
                 raise EngineError(f"Ray cannot be started on this machine: {reason}") from None
             raise EngineError(
-                f"no Ray cluster is reached at {address} ({reason}): join this machine to the "
-                "cluster with `ray start --address=HOST:6379 --num-cpus=0`, have the same version "
-                "of Ray and of Python on all its hosts, or correct the Ray address"
+                f"no Ray cluster is reached at {address} ({reason})",
+                mend="join this machine to the cluster with `ray start --address=HOST:6379 "
+                "--num-cpus=0`, have the same version of Ray and of Python on all its hosts, or "
+                "correct the Ray address",
             ) from None
         self._joined = True
 
@@ -609,8 +613,8 @@ class _Cluster:
                 import ray
 
                 try:
-                    # Without serve.shutdown() before: threads that still listen to Serve's
-                    # controller would find Ray gone, and end this process.
+                    # Do not call serve.shutdown() first: threads that still listen to Serve's
+                    # controller would lose Ray and end this process.
                     ray.shutdown()
                 except Exception as error:
                     log.error("leaving Ray failed: %s", type(error).__name__)
@@ -631,7 +635,7 @@ def _open(sealed: Sealed, key: bytes) -> Outputs:
     return unseal(sealed, key, result=True)
 
 
-# What runs on the hosts of the cluster
+# The code that runs on the hosts of the cluster
 
 
 class Failures:
@@ -671,10 +675,10 @@ class Replica:
         self._lock = threading.Lock()  # Serve has a thread for each batch that waits
 
     def about(self) -> tuple[str, str, int]:
-        """What computes here; host and process."""
+        """The kind of engine, the host and the process."""
         return self._engine.kind, socket.gethostname(), os.getpid()
 
-    def run(self, batch: Sealed, key: bytes) -> tuple[Sealed, int] | str:
+    def run(self, batch: Sealed, key: bytes) -> tuple[Sealed, int] | Failed:
         """Outputs and microseconds; or why the batch failed. Ends the process if it is unusable.
 
         Never raises, because Ray would log an exception with its traceback.
@@ -687,9 +691,9 @@ class Replica:
             except EngineError as error:
                 if not self._engine.works():
                     os._exit(1)
-                return str(error)
+                return Failed.of(error)
             except Exception as error:
-                return f"{type(error).__name__} in a replica"
+                return Failed("EngineError", f"{type(error).__name__} in a replica")
             finally:
                 self._began = None
 

@@ -89,10 +89,10 @@ class _Work:
 
 
 class Server:
-    """Serves the stack of one bundle until told to stop.
+    """Serves the stack of one bundle until it is stopped.
 
     Args:
-        prepared: what to serve, where, to whom.
+        prepared: bundle, address and keys.
         pool: workers, not started. The server starts and closes it.
         metrics: default: new ones.
     """
@@ -166,7 +166,7 @@ class Server:
             with self._announced():
                 await asyncio.wait({*tasks, stopping}, return_when=asyncio.FIRST_COMPLETED)
             await self._drain(tasks)
-            for task in tasks:  # a task that has ended by itself is a defect: raise it
+            for task in tasks:  # a task that ends early has a defect: raise it
                 if task.done():
                     task.result()
         finally:
@@ -203,7 +203,7 @@ class Server:
                 return
             await asyncio.sleep(min(0.02, max(0.0, give_up - self._loop.time())))
 
-    # What arrives
+    # Incoming messages
 
     def _handle(self, frame: zmq.Frame, to: bytes, name: str) -> bool:
         """Handle a message; returns whether it was of use, for the limit on messages."""
@@ -344,7 +344,7 @@ class Server:
                 await asyncio.wait_for(self._work.wait(), wait)
 
     def _may_run(self, client: str, running: int, windows: int) -> bool:
-        """Whether there is room for the results of `windows` of a client with `running` windows,
+        """True if there is room for the results of `windows` of a client with `running` windows,
         beside the results that it has not read yet."""
         return self._has_room(client, running, windows) or (
             self._listener.refresh() and self._has_room(client, running, windows)
@@ -535,7 +535,7 @@ class Server:
         self._fit_memory()
 
     def _fit_memory(self) -> None:
-        """Have queue and listener hold no more than limits on memory allow.
+        """Keep queue and listener within the limits on memory.
 
         Raises:
             TooLittle: they allow too little, and the node does not serve yet.
@@ -585,7 +585,7 @@ class Server:
             extra={"event": "rebound"},
         )
 
-    # What leaves
+    # Outgoing messages
 
     def _refuse(self, peer: bytes, name: str, id: bytes, refusal: Refusal) -> str:
         """Send a refusal; returns its code."""

@@ -16,8 +16,8 @@ DEVICES = ("auto", "cpu", "cuda", "tensorrt")
 _DEVICE = re.compile(r"([a-z]+)(?::(\d{1,3}(?:,\d{1,3})*))?")
 _TIB = 1 << 40
 
-_SERVED = "what is served, and to whom"
-_COMPUTES = "what computes"
+_SERVED = "bundle, address and keys"
+_COMPUTES = "devices and workers"
 _QUEUE = "batches and queue"
 _REPORTS = "logs and metrics"
 

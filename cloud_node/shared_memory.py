@@ -1,7 +1,7 @@
 """Memory shared by a node's front and a worker, for batches and results.
 
 An :class:`Arena` is an anonymous file in memory that both processes map. The :class:`Layout` alone
-determines where each tensor lies. The pool decides who writes where.
+determines each tensor's place. The pool assigns places to writers.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ def _anonymous() -> int:
         import _posixshmem  # type: ignore[import-not-found]
     except ImportError:
         raise EngineError(
-            f"{sys.platform} has no memory that processes share by descriptor: run the node on "
-            "Linux or macOS"
+            f"{sys.platform} has no memory that processes share by descriptor",
+            mend="run the node on Linux or macOS",
         ) from None
     name = f"/edge-runtime-{secrets.token_hex(6)}"
     fd = _posixshmem.shm_open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode=0o600)

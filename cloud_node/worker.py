@@ -50,7 +50,7 @@ _CLOEXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
 
 class Noop(Engine):
-    """Computes nothing: outputs hold whatever their memory holds, zeros where it is new."""
+    """Computes nothing. Outputs keep the previous content of their memory, or zeros."""
 
     def __init__(self, layout: Layout) -> None:
         self.inputs, self.outputs = layout.inputs, layout.outputs
@@ -73,7 +73,7 @@ class WarmEngine:
     """The engine of a bundle's stack, open and warm.
 
     Attributes:
-        kind: what computes.
+        kind: the engine, see `Kind`.
         slowest_s: the longest run so far.
 
     Raises:
@@ -87,8 +87,8 @@ class WarmEngine:
         if stage.sha256 != request.stage:
             raise BundleError(
                 f"{bundle.path} holds stack {stage.sha256[:12]}, but this node was started with "
-                f"{request.stage[:12]}: restart the node to serve the new one, or put the old one "
-                "back"
+                f"{request.stage[:12]}",
+                mend="restart the node to serve the new one, or put the old one back",
             )
         log.info("opening %s, %.0f MB", bundle.manifest.model, bundle.size(STAGE) / 1e6)
         self.kind: Kind
@@ -109,7 +109,9 @@ class WarmEngine:
                 self._warm_up(size)
         except MemoryError:
             raise EngineError(
-                "there is not enough memory for the engine: free some, or serve a smaller model"
+                "there is not enough memory for the engine",
+                mend="free some, or serve a smaller model",
+                code="out_of_memory",
             ) from None
 
     def run(
@@ -125,14 +127,16 @@ class WarmEngine:
             outputs = self._engine.run(feeds, out)
             seconds = time.perf_counter() - start
         except EdgeRuntimeError as error:
-            raise EngineError(str(error)[:_MAX_TEXT]) from None
+            raise EngineError(
+                error.found[:_MAX_TEXT], mend=error.mend[:_MAX_TEXT], code=error.code
+            ) from None
         except Exception as error:
             raise EngineError(f"{type(error).__name__} in the engine") from None
         self.slowest_s = max(self.slowest_s, seconds)
         return outputs, round(seconds * 1e6)
 
     def works(self) -> bool:
-        """Whether the engine still runs. A GPU may be unusable after a failed batch."""
+        """True if the engine still runs. A GPU may be unusable after a failed batch."""
         try:
             self._warm_up(1)
         except Exception as error:
@@ -196,7 +200,7 @@ def _serve(channel: _Channel, arena: Arena, engine: WarmEngine) -> int:
         try:
             _, compute_us = engine.run(feeds, outputs)
         except EngineError as error:
-            channel.send(RunFailed(message.id, str(error)))
+            channel.send(RunFailed(message.id, Failed.of(error)))
             if not engine.works():
                 return 1
         else:

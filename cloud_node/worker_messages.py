@@ -19,7 +19,7 @@ _DAY_US = 86_400_000_000
 """No run takes longer. A broken worker could otherwise distort the estimates of the queue."""
 
 Kind = Literal["tensorrt", "cuda", "cpu", "noop"]
-"""What computes: TensorRT, ONNX Runtime on CUDA or on the CPU, or nothing."""
+"""The engine: TensorRT, ONNX Runtime on CUDA or on the CPU, or none."""
 
 
 class Open(msgspec.Struct, frozen=True, kw_only=True, tag="open"):
@@ -58,7 +58,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """The engine cannot be opened. `kind`: the name of the error's class."""
+    """The engine cannot be opened, or a run failed. `kind`: the name of the error's class."""
 
     kind: str
     found: str
@@ -89,7 +89,7 @@ class RunFailed(msgspec.Struct, frozen=True, tag="run_failed"):
     """A run failed, and the worker lives."""
 
     id: int
-    text: str
+    failure: Failed
 
 
 class Logged(msgspec.Struct, frozen=True, tag="logged"):

@@ -10,7 +10,7 @@ class EdgeRuntimeError(Exception):
 
     Args:
         found: what was found and, where that helps, what was expected.
-        mend: what the user can do about it; may be empty.
+        mend: what the user can do about it: the command alone, where one is enough. May be empty.
         code: which failure it is, for programs; None is the class's own.
 
     Attributes:

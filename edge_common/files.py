@@ -37,7 +37,7 @@ def atomic_file(
         replace: whether an existing file may be replaced. If not, a file that appears during the
             block is not replaced either.
         error: class of the error to raise when the disk refuses.
-        instead: what the user can do other than repair the disk; ends the error's text.
+        instead: what the user can do other than repair the disk; ends the error's `mend`.
     """
     path = Path(path)
     if not replace:
@@ -114,7 +114,7 @@ def scratch_folder(
 
     for parent in folder.parents:
         if os.path.lexists(parent) and not parent.is_dir():
-            raise error(f"{parent} is a file, not a folder: {instead}")
+            raise error(f"{parent} is a file, not a folder", mend=instead)
     with cleanup_on_exit(remove):
         with explain_write_errors(folder, error, instead):
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,9 @@ def scratch_folder(
         if free < room:
             raise error(
                 f"{folder} needs about {max(room / 1e6, 0.1):,.1f} MB and {free / 1e6:,.1f} MB are "
-                f"free: make room on that disk, or {instead}"
+                "free",
+                mend=f"make room on that disk, or {instead}",
+                code="disk_full",
             )
         yield scratch
 
@@ -169,7 +171,8 @@ def refuse_existing(
 ) -> None:
     """Raise ``error`` if anything is at ``path``."""
     if os.path.lexists(path):
-        raise error(f"{path} exists and is never overwritten: move it away, or {instead}")
+        mend = f"move it away, or {instead}"
+        raise error(f"{path} exists and is never overwritten", mend=mend, code="exists")
 
 
 @contextlib.contextmanager
@@ -178,23 +181,19 @@ def explain_write_errors(
     error: type[EdgeRuntimeError] = OutputError,
     instead: str = "name another place",
 ) -> Iterator[None]:
-    """Turn an OSError in the block into one line that names ``path`` and says what to do."""
+    """Turn an OSError in the block into an ``error`` that names ``path`` and says what to do."""
     try:
         yield
     except OSError as refusal:
-        raise error(write_error_text(path, refusal, instead)) from refusal
-
-
-def write_error_text(path: str | os.PathLike[str], refusal: OSError, instead: str) -> str:
-    """The line of :func:`explain_write_errors`."""
-    reason = refusal.strerror or str(refusal) or "no space left on the disk"
-    if refusal.errno in _DISK_FULL:
-        remedy = "make room on that disk, or "
-    elif refusal.errno in _NOT_ALLOWED:
-        remedy = "allow it, or "
-    else:
-        remedy = ""
-    return f"cannot write {path}: {reason}; {remedy}{instead}"
+        reason = refusal.strerror or str(refusal) or "no space left on the disk"
+        full = refusal.errno in _DISK_FULL
+        denied = refusal.errno in _NOT_ALLOWED
+        first = "make room on that disk, or " if full else "allow it, or " if denied else ""
+        raise error(
+            f"cannot write {path}: {reason}",
+            mend=first + instead,
+            code="disk_full" if full else None,
+        ) from refusal
 
 
 def flush_to_disk(path: str | os.PathLike[str]) -> None:

@@ -39,7 +39,7 @@ class Health(Protocol):
 
     @property
     def ready(self) -> bool:
-        """Whether it accepts work."""
+        """True if it accepts work."""
 
     @property
     def state(self) -> str:
@@ -75,8 +75,8 @@ class Endpoint:
             )
         except OSError as error:
             raise ConfigError(
-                f"cannot listen on {_address(host, port)} for metrics: {error.strerror or error}; "
-                "choose another address (--metrics), or off"
+                f"cannot listen on {_address(host, port)} for metrics: {error.strerror or error}",
+                mend="choose another address (--metrics), or off",
             ) from None
         self.address = _address(*self._server.sockets[0].getsockname()[:2])
         log.info("metrics at http://%s/metrics", self.address)
@@ -123,7 +123,7 @@ class Endpoint:
         await writer.wait_closed()
 
     def _answer(self, request: bytes | None) -> bytes:
-        """The answer to a request; None is one that was too long."""
+        """The answer to a request. None is a request that was too long."""
         if request is None:
             return _response(431, f"at most {_REQUEST_BYTES} bytes\n")
         words = request.split(b"\r\n", 1)[0].split(b" ")

@@ -31,7 +31,7 @@ def read_json(
         kind: a msgspec type.
         max_bytes: no more is read.
         error: class of the error to raise.
-        remedy: a sentence that ends the error's text.
+        remedy: the error's `mend`.
         schema: the number that the file's field ``schema`` must have; None: it has none.
 
     Raises:
@@ -40,7 +40,7 @@ def read_json(
     """
 
     def refuse(what: str) -> EdgeRuntimeError:
-        return error(f"{path} {what}. {remedy}")
+        return error(f"{path} {what}", mend=remedy)
 
     try:
         if path.exists() and not path.is_file():  # opening a pipe would wait for ever

@@ -54,11 +54,11 @@ class LogLimiter:
         self._periods: dict[Hashable, tuple[float, int]] = {}  # start, lines so far
 
     def allows(self, key: Hashable, now: float | None = None) -> bool:
-        """Whether to log a line about `key` now."""
+        """True if a line about `key` may be logged now."""
         return self.take(key, now) is not None
 
     def take(self, key: Hashable, now: float | None = None) -> int | None:
-        """As `allows`, but returns how many lines the last period left out, or None to refuse."""
+        """Like `allows`, but returns how many lines the last period left out, or None to refuse."""
         now = self._clock() if now is None else now
         start, lines = self._periods.get(key, (None, 0))
         if start is not None and now - start < self._every_s:

@@ -1,7 +1,8 @@
-"""Whether another user could change a file that must be trusted: keys, settings, engines.
+"""Checks that no other user could have changed a file that must be trusted: keys, settings,
+engines.
 
 The rule is the one of OpenSSH's StrictModes: the file, and every link and folder on the path to it,
-belongs to us or to root, and nobody else may write to it.
+belongs to us or to root, and no other user may write to it.
 """
 
 from __future__ import annotations
@@ -14,14 +15,28 @@ import shlex
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
+
+from edge_common.errors import EdgeRuntimeError
 
 _LINKS = 40  # as many as Linux follows
 
 
+class Danger(NamedTuple):
+    """Why something must not be trusted, and what repairs that: usually a command."""
+
+    found: str
+    mend: str
+
+    def error(self, kind: type[EdgeRuntimeError]) -> EdgeRuntimeError:
+        """An error of that class."""
+        return kind(self.found, mend=self.mend, code="untrusted")
+
+
 def why_untrusted(
     path: Path | str, *, owner: int | None = None, closed: bool = False
-) -> str | None:
-    """Say why `path` must not be trusted, and which command repairs that; None if it is safe.
+) -> Danger | None:
+    """Say why `path` must not be trusted; None if it is safe.
 
     A folder with the sticky bit, such as /tmp, may be on the path: everybody can write to it, but
     only the owner of a file in it can replace that file. Group write permission is accepted where
@@ -38,15 +53,16 @@ def why_untrusted(
     path = Path(path)
     *steps, last = _steps(path)
     for step in steps:
-        found = why_entry_untrusted(step, os.lstat(step), owner, _unmapped(), sticky=True)
-        if found:
-            return f"{found}, or move {path} to a folder that only you can write to"
+        danger = why_entry_untrusted(step, os.lstat(step), owner, _unmapped(), sticky=True)
+        if danger:
+            move = f"`{danger.mend}`, or move {path} to a folder that only you can write to"
+            return Danger(danger.found, move)
     return why_entry_untrusted(last, os.lstat(last), owner, sticky=not closed)
 
 
 def why_entry_untrusted(
     path: Path, status: os.stat_result, *owners: int | None, sticky: bool = False
-) -> str | None:
+) -> Danger | None:
     """`why_untrusted` for one file or folder alone, without the path to it.
 
     Args:
@@ -59,9 +75,9 @@ def why_entry_untrusted(
             name = pwd.getpwuid(status.st_uid).pw_name
         except KeyError:
             name = "a user without a name"
-        return (
-            f"{path} belongs to {name} (uid {status.st_uid}), who could replace what it holds: run "
-            f"`sudo chown {os.geteuid()} {quoted}`"
+        return Danger(
+            f"{path} belongs to {name} (uid {status.st_uid}), who could replace what it holds",
+            f"sudo chown {os.geteuid()} {quoted}",
         )
     mode = stat.S_IMODE(status.st_mode)
     if stat.S_ISLNK(status.st_mode) or not mode & 0o022:
@@ -70,9 +86,9 @@ def why_entry_untrusted(
         return None
     if not mode & 0o002 and _is_private_group(status.st_uid, status.st_gid) and not _has_acl(path):
         return None
-    return (
-        f"others may write to {path} (mode {mode:04o}) and could replace what it holds: run "
-        f"`chmod go-w {quoted}`"
+    return Danger(
+        f"others may write to {path} (mode {mode:04o}) and could replace what it holds",
+        f"chmod go-w {quoted}",
     )
 
 
@@ -113,7 +129,7 @@ def _unmapped() -> int | None:
 
 @functools.cache
 def _is_private_group(uid: int, gid: int) -> bool:
-    """Whether this user is the only member of the group. Cached, because the lookup may be slow."""
+    """True if this user is the only member of the group. Cached, because the lookup may be slow."""
     try:
         name, members = pwd.getpwuid(uid).pw_name, set(grp.getgrgid(gid).gr_mem)
     except KeyError:
@@ -123,7 +139,7 @@ def _is_private_group(uid: int, gid: int) -> bool:
 
 
 def _has_acl(path: Path) -> bool:
-    """Whether an access control list gives rights that the mode does not show."""
+    """True if an access control list gives rights that the mode does not show."""
     try:
         return "system.posix_acl_access" in os.listxattr(path)
     except (OSError, AttributeError):  # macOS has no such function

@@ -1,6 +1,6 @@
-"""What a long-running process that holds images or keys does to itself at start, and how it ends.
+"""Process settings of programs that hold images or keys, and the end of such a process.
 
-Imports little, because it is called before anything that takes time.
+Imports little, because it runs before anything that takes time.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Tells systemd that a process is ready, is alive or is stopping: the protocol of sd_notify(3).
+"""Notifies systemd that a process is ready, alive or stopping: the protocol of sd_notify(3).
 
-The `sdnotify` package does less than is needed: its sends can block the event loop, it hides
+The `sdnotify` package is not sufficient: its sends can block the event loop, it hides
 errors, and it has no watchdog.
 """
 

@@ -189,8 +189,8 @@ def read_settings(
     Raises:
         ConfigError: naming the file, the key and what was expected; or others may change the file.
     """
-    if found := why_untrusted(file):
-        raise ConfigError(found)
+    if danger := why_untrusted(file):
+        raise danger.error(ConfigError)
     values = {}
     for name, value in table.items():
         if isinstance(value, dict):
@@ -198,7 +198,7 @@ def read_settings(
                 f"{file}: [{name}] begins a table; expected lines NAME = VALUE without tables"
             )
         if name not in settings:
-            raise ConfigError(f"{file}: {unknown_key(name, settings)}")
+            raise unknown_key(name, settings).within(str(file))
         try:
             found = settings[name].read(value)
         except Invalid as error:
@@ -288,7 +288,7 @@ def _read_address(value: Any) -> str | None:
 
 
 def is_address(text: str) -> bool:
-    """Whether a text is ``HOST:PORT``."""
+    """True if a text is ``HOST:PORT``."""
     found = _ADDRESS.fullmatch(text)
     return found is not None and int(found[2]) <= 65535
 

@@ -143,7 +143,7 @@ def _raise(number: int, frame: FrameType | None) -> None:
 
 
 class StopRequest:
-    """Whether a signal has asked the command to stop. Made by :func:`stop_requests`."""
+    """True if a signal has asked the command to stop. Made by :func:`stop_requests`."""
 
     def __init__(self, text: str) -> None:
         self.requested = False

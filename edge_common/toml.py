@@ -28,16 +28,16 @@ def read_toml(file: Path, writer: str) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{file} does not exist; write one with `{writer}`") from None
+        raise ConfigError(f"{file} does not exist", mend=writer, code="missing") from None
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid TOML: {error}") from None
 
 
-def unknown_key(key: str, known: Iterable[str], where: str = "") -> str:
-    """The error text for an unknown key: it names the nearest known key, or all of them."""
+def unknown_key(key: str, known: Iterable[str], where: str = "") -> ConfigError:
+    """The ConfigError for an unknown key: it names the nearest known key, or all of them."""
     names = list(known)
     near = difflib.get_close_matches(key.replace("-", "_"), names, 1)
-    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
-    return f"unknown key {key!r}{where}; {hint}"
+    mend = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
+    return ConfigError(f"unknown key {key!r}{where}", mend=mend)

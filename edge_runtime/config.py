@@ -54,11 +54,11 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What ``edge.toml`` says. Make one with :func:`load_config`, or directly in a program.
+    """The settings in ``edge.toml``. Make one with :func:`load_config`, or directly in a program.
 
     Attributes:
         nodes: at least one.
-        bundle: directory of the full bundle; None is the one that comes with the package.
+        bundle: directory of the full bundle. None is the shipped bundle.
         secret: file that keys the placement of windows.
         deadline_s: seconds until all of an image's tokens must be back. With ``fallback = "local"``
             nodes get half of it, and the edge the rest to compute what they did not.
@@ -97,8 +97,9 @@ class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         for node in self.nodes:
             if not _NAME.match(node.name):
                 raise ConfigError(
-                    f"node name {node.name!r}: use up to 64 letters, digits, '.', '_' and '-'; the "
-                    "first must be a letter, digit or '_'"
+                    f"the node name {node.name!r} cannot be used",
+                    mend="use up to 64 letters, digits, '.', '_' and '-', the first a letter, "
+                    "digit or '_'",
                 )
         # One machine under two names would see twice what the budget allows.
         for what in ("name", "endpoint", "server_key"):
@@ -128,8 +129,8 @@ def load_config(path: str | os.PathLike[str]) -> EdgeConfig:
             f"{file} holds the settings of a node, expected those of an edge",
             mend="write one with `edge-runtime init`; `cloud-node serve --config` reads a node's",
         )
-    if found := why_untrusted(file):
-        raise ConfigError(found)
+    if danger := why_untrusted(file):
+        raise danger.error(ConfigError)
     try:
         _check_types(table, EdgeConfig, "")
         nodes = table.setdefault("nodes", [])
@@ -199,7 +200,7 @@ def refuse_own_keys(server_keys: dict[str, str], own: set[str]) -> None:
 
 
 def is_key(text: str) -> bool:
-    """Whether `text` is a public key itself (40 characters of Z85) and not its path."""
+    """True if `text` is a public key itself (40 characters of Z85) and not its path."""
     return bool(_Z85.match(text)) and not text.endswith(".pub")
 
 
@@ -245,7 +246,7 @@ def _check_types(table: dict[str, Any], struct: type[msgspec.Struct], where: str
     hints = get_type_hints(struct)
     for key, value in table.items():
         if key not in hints:
-            raise ConfigError(unknown_key(key, hints, where))
+            raise unknown_key(key, hints, where)
         try:
             if key != "nodes":
                 msgspec.convert(value, hints[key])

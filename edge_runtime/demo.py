@@ -56,7 +56,7 @@ PROMPTS = tuple(Prompt(points=(Point(x, y),)) for x, y in CLICKS)
 
 @dataclass(frozen=True)
 class Run:
-    """What must be equal in two runs.
+    """The parts of two runs that must be equal.
 
     Attributes:
         tokens: the stack's outputs, one row per window of the photo.
@@ -71,14 +71,14 @@ def run_demo(out: Path, *, bundle: Path | None = None, quiet: bool = False) -> d
     """Run the demo and write its three files into ``out``, in place of those of an earlier run.
 
     Args:
-        bundle: full bundle; None is the one that comes with the package.
+        bundle: full bundle. None is the shipped bundle.
         quiet: print no progress on stderr.
 
     Returns:
         what ``report.json`` holds.
 
     Raises:
-        EdgeRuntimeError: a node did not start, or failed, or ``out`` holds other things.
+        EdgeRuntimeError: a node did not start, or failed, or ``out`` holds other files.
     """
     from engines.bundle import Bundle, shipped_bundle
 
@@ -109,7 +109,7 @@ def run_demo(out: Path, *, bundle: Path | None = None, quiet: bool = False) -> d
 
 
 def identical(one: Run, other: Run) -> bool:
-    """Whether two runs have the same bits in every token and mask."""
+    """True if two runs have the same bits in every token and mask."""
     return set(one.tokens) == set(other.tokens) and all(
         a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
         for a, b in [
@@ -120,7 +120,7 @@ def identical(one: Run, other: Run) -> bool:
 
 
 def verdict(report: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a run of the demo; empty if nothing is."""
+    """The reasons why a run of the demo failed. Empty if it succeeded."""
     failures = []
     if report["identical_to_local"] is not True:
         failures.append("the nodes' result differs from the one computed in one process")

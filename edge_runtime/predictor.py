@@ -77,7 +77,7 @@ class _Encoder:
 
 @dataclass
 class _Model:
-    """What programs read from ``SamPredictor.model``."""
+    """The attributes that programs read from ``SamPredictor.model``."""
 
     mask_threshold: float
     image_encoder: _Encoder

@@ -1,4 +1,4 @@
-"""Builds TensorRT plans of a bundle, one stage at a time, each in a process of its own.
+"""Builds TensorRT plans of a bundle, one stage at a time, each in its own process.
 
 :func:`build_stage` starts :mod:`engines.build_process`, reports its progress, and puts the finished
 plan and its record in place.
@@ -189,10 +189,13 @@ def _check_options(options: BuildOptions) -> None:
     if flavour == "tensorrt-rtx":
         raise BuildError(
             "--timing-cache is for TensorRT: TensorRT-RTX measures no timings, and with a cache it "
-            "would need a GPU. Leave it out"
+            "would need a GPU",
+            mend="leave it out",
         )
     if cache.is_dir() or not cache.parent.is_dir():
-        raise BuildError(f"--timing-cache {cache}: name a file in a directory that exists")
+        raise BuildError(
+            f"--timing-cache {cache} is no file in a directory that exists", mend="name one"
+        )
 
 
 @contextlib.contextmanager
@@ -232,7 +235,9 @@ def _require_room(bundle: Bundle, stage: Stage, folder: Path) -> None:
     if free < needed:
         raise BuildError(
             f"no room for a plan in {folder}: at least {needed / 1e6:,.0f} MB are needed, "
-            f"{free / 1e6:,.0f} MB are free. Make room on that disk, then try again"
+            f"{free / 1e6:,.0f} MB are free",
+            mend="make room on that disk, then try again",
+            code="disk_full",
         )
 
 
@@ -301,9 +306,10 @@ def _follow(request: Request, watcher: Watcher) -> tuple[Began, Built]:
         listener.join(1)
     failed = events.get(Failed)
     if failed is not None:
-        raise (EngineError if failed.kind == "EngineError" else BuildError)(printable(failed.text))
+        kind = EngineError if failed.kind == "EngineError" else BuildError
+        raise kind(printable(failed.found), mend=printable(failed.mend), code=failed.code)
     if Built not in events or builder.returncode:
-        raise BuildError(_crash_text(request, builder.returncode, events, last_lines))
+        raise _crash(request, builder.returncode, events, last_lines)
     return events[Began], events[Built]
 
 
@@ -314,23 +320,26 @@ def _keep_last_lines(stream: IO[bytes], last_lines: deque[str]) -> None:
             last_lines.append(printable(text[:300]))
 
 
-def _crash_text(
+def _crash(
     request: Request, code: int, events: dict[type, Any], last_lines: deque[str]
-) -> str:
+) -> BuildError:
     began, phase = events.get(Began), events.get(Phase)
     who = began.library if began else "the library"
     where = f" in phase '{phase.name}'" if phase else ""
+    mend = ""
     if code == -signal.SIGKILL:
-        how = (
-            f"{who} was killed{where}, most likely because memory ran out (see `dmesg`): close "
-            "other programs, add swap, or build with a smaller --max-windows or --workspace"
+        how = f"{who} was killed{where}, most likely because memory ran out (see `dmesg`)"
+        mend = (
+            "close other programs, add swap, or build with a smaller --max-windows or --workspace"
         )
     elif code < 0:
         how = f"{who} crashed with {signal.Signals(-code).name}{where}"
     else:
         how = f"{who} ended with code {code}{where} and gave no reason"
     said = f". It last said: {' / '.join(last_lines)}" if last_lines else ""
-    return f"building the {request.stage} failed, nothing was kept: {how}{said}"
+    return BuildError(
+        f"building the {request.stage} failed, nothing was kept: {how}{said}", mend=mend
+    )
 
 
 def _record(
@@ -396,7 +405,7 @@ def _record(
     )
 
 
-def unfused(record: PlanRecord) -> str | None:
+def unfused(record: PlanRecord) -> BuildError | None:
     """A warning if not all attention of a plan is known to be fused; None if all is.
 
     A decoder gets no warning: its few prompt tokens make small matrices, which libraries may fuse
@@ -408,7 +417,7 @@ def unfused(record: PlanRecord) -> str | None:
     apart = [a.name for a in record.attention if a.fused is False]
     unknown = [a.name for a in record.attention if a.fused is None]
     if count == 0 and record.stage != "head":  # a head may hold no blocks
-        return f"{record.stage}: no attention was found in its graph, fused or not"
+        return BuildError(f"{record.stage}: no attention was found in its graph, fused or not")
     if not apart and not unknown:
         return None
     parts = []
@@ -419,12 +428,12 @@ def unfused(record: PlanRecord) -> str | None:
             f"the {record.read_from} does not say whether {len(unknown)} of {count} attentions "
             f"were fused ({_some(unknown)})"
         )
-    why = (
-        "no library fuses float32 attention: export the bundle with --precision fp16"
-        if record.precision == "fp32"
-        else "the whole matrix of tokens by tokens may go through memory: expect it slow and large"
-    )
-    return f"{record.stage}: {'; '.join(parts)}: {why}"
+    found = f"{record.stage}: {'; '.join(parts)}"
+    if record.precision == "fp32":
+        mend = "export the bundle with --precision fp16: no library fuses float32 attention"
+        return BuildError(found, mend=mend)
+    why = "the whole matrix of tokens by tokens may go through memory: expect it slow and large"
+    return BuildError(f"{found}: {why}")
 
 
 def _some(names: list[str]) -> str:
@@ -437,5 +446,6 @@ def _check_fusion(record: PlanRecord, options: BuildOptions, watcher: Watcher) -
     if found is None:
         return
     if options.strict:
-        raise BuildError(f"{found}. Nothing was kept, because of --strict")
-    watcher.warning(found)
+        found.found += ". Nothing was kept, because of --strict"
+        raise found
+    watcher.warning(str(found))

@@ -24,7 +24,7 @@ import msgspec
 from edge_common.errors import BuildError, EdgeRuntimeError, EngineError
 from edge_common.files import explain_write_errors
 from engines import cuda, fusion, libraries
-from engines.bundle import FLOAT_TYPES, TensorSpec
+from engines.bundle import EXPORT_AGAIN, FLOAT_TYPES, TensorSpec
 from engines.libraries import Backend, Flavour, Library
 from engines.plan import AttentionReport, Form, LayerReport, Shape, another_place, target
 
@@ -32,7 +32,8 @@ Profile = dict[str, tuple[Shape, Shape, Shape]]
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """What to build. The files ``plan`` and ``new_timing_cache`` will be overwritten."""
+    """The parameters of a build. The files ``plan`` and ``new_timing_cache`` will be
+    overwritten."""
 
     parent: int
     backend: Backend
@@ -91,10 +92,12 @@ class Built(msgspec.Struct, frozen=True, kw_only=True, tag="built"):
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """The build failed; ``kind`` names the class of the error."""
+    """The build failed. ``kind`` names the class of the error; the others are its attributes."""
 
     kind: Literal["BuildError", "EngineError"]
-    text: str
+    found: str
+    mend: str
+    code: str = BuildError.code
 
 
 Event = Began | Phase | Warned | Built | Failed
@@ -134,12 +137,11 @@ def main() -> int:
         request = msgspec.json.decode(sys.stdin.buffer.readline(), type=Request)
         _die_with(request.parent)
         build(request, emit)
-    except EngineError as error:
-        emit(Failed("EngineError", str(error)))
     except EdgeRuntimeError as error:
-        emit(Failed("BuildError", str(error)))
+        kind: Any = "EngineError" if isinstance(error, EngineError) else "BuildError"
+        emit(Failed(kind, error.found, error.mend, error.code))
     except MemoryError:
-        emit(Failed("BuildError", "memory ran out: close other programs, or add swap"))
+        emit(Failed("BuildError", "memory ran out", "close other programs, or add swap"))
     else:
         return 0
     return 1
@@ -172,7 +174,8 @@ def build(request: Request, emit: Emit) -> None:
     if graph is None:
         raise BuildError(
             f"{library.name} builds {request.precision} bundles from the plain form, which this "
-            "bundle lacks: export it again with `edge-runtime export`"
+            "bundle lacks",
+            mend=EXPORT_AGAIN,
         )
     capabilities = libraries.compute_capabilities(library, gpu.compute_capability if gpu else None)
     emit(
@@ -291,9 +294,8 @@ def _gpu(library: Library) -> cuda.Facts | None:
     try:
         return cuda.facts()
     except EngineError as error:
-        raise EngineError(
-            f"{library.name} builds only on the GPU that will run the plan: {error}"
-        ) from error
+        what = f"{library.name} builds only on the GPU that will run the plan"
+        raise error.within(what) from None
 
 
 def _logger(library: Library, log: Log) -> Any:
@@ -400,8 +402,7 @@ def _check_network(library: Library, network: Any, request: Request, graph: str)
         }
         if found != wanted:
             raise BuildError(
-                f"{graph} has the {side} {found}, the manifest says {wanted}: "
-                "export the bundle again with `edge-runtime export`"
+                f"{graph} has the {side} {found}, the manifest says {wanted}", mend=EXPORT_AGAIN
             )
     multiply = library.module.LayerType.MATRIX_MULTIPLY
     layers = (network.get_layer(index) for index in range(network.num_layers))
@@ -411,7 +412,8 @@ def _check_network(library: Library, network: Any, request: Request, graph: str)
     if types and wrong:
         raise BuildError(
             f"{graph} multiplies matrices in {', '.join(sorted(types))}, but its manifest says "
-            f"{request.precision}: export the bundle again with `edge-runtime export`"
+            f"{request.precision}",
+            mend=EXPORT_AGAIN,
         )
 
 

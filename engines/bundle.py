@@ -21,13 +21,21 @@ import msgspec
 import numpy as np
 
 from edge_common.errors import BundleError
-from edge_common.files import explain_write_errors, move_folder, scratch_folder, write_atomically
+from edge_common.files import (
+    explain_write_errors,
+    move_folder,
+    refuse_existing,
+    scratch_folder,
+    write_atomically,
+)
 from edge_common.json_file import json_bytes, read_json
 from edge_common.text import UNPRINTABLE
 from engines.geometry import Geometry
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+EXPORT_AGAIN = "export the bundle again with `edge-runtime export`"
+COPY_AGAIN = "copy the bundle again, or export it again"
 _MAX_MANIFEST_BYTES = 1 << 20
 _CHUNK = 1 << 20
 
@@ -149,7 +157,7 @@ class Bundle:
         return self.manifest.geometry
 
     def has(self, stage: str) -> bool:
-        """Whether the bundle holds ``stage``."""
+        """True if the bundle holds ``stage``."""
         return stage in self.manifest.stages
 
     def stage(self, name: str) -> Stage:
@@ -162,7 +170,8 @@ class Bundle:
         if stage is None:
             raise BundleError(
                 f"{self.path} is a {self.manifest.kind} bundle and has no {name} "
-                f"(it holds {', '.join(self.manifest.stages)}): {_where_to_find(name)}"
+                f"(it holds {', '.join(self.manifest.stages)})",
+                mend=_where_to_find(name),
             )
         return stage
 
@@ -184,7 +193,8 @@ class Bundle:
         if plain is None:
             raise BundleError(
                 f"{self.path} holds no plain form of {name}, which older TensorRT and fp32 build "
-                "from: export the bundle again with `edge-runtime export`"
+                "from",
+                mend=EXPORT_AGAIN,
             )
         return self.path / plain.file
 
@@ -227,7 +237,9 @@ class Bundle:
         if found != expected:
             raise BundleError(
                 f"{self.path / file} is damaged: its sha256 is {found}, the manifest says "
-                f"{expected}. Copy the bundle again, or export it again"
+                f"{expected}",
+                mend=COPY_AGAIN,
+                code="damaged",
             )
 
 
@@ -265,8 +277,9 @@ def shipped_bundle(precision: str = "fp32") -> Path:
     path = Path(__file__).parent / "bundles" / f"tiny-{precision}"
     if not (path / MANIFEST).is_file():
         raise BundleError(
-            f"no {precision} bundle comes with this installation (looked for {path}): name one "
-            "with --bundle, or make one with `edge-runtime export`"
+            f"no {precision} bundle comes with this installation (looked for {path})",
+            mend="name one with --bundle, or make one with `edge-runtime export`",
+            code="missing",
         )
     return path
 
@@ -283,8 +296,7 @@ def node_bundle(bundle: Bundle, out: str | os.PathLike[str]) -> Bundle:
     """
     target = Path(out)
     stack = bundle.stage("stack")
-    if target.exists() or target.is_symlink():
-        raise BundleError(f"{target} exists: remove it or name another directory with --out")
+    refuse_existing(target, BundleError, "name another directory with --out")
     bundle.verify_hashes(["stack"])
     samples = bundle.verify_golden()
     golden: dict[str, str] = {}
@@ -332,19 +344,25 @@ def _read_manifest(root: Path) -> Manifest:
     path = root / MANIFEST
     if not root.is_dir():
         what = "is not a directory" if root.exists() else "does not exist"
-        raise BundleError(f"bundle {root} {what}: name a directory made by `edge-runtime export`")
+        raise BundleError(
+            f"bundle {root} {what}",
+            mend="name a directory made by `edge-runtime export`",
+            code="missing",
+        )
     try:
         return read_json(
             path,
             Manifest,
             max_bytes=_MAX_MANIFEST_BYTES,
             error=BundleError,
-            remedy="Export the bundle again with `edge-runtime export`",
+            remedy=EXPORT_AGAIN,
             schema=SCHEMA,
         )
     except FileNotFoundError:
         raise BundleError(
-            f"{root} holds no {MANIFEST}, so it is no bundle: make one with `edge-runtime export`"
+            f"{root} holds no {MANIFEST}, so it is no bundle",
+            mend="make one with `edge-runtime export`",
+            code="missing",
         ) from None
 
 
@@ -364,17 +382,18 @@ _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*(/[A-Za-z0-9_][A-Za-z0-9._
 def _check_file(root: Path, name: str) -> None:
     if not _SAFE_NAME.fullmatch(name):
         raise BundleError(
-            f"{root / MANIFEST} names the file {name!r}, expected a plain path inside the bundle: "
-            "do not use this bundle unless you know where it comes from"
+            f"{root / MANIFEST} names the file {name!r}, expected a plain path inside the bundle",
+            mend="do not use this bundle unless you know where it comes from",
         )
     path = root / name
     if not path.is_file():
         raise BundleError(
-            f"{path} is missing: the bundle is incomplete. Copy it again, or export it again"
+            f"{path} is missing: the bundle is incomplete", mend=COPY_AGAIN, code="damaged"
         )
     if not path.resolve().is_relative_to(root.resolve()):
         raise BundleError(
-            f"{path} links to {path.resolve()}, outside the bundle: copy the file itself into it"
+            f"{path} links to {path.resolve()}, outside the bundle",
+            mend="copy the file itself into it",
         )
 
 
@@ -397,7 +416,8 @@ def _check_weights(root: Path, graph: str, stage: Stage) -> None:
             if name not in allowed:
                 raise BundleError(
                     f"{path} reads weights from {name!r}, which is not among the files of its "
-                    "stage in the manifest: export the bundle again with `edge-runtime export`"
+                    "stage in the manifest",
+                    mend=EXPORT_AGAIN,
                 )
 
 
@@ -486,7 +506,7 @@ def _check_pipeline(root: Path, manifest: Manifest) -> None:
 
 
 def _tensor_defect(specs: tuple[TensorSpec, ...], expected: Side) -> str | None:
-    """What is wrong with one side of a stage; a codec may add tensors to ``tokens``."""
+    """The defects of one side of a stage. A codec may add tensors to ``tokens``."""
     by_name = {spec.name: spec for spec in specs}
     if len(by_name) != len(specs):
         return "named twice"

@@ -70,11 +70,12 @@ def facts(ordinal: int = 0) -> Facts:
     cuda = _driver()
     count = _count(cuda)
     if count == 0:
-        raise EngineError(_NO_GPU)
+        raise _no_gpu()
     if not 0 <= ordinal < count:
         raise EngineError(
-            f"there is no GPU {ordinal}: this process may use {count}, numbered from 0 "
-            "(CUDA_VISIBLE_DEVICES can hide some)"
+            f"there is no GPU {ordinal}: this process may use {count}, numbered from 0",
+            mend="choose one of these, or let CUDA_VISIBLE_DEVICES show more",
+            code="no_gpu",
         )
     device = ctypes.c_int()
     _ask(cuda, "cuDeviceGet", ctypes.byref(device), ordinal)
@@ -102,10 +103,13 @@ def facts(ordinal: int = 0) -> Facts:
     )
 
 
-_NO_GPU = (
-    "no NVIDIA GPU is visible to this process: see `nvidia-smi` (on a Jetson `tegrastats`) and "
-    "CUDA_VISIBLE_DEVICES, or start a container with --gpus all or --runtime nvidia"
-)
+def _no_gpu() -> EngineError:
+    return EngineError(
+        "no NVIDIA GPU is visible to this process",
+        mend="see `nvidia-smi` (on a Jetson `tegrastats`) and CUDA_VISIBLE_DEVICES, or start a "
+        "container with --gpus all or --runtime nvidia",
+        code="no_gpu",
+    )
 
 
 @lru_cache(maxsize=1)
@@ -115,8 +119,9 @@ def _driver() -> Any:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         raise EngineError(
-            f"no NVIDIA driver is installed here ({error}): install it, or start a container with "
-            "--gpus all or --runtime nvidia"
+            f"no NVIDIA driver is installed here ({error})",
+            mend="install it, or start a container with --gpus all or --runtime nvidia",
+            code="no_gpu",
         ) from None
     _ask(cuda, "cuInit", 0)
     return cuda
@@ -131,14 +136,14 @@ def _count(cuda: Any) -> int:
 def _ask(cuda: Any, function: str, *arguments: Any) -> None:
     code = getattr(cuda, function)(*arguments)
     if code == _NO_DEVICE:
-        raise EngineError(_NO_GPU)
+        raise _no_gpu()
     if code:
         text = ctypes.c_char_p()
         cuda.cuGetErrorString(code, ctypes.byref(text))
         reason = (text.value or b"unknown error").decode("utf-8", "replace")
         raise EngineError(
-            f"the NVIDIA driver failed in {function}: {reason} (error {code}). "
-            "See `nvidia-smi` and `dmesg`"
+            f"the NVIDIA driver failed in {function}: {reason} (error {code})",
+            mend="see `nvidia-smi` and `dmesg`",
         )
 
 
@@ -159,7 +164,7 @@ class Context:
             self.driver.init()
             self._primary = self.driver.Device(ordinal).retain_primary_context()
         except self.driver.Error as error:
-            raise EngineError(self._failed(error)) from error
+            raise self._failed(error) from error
         # pycuda by itself releases a primary context as if it had created it.
         self._finalizer = weakref.finalize(self, _give_back, self._primary)
 
@@ -177,7 +182,7 @@ class Context:
             finally:
                 self._primary.pop()
         except self.driver.Error as error:
-            raise EngineError(self._failed(error)) from error
+            raise self._failed(error) from error
 
     def free_bytes(self) -> tuple[int, int]:
         """Free and total bytes of the GPU's memory. Only inside :meth:`active`."""
@@ -197,7 +202,7 @@ class Context:
         try:
             return self.driver.mem_alloc(max(size, 1))
         except self.driver.MemoryError as error:
-            raise EngineError(self.no_memory(size, what)) from error
+            raise self.no_memory(size, what) from error
 
     def allocate_host(self, size: int, what: str, *, mapped: bool) -> np.ndarray:
         """Pinned host memory, uint8 ``[size]``, visible to the GPU too if ``mapped``.
@@ -210,23 +215,25 @@ class Context:
                 max(size, 1), np.uint8, mem_flags=flags
             )
         except self.driver.MemoryError as error:
-            raise EngineError(self.no_memory(size, what)) from error
+            raise self.no_memory(size, what) from error
         return array
 
-    def no_memory(self, size: int, what: str) -> str:
-        """The error text when memory runs out. Only inside :meth:`active`."""
+    def no_memory(self, size: int, what: str) -> EngineError:
+        """The error when memory runs out. Only inside :meth:`active`."""
         free, total = self.free_bytes()
-        return (
+        return EngineError(
             f"out of memory on {self.facts.name}: {what} needs {_mib(size)}, "
-            f"{_mib(free)} of {_mib(total)} are free. Stop other programs that use the GPU, "
-            "build the stack for fewer windows (`edge-runtime build --max-windows`), or run on the "
-            "CPU"
+            f"{_mib(free)} of {_mib(total)} are free",
+            mend="stop other programs that use the GPU, build the stack for fewer windows "
+            "(`edge-runtime build --max-windows`), or run on the CPU",
+            code="out_of_memory",
         )
 
-    def _failed(self, error: Exception) -> str:
-        return (
-            f"{self.facts.name} failed: {error}. See `dmesg`; after an illegal access this "
-            "process can no longer use the GPU: start it again, or run on the CPU"
+    def _failed(self, error: Exception) -> EngineError:
+        return EngineError(
+            f"{self.facts.name} failed: {error}",
+            mend="see `dmesg`; after an illegal access this process can no longer use the GPU: "
+            "start it again, or run on the CPU",
         )
 
 
@@ -387,13 +394,14 @@ def _pycuda() -> Any:
         return importlib.import_module("pycuda.driver")
     except ModuleNotFoundError:
         raise EngineError(
-            "pycuda is not installed: `pip install pycuda` compiles it, with CUDA's nvcc "
-            "on the PATH (`export PATH=/usr/local/cuda/bin:$PATH`)"
+            "pycuda is not installed",
+            mend="PATH=/usr/local/cuda/bin:$PATH pip install pycuda",
+            code="not_installed",
         ) from None
     except ImportError as error:
         raise EngineError(
-            f"pycuda does not work here ({error}): compile it again with "
-            "`pip install --force-reinstall --no-binary=:all: --no-cache-dir --no-deps pycuda`"
+            f"pycuda does not work here ({error})",
+            mend="pip install --force-reinstall --no-binary=:all: --no-cache-dir --no-deps pycuda",
         ) from error
 
 

@@ -34,7 +34,7 @@ def to_float32(array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def all_finite(array: np.ndarray, dtype: str) -> bool:
-    """Whether an array that stores type ``dtype`` holds neither NaN nor infinity."""
+    """True if an array that stores type ``dtype`` holds neither NaN nor infinity."""
     if dtype == "bfloat16":
         return not bool(((array & _BF16_EXPONENT) == _BF16_EXPONENT).any())
     return array.dtype.kind != "f" or bool(np.isfinite(array).all())

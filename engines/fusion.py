@@ -71,7 +71,7 @@ class _Call:
 
     @property
     def is_ordinary(self) -> bool:
-        """Whether it is known to be no attention; False if unknown."""
+        """True if it is known to be no attention; False if unknown."""
         known = self.kind.lower() in _ORDINARY_KINDS or _GENERATED_KERNEL.match(self.kernel)
         return bool(known) and not self.is_attention
 
@@ -186,7 +186,8 @@ def _reports(calls: Sequence[_Call], attentions: Attentions) -> Reports:
 
 
 def _verdict(core: frozenset[str], users: Mapping[str, Sequence[_Call]]) -> tuple[bool | None, str]:
-    """Whether one attention kernel runs all nodes of ``core``, and which kernels run them."""
+    """Check that one attention kernel runs all nodes of ``core``. Also returns the kernels that run
+    them."""
     touching = [call for node in sorted(core) for call in users.get(node, ())]
     for call in touching:
         if call.is_attention and core <= call.nodes:

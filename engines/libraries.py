@@ -41,12 +41,12 @@ _INSTALL: dict[Flavour, str] = {
         "on a Jetson `sudo apt install python3-libnvinfer` installs it, and a virtual environment "
         "sees it when made with `python3 -m venv --system-site-packages`"
     ),
-    "tensorrt-rtx": "`pip install tensorrt-rtx-cu13` installs it",
+    "tensorrt-rtx": "pip install tensorrt-rtx-cu13",
 }
 # Force a reinstall: pip and apt skip a package that is already present.
 _REPAIR: dict[Flavour, str] = {
-    "tensorrt": "on a Jetson `sudo apt install --reinstall python3-libnvinfer` reinstalls it",
-    "tensorrt-rtx": "`pip install --force-reinstall tensorrt-rtx-cu13` reinstalls it",
+    "tensorrt": "on a Jetson `sudo apt install --reinstall python3-libnvinfer`",
+    "tensorrt-rtx": "pip install --force-reinstall tensorrt-rtx-cu13",
 }
 
 
@@ -70,7 +70,7 @@ class Library:
 
     @property
     def parses_attention(self) -> bool:
-        """Whether the ONNX parser knows the operator ``Attention`` of opset 23."""
+        """True if the ONNX parser knows the operator ``Attention`` of opset 23."""
         # onnx-tensorrt has it since 10.14, TensorRT-RTX since 1.7 or earlier.
         return self.flavour == "tensorrt-rtx" or self.version >= (10, 14, 0)
 
@@ -88,32 +88,36 @@ def load(flavour: Flavour) -> Library:
     """
     name = _MODULES[flavour]
     if not _found(name):
-        raise EngineError(f"{_TITLES[flavour]} is not installed: {_INSTALL[flavour]}")
+        raise EngineError(
+            f"{_TITLES[flavour]} is not installed", mend=_INSTALL[flavour], code="not_installed"
+        )
     try:
         module = importlib.import_module(name)
     except Exception as error:  # its loaders raise OSError, RuntimeError and others
         reason = (str(error).splitlines() or [""])[0]
         raise EngineError(
             f"{_TITLES[flavour]} is installed, but `import {name}` fails "
-            f"({type(error).__name__}: {reason}): {_REPAIR[flavour]}"
+            f"({type(error).__name__}: {reason})",
+            mend=_REPAIR[flavour],
         ) from error
     text = str(getattr(module, "__version__", ""))
     match = re.match(r"(\d+)\.(\d+)\.(\d+)", text)
     if match is None:
         raise EngineError(
             f"the module {name} at {getattr(module, '__file__', None)} has the version {text!r}, "
-            f"expected one like 10.3.0: another module has its name. {_REPAIR[flavour]}"
+            "expected one like 10.3.0: another module has its name",
+            mend=_REPAIR[flavour],
         )
     major, minor, patch = map(int, match.groups())
     library = Library(flavour, (major, minor, patch), module)
     if library.version < _OLDEST[flavour]:
         oldest = ".".join(map(str, _OLDEST[flavour]))
         remedy = (
-            "JetPack 6.1 or later has it"
+            "install JetPack 6.1 or later"
             if flavour == "tensorrt"
-            else "`pip install --upgrade tensorrt-rtx-cu13` installs it"
+            else "pip install --upgrade tensorrt-rtx-cu13"
         )
-        raise EngineError(f"{library.name} is too old, expected {oldest} or later: {remedy}")
+        raise EngineError(f"{library.name} is too old, expected {oldest} or later", mend=remedy)
     return library
 
 
@@ -128,7 +132,9 @@ def choose(backend: Backend) -> Library:
     found = installed()
     if not found:
         ways = "; ".join(f"{_TITLES[flavour]}: {_INSTALL[flavour]}" for flavour in FLAVOURS)
-        raise EngineError(f"neither TensorRT nor TensorRT-RTX is installed. {ways}")
+        raise EngineError(
+            "neither TensorRT nor TensorRT-RTX is installed", mend=ways, code="not_installed"
+        )
     return load(found[0])
 
 
@@ -163,7 +169,7 @@ def compute_capabilities(library: Library, gpu: str | None) -> tuple[str, ...]:
 
 
 def builds_for(library: Library, compute_capability: str) -> bool:
-    """Whether a plan that ``library`` builds on a machine with such a GPU fits that GPU."""
+    """True if a plan that ``library`` builds on a machine with such a GPU fits that GPU."""
     return compute_capability in compute_capabilities(library, compute_capability)
 
 
@@ -258,13 +264,13 @@ def give_memory(context: Any, address: int, size: int) -> None:
 
 
 def capturable(context: Any, stream: int) -> bool:
-    """Whether work of ``context`` can be captured on ``stream``; True if unknown."""
+    """True if work of ``context`` can be captured on ``stream``, or if that is unknown."""
     # Only TensorRT-RTX has this check; otherwise the capture itself fails.
     asked = getattr(context, "is_stream_capturable", None)
     return asked is None or bool(asked(stream))
 
 
-def invalidity(library: Library, runtime: Any, plan: bytes) -> str | None:
+def invalidity(library: Library, runtime: Any, plan: bytes) -> list[str] | None:
     """Why the library would refuse to open ``plan`` here, by its header alone.
 
     None if it would open it, or if the library has no such check. The check asks the GPU driver, so
@@ -278,7 +284,7 @@ def invalidity(library: Library, runtime: Any, plan: bytes) -> str | None:
         return None
     members = trt.EngineInvalidityDiagnostics.__members__
     causes = [name for name, bit in members.items() if int(bit) & int(diagnostics)]
-    return ", ".join(causes).replace("_", " ").lower() or "no working GPU driver"
+    return [name.replace("_", " ").lower() for name in causes] or ["no working GPU driver"]
 
 
 @dataclass(frozen=True)

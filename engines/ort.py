@@ -73,8 +73,9 @@ class OrtEngine(Engine):
             self.device = "cuda"
         elif device == "cuda":
             raise EngineError(
-                "CUDA was asked for, but ONNX Runtime could not start it: check that the NVIDIA "
-                "driver, CUDA and cuDNN it was built for are installed, or use --device cpu"
+                "CUDA was asked for, but ONNX Runtime could not start it",
+                mend="check that the NVIDIA driver, CUDA and cuDNN it was built for are installed, "
+                "or use --device cpu",
             )
         self.inputs = tuple(_spec(node, self._path) for node in self._session.get_inputs())
         self.outputs = tuple(_spec(node, self._path) for node in self._session.get_outputs())
@@ -100,8 +101,10 @@ class OrtEngine(Engine):
                 providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))
             elif device == "cuda":
                 raise EngineError(
-                    "CUDA was asked for, but this ONNX Runtime has none: "
-                    "`pip uninstall onnxruntime; pip install onnxruntime-gpu`, or use --device cpu"
+                    "CUDA was asked for, but this ONNX Runtime has none",
+                    mend="`pip uninstall onnxruntime; pip install onnxruntime-gpu`, or use "
+                    "--device cpu",
+                    code="not_installed",
                 )
         try:
             return ort.InferenceSession(str(self._path), options, providers=providers)
@@ -110,8 +113,8 @@ class OrtEngine(Engine):
             if "NOT_IMPLEMENTED" in text and len(providers) == 1:
                 raise EngineError(
                     f"{self._path} cannot run on the CPU: {_first_line(text)}. ONNX Runtime has no "
-                    "bfloat16 arithmetic there: use an fp32 or fp16 bundle, or --device cuda or "
-                    "tensorrt"
+                    "bfloat16 arithmetic there",
+                    mend="use an fp32 or fp16 bundle, or --device cuda or tensorrt",
                 ) from error
             raise EngineError(f"{self._path} cannot be opened: {_first_line(text)}") from error
 

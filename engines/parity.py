@@ -32,7 +32,7 @@ _ITSELF = "itself in other batches"
 _LOGITS = "low_res_logits"
 
 
-# What counts as close enough ---------------------------------------------------------------------
+# The limits for close enough ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing failed."""
+        """True if nothing failed."""
         return all(verdict.status != "failed" for verdict in self.verdicts)
 
 
@@ -539,7 +539,7 @@ class _Chain:
         return Verdict(name, END_TO_END, status, "; ".join(missed), tuple(rows))
 
     def _counts(self, sample: Sample) -> bool:
-        """Whether all references of this sample come from others than the contender."""
+        """True if all references of this sample come from others than the contender."""
         known = [sample.reference.get(name) for name in order(self._run.bundle)]
         return None not in known and self._contender.name not in known
 
@@ -592,9 +592,9 @@ def _repeats(
 ) -> list[list[Arrays]]:
     """Outputs for each of ``feeds`` again, computed in other ways.
 
-    Once in two unequal parts. For TensorRT, whose engine replays a shape as a CUDA graph from its
-    fourth run on, three more times with rotated rows, all ``feeds`` taking turns, so that outputs
-    left in memory by the run before are noticed.
+    The runs use two unequal parts. TensorRT's engine replays a shape as a CUDA graph from its
+    fourth run on. It therefore runs three more times with rotated rows, all ``feeds`` in turn, so
+    that stale outputs in memory are noticed.
     """
     rows = [spec.name for spec in engine.inputs if isinstance(spec.shape[0], str)]
     results: list[list[Arrays]] = [[] for _ in feeds]
@@ -637,7 +637,7 @@ def _row(stage: str, inputs: Inputs, reference: str, found: Comparison, passed: 
 
 
 def _cuda_offered() -> bool:
-    """Whether ONNX Runtime has CUDA and this machine has a GPU."""
+    """True if ONNX Runtime has CUDA and this machine has a GPU."""
     import onnxruntime
 
     offered = "CUDAExecutionProvider" in onnxruntime.get_available_providers()

@@ -1,6 +1,6 @@
 """The whole model in one process: windows, stack, tail and decoder, without a network.
 
-An offloaded run differs from it only in who computed the stack.
+An offloaded run computes the stack elsewhere and is otherwise the same.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Encoding:
-    """What :meth:`Pipeline.encode` made of an image, and how long it took.
+    """The result of :meth:`Pipeline.encode` for an image, and its times.
 
     Attributes:
         embedding: float `[1, d, g, g]`, every number finite.
         tokens: the stack's outputs, one row per window; None for a stock bundle.
-        stack_ms: for the stack, whoever computed it, or for a stock bundle's encoder.
+        stack_ms: for the stack, at any place, or for a stock bundle's encoder.
         tail_ms: for the tail; 0 for a stock bundle.
     """
 
@@ -57,7 +57,7 @@ class Pipeline:
         device: which engines run the stages, see :data:`engines.engine.Device`.
 
     Attributes:
-        work: is told what runs, for a progress display; see :meth:`cost`.
+        work: receives the names of running parts, for a progress display; see :meth:`cost`.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Pipeline:
         return self._costs[stage]
 
     def is_open(self, stage: str) -> bool:
-        """Whether the stage's engine is open."""
+        """True if the stage's engine is open."""
         return stage in self._engines
 
     def engine(self, stage: str) -> Engine:
@@ -128,7 +128,7 @@ class Pipeline:
         return self._engines[stage]
 
     def stack_inputs(self, windows: Windows) -> Arrays:
-        """What the stack is fed, in the order of `windows`; leading dimension n.
+        """The inputs of the stack, in the order of `windows`; leading dimension n.
 
         Returns:
             `pixels` uint8 `[n, w, w, 3]`, `extent` int64 `[n, 2]` and `window` int64 `[n]`; or, if
@@ -147,7 +147,7 @@ class Pipeline:
             batch: windows per run of the engine; None runs all at once.
 
         Returns:
-            `tokens` `[n, t, c]` and whatever the codec adds, each with leading dimension n.
+            `tokens` `[n, t, c]` and the codec's tensors, each with leading dimension n.
         """
         total = len(feeds["window"])
         size = total if batch is None else batch

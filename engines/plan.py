@@ -45,7 +45,7 @@ Shape = Annotated[
 
 
 class Machine(msgspec.Struct, frozen=True, eq=False):
-    """Where a plan was measured. Two machines are equal when everything but the memory is.
+    """The machine that measured a plan. Two machines are equal if everything except the memory is.
 
     ``memory_bytes`` is all of the GPU's memory, ``library`` a name such as ``TensorRT 10.3.0``. The
     memory of a GPU that shares it with the CPU differs by a few pages from boot to boot, which is
@@ -91,7 +91,7 @@ class Row(msgspec.Struct, frozen=True):
 
 
 class Parity(msgspec.Struct, frozen=True):
-    """What the parity gate found, on which machine, when (UTC, ISO 8601) and by which measure."""
+    """The parity gate's result, with its machine, time (UTC, ISO 8601) and measure."""
 
     passed: bool
     machine: Machine
@@ -101,7 +101,8 @@ class Parity(msgspec.Struct, frozen=True):
 
 
 class AttentionReport(msgspec.Struct, frozen=True):
-    """Whether one attention was fused, and into which kernel. None: the plan does not say."""
+    """The state of one attention: fused or not, and into which kernel. None if the plan does not
+    say."""
 
     name: Line
     fused: bool | None
@@ -117,7 +118,7 @@ class LayerReport(msgspec.Struct, frozen=True):
 
 
 class PlanRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What a plan is.
+    """The record of a plan.
 
     Attributes:
         form: which graph of the stage was parsed.
@@ -198,25 +199,29 @@ class Plan:
             PlanError: when the file is missing, unreadable, or not what the record describes.
         """
         if not self.path.is_file():  # reading a device or pipe might never end
-            raise PlanError(f"{self.path} is missing. Build it: `{self.rebuild}`")
+            raise PlanError(f"{self.path} is missing", mend=self.rebuild, code="missing")
         try:
             with self.path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 if size != self.record.plan_bytes:
                     raise PlanError(
                         f"{self.path} is damaged: it has {size} bytes, its record says "
-                        f"{self.record.plan_bytes}. Build it again: `{self.rebuild}`"
+                        f"{self.record.plan_bytes}",
+                        mend=self.rebuild,
+                        code="damaged",
                     )
                 data = file.read(self.record.plan_bytes + 1)
         except OSError as error:
             raise PlanError(
-                f"{self.path} cannot be read: {error.strerror}. Build it again: `{self.rebuild}`"
+                f"{self.path} cannot be read: {error.strerror}", mend=self.rebuild
             ) from error
         found = hashlib.sha256(data).hexdigest()
         if found != self.record.plan_sha256:
             raise PlanError(
                 f"{self.path} is damaged: its sha256 is {found}, its record says "
-                f"{self.record.plan_sha256}. Build it again: `{self.rebuild}`"
+                f"{self.record.plan_sha256}",
+                mend=self.rebuild,
+                code="damaged",
             )
         return data
 
@@ -306,13 +311,13 @@ def find(
             others.append(plan.record)
             _check(plan, bundle, library, compute_capability, gpu)
         except PlanError as error:
-            reasons.append(str(error))
+            reasons.append(error.found)
         else:
             fitting.append(plan)
     if fitting:
         return max(fitting, key=lambda plan: plan.record.built)
     wanted = f"{library.name} on a GPU of compute capability {compute_capability}"
-    there = "".join(f" {reason}." for reason in reasons) or " The bundle has none of this stage."
+    why = "; ".join(reasons) or "the bundle has none of this stage"
     like = max(
         others,
         key=lambda record: (
@@ -322,8 +327,8 @@ def find(
         ),
         default=None,
     )
-    remedy = _remedy("Build one", bundle, stage, library, compute_capability, like)
-    raise PlanError(f"no plan of the {stage} fits {wanted}.{there} {remedy}")
+    remedy = _remedy(bundle, stage, library, compute_capability, like)
+    raise PlanError(f"no plan of the {stage} fits {wanted}: {why}", mend=remedy, code="missing")
 
 
 def check(
@@ -345,16 +350,18 @@ def check(
     """
     stage = plan.record.stage
     if not bundle.has(stage):
-        raise PlanError(f"{plan.path} is for the {stage}, which this bundle lacks: remove it")
+        raise PlanError(
+            f"{plan.path} is for the {stage}, which this bundle lacks", mend="remove it"
+        )
     try:
         _check(plan, bundle, library, compute_capability, gpu)
     except PlanError as error:
-        remedy = _remedy("Build it again", bundle, stage, library, compute_capability, plan.record)
-        raise PlanError(f"{error}. {remedy}") from None
+        remedy = _remedy(bundle, stage, library, compute_capability, plan.record)
+        raise PlanError(error.found, mend=remedy) from None
 
 
-def may_serve(plan: Plan, machine: Machine, defects: Sequence[Defect]) -> str | None:
-    """Whether a plan may answer requests on ``machine``, by the parity gate's verdict.
+def may_serve(plan: Plan, machine: Machine, defects: Sequence[Defect]) -> PlanError | None:
+    """Decide if a plan may answer requests on ``machine``, by the parity gate's verdict.
 
     Args:
         defects: known defects of this library on this machine, from
@@ -374,9 +381,11 @@ def may_serve(plan: Plan, machine: Machine, defects: Sequence[Defect]) -> str | 
         where = "this machine" if parity.machine == machine else f"a {parity.machine.gpu}"
         how = f": {_describe(failed[0])}" if failed else ""
         raise PlanError(
-            f"{plan.path} failed the parity gate on {where} at {parity.time}{how}. "
-            f"It does not serve. Build it again with `{plan.rebuild}`, or measure it again with "
-            f"`{verify}`; if it fails again, use a bundle of another precision"
+            f"{plan.path} failed the parity gate on {where} at {parity.time}{how}. It does not "
+            "serve",
+            mend=f"build it again with `{plan.rebuild}`, or measure it again with "
+            f"`{verify}`; if it fails again, use a bundle of another precision",
+            code="not_verified",
         )
     if parity is None or not parity.rows:
         state = "was never measured"
@@ -390,9 +399,11 @@ def may_serve(plan: Plan, machine: Machine, defects: Sequence[Defect]) -> str | 
         known = "; ".join(f"{defect.what} ({defect.source})" for defect in concerning)
         raise PlanError(
             f"{plan.path} {state}, and {machine.library} has a known defect: {known}. "
-            f"It serves once it has passed here: `{verify}`"
+            "It serves once it has passed here",
+            mend=verify,
+            code="not_verified",
         )
-    return f"{plan.path} {state}: it serves without a measurement. Measure it with `{verify}`"
+    return PlanError(f"{plan.path} {state}: it serves without a measurement", mend=verify)
 
 
 def write(
@@ -433,11 +444,11 @@ def write_parity(plan: Plan, parity: Parity) -> Plan:
     note = plan.path.with_suffix(".json")
     instead = another_place(note.parent)
     with explain_write_errors(note, PlanError, instead), _locked(note.parent):
-        on_disk = _read_record(note, f"Build the plan again: `{plan.rebuild}`")
+        on_disk = _read_record(note, plan.rebuild)
         if on_disk.plan_sha256 != plan.record.plan_sha256:
             raise PlanError(
-                f"{plan.path} was rebuilt while the old one was measured: measure it again "
-                f"with `{verify_command(plan.bundle_path)}`"
+                f"{plan.path} was rebuilt while the old one was measured",
+                mend=verify_command(plan.bundle_path),
             )
         record = msgspec.structs.replace(on_disk, parity=parity)
         write_atomically(note, json_bytes(record, indent=1), error=PlanError, instead=instead)
@@ -446,7 +457,7 @@ def write_parity(plan: Plan, parity: Parity) -> Plan:
 
 
 def another_place(path: Path) -> str:
-    """What the user can do if ``path``, a place of plans, cannot be written."""
+    """The remedy if ``path``, a place of plans, cannot be written."""
     if cache() in path.parents:
         return "set XDG_CACHE_HOME to a directory that you may write"
     return (
@@ -492,25 +503,24 @@ def _count(flag: object) -> int | None:
 
 
 def _remedy(
-    what: str,
     bundle: Bundle,
     stage: str,
     library: Library,
     compute_capability: str,
     like: PlanRecord | None,
 ) -> str:
-    """A sentence with the command that builds a plan like ``like``, or what else would help."""
+    """The command that builds a plan like ``like``, or what else would help."""
     able = libraries.builds_for(library, compute_capability)
     flavour: Flavour = library.flavour if able else "tensorrt"
     windows = bundle.manifest.geometry.windows
     options = {} if like is None else _options(like, flavour, windows)
     command = rebuild_command(bundle.path, stage, flavour, **options)
     if able:
-        return f"{what}: `{command}`"
+        return command
     return (
-        f"{library.name} supports no GPU of compute capability {compute_capability}: building "
-        "again does not help. Use ONNX Runtime with CUDA or, where JetPack or a container of "
-        f"NVIDIA's provides TensorRT, build with that: `{command}`"
+        "use ONNX Runtime with CUDA or, where JetPack or a container of NVIDIA's provides "
+        f"TensorRT, build with that: `{command}`; building again does not help, because "
+        f"{library.name} supports no GPU of compute capability {compute_capability}"
     )
 
 
@@ -527,22 +537,20 @@ def _records(bundle: Bundle, stage: str) -> list[Path]:
         PlanError: another user could put plans into this user's cache.
     """
     folder = plans_folder(bundle.path)
-    if folder.is_dir() and bundle.path not in folder.parents and (found := why_untrusted(folder)):
-        raise PlanError(f"plans contain code, and {found}")
+    if folder.is_dir() and bundle.path not in folder.parents and (danger := why_untrusted(folder)):
+        raise danger.error(PlanError).within("plans contain code")
     return sorted(folder.glob(f"tensorrt*/{stage}.json"))
 
 
 def _read(bundle: Bundle, path: Path) -> Plan:
     stage = path.stem
-    if stage not in bundle.manifest.stages:  # building would not replace it
-        remedy = "Remove it"
-    else:
-        remedy = f"Build the plan again: `{rebuild_command(bundle.path, stage, 'auto')}`"
-    record = _read_record(path, remedy)
+    known = stage in bundle.manifest.stages  # otherwise building would not replace it
+    command = rebuild_command(bundle.path, stage, "auto")
+    record = _read_record(path, command if known else "remove it")
     if (record.target, record.stage) != (path.parent.name, stage):
         raise PlanError(
-            f"{path} is the record of {record.target}/{record.stage}, it was moved or renamed: "
-            f"remove it. {remedy}"
+            f"{path} is the record of {record.target}/{record.stage}, it was moved or renamed",
+            mend=f"remove it, then `{command}`" if known else "remove it",
         )
     return Plan(path.with_suffix(".plan"), record)
 
@@ -558,7 +566,7 @@ def _read_record(path: Path, remedy: str) -> PlanRecord:
             schema=SCHEMA,
         )
     except FileNotFoundError:
-        raise PlanError(f"{path} is missing. {remedy}") from None
+        raise PlanError(f"{path} is missing", mend=remedy, code="missing") from None
 
 
 def _check(

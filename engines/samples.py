@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from edge_common.errors import BundleError, EngineError
-from engines.bundle import UNREADABLE, Bundle, Stage, TensorSpec
+from engines.bundle import COPY_AGAIN, EXPORT_AGAIN, UNREADABLE, Bundle, Stage, TensorSpec
 from engines.dtypes import to_float32, to_stored
 from engines.engine import check_feeds
 from engines.geometry import Geometry
@@ -66,8 +66,7 @@ def golden_samples(bundle: Bundle) -> list[Sample]:
     """
     if not bundle.manifest.golden:
         raise BundleError(
-            f"{bundle.path} holds no golden sample to measure against: export it again with "
-            "`edge-runtime export`"
+            f"{bundle.path} holds no golden sample to measure against", mend=EXPORT_AGAIN
         )
     return [_golden(bundle, path) for path in bundle.verify_golden()]
 
@@ -90,7 +89,7 @@ def _golden(bundle: Bundle, path: Path) -> Sample:
     except (EngineError, *UNREADABLE) as error:
         reason = str(error) or type(error).__name__
         raise BundleError(
-            f"{path} is damaged: {reason}. Copy the bundle again, or export it again"
+            f"{path} is damaged: {reason}", mend=COPY_AGAIN, code="damaged"
         ) from error
     return Sample("golden", arrays, dict.fromkeys(order(bundle), _ORIGINAL))
 
@@ -122,8 +121,8 @@ def random_sample(bundle: Bundle, golden: Sample, rng: np.random.Generator) -> S
     """Random inputs for every stage, without outputs.
 
     Pixels are noise and blobs, in windows with every kind of padding. Prompts are points, a box and
-    a mask at random places. What one stage passes to the next is drawn with the golden sample's
-    mean and spread; :func:`engines.parity.gate` replaces it by a reference's outputs. The same
+    a mask at random places. Inputs from an earlier stage have the golden sample's mean and spread;
+    :func:`engines.parity.gate` replaces them by a reference's outputs. The same
     ``rng`` gives the same sample.
     """
     geometry = bundle.geometry

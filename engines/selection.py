@@ -10,6 +10,7 @@ import contextlib
 import logging
 import platform
 import shlex
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -20,7 +21,7 @@ from edge_common.errors import BundleError, EngineError, PlanError
 from edge_common.files import explain_write_errors, write_atomically
 from edge_common.json_file import json_bytes, read_json
 from engines import cuda, libraries
-from engines.bundle import Bundle, Line, Name, Sha256, TensorSpec
+from engines.bundle import EXPORT_AGAIN, Bundle, Line, Name, Sha256, TensorSpec
 from engines.engine import Device, Engine
 from engines.libraries import Library
 from engines.ort import OrtEngine
@@ -73,18 +74,18 @@ def open_stage(
         try:
             return _open_tensorrt(bundle, stage, ordinal)
         except EngineError as error:
-            _warn_once(f"ONNX Runtime is used instead of TensorRT: {error}", error.mend)
+            _warn_once(f"ONNX Runtime is used instead of TensorRT: {error.found}", error.mend)
     if device != "cpu":
         failure = find_failure(bundle, stage, "cuda")
         if failure is not None and device == "cuda":
-            raise EngineError(failure)
+            raise failure
         if failure is not None:
-            _warn_once(f"the CPU is used instead of CUDA: {failure}")
+            _warn_once(f"the CPU is used instead of CUDA: {failure.found}", failure.mend)
             device = "cpu"
     engine = open_onnx(bundle, stage, device=device, threads=threads)
     if engine.device == "cpu" and (failure := find_failure(bundle, stage, "cpu")) is not None:
         engine.close()
-        raise EngineError(failure)
+        raise failure
     return engine
 
 
@@ -95,7 +96,7 @@ def open_onnx(
     device: Literal["auto", "cpu", "cuda"],
     threads: int | None = None,
 ) -> OrtEngine:
-    """Open a stage in ONNX Runtime, whatever the parity gate's verdict.
+    """Open a stage in ONNX Runtime. The parity gate's verdict is not checked.
 
     Raises:
         BundleError, EngineError: as :func:`open_stage`.
@@ -104,15 +105,13 @@ def open_onnx(
     engine = OrtEngine(bundle.stage_path(stage), threads=threads, device=device)
     if (wrong := _contradiction(engine, bundle, stage)) is not None:
         engine.close()
-        raise BundleError(
-            f"{bundle.stage_path(stage)} {wrong}: export the bundle again with "
-            "`edge-runtime export`"
-        )
+        raise BundleError(f"{bundle.stage_path(stage)} {wrong}", mend=EXPORT_AGAIN)
     return engine
 
 
 def open_plan(bundle: Bundle, plan: Plan, library: Library, *, ordinal: int = 0) -> Engine:
-    """Open a plan that :func:`engines.plan.check` accepted, whatever the parity gate's verdict.
+    """Open a plan that :func:`engines.plan.check` accepted. The parity gate's verdict is not
+    checked.
 
     Raises:
         PlanError: its bytes differ from the record, the library refuses them, or its inputs or
@@ -124,7 +123,7 @@ def open_plan(bundle: Bundle, plan: Plan, library: Library, *, ordinal: int = 0)
     engine = TrtEngine(plan, library, ordinal=ordinal)
     if (wrong := _contradiction(engine, bundle, plan.record.stage)) is not None:
         engine.close()
-        raise PlanError(f"{plan.path} {wrong}. Build it again: `{plan.rebuild}`")
+        raise PlanError(f"{plan.path} {wrong}", mend=plan.rebuild)
     return engine
 
 
@@ -159,22 +158,28 @@ def _open_tensorrt(bundle: Bundle, stage: str, ordinal: int) -> Engine:
             reasons.append(error)
         else:
             if warning is not None:
-                _warn_once(warning)
+                _warn_once(warning.found, warning.mend)
             return engine
     if len(reasons) == 1:
         raise reasons[0]
-    raise PlanError(" ".join(f"({number}) {text}" for number, text in enumerate(reasons, 1)))
+    raise PlanError(
+        _numbered(error.found for error in reasons), mend=_numbered(error.mend for error in reasons)
+    )
+
+
+def _numbered(texts: Iterable[str]) -> str:
+    return " ".join(f"({number}) {text}" for number, text in enumerate(texts, 1) if text)
 
 
 def _has_plans(bundle: Bundle, stage: str) -> bool:
-    """Whether the stage has any plan. Cheap, and imports nothing."""
+    """True if the stage has any plan. Cheap, and imports nothing."""
     return any(plans_folder(bundle.path).glob(f"tensorrt*/{stage}.json"))
 
 
 @lru_cache(maxsize=256)
-def _warn_once(text: str, mend: str = "") -> None:
-    """Log a warning, the same one only once; `mend` is in its record for other programs."""
-    logger.warning("%s", text, extra={"mend": mend})
+def _warn_once(found: str, mend: str) -> None:
+    """Log a warning, the same one only once. Its record has both texts apart, for programs."""
+    logger.warning("%s", EngineError(found, mend=mend), extra={"found": found, "mend": mend})
 
 
 def _contradiction(engine: Engine, bundle: Bundle, name: str) -> str | None:
@@ -189,7 +194,7 @@ def _contradiction(engine: Engine, bundle: Bundle, name: str) -> str | None:
 
 
 def _signature(spec: TensorSpec) -> str:
-    """What graph and manifest must agree on: everything but names of dynamic dimensions."""
+    """The part in which graph and manifest must agree: all except names of dynamic dimensions."""
     shape = ", ".join(str(dim) if isinstance(dim, int) else "?" for dim in spec.shape)
     return f"{spec.name} {spec.dtype} [{shape}]"
 
@@ -198,8 +203,8 @@ def _listed(signatures: set[str]) -> str:
     return ", ".join(sorted(signatures))
 
 
-# Verdicts on ONNX Runtime. A verdict on a plan is in its record. Graphs have none, so a failure of
-# ONNX Runtime is kept in a file of its own until the gate passes again.
+# Verdicts on ONNX Runtime. A verdict on a plan is in its record. Graphs have no record, so a
+# failure of ONNX Runtime is kept in a separate file until the gate passes again.
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -228,29 +233,31 @@ def onnx_identity(device: OrtKind, ordinal: int = 0) -> tuple[str, str]:
     return f"ONNX Runtime {onnxruntime.__version__} {place}", machine
 
 
-def find_failure(bundle: Bundle, stage: str, device: OrtKind) -> str | None:
+def find_failure(bundle: Bundle, stage: str, device: OrtKind) -> EngineError | None:
     """Why ONNX Runtime on ``device`` must not run the stage here; None if it may."""
     path = _failure_path(bundle, stage, device)
-    remedy = (
-        "It holds what failed the parity gate; "
-        f"`{verify_command(bundle.path)}` measures again and replaces it"
-    )
+    verify = f"`{verify_command(bundle.path)}` measures again and"
     try:
         failure = read_json(
-            path, Failure, max_bytes=_MAX_FAILURE_BYTES, error=EngineError, remedy=remedy
+            path,
+            Failure,
+            max_bytes=_MAX_FAILURE_BYTES,
+            error=EngineError,
+            remedy=f"{verify} replaces it: it holds what failed the parity gate",
         )
     except FileNotFoundError:
         return None
     except EngineError as error:
-        return str(error)
+        return error
     stale = failure.stage_sha256 != bundle.stage(stage).sha256
     if stale or (failure.engine, failure.machine) != onnx_identity(device):
         return None
-    return (
+    return EngineError(
         f"{failure.engine} failed the parity gate on the {stage} of {bundle.path} at "
-        f"{failure.time}, so it does not serve: `{verify_command(bundle.path)}` measures again and "
-        "shows the rows. If it fails again, export the bundle again, in fp32 if it has another "
-        "precision, or install another version of ONNX Runtime"
+        f"{failure.time}, so it does not serve",
+        mend=f"{verify} shows the rows. If it fails again, export the bundle again, in fp32 if it "
+        "has another precision, or install another version of ONNX Runtime",
+        code="not_verified",
     )
 
 

@@ -32,7 +32,7 @@ _logger = logging.getLogger(__name__)
 
 # Causes from engines.libraries.invalidity that building again removes. The others lie in driver,
 # GPU and memory.
-_REBUILD_HELPS = ("version mismatch", "unsupported cc", "malformed engine")
+_REBUILD_HELPS = {"version mismatch", "unsupported cc", "malformed engine"}
 # Each holds an execution context. Stages see few different shapes.
 _MAX_GRAPHS = 8
 
@@ -44,7 +44,7 @@ class TrtEngine(Engine):
     """One plan, opened on one GPU. Threads may share it; it serves them one after the other.
 
     Opening allocates buffers and working memory for the greatest shapes of the plan; :meth:`close`
-    frees them, in whatever order engines are closed. A batch larger than the plan allows runs in
+    frees them. Engines may be closed in any order. A batch larger than the plan allows runs in
     parts. A shape that occurs again is captured as a CUDA graph, if cuda-python is installed and
     there is enough memory. Errors contain the library's own message.
 
@@ -80,7 +80,7 @@ class TrtEngine(Engine):
         # the middle of a run.
         self._lock = threading.RLock()
         self._worker = _Worker(loaded, graphs, self.notes, self._lock)
-        # Also without close(): as garbage, or when the process ends.
+        # This also releases engines that were not closed, and at the end of the process.
         self._release = weakref.finalize(self, self._worker.release)
 
     def another(self) -> TrtEngine:
@@ -147,8 +147,8 @@ class TrtEngine(Engine):
             if not least <= size <= greatest:
                 plan = self._loaded.plan
                 raise EngineError(
-                    f"{name} is {size}, but {plan.path} was built for {least} to {greatest}: use "
-                    "a size in that range, or ONNX Runtime"
+                    f"{name} is {size}, but {plan.path} was built for {least} to {greatest}",
+                    mend="use a size in that range, or ONNX Runtime",
                 )
 
     def _parts(
@@ -208,21 +208,22 @@ class _Loaded:
             return None
 
     def _deserialise(self, data: bytes) -> Any:
-        reason = libraries.invalidity(self.library, self._runtime, data)
+        causes = libraries.invalidity(self.library, self._runtime, data)
         engine = None
-        if reason is None:
+        if causes is None:
             engine = self._attempt(lambda: self._runtime.deserialize_cuda_engine(data))
         if engine is not None:
             return engine
-        if reason is None and self.cuda.free_bytes()[0] < len(data):
+        if causes is None and self.cuda.free_bytes()[0] < len(data):
             # The library does not report this reliably.
-            raise EngineError(self.cuda.no_memory(len(data), f"the plan {self.plan.path}"))
-        remedy = f"Build it again: `{self.plan.rebuild}`"
-        if reason is not None and not any(cause in reason for cause in _REBUILD_HELPS):
-            remedy = "Building it again would not help: `edge-runtime doctor` checks GPU and driver"
+            raise self.cuda.no_memory(len(data), f"the plan {self.plan.path}")
+        mend = self.plan.rebuild
+        if causes is not None and _REBUILD_HELPS.isdisjoint(causes):
+            mend = "`edge-runtime doctor` checks GPU and driver: building it again would not help"
         raise PlanError(
             f"{self.library.name} refuses {self.plan.path}"
-            f"{f': {reason}' if reason else self.log.said()}. {remedy}"
+            f"{': ' + ', '.join(causes) if causes else self.log.said()}",
+            mend=mend,
         )
 
     def _check(self) -> dict[str, tuple[int, int]]:
@@ -265,8 +266,7 @@ class _Loaded:
 
     def _contradiction(self, found: str, expected: str) -> PlanError:
         return PlanError(
-            f"{self.plan.path} has {found}, but its record says {expected}: "
-            f"build it again with `{self.plan.rebuild}`"
+            f"{self.plan.path} has {found}, but its record says {expected}", mend=self.plan.rebuild
         )
 
     def retain(self) -> None:
@@ -301,8 +301,8 @@ class _Loaded:
     def failed(self, what: str) -> EngineError:
         """An error with the library's own message."""
         return EngineError(
-            f"{self.library.name} {what} ({self.plan.path.name}){self.log.said()}. "
-            "Look for an earlier error in the log, or use ONNX Runtime"
+            f"{self.library.name} {what} ({self.plan.path.name}){self.log.said()}",
+            mend="look for an earlier error in the log, or use ONNX Runtime",
         )
 
 
@@ -355,10 +355,14 @@ class _Worker:
     def _find_graphs(self, *, required: bool) -> None:
         self._graph_driver = cuda.graph_driver()
         if self._graph_driver is None:
-            reason = "cuda-python is not installed: `pip install cuda-python`"
+            command = "pip install cuda-python"
             if required:
-                raise EngineError(f"CUDA graphs were asked for, but {reason}")
-            self._notes.append(f"no CUDA graphs: {reason}")
+                raise EngineError(
+                    "CUDA graphs were asked for, but cuda-python is not installed",
+                    mend=command,
+                    code="not_installed",
+                )
+            self._notes.append(f"no CUDA graphs: cuda-python is not installed: `{command}`")
 
     def _allocate(self) -> None:
         loaded, stage = self._loaded, self._loaded.plan.record.stage
@@ -434,7 +438,7 @@ class _Worker:
         return {spec.name: _shape(spec, dims) for spec in (*self._inputs, *self._outputs)}
 
     def _prepare(self, key: tuple[int, ...], shapes: _Shapes) -> _Ready:
-        """The context to run these shapes: from their second run on one of their own, for a graph.
+        """The context to run these shapes. From their second run on it is their own, for a graph.
 
         A context with a graph keeps its shapes, because the graph may read data of the library that
         depends on them.

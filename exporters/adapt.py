@@ -86,7 +86,7 @@ class Folder:
                     return np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
                 continue
-        raise ImageError(f"no image of the folder can be decoded any more, last tried {path}")
+        raise ImageError(f"no image in the folder can be decoded; the last one tried is {path}")
 
 
 class Scenes:
@@ -164,7 +164,7 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """What ``torchrun`` wrote into RANK, WORLD_SIZE and LOCAL_RANK."""
+        """The values of RANK, WORLD_SIZE and LOCAL_RANK that ``torchrun`` set."""
         get = os.environ.get
         return cls(int(get("RANK", "0")), int(get("WORLD_SIZE", "1")), int(get("LOCAL_RANK", "0")))
 
@@ -332,17 +332,19 @@ class Adaptation:
         state: Any = read_torch_file(path)
         if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
             raise CheckpointError(
-                f"{path} is not the state of an adaptation; remove it to start again"
+                f"{path} is not the state of an adaptation", mend="remove it to start again"
             )
         if state["teacher"] != self.teacher_hash:
             raise CheckpointError(
-                f"{path} belongs to other stock weights; remove it to start again with these"
+                f"{path} belongs to other stock weights", mend="remove it to start again with these"
             )
         mine = asdict(self.config)
         differing = [k for k in mine if k != "steps" and state["config"].get(k) != mine[k]]
         if differing:
             told = ", ".join(f"{k} {state['config'].get(k)} (now {mine[k]})" for k in differing)
-            raise ConfigError(f"{path} was begun with {told}; repeat those settings or remove it")
+            raise ConfigError(
+                f"{path} was begun with {told}", mend="repeat those settings, or remove it"
+            )
         self.student.image_encoder.load_state_dict(state["encoder"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.losses = state["step"], state["losses"]

@@ -157,7 +157,7 @@ class CocoFile:
                 "expected JSON with 'images' and 'annotations'"
             ) from None
         if not Path(folder).is_dir():
-            raise ConfigError(f"{folder} is not a directory; give the folder of the images")
+            raise ConfigError(f"{folder} is not a directory", mend="give the folder of the images")
         self._folder, self._objects, self._min_area = Path(folder), objects, min_area
         self._images = [(i, name) for i, name in images.items() if i in objects][:limit]
         if not self._images:

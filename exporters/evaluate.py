@@ -1,8 +1,7 @@
 """Measures a SAM's mask quality from clicks, boxes and corrective clicks.
 
-Every object is clicked once, at the pixel farthest from its border. Of the three masks of
-``SamPredictor``, the one with the highest *predicted* IoU counts; the best of the three is reported
-too.
+Every object is clicked once, at the pixel farthest from its border. The mask of ``SamPredictor``
+with the highest *predicted* IoU counts. The best of its three masks is reported too.
 """
 
 from __future__ import annotations

@@ -104,9 +104,14 @@ def export(
     """
     watcher = watcher or Watcher()
     if order == "stock" and head_blocks is not None:
-        raise ExportError("--head-blocks splits reordered bundles; leave it out with --order stock")
+        raise ExportError(
+            "--head-blocks splits reordered bundles, not one of stock order",
+            mend="leave it out with --order stock",
+        )
     if order == "stock" and node_only:
-        raise ExportError("--for node needs a stack, and a stock bundle has none; use reordered")
+        raise ExportError(
+            "--for node needs a stack, and a stock bundle has none", mend="use --order reordered"
+        )
     check_out(out)
     names = _stage_names(order, head_blocks, node_only)
     shares = [_SHARES["load"], _SHARES["original"], *(_SHARES[name] for name in names)]
@@ -205,14 +210,16 @@ def _check_request(checkpoint: models.Checkpoint, order: Order, head_blocks: int
     if order == "stock" and checkpoint.order == models.REORDERED:
         raise ExportError(
             f"{checkpoint.path} holds weights trained for reordered blocks; they make no sense in "
-            "stock order. Leave out --order stock, or name the checkpoint they were adapted from"
+            "stock order",
+            mend="leave out --order stock, or name the checkpoint they were adapted from",
         )
     spec = models.spec_of(checkpoint.model)
     windowed = spec.depth - len(spec.global_blocks)
     if head_blocks is not None and not 0 <= head_blocks < windowed:
         raise ExportError(
             f"--head-blocks {head_blocks}: {spec.name} has {windowed} window blocks, of which "
-            f"nodes need at least one; give 0 to {windowed - 1}"
+            "nodes need at least one",
+            mend=f"give 0 to {windowed - 1}",
         )
 
 

@@ -240,7 +240,7 @@ def targets(rows: Sequence[Row], head: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def child(request: dict[str, Any], limit: float, handle: Callable[[Event], None]) -> str | None:
-    """Run one request in a process of its own, at most ``limit`` seconds.
+    """Run one request in its own process, at most ``limit`` seconds.
 
     Args:
         request: see :mod:`exporters.gpu_worker`.

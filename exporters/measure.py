@@ -152,7 +152,7 @@ def main() -> None:
     add = parser.add_argument
     add("--models", nargs="+", choices=tuple(MODELS), default=["vit_b", "vit_h"])
     add("--precisions", nargs="+", choices=("fp32", "fp16", "bf16"), default=["fp32", "fp16"])
-    add("--machine", default="unnamed machine", help="what to write down as the machine")
+    add("--machine", default="unnamed machine", help="name of the machine in the results")
     add("--out", type=Path, help="JSON file to add to")
     add("--embed", type=Path, metavar="BUNDLE", help="only print what its encoder takes on the CPU")
     add("--checkpoint", type=Path, help="only write a random checkpoint of the model here")

@@ -155,7 +155,7 @@ def build_sam(name: str) -> Sam:
 
 
 def is_window_block(block: Any) -> bool:
-    """Whether an encoder block attends within windows only."""
+    """True if an encoder block attends within windows only."""
     return bool(block.window_size > 0)
 
 
@@ -227,8 +227,9 @@ def read_torch_file(path: Path | str, *, lazily: bool = False) -> Any:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as err:
         if is_zip and not zipfile.is_zipfile(path):
             raise CheckpointError(
-                f"checkpoint {path} is truncated ({path.stat().st_size:,} bytes); "
-                "download or copy it again"
+                f"checkpoint {path} is truncated ({path.stat().st_size:,} bytes)",
+                mend="download or copy it again",
+                code="damaged",
             ) from None
         raise CheckpointError(
             f"{path} is not a SAM checkpoint, or is damaged; expected a state dict written by "
@@ -317,7 +318,7 @@ def open_checkpoint(path: Path | str, model: str | None = None) -> Checkpoint:
         )
     if model is not None and looks_like != model:
         raise CheckpointError(
-            f"{path} looks like {looks_like}, not {model}; use --model {looks_like}"
+            f"{path} looks like {looks_like}, not {model}", mend=f"use --model {looks_like}"
         )
     with torch.device("meta"):  # the shapes alone
         sam = build_sam(looks_like)

@@ -1,4 +1,4 @@
-"""The plain form: a stage written once more, in operators that older TensorRT parsers know.
+"""The plain form: a second version of a stage, with operators that older TensorRT parsers know.
 
 The main form of a stage is opset 23 with one ``Attention`` per block, which TensorRT parses from
 10.14 on. The plain form is opset 17, with attention as MatMul, Softmax and MatMul.
@@ -59,8 +59,7 @@ def write_plain(stage: Stage, directory: Path, windows: int, limit: int = LIMIT)
     The plain form computes the same function with the same weights: its graph names the main form's
     data file. Attention is computed for one block of queries at a time, so that its logits stay
     within ``limit`` bytes even where nothing is fused. Softmax is in float32. Equal main forms give
-    equal bytes. Whether the file computes what the original computes is checked by
-    :mod:`exporters.verify`.
+    equal bytes. :mod:`exporters.verify` checks that both forms compute the same.
 
     Softmax in float32 costs nothing where TensorRT fuses: in plans of ``tiny`` in fp16 that
     TensorRT-RTX 1.7.1 built, ``_gemm_mha_v2`` replaces every MatMul-Softmax-MatMul, with or without

@@ -65,7 +65,7 @@ def report(path: Path, sizes: Mapping[str, int]) -> Report:
     inferred are listed as unknown. Weights in other files are not read.
 
     Args:
-        path: ONNX file; weights outside it need not exist.
+        path: ONNX file. Its external weights are not required.
         sizes: size of each dynamic dimension, by the name the graph gives it.
 
     Raises:
@@ -77,7 +77,7 @@ def report(path: Path, sizes: Mapping[str, int]) -> Report:
     try:
         model = onnx.load(path, load_external_data=False)
     except FileNotFoundError:
-        raise ExportError(f"{path} does not exist: name a bundle or an .onnx file") from None
+        raise ExportError(f"{path} does not exist", mend="name a bundle or an .onnx file") from None
     except (DecodeError, IsADirectoryError) as error:
         raise ExportError(f"{path} is no ONNX file ({type(error).__name__})") from error
     if not model.graph.node:

@@ -61,7 +61,7 @@ class TrainConfig:
     amp: bool = True
 
     def progress(self, step: int) -> float:
-        """Where in the schedules this step is, 0 to 1."""
+        """The position of this step in the schedules, 0 to 1."""
         return self.offset + (1 - self.offset) * min(1.0, step / max(1, self.steps))
 
 

@@ -145,14 +145,16 @@ def require(row: Row, precision: Precision, tolerance: Tolerance) -> None:
     if row.passed:
         return
     advice = {
-        "fp32": "the checkpoint may hold values no float32 graph can reproduce",
-        "fp16": "the weights may be too large for fp16: try --precision bf16 or fp32",
-        "bf16": "the weights lose too much in bf16: try --precision fp16 or fp32",
+        "fp32": "use another checkpoint: no float32 graph may reproduce its values",
+        "fp16": "try --precision bf16 or fp32: the weights may be too large for fp16",
+        "bf16": "try --precision fp16 or fp32: the weights lose too much in bf16",
     }[precision]
     if not row.finite:
-        raise ExportError(f"{row.stage} gives NaN or Inf in {precision}; {advice}")
+        raise ExportError(f"{row.stage} gives NaN or Inf in {precision}", mend=advice)
     misses = ", ".join(row.misses(tolerance))
-    raise ExportError(f"{row.stage} differs from the original in {precision}: {misses}; {advice}")
+    raise ExportError(
+        f"{row.stage} differs from the original in {precision}: {misses}", mend=advice
+    )
 
 
 def _masks(name: str, got: Arrays, sample: Sample, sam: Sam) -> np.ndarray:

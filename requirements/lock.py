@@ -1,21 +1,18 @@
 #!/usr/bin/env python3
 """Write the lock files of this directory.
 
-``python requirements/lock.py`` (``make lock``) asks pip to resolve the project's dependencies
-once per Python version and platform, without installing anything, and writes each result as one
-requirements file with exact versions, environment markers where Python versions need different
-releases, and the hash of every wheel that was chosen. Only wheels are considered (and the pure
-Python sources of ``SDISTS``), so every line of a lock file can be installed without a compiler.
-Needs Python 3.11 and pip; it trusts the package index that pip is configured to use.
+``python requirements/lock.py`` (``make lock``) makes pip resolve the project's dependencies once
+per Python version and platform, without installing anything. Each lock file has exact versions,
+environment markers where Python versions need different releases, and the hash of every chosen
+wheel. Only wheels are considered (and the pure Python sources of ``SDISTS``), so no lock file needs
+a compiler. The script needs Python 3.11 and pip, and trusts pip's configured package index.
 
 ``python requirements/lock.py --check`` (``make check-locks``) downloads every wheel that a Jetson
-needs, as pip would on JetPack 6 and 7, and fails when one doesn't exist or doesn't have the
-recorded hash.
+needs, as pip would on JetPack 6 and 7. It fails if one does not exist or has another hash.
 
-Markers of packages (``python_version < "3.11"``) are evaluated by pip against the interpreter
-that runs it, not against the one it resolves for. The project's own markers are therefore handled
-here; a dependency whose own dependencies differ between Python versions must be added by hand to
-``EXTRA``.
+pip evaluates markers of packages (``python_version < "3.11"``) for the interpreter that runs it,
+not for the one it resolves for. This script therefore handles the project's own markers. If a
+dependency's own dependencies differ between Python versions, add them to ``EXTRA`` by hand.
 """
 
 from __future__ import annotations
@@ -34,15 +31,16 @@ LINUX_X86 = ("manylinux2014_x86_64", *(f"manylinux_2_{v}_x86_64" for v in range(
 LINUX_ARM = ("manylinux2014_aarch64", *(f"manylinux_2_{v}_aarch64" for v in range(17, 29)))
 MAC_ARM = tuple(f"macosx_{v}_0_arm64" for v in (11, 12, 13, 14))
 
-# Releases that must agree with one another, or that keep one version for more Python versions.
+# Releases that must match each other, or that keep one version for more Python versions.
 PINS = {
     "torch": "torch==2.14.1",
     "torchvision": "torchvision==0.29.1",
     "numpy": "numpy>=1.26,<2.5",
 }
-# What pip leaves out when it resolves for another Python than its own: package -> Pythons.
+# Packages that pip omits when it resolves for another Python than its own: package -> Pythons.
 EXTRA = {"tomli>=2": ("3.10",), "exceptiongroup": ("3.10",)}
-# Published as pure Python sources alone: what it needs, resolved in its place and to its version.
+# Published only as pure Python sources. Their dependencies are resolved in their place, for that
+# version.
 SDISTS = {"tensorrt-rtx-cu13": ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs")}
 
 HEADERS = {
@@ -55,7 +53,7 @@ HEADERS = {
 
 
 def project() -> tuple[list[str], dict[str, list[str]]]:
-    """The runtime dependencies and the extras as ``pyproject.toml`` names them."""
+    """The runtime dependencies and the extras in ``pyproject.toml``."""
     import tomllib
 
     table = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]
@@ -74,7 +72,7 @@ def name_of(requirement: str) -> str:
 def resolve(
     requirements: list[str], python: str, platform: tuple[str, ...]
 ) -> dict[str, tuple[str, str]]:
-    """What pip would install: name -> (version, sha256 of the wheel)."""
+    """The packages that pip would install: name -> (version, sha256 of the wheel)."""
     names = [part for r in requirements for part in SDISTS.get(name_of(r), (r,))]
     wanted = [PINS.get(name_of(r), r.split(";")[0].strip()) for r in names]
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
@@ -155,7 +153,7 @@ def lock(
 
 
 def applies(line: str, python: str) -> bool:
-    """Whether a line of a lock file is meant for this Python (markers as :func:`marker`'s)."""
+    """True if a line of a lock file applies to this Python (with markers from :func:`marker`)."""
     version = tuple(map(int, python.split(".")))
     for condition in line.split(";")[1].split(" and ") if ";" in line else ():
         _, operator, bound = condition.replace("'", "").replace("\\", "").split()
@@ -166,12 +164,13 @@ def applies(line: str, python: str) -> bool:
 
 
 def check(kind: str, python: str, platform: tuple[str, ...]) -> int:
-    """Download the wheels of a lock file for one Python and platform; the number of wheels."""
+    """Download the wheels of a lock file for one Python and platform. Returns the number of
+    wheels."""
     blocks = (HERE / f"{kind}.txt").read_text().replace(" \\\n", " ").splitlines()
     lines = [b for b in blocks if not b.startswith("#") and applies(b.split(" --hash")[0], python)]
     with tempfile.TemporaryDirectory() as scratch:
         wanted = Path(scratch) / "wanted.txt"
-        # The marker has done its work, and pip would evaluate it against its own Python.
+        # The marker was evaluated above. pip would evaluate it for its own Python.
         wanted.write_text(
             "\n".join(b.split(" ")[0] + b[b.index(" --hash") :] for b in lines) + "\n"
         )
@@ -187,7 +186,7 @@ def check(kind: str, python: str, platform: tuple[str, ...]) -> int:
 
 
 def main() -> None:
-    """Write all lock files, or those named on the command line; or check those of the Jetson."""
+    """Write all lock files, or those named on the command line. Or check the Jetson's."""
     if sys.argv[1:] == ["--check"]:
         for name, kind, python in (("6", "jetson", "3.10"), ("7", "cpu", "3.12")):
             found = check(kind, python, LINUX_ARM)

@@ -1,31 +1,67 @@
 """Bundles for tests.
 
-``toy_bundle`` is a whole bundle of toy graphs (see :mod:`toy`): for the plumbing. ``random_bundle``
-is the ``tiny`` SAM itself with random weights, exported once per session: for what depends on the
-model.
+``toy_bundle`` is a whole bundle of toy graphs (see :mod:`toy`) for tests that do not depend on the
+model. ``random_bundle`` is the ``tiny`` SAM with random weights, exported once per session, for
+those that do.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import platform
 import subprocess
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 from toy import Toy, write_toy_bundle
 
-# No test judges times. In CI the examples are the same in every run: new ones are tried elsewhere.
+# No test judges times. In CI the examples are the same in every run. Other runs try new ones.
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+platform.platform()  # starts `uname` once in a process, in whichever test comes first
+
+# `make check` leaves out the tests marked `process`. A test that starts a process without the mark
+# fails, so the marks stay correct.
+_STARTING = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn"}
+_started: list[str] = []
+_starting_fixtures: set[str] = set()
+sys.addaudithook(lambda event, args: _started.append(event) if event in _STARTING else None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> Generator[None, object, object]:
+    before = len(_started)
+    try:
+        return (yield)
+    finally:
+        if len(_started) > before:
+            _starting_fixtures.add(fixturedef.argname)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
+    _started.clear()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
+    yield
+    fixtures = _starting_fixtures.intersection(getattr(item, "fixturenames", ()))
+    if (_started or fixtures) and not item.get_closest_marker("process"):
+        pytest.fail("this test starts a process: mark it with @pytest.mark.process", pytrace=False)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Verdicts on the bundles that come with the package go into the user's cache."""
+    """Keep the verdicts on shipped bundles in a cache folder of the test session."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -33,7 +69,7 @@ def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 @pytest.fixture(autouse=True)
 def logging_stays_as_it_was() -> Iterator[None]:
-    """Commands that run in this process set up the log of a whole process."""
+    """Restore logging: commands that run in this process configure the log of a whole process."""
     loggers = (logging.getLogger(), logging.getLogger("asyncio"))
     levels, handlers = [logger.level for logger in loggers], loggers[0].handlers[:]
     disabled = logging.root.manager.disable
@@ -65,13 +101,13 @@ def toy() -> Toy:
 
 @pytest.fixture(scope="session")
 def toy_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A full toy bundle whose nodes are sent pixels. Do not change it: copy it first."""
+    """A full toy bundle that sends pixels to nodes. Copy it before you change it."""
     return write_toy_bundle(tmp_path_factory.mktemp("toy") / "bundle")
 
 
 @pytest.fixture
 def make_toy_bundle() -> Callable[..., Path]:
-    """:func:`write_toy_bundle`."""
+    """The function :func:`write_toy_bundle`."""
     return write_toy_bundle
 
 
@@ -79,8 +115,8 @@ def make_toy_bundle() -> Callable[..., Path]:
 def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ``tiny`` SAM in stock order with random weights.
 
-    SAM starts with relative-position tables and position embeddings of zero, and norms and biases
-    that change nothing; left so, a mistake in how they are used would not show.
+    SAM starts with relative-position tables and position embeddings of zero, and with norms and
+    biases that change nothing. Such values would hide mistakes in their use.
     """
     torch = pytest.importorskip("torch")
     from exporters.measure import randomise
@@ -95,7 +131,7 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def random_bundle(random_checkpoint: Path) -> Path:
-    """``random_checkpoint`` reordered and exported in fp32; nodes are sent pixels."""
+    """The reordered ``random_checkpoint``, exported in fp32. It sends pixels to nodes."""
     from exporters.export import export
 
     out = random_checkpoint.parent / "bundle"

@@ -1,9 +1,9 @@
-"""Bundles of the published models with weights of no meaning, in seconds and little memory.
+"""Bundles of the published models with meaningless weights, made in seconds and little memory.
 
-For what depends on a model's size and shape but not on what it computes: weights are one piece of
-noise repeated, scaled a little differently for each tensor, so that nothing is equal by chance;
-the tail's tokens for absent windows, which take a run of the whole stack, are zeros; the decoder,
-which is much the same in all of them, is there in name only.
+They are for tests that depend on a model's size and shape but not on its results. All weights are
+one piece of noise, scaled a little differently for each tensor, so that no two are equal by chance.
+The tail's tokens for absent windows are zeros, because computing them takes a run of the whole
+stack. The decoder is a placeholder: it is nearly the same in all models.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A machine with a GPU and TensorRT, simulated: what the gate and the opener ask of one.
+"""A simulated machine with a GPU and TensorRT, for the parity gate and engine selection.
 
-Plans are files of a few bytes with true records; opening one opens the stage's graph in ONNX
-Runtime on the CPU, and :attr:`SimulatedMachine.spoil` may change what comes out. No CUDA is
-involved: that is :mod:`engines.trt`'s, and tested with it.
+Plans are files of a few bytes with correct records. Opening one opens the stage's graph in ONNX
+Runtime on the CPU, and :attr:`SimulatedMachine.spoil` may change the outputs. CUDA is not simulated
+here: the tests of :mod:`engines.trt` do that.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ GPU = cuda.Facts("Simulated", "8.7", "540.4.0", "12.6", 8 << 30, True)
 
 
 class SimulatedMachine:
-    """What is installed here; change the attributes to change the machine.
+    """The installed hardware and software. Change the attributes to change the machine.
 
     Attributes:
-        gpu: None: there is no driver.
-        version: of TensorRT; None: it is not installed.
-        spoil: stage, outputs -> what the simulated TensorRT makes of it.
-        opened: stages that it was asked to run, in order.
-        open: how many of its engines are open.
+        gpu: None means that there is no driver.
+        version: of TensorRT. None means that it is not installed.
+        spoil: maps stage and outputs to the outputs of the simulated TensorRT.
+        opened: stages that it ran, in order.
+        open: the number of open engines.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class SimulatedMachine:
         return SimulatedTrt(self, bundle, plan.record.stage)
 
     def build(self, bundle: Bundle, *stages: str, **changes: Any) -> list[Plan]:
-        """Write plans of the stages, with records that fit this machine and no verdict."""
+        """Write plans of the stages, with records that fit this machine and without a verdict."""
         return [write_plan(bundle, stage, self.library, **changes) for stage in stages]
 
 
@@ -99,7 +99,7 @@ class SimulatedTrt(Engine):
 
 
 def write_plan(bundle: Bundle, stage: str, library: Library, **changes: Any) -> Plan:
-    """A plan of nonsense bytes whose record fits ``bundle`` and :data:`GPU`."""
+    """A plan of arbitrary bytes whose record fits ``bundle`` and :data:`GPU`."""
     spec = bundle.stage(stage)
     target = plans.target(library, ["8.7"])
     folder = plans.directory(bundle.path, target)
@@ -141,7 +141,7 @@ def write_plan(bundle: Bundle, stage: str, library: Library, **changes: Any) -> 
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> SimulatedMachine:
-    """Let :mod:`engines.selection` and :mod:`engines.parity` find a simulated machine."""
+    """Make :mod:`engines.selection` and :mod:`engines.parity` use a simulated machine."""
     machine = SimulatedMachine()
     monkeypatch.setattr(cuda, "facts", machine.facts)
     monkeypatch.setattr(libraries, "installed", machine.installed)

@@ -1,4 +1,4 @@
-"""The layers that docs/architecture.md draws, and the files that it names."""
+"""The layers in docs/architecture.md, and the files that it names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LAYERS = {
 
 
 def imported(file: Path) -> set[str]:
-    """The packages of ours that a file imports, also within functions."""
+    """The packages of this project that a file imports, also inside functions."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(file.read_bytes())):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""What a user installs: the wheel, the lock files, and the two commands that set everything up."""
+"""The installed product: the wheel, the lock files, and the two setup commands."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RUNTIME = {
 
 
 def locked(kind: str) -> dict[str, dict[str, str]]:
-    """Name -> version -> marker, of a lock file whose every line is pinned and hashed."""
+    """Name -> version -> marker of a lock file. Every line must be pinned and hashed."""
     text = (ROOT / "requirements" / f"{kind}.txt").read_text()
     found: dict[str, dict[str, str]] = {}
     for entry in text.replace(" \\\n", " ").splitlines():
@@ -43,8 +43,9 @@ def locked(kind: str) -> dict[str, dict[str, str]]:
     return found
 
 
-def test_nothing_advises_to_install_this_project_from_an_index() -> None:
-    """It is on none: whoever registered its name there would reach its users."""
+@pytest.mark.process
+def test_no_text_suggests_installing_this_project_from_an_index() -> None:
+    """The project is on no index. Anybody could register its name there and reach its users."""
     files = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -59,7 +60,7 @@ def test_nothing_advises_to_install_this_project_from_an_index() -> None:
         if path.suffix not in (".py", ".md", ".toml", ".txt", ".service", "") or not path.is_file():
             continue
         for number, line in enumerate(path.read_bytes().decode(errors="replace").splitlines(), 1):
-            # Within pyproject.toml the name is the project that is being installed.
+            # In pyproject.toml the name means the project that is being installed.
             if advice.search(line) and path not in (ROOT / "pyproject.toml", Path(__file__)):
                 found.append(f"{name}:{number}: {line.strip()}")
     assert not found, "\n".join(found)
@@ -67,7 +68,7 @@ def test_nothing_advises_to_install_this_project_from_an_index() -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, so that the checkout stays clean."""
+    """The wheel, built from a copy so that the checkout stays clean."""
     copy = tmp_path_factory.mktemp("copy")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
@@ -83,6 +84,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
+@pytest.mark.process
 def test_the_wheel_holds_the_packages_and_their_data_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -111,8 +113,9 @@ def test_the_wheel_holds_the_packages_and_their_data_and_nothing_else(wheel: Pat
     assert always == {*RUNTIME, "tomli"}
 
 
+@pytest.mark.process
 def test_the_installed_wheel_segments_a_photo(wheel: Path, tmp_path: Path) -> None:
-    """Away from the checkout, from the installed files alone."""
+    """Run outside of the checkout, with the installed files alone."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     script = (
@@ -145,21 +148,21 @@ def test_lock_files_name_no_index_and_no_address(kind: str) -> None:
     assert locked(kind)
 
 
-def test_the_cpu_lock_is_the_runtime_and_no_more() -> None:
+def test_the_cpu_lock_holds_the_runtime_only() -> None:
     names = set(locked("cpu"))
     assert RUNTIME | {"tomli"} <= names
     assert names.isdisjoint({"torch", "torchvision", "onnx", "matplotlib", "scipy"})
     assert len(names) < 25
 
 
-def test_on_a_gpu_one_onnxruntime_takes_the_place_of_the_other() -> None:
+def test_the_gpu_lock_replaces_onnxruntime_by_its_gpu_build() -> None:
     names = set(locked("gpu"))
     assert "onnxruntime-gpu" in names
     assert "onnxruntime" not in names
     assert RUNTIME - {"onnxruntime"} <= names
 
 
-def test_the_jetson_lock_stays_with_the_last_onnxruntime_for_its_python() -> None:
+def test_the_jetson_lock_keeps_the_last_onnxruntime_for_its_python() -> None:
     found = locked("jetson")
     assert RUNTIME | {"tomli"} <= set(found)
     (version,) = found["onnxruntime"]
@@ -168,7 +171,7 @@ def test_the_jetson_lock_stays_with_the_last_onnxruntime_for_its_python() -> Non
     assert all(len(versions) == 1 for versions in found.values())
 
 
-def test_tests_run_with_the_releases_that_users_get() -> None:
+def test_tests_use_the_releases_that_users_get() -> None:
     cpu, dev = locked("cpu"), locked("dev")
     for name, versions in cpu.items():
         assert set(versions) <= set(dev[name]), f"{name}: {versions} for users, {dev[name]} here"
@@ -176,8 +179,8 @@ def test_tests_run_with_the_releases_that_users_get() -> None:
     assert dev["torchvision"] == {"0.29.1": ""}
 
 
-def test_this_environment_is_the_locked_one() -> None:
-    """Only of what the runtime's results depend on."""
+def test_this_environment_matches_the_lock() -> None:
+    """Checks only packages that influence the runtime's results."""
     from importlib.metadata import version
 
     for name in ("numpy", "onnxruntime", "pillow", "pyzmq", "msgspec"):
@@ -188,14 +191,16 @@ def make(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["make", *words], cwd=cwd, capture_output=True, text=True, check=False)
 
 
-def test_make_alone_says_what_it_can_do() -> None:
+@pytest.mark.process
+def test_make_without_a_target_lists_the_targets() -> None:
     done = make()
     assert done.returncode == 0
     for target in ("demo", "test", "lint", "lock", "check-locks"):
         assert re.search(rf"^{target} +\S", done.stdout, re.MULTILINE)
 
 
-def test_make_demo_installs_the_runtime_alone() -> None:
+@pytest.mark.process
+def test_make_demo_installs_only_the_runtime() -> None:
     done = make("--dry-run", "DEMO_VENV=.venv-none", "demo")
     assert done.returncode == 0, done.stderr
     assert "-r requirements/cpu.txt" in done.stdout
@@ -204,12 +209,14 @@ def test_make_demo_installs_the_runtime_alone() -> None:
     assert "dev.txt" not in done.stdout
 
 
-def test_an_unfit_python_is_named() -> None:
+@pytest.mark.process
+def test_an_unsupported_python_is_named() -> None:
     done = make("PYTHON=false", "DEMO_VENV=.venv-none", ".venv-none/.ready")
     assert done.returncode != 0
     assert "false is not Python 3.10 to 3.14" in done.stderr
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("outcome", ["true", "false"])
 def test_ci_runs_make_test_and_reports_its_failure(tmp_path: Path, outcome: str) -> None:
     (tmp_path / ".ci").mkdir()
@@ -222,7 +229,7 @@ def test_ci_runs_make_test_and_reports_its_failure(tmp_path: Path, outcome: str)
     assert (done.returncode == 0) == (outcome == "true")
 
 
-def test_markers_of_the_lock_writer_select_the_right_lines() -> None:
+def test_the_lock_writer_s_markers_select_the_right_lines() -> None:
     pytest.importorskip("tomllib")
     sys.path.insert(0, str(ROOT / "requirements"))
     try:

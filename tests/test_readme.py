@@ -1,9 +1,11 @@
-"""The README's commands, run as a reader would type them; and those of all documents, checked.
+"""The README's commands, run as a reader would type them. The commands of all documents are
+checked.
 
-Shell commands are lines of ``sh`` and ``console`` blocks (the latter after ``$``) and of indented
-blocks. They run in order in a folder that holds ``photo.jpg``, the sources, and an ``edge.toml``
-with three running nodes, as do ``python`` blocks, which know ``np`` and ``image``. A block after a
-line ``<!-- not run: REASON -->`` is checked only, like the programs of ``CHECKED_ONLY``.
+Shell commands are lines of ``sh`` and ``console`` blocks (in the latter after ``$``) and of
+indented blocks. They run in order in a folder that holds ``photo.jpg``, the sources, and an
+``edge.toml`` with three running nodes. So do ``python`` blocks, which know ``np`` and ``image``. A
+block after a line ``<!-- not run: REASON -->`` is only checked, like the programs of
+``CHECKED_ONLY``.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PROGRAMS = ("edge-runtime", "cloud-node", "make", "pip", "python", "torchrun")
-CHECKED_ONLY = ("make", "pip", "git", "cloud-node")  # run by other tests; nodes run already
+CHECKED_ONLY = ("make", "pip", "git", "cloud-node")  # other tests run these; nodes run already
 PRELUDE = """\
 import numpy as np
 from edge_runtime.imaging.images import load_image
@@ -107,7 +109,7 @@ def every_command() -> list[tuple[str, str]]:
     ]
 
 
-def test_the_extractor_finds_what_a_reader_would_type() -> None:
+def test_the_extractor_finds_the_commands_a_reader_would_type() -> None:
     text = """\
 Prose with `edge-runtime help`.
 
@@ -187,7 +189,7 @@ def must_parse(parser: argparse.ArgumentParser, words: list[str], where: str) ->
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with a photo and an edge.toml whose three nodes run, with the shipped model."""
+    """A folder with a photo and an edge.toml with three running nodes and the shipped model."""
     from transport.keys import generate, generate_secret, make_directory, write_public
 
     folder = tmp_path_factory.mktemp("reader")
@@ -224,8 +226,9 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.mark.process
 def test_the_readme_runs(reader: Path) -> None:
-    """In order, because a reader goes in order."""
+    """The snippets run in order, as a reader runs them."""
     environment = {**os.environ, "PATH": f"{BINARIES}{os.pathsep}{os.environ['PATH']}"}
     ran = 0
     for snippet in snippets(README.read_text(encoding="utf-8")):
@@ -250,14 +253,14 @@ def test_the_readme_runs(reader: Path) -> None:
     assert ran >= 2
 
 
-def test_the_readme_opens_with_the_two_commands() -> None:
+def test_the_readme_starts_with_the_two_commands() -> None:
     texts = [snippet.text for snippet in snippets(README.read_text(encoding="utf-8"))]
     makes = [text.split("#")[0].strip() for text in texts if text.startswith("make ")]
     assert makes[:2] == ["make demo", "make test"]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_lead_somewhere(path: Path) -> None:
+def test_links_resolve(path: Path) -> None:
     text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
     targets = re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r"src=\"([^\"]+)\"", text)
     missing = [

@@ -1,6 +1,5 @@
-"""A bundle of real ONNX graphs with the shapes of the contract and arithmetic simple enough to be
-repeated in numpy (:class:`Toy`): for everything that does not depend on the model.
-"""
+"""A bundle of real ONNX graphs with the contract's shapes and arithmetic that numpy can repeat
+(:class:`Toy`), for tests that do not depend on the model."""
 
 from __future__ import annotations
 
@@ -187,7 +186,7 @@ def _toy_graphs(toy: Toy, head: bool, stock: bool) -> dict[str, tuple[list, list
     tail_inputs = [info("tokens", T.FLOAT, g.windows, t, c), info("present", T.BOOL, g.windows)]
     graphs: dict[str, tuple[list, list, list, list]] = {}
     if head:
-        # The head takes no window index of its own here, but the contract feeds it one.
+        # The head has no window index of its own here, but the contract feeds it one.
         index = h.make_node("Identity", ["window"], ["unused"])
         graphs["head"] = ([index, *embed_nodes], embed_consts, [*pixels, window], [hidden])
         graphs["stack"] = (block_nodes, [position], [hidden, window], [tokens])
@@ -204,7 +203,7 @@ def _toy_graphs(toy: Toy, head: bool, stock: bool) -> dict[str, tuple[list, list
 
 
 def write_toy_bundle(directory: Path, *, head: bool = False, stock: bool = False) -> Path:
-    """Write a toy bundle; every file differs with ``head`` and ``stock`` as in a real one."""
+    """Write a toy bundle. As in a real one, every file differs with ``head`` and ``stock``."""
     import onnx
     from onnx import helper as h
 
@@ -248,7 +247,7 @@ def write_toy_bundle(directory: Path, *, head: bool = False, stock: bool = False
 
 
 def poisoned(bundle: Path, copy: Path, stage: str) -> Bundle:
-    """A copy whose weights of one stage are NaN, with a manifest that vouches for them."""
+    """A copy in which the weights of one stage are NaN, with updated hashes in the manifest."""
     shutil.copytree(bundle, copy)
     weights = copy / f"{stage}.onnx.data"
     weights.write_bytes(np.full(weights.stat().st_size // 4, np.nan, np.float32).tobytes())
@@ -312,7 +311,7 @@ def slow(bundle: Path, copy: Path, stage: str) -> Bundle:
 
 
 def _vouched(copy: Path, stage: str, changed: Path) -> Bundle:
-    """The bundle, with a manifest that has the hash of a changed file."""
+    """The bundle with the new hash of a changed file in its manifest."""
     manifest = json.loads((copy / "manifest.json").read_text())
     entry = manifest["stages"][stage]
     entry["files"][changed.name] = hash_file(changed)

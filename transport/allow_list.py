@@ -1,4 +1,4 @@
-"""The keys that a node lets in: every ``NAME.pub`` in a folder admits its holder as NAME."""
+"""The allow-list: every ``NAME.pub`` in a folder admits the holder of its key as NAME."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 _COARSE_NS = 2_000_000_000  # the clocks of file systems are finer
 _Stamp = tuple[int, ...]
 _Entry = tuple["_Stamp | None", "str | KeyFileError"]
-"""Of a key file: its stamp, None if it must be read again, and its key or why it does not count."""
+"""A key file: its stamp, None if it must be read again, and its key or why it does not count."""
 _stamp_of: Callable[[os.stat_result], _Stamp] = operator.attrgetter(
     "st_ctime_ns", "st_mtime_ns", "st_size", "st_ino", "st_dev", "st_mode", "st_uid", "st_gid"
 )
@@ -48,7 +48,7 @@ class AllowList:
     def reload(self) -> dict[str, str]:
         """Names by Z85 public key. Only files that may have changed are read again.
 
-        A file that is malformed, or that others may write to, lets in nobody. A process short of
+        A malformed file, or one that others may write to, admits no edge. A process short of
         descriptors or memory keeps the names it read last: otherwise an attacker who exhausts
         descriptors locks everyone out.
 
@@ -62,8 +62,8 @@ class AllowList:
                 return self._names
             self._names, self._files = {}, {}
             raise KeyFileError(
-                f"cannot read the folder of authorised keys {self.folder}: {error.strerror}; "
-                "`edge-runtime keys node` makes one"
+                f"cannot read the folder of authorised keys {self.folder}: {error.strerror}",
+                mend="`edge-runtime keys node` makes one",
             ) from None
         except KeyFileError:
             self._names, self._files = {}, {}
@@ -97,8 +97,8 @@ class AllowList:
             KeyFileError: others may change the folder.
             OSError: it can't be read.
         """
-        if found := why_untrusted(self.folder, owner=self._owner, closed=True):
-            raise KeyFileError(found)
+        if danger := why_untrusted(self.folder, owner=self._owner, closed=True):
+            raise danger.error(KeyFileError)
         with os.scandir(self.folder) as entries:
             stamps = {
                 entry.name: _stamp(entry)
@@ -141,25 +141,27 @@ def _key(path: Path, owner: int | None) -> str:
         public = read_public(path)
         # The folder has been judged; what a link leads to has not.
         linked = path.is_symlink()
-        found = (
+        danger = (
             why_untrusted(path, owner=owner)
             if linked
             else why_entry_untrusted(path, os.lstat(path), owner)
         )
     except UnicodeEncodeError:  # libzmq takes UTF-8 names only
-        raise KeyFileError(f"the file name {path.name!r} is not UTF-8: rename it") from None
+        raise KeyFileError(
+            f"the file name {path.name!r} is not UTF-8", mend="rename the file"
+        ) from None
     except (KeyFileError, OSError) as error:
         cause = error.__cause__ or error
         if isinstance(cause, OSError) and cause.errno in _SHORTAGES:
             raise cause from None
-        raise KeyFileError(str(error)) from None
-    if found:
-        raise KeyFileError(found)
+        raise (error if isinstance(error, KeyFileError) else KeyFileError(str(error))) from None
+    if danger:
+        raise danger.error(KeyFileError)
     return public
 
 
 def _stamp(entry: os.DirEntry[str]) -> _Stamp | None:
-    """What changes when a key file does; None for a link to nowhere.
+    """The parts of a key file's status that change with the file. None for a dangling link.
 
     A program that replaces a file's content can keep its size and modification time, but not its
     change time.

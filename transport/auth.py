@@ -51,7 +51,7 @@ class _Refusal(Exception):
 
 
 def _property(name: str, value: bytes) -> bytes:
-    """As ZMTP writes it."""
+    """Encode a property as ZMTP does."""
     return bytes([len(name)]) + name.encode() + struct.pack(">I", len(value)) + value
 
 
@@ -67,8 +67,8 @@ class Authenticator:
         allowed: the keys.
         on_revoked: is called in the event loop with the names that lost their key or have another
             one. If it raises, it is called again soon.
-        on_broken: is called in the event loop if a task ends: then nobody is let in, or nobody is
-            revoked, any more.
+        on_broken: is called in the event loop if a task ends. From then on, no edge is admitted or
+            no key is revoked.
         connections: of the server. Their events are read before a client gets in (`LET_IN_AT`).
         on_refused: is called with the reason of each refused handshake, see `peer_events.REFUSALS`.
         penalties: names that are banned.
@@ -117,7 +117,7 @@ class Authenticator:
             task.add_done_callback(self._ended)
 
     async def stop(self) -> None:
-        """Stop. From now on nobody is let in."""
+        """Stop. From now on no edge is admitted."""
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()
@@ -132,8 +132,8 @@ class Authenticator:
             self._on_broken(task)
 
     def admits(self, name: str, key: str) -> bool:
-        """Whether this key is authorised under this name now. A connection keeps the key and the
-        name that it was let in with."""
+        """True if this key is authorised under this name now. A connection keeps the key and name
+        under which it was admitted."""
         return self._keys.get(name) == key
 
     async def _watch(self) -> None:
@@ -153,7 +153,7 @@ class Authenticator:
         except Exception as error:
             now, self._folder_unusable = {}, True
             if self._keys or self._limiter.allows("folder"):
-                log.error("nobody is authorised any more: %s", error)
+                log.error("no key is authorised any more: %s", error)
         finally:  # a tenth of the time at most, however large the folder; a second's share at once
             took = time.monotonic() - begun
             self._reload_at = max(self._reload_at, begun - 1.0) + 10 * took

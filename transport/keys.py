@@ -1,7 +1,7 @@
 """Key files: CURVE key pairs of nodes and of edges (one for each node), placement secrets.
 
-A secret file is 0600 from its creation, whatever the umask. A secret key that others may read, and
-any key that others may replace, is refused with the command that repairs it.
+A secret file is 0600 from its creation, under any umask. A secret key that others may read, and any
+key that others may replace, is refused with the command that repairs it.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def load_public(path: Path | str) -> str:
 
 
 def read_public(path: Path | str) -> str:
-    """Read the Z85 public key of a ``.pub`` file, whoever may write to it.
+    """Read the Z85 public key of a ``.pub`` file. Its permissions are not checked.
 
     Raises:
         KeyFileError: missing, malformed, or a secret key file.
@@ -172,8 +172,8 @@ def check_name(name: str) -> str:
     """
     if not _NAME.match(name):
         raise KeyFileError(
-            f"{name!r} cannot name a key: use up to 64 letters, digits, '.', '_' and '-', "
-            "the first a letter, digit or '_'"
+            f"{name!r} cannot name a key",
+            mend="use up to 64 letters, digits, '.', '_' and '-', the first a letter, digit or '_'",
         )
     return name
 
@@ -193,18 +193,18 @@ def make_directory(directory: Path | str) -> Path:
         status = folder.stat()
     except OSError as error:
         raise KeyFileError(f"cannot make the folder {folder}: {error.strerror}") from None
-    if found := why_entry_untrusted(folder, status, status.st_uid):
-        raise KeyFileError(found)
+    if danger := why_entry_untrusted(folder, status, status.st_uid):
+        raise danger.error(KeyFileError)
     return folder
 
 
 def _refuse_danger(path: Path) -> None:
     try:
-        found = why_untrusted(path)
+        danger = why_untrusted(path)
     except OSError as error:
         raise KeyFileError(f"cannot look at {path}: {error.strerror}") from None
-    if found:
-        raise KeyFileError(found)
+    if danger:
+        raise danger.error(KeyFileError)
 
 
 def _write_new(path: Path, text: str, mode: int) -> None:
@@ -218,15 +218,12 @@ def _read(path: Path, *, private: bool) -> str:
         # Non-blocking: a pipe in place of a key file must not hang the start.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        hint = ""
-        if isinstance(error, FileNotFoundError):
-            hint = (
-                "make one with `edge-runtime keys`"
-                if private
-                else "ask the owner of that key for it"
-            )
-            hint = f"; {hint}"
-        raise KeyFileError(f"cannot read the key file {path}: {error.strerror}{hint}") from error
+        found = f"cannot read the key file {path}: {error.strerror}"
+        if not isinstance(error, FileNotFoundError):
+            raise KeyFileError(found) from error
+        ask = "ask the owner of that key for it"
+        mend = "make one with `edge-runtime keys`" if private else ask
+        raise KeyFileError(found, mend=mend, code="missing") from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -234,8 +231,10 @@ def _read(path: Path, *, private: bool) -> str:
         mode = stat.S_IMODE(status.st_mode)
         if private and mode & (0o037 if _is_credential(path) else 0o077):
             raise KeyFileError(
-                f"{path} is open to others (mode {mode:04o}): run `chmod 600 "
-                f"{shlex.quote(str(path))}`; if others use this machine, make a new key instead"
+                f"{path} is open to others (mode {mode:04o})",
+                mend=f"run `chmod 600 {shlex.quote(str(path))}`; if others use this machine, make "
+                "a new key instead",
+                code="untrusted",
             )
         data = os.read(descriptor, _FILE_BYTES + 1)
     finally:
@@ -251,7 +250,7 @@ def _read(path: Path, *, private: bool) -> str:
 
 
 def _is_credential(path: Path) -> bool:
-    """Whether systemd made this file for this service alone. Its access control list shows as read
+    """True if systemd made this file for this service alone. Its access control list shows as read
     permission of the group."""
     folder = os.environ.get("CREDENTIALS_DIRECTORY")
     return folder is not None and path.parent == Path(folder)

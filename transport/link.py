@@ -48,7 +48,7 @@ _RETRY_GRACE_S = 0.2  # libzmq announces a retry together with the disconnection
 
 @dataclass(frozen=True)
 class LinkEvent:
-    """What became of a client's link.
+    """A change of a client's link.
 
     Args:
         state: ``up`` (handshake done), ``down`` (was up and broke), ``unreachable`` (no TCP
@@ -80,7 +80,7 @@ async def watch(
         endpoint: where to connect.
         first_retry_s: wait before the first retry after a failed handshake; doubles each time.
         last_retry_s: the longest such wait.
-        connections: is told of the connection; its owner calls `check`.
+        connections: receives the connection's events. Its owner calls `check`.
 
     Yields:
         events whose state or reason differs from the one before.

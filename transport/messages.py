@@ -1,6 +1,6 @@
 """The messages of edge and node: typed structs with limits, one ZeroMQ frame each.
 
-Decoding ends in a well-formed message or a `ProtocolError`, whatever arrives, and allocates nothing
+Decoding gives a well-formed message or a `ProtocolError` for any input, and allocates nothing
 because a header claims a size. `docs/protocol.md` describes the bytes.
 """
 
@@ -31,7 +31,7 @@ NEGOTIATION = 0
 HEADER_BYTES = 16 * 1024
 """Largest header, prefix included."""
 MAX_TENSORS = 16
-"""Most tensors any message may carry, whatever the stage."""
+"""The limit on tensors in a message, for any stage."""
 NO_ID = bytes(16)
 """Id in a `Refused` when the message's own id could not be read."""
 SEAL_BYTES = 32
@@ -170,8 +170,13 @@ class VersionsSpoken:
 Message = Request | Accepted | Result | Refused | Cancel | InfoRequest | Info | VersionsSpoken
 
 
+UPDATE = "update the older side"
+
+
 class UnknownVersionError(ProtocolError):
     """A message of a version that this software does not speak. Answer with `VersionsSpoken`."""
+
+    code = "wrong_version"
 
 
 class Spec(Protocol):
@@ -313,7 +318,7 @@ def encode(
 
 
 def _layout(message: Message, header: int) -> tuple[list[tuple[int, int]], int]:
-    """Where each tensor of a message begins and ends in its frame, and the frame's length.
+    """The start and end of each tensor of a message in its frame, and the frame's length.
 
     Args:
         message: with its `tensors`. header: bytes before the tensors.
@@ -347,7 +352,8 @@ def _split(frame: Any) -> tuple[memoryview, memoryview]:
     if view[3] not in VERSIONS:
         raise UnknownVersionError(
             f"message of protocol version {view[3]}, this software speaks "
-            f"{', '.join(map(str, VERSIONS))}: update the older side"
+            f"{', '.join(map(str, VERSIONS))}",
+            mend=UPDATE,
         )
     length = _PREFIX.unpack_from(view)[2] if view.nbytes >= _PREFIX.size else 0
     header = view[: _PREFIX.size + length]

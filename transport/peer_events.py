@@ -1,4 +1,5 @@
-"""What becomes of a server's connections, by libzmq's monitor, and why handshakes failed."""
+"""The events of a server's connections, from libzmq's monitor, and the reasons of failed
+handshakes."""
 
 from __future__ import annotations
 
@@ -40,9 +41,9 @@ REFUSALS = {
 
 # Don't listen to EVENT_HANDSHAKE_FAILED_PROTOCOL: libzmq 4.3.5 also sends it for a message that
 # does not decrypt, keeps that connection half open, and aborts the process at its next heartbeat.
-# Anybody who flips a bit on the way could end either side.
+# Anybody who flips a bit on the way could end either process.
 HANDSHAKE_FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-# Nor to EVENT_ACCEPT_FAILED: without descriptors, libzmq sends it in an endless loop.
+# Do not listen to EVENT_ACCEPT_FAILED: without descriptors, libzmq sends it in an endless loop.
 SERVER_EVENTS = HANDSHAKE_FAILED | zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED
 _GREETING_BYTES, _HELLO_BYTES, _WELCOMED_BYTES = 64, 202, 64 + 170
 _EVENT = struct.Struct("=Hi")  # kind, value
@@ -51,7 +52,7 @@ _AT_ONCE = 100  # events, before other tasks have their turn
 
 @dataclass(frozen=True)
 class PeerEvent:
-    """What became of a connection to a server.
+    """An event of a connection to a server.
 
     Args:
         kind: ``opened`` (TCP alone), ``refused`` (the handshake failed; the authenticator counts
@@ -79,7 +80,7 @@ def follow(
 
     Args:
         socket: from `sockets.server`, made with ``monitor=True``.
-        connections: is told the events, checked and, at the end, closed.
+        connections: receives the events, is checked and, at the end, closed.
         every_s: how often to check, less often (to 0.1 s) with many connections.
     """
     return _Follower(socket, connections).events(every_s)

@@ -217,12 +217,12 @@ def server(
         try:
             socket.bind(bind)
         except zmq.ZMQError as error:
-            hint = {
-                errno.EADDRINUSE: "another process has this port; choose another one",
-                errno.EACCES: "this port needs privileges; choose one above 1023",
-            }.get(error.errno or 0, "is the address one of this machine's?")
+            mend = {
+                errno.EADDRINUSE: "choose another port: another process has this one",
+                errno.EACCES: "choose a port above 1023: this one needs privileges",
+            }.get(error.errno or 0, "choose an address of this machine")
             reason = os.strerror(error.errno or 0)
-            raise ConfigError(f"cannot listen on {bind}: {reason} ({hint})") from None
+            raise ConfigError(f"cannot listen on {bind}: {reason}", mend=mend) from None
     except BaseException:
         socket.close()
         raise

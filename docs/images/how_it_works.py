@@ -1,6 +1,6 @@
-"""Draws ``how-it-works.png``: the way of a photo through edge and nodes.
+"""Draws ``how-it-works.png``: the path of a photo through edge and nodes.
 
-``python docs/images/how_it_works.py [BUNDLE]`` from the top of the repository, in the full
+Run ``python docs/images/how_it_works.py [BUNDLE]`` in the repository's root, in the full
 environment (matplotlib). Windows, placement and masks are the real ones of the demo's photo.
 """
 
@@ -68,7 +68,7 @@ def picture(
 
 
 def mosaic(windows: Windows, geometry: Geometry, shown: dict[int, int], tint: bool) -> np.ndarray:
-    """The windows with gaps between them; those not shown are black, the others may be tinted."""
+    """The windows with gaps between them. Windows not shown are black. The others may be tinted."""
     w, gap = geometry.window_pixels, 4
     rows = int(windows.window.max()) // geometry.windows_per_side + 1
     columns = int((windows.window % geometry.windows_per_side).max()) + 1
@@ -179,7 +179,7 @@ def draw(
 
 
 def main() -> None:
-    """Compute and draw."""
+    """Compute the picture and draw it."""
     photo = load_image(PHOTO)
     with OffloadPredictor(bundle=sys.argv[1] if len(sys.argv) > 1 else None) as predictor:
         drawing = Overlay(photo)

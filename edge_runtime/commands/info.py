@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe(bundle: Bundle, *, verified: bool) -> dict[str, Any]:
-    """What `--json` prints: the manifest, and figures derived from it."""
+    """The output of `--json`: the manifest, and figures derived from it."""
     manifest, geometry = bundle.manifest, bundle.geometry
     facts: dict[str, Any] = msgspec.to_builtins(manifest)
     facts["path"] = str(bundle.path.resolve())

@@ -91,8 +91,8 @@ def run(args: argparse.Namespace) -> int:
     refuse_existing(out, ConfigError, "name another file with --out")
     if not out.parent.is_dir():
         raise ConfigError(f"the folder {out.parent} does not exist")
-    if found := why_untrusted(out.parent, owner=out.parent.stat().st_uid):
-        raise ConfigError(found)
+    if danger := why_untrusted(out.parent, owner=out.parent.stat().st_uid):
+        raise danger.error(ConfigError)
     if args.bundle is not None:
         Bundle.load(args.bundle)
     nodes = []
@@ -184,7 +184,7 @@ def _public(key: str) -> str:
 
 
 def _warning(config: EdgeConfig) -> str | None:
-    """What to know if the budget cannot be met with so few nodes; None if it can."""
+    """A warning if this number of nodes cannot meet the budget, else None."""
     import math
 
     from edge_common.errors import BundleError

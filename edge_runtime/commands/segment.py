@@ -125,7 +125,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda", "tensorrt"),
-        help="what computes on this machine: tensorrt: plans made by `edge-runtime build`; cuda, "
+        help="engines on this machine: tensorrt: plans made by `edge-runtime build`; cuda, "
         "cpu: ONNX Runtime; auto: the first of these that may serve here (default: edge.toml's, or "
         "auto)",
     )

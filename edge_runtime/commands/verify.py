@@ -41,7 +41,7 @@ bf16: ONNX Runtime cannot compute it on the CPU. Results for random inputs are t
 ONNX Runtime on CUDA if installed; otherwise they must be finite and independent of batching."""
 
 _ONLY_CPU = """\
-Nothing but ONNX Runtime on the CPU is here: the bundle has no TensorRT plans
+Only ONNX Runtime on the CPU is available: the bundle has no TensorRT plans
 (`edge-runtime build {}` makes them where TensorRT is installed), and there is no
 ONNX Runtime with CUDA and a GPU. `edge-runtime doctor` says what is missing."""
 
@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _ran(device: str, report: Report) -> bool:
-    """Whether a requested engine ran. The CPU always runs, for comparison."""
+    """True if a requested engine ran. The CPU always runs, for comparison."""
     besides = device in ("cuda", "tensorrt")
     verdicts = [v for v in report.verdicts if not (besides and v.engine.endswith(" CPU"))]
     return any(verdict.status != "not run" for verdict in verdicts)

@@ -26,7 +26,7 @@ _CHUNK_BYTES = 8 << 20
 
 
 def is_photo(path: Path) -> bool:
-    """Whether a file is a photo, judging by its name."""
+    """True if a file is a photo, judging by its name."""
     from PIL import Image
 
     formats = _formats()
@@ -39,8 +39,8 @@ def load_image(path: str | os.PathLike[str], max_megapixels: float = 100) -> np.
     The EXIF orientation is applied. Grey becomes RGB; 16 bits are scaled to 8 over their full
     range (0 to 65535); palettes and CMYK are converted as Pillow does. Colour profiles are not
     applied, as in SAM's own examples. Transparent pixels are drawn on white, so that the model and
-    the nodes see what a viewer shows, and nothing that transparency hides. Of an animation the
-    first frame is read.
+    the nodes see the same as a viewer and no hidden colours. Only the first frame of an animation
+    is read.
 
     Args:
         path: of the file.

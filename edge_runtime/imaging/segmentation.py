@@ -1,4 +1,5 @@
-"""From prompts on a photo to a folder of masks, for ``edge-runtime segment`` and the demo."""
+"""Segments photos by prompts and writes folders of masks, for ``edge-runtime segment`` and the
+demo."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ _ROOM, _ROOM_OF_PICTURES = 32 << 10, 8 << 20
 
 @dataclass(frozen=True)
 class Object:
-    """What the model made of one prompt.
+    """The model's answer to one prompt.
 
     ``masks``: bool ``[n, H, W]``, ``predicted_iou``: the model's own estimate of each mask's IoU,
     best mask first. n is 1, or 3 when all of the model's answers were asked for.
@@ -393,7 +394,7 @@ def dumps(report: dict[str, Any]) -> str:
 
 
 def is_ours(name: str) -> bool:
-    """Whether :func:`write` may give a file that name."""
+    """True if :func:`write` may give a file that name."""
     return _OURS.fullmatch(name) is not None
 
 

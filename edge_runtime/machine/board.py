@@ -1,7 +1,7 @@
 """Facts about the machine: board, the vendor's software, memory, power mode and temperature.
 
 Everything is read from small files below one folder, so that recorded trees of other machines can
-be examined. No program is run and no GPU library is loaded. What cannot be read is unknown (None or
+be examined. No program is run and no GPU library is loaded. Unreadable facts are unknown (None or
 empty), never an error.
 """
 
@@ -126,7 +126,7 @@ class Board:
 
     @property
     def gpu_visible(self) -> bool:
-        """Whether ``/dev`` holds a GPU's device file."""
+        """True if ``/dev`` holds a GPU's device file."""
         return not _GPU.isdisjoint(self.gpu_nodes)
 
 

@@ -1,4 +1,4 @@
-"""What is usable on this machine, and the command that repairs what is not: one check for each.
+"""Checks of this machine's hardware and software, each with the command that repairs a problem.
 
 A check that fails because of a bug is reported like any other. The module imports nothing but the
 standard library and this project, so that it runs where other packages are broken.
@@ -61,7 +61,7 @@ class _Facts:
     asked_for: Path | None
 
     def found(self, probe: str) -> dict[str, Any]:
-        """What the probe found; empty if it failed."""
+        """The probe's findings. Empty if it failed."""
         return self.answers[probe].facts or {}
 
     @property
@@ -126,7 +126,7 @@ def examine(
 
 class _Answers(dict[str, Answer]):
     def __missing__(self, probe: str) -> Answer:
-        return Answer(error="was not asked")
+        return Answer(error="was not asked", end="not asked")
 
 
 def _bug(name: str, what: str, error: Exception) -> Check:
@@ -501,9 +501,7 @@ def _library(facts: _Facts, flavour: Flavour, what: str, install: str | None) ->
 def _failed(answer: Answer) -> str:
     """A probe's error, to follow the name of what failed."""
     error = answer.error or "failed"
-    return (
-        error if error.startswith(("crashed", "gave no", "ended", "was not")) else f"fails: {error}"
-    )
+    return error if answer.end else f"fails: {error}"
 
 
 def _pycuda(facts: _Facts) -> Check:
@@ -524,7 +522,7 @@ def _pycuda(facts: _Facts) -> Check:
 
 
 def _has_tensorrt(facts: _Facts) -> bool:
-    """Whether one of the two libraries works and is not known to lack this GPU."""
+    """True if one of the two libraries works and is not known to lack this GPU."""
     rtx = facts.answers["tensorrt-rtx"].facts and not facts.defects("tensorrt-rtx")
     return bool(facts.answers["tensorrt"].facts or rtx)
 
@@ -557,7 +555,7 @@ def _bundle(facts: _Facts) -> Check:
         if facts.answers["packages"].facts is None:
             return Check("bundle", "none", "bundle", "not opened: packages are missing")
         error, command = f"{answer.error}", answer.mend
-        if "gave no answer" in error:
+        if answer.end == "late":
             command = f"edge-runtime info {_quoted(facts.bundle)}    (hashes it without a limit)"
         elif facts.asked_for is None:
             command = "pip install --force-reinstall --no-deps .    (in the folder of its source)"
@@ -567,7 +565,7 @@ def _bundle(facts: _Facts) -> Check:
 
 
 def _disk(facts: _Facts) -> Check | None:
-    """Whether there is room for plans."""
+    """True if there is room for plans."""
     if facts.bundle is None or not facts.bundle.is_dir():
         return None
     try:
@@ -596,7 +594,7 @@ def _engines(facts: _Facts) -> Check | None:
         error, command = f"{answer.error}", answer.mend
         if error == facts.answers["bundle"].error:
             return None  # the check of the bundle has said it
-        if "gave no answer" in error:
+        if answer.end == "late":
             command = f"edge-runtime doctor {_quoted(facts.bundle)} --timeout 200"
         return Check("engines", "fail", what, error, command)
     by_engine: dict[str, list[str]] = {}
@@ -643,7 +641,7 @@ _CHECKS: dict[str, Callable[[_Facts], Check | None]] = {
 
 
 def _require(needed: Needed, facts: _Facts, checks: Sequence[Check]) -> Check:
-    """Whether an engine can run here; if not, the first part that is missing."""
+    """Check that an engine can run here. If not, name the first missing part."""
     name = f"require-{needed}"
     what = f"required {needed}"
     by_id = {check.id: check for check in checks}

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from edge_common.signals import child_process
 from edge_common.text import one_line
@@ -34,6 +34,7 @@ class Answer:
         missing: the module is not installed, which is no error.
         error: one line about what went wrong.
         mend: what to do about it, if the error says so.
+        end: how the probe's process ended, if it did not answer itself.
         stderr: the last lines the library wrote.
     """
 
@@ -41,6 +42,7 @@ class Answer:
     missing: bool = False
     error: str | None = None
     mend: str | None = None
+    end: Literal["late", "crashed", "ended", "not asked"] | None = None
     stderr: str = field(default="", repr=False)
 
 
@@ -66,7 +68,7 @@ def ask(probes: Iterable[tuple[str, ...]], timeout_s: float) -> dict[str, Answer
             try:
                 code = process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                answers[name] = Answer(error=f"gave no answer within {timeout_s:g} s")
+                answers[name] = Answer(error=f"gave no answer within {timeout_s:g} s", end="late")
                 continue
             answers[name] = _answer(code, _tail(out), _tail(err))
         return answers
@@ -83,12 +85,13 @@ def _answer(code: int, out: str, err: str) -> Answer:
             name = signal.Signals(-code).name
         except ValueError:
             name = f"signal {-code}"
-        return Answer(error=f"crashed the process ({name})", stderr=err)
+        return Answer(error=f"crashed the process ({name})", end="crashed", stderr=err)
     try:
         return Answer(**json.loads(out), stderr=err)
     except (ValueError, TypeError):
         last = (err.strip().splitlines() or ["it printed nothing"])[-1]
-        return Answer(error=f"ended the process with code {code}: {last}", stderr=err)
+        error = f"ended the process with code {code}: {last}"
+        return Answer(error=error, end="ended", stderr=err)
 
 
 # Everything below runs in the child.
@@ -250,8 +253,8 @@ def _engines(path: str | None = None) -> dict[str, Any]:
 
     class Keep(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            mend = getattr(record, "mend", "")
-            warnings.append({"text": record.getMessage(), "mend": mend})
+            text = getattr(record, "found", record.getMessage())
+            warnings.append({"text": text, "mend": getattr(record, "mend", "")})
 
     logging.getLogger("engines").addHandler(Keep(logging.WARNING))
     bundle = Bundle.load(path or shipped_bundle())

@@ -53,7 +53,7 @@ class KeyedRandom:
 
 
 def touch(a: int, b: int, side: int, separation: int) -> bool:
-    """Whether two windows must not share a node: 8 counts corners too, 4 edges only, 0 nothing."""
+    """True if two windows must not share a node: 8 forbids common edges and corners, 4 edges."""
     if separation == 0:
         return False
     rows, columns = abs(a // side - b // side), abs(a % side - b % side)

@@ -23,6 +23,7 @@ from transport.dos_protection import Connections, connection_limits
 from transport.link import NOT_AUTHORISED, LinkEvent, watch
 from transport.messages import (
     NO_ID,
+    UPDATE,
     VERSIONS,
     Accepted,
     Cancel,
@@ -64,14 +65,15 @@ class NodeError(OffloadError):
     """One node failed. `node` is its name, `reason` what happened, without the node's name.
 
     `code` is ``unreachable``, ``connection_lost``, ``link_refused``, ``not_authorised``,
-    ``wrong_bundle``, ``late``, ``wrong_answer``, ``refused``, ``quarantined`` or ``offload``.
+    ``wrong_bundle``, ``wrong_version``, ``late``, ``wrong_answer``, ``refused``, ``quarantined`` or
+    ``offload``.
     """
 
     node = reason = ""
 
     @classmethod
-    def of(cls: type[_E], node: Node, reason: str, code: str) -> _E:
-        error = cls(f"node {node.name} ({node.endpoint}): {reason}", code=code)
+    def of(cls: type[_E], node: Node, reason: str, code: str, mend: str = "") -> _E:
+        error = cls(f"node {node.name} ({node.endpoint}): {reason}", mend=mend, code=code)
         error.node, error.reason = node.name, reason
         return error
 
@@ -92,7 +94,7 @@ class Reply:
     """A node's checked outputs and where the time went, in milliseconds.
 
     `upload_ms` ends when the node says that it has the whole request. The node reports `compute_ms`
-    and `queue_ms` itself; `download_ms` is the rest. The clocks of edge and node need not agree.
+    and `queue_ms` itself; `download_ms` is the rest. The clocks of edge and node may differ.
     """
 
     outputs: dict[str, np.ndarray]
@@ -112,13 +114,13 @@ class _Pending:
         self.answered: float | None = None
         self.answer: asyncio.Future[tuple[Message, zmq.Frame]] = loop.create_future()
 
-    def fail(self, reason: str, code: str) -> None:
+    def fail(self, reason: str, code: str, mend: str = "") -> None:
         if not self.answer.done():
-            self.answer.set_exception(OffloadError(reason, code=code))
+            self.answer.set_exception(OffloadError(reason, mend=mend, code=code))
 
 
 def listed(info: Info) -> str:
-    """What a node says it serves, as text."""
+    """The stage that a node claims to serve, as text."""
     served = [f"{stage.label} (stack {stage.sha256[:12]})" for stage in info.stages]
     return ", ".join(served) or "nothing"
 
@@ -148,8 +150,8 @@ class Connection:
 
     Attributes:
         strays: messages that answered no open request; all were ignored.
-        cancelled: requests that the node was told to forget.
-        quarantine: why this node is not used any more; None if it is.
+        cancelled: requests that were cancelled on the node.
+        quarantine: why this node is no longer used. None if it is used.
     """
 
     def __init__(
@@ -269,7 +271,7 @@ class Connection:
         except ProtocolError as error:
             raise self._wrong(f"wrong answer: {error}") from None
         accepted = finished if pending.accepted is None else pending.accepted
-        # A node may report any times; no more can have passed than by our own clock.
+        # A node may report any times. Limit them to the time that passed on our own clock.
         compute_ms = min(message.compute_us / 1000, (finished - started) * 1000)
         queue_ms = min(message.queue_us / 1000, (finished - started) * 1000 - compute_ms)
         return Reply(
@@ -282,7 +284,7 @@ class Connection:
         )
 
     async def info(self, until: float) -> tuple[Info, float]:
-        """What the node serves, and the round trip in milliseconds once connected.
+        """The stage that the node serves, and the round trip in milliseconds once connected.
 
         Raises:
             NodeError: no answer by the deadline.
@@ -335,7 +337,7 @@ class Connection:
             try:
                 message, answer = pending.answer.result()
             except OffloadError as error:
-                raise self._error(error.found, error.code) from None
+                raise self._error(error.found, error.code, error.mend) from None
         except zmq.ZMQError as error:
             raise self._error(f"sending failed: {error}", "connection_lost") from None
         finally:
@@ -358,8 +360,8 @@ class Connection:
         sending = self._socket.send(frame, flags=zmq.NOBLOCK)
         return _succeeded(sending)  # pyzmq may queue it behind other messages: then give it up
 
-    def _error(self, reason: str, code: str) -> NodeError:
-        return NodeError.of(self.node, reason, code)
+    def _error(self, reason: str, code: str, mend: str = "") -> NodeError:
+        return NodeError.of(self.node, reason, code, mend)
 
     def _wrong(self, reason: str) -> NodeError:
         return self._error(reason, "wrong_answer")
@@ -494,7 +496,7 @@ class Connection:
             try:
                 self._handle(message.frame, loop.time())
             except UnknownVersionError as error:
-                self._fail_all(f"wrong answer: {error}", "wrong_answer")
+                self._fail_all(f"wrong answer: {error.found}", error.code, error.mend)
                 self._tell_versions()
             except ProtocolError as error:
                 # It does not say which request it answers, and this node breaks the protocol.
@@ -514,8 +516,8 @@ class Connection:
         message = decode_header(frame)
         if isinstance(message, VersionsSpoken):
             spoken = ", ".join(map(str, message.versions))
-            reason = f"speaks only protocol versions {spoken}: update the older side"
-            self._fail_all(reason, "wrong_answer")
+            reason = f"speaks only protocol versions {spoken}"
+            self._fail_all(reason, UnknownVersionError.code, UPDATE)
             return
         if isinstance(message, Refused) and message.id == NO_ID:
             self._fail_all(f"refused ({message.code}): {message.message}", "refused")
@@ -560,11 +562,11 @@ class Connection:
         self._rebuilding = None
         self._turn(LinkEvent("down", reason))  # until the monitor reports
 
-    def _fail_all(self, reason: str, code: str) -> None:
+    def _fail_all(self, reason: str, code: str, mend: str = "") -> None:
         for pending in self._pending.values():
-            pending.fail(reason, code)
+            pending.fail(reason, code, mend)
 
 
 def _succeeded(future: asyncio.Future[Any]) -> bool:
-    """Whether it is done, and well. If it isn't done it is cancelled; its error is not logged."""
+    """True if it is done without an error. Otherwise it is cancelled. Its error is not logged."""
     return not future.cancel() and not future.cancelled() and future.exception() is None

@@ -32,7 +32,7 @@ class Dispatch:
     """One image's run, in an event loop. :meth:`run` is called once.
 
     The first node that fails ends the image with an error that names it; with ``fallback =
-    "local"`` the edge computes that node's windows itself. A node that says when to ask again is
+    "local"`` the edge computes that node's windows itself. If a node says when to ask again, it is
     asked once more.
 
     Args:
@@ -184,7 +184,7 @@ class Dispatch:
 
 
 def deadline_of_nodes(now: float, config: EdgeConfig) -> float:
-    """Until when nodes may answer. With a local fallback the edge needs time after them."""
+    """The deadline for nodes. With a local fallback the edge needs time after it."""
     return now + config.deadline_s * (_NODES_SHARE if config.fallback == "local" else 1)
 
 
@@ -203,9 +203,13 @@ def _raise_first(errors: list[BaseException | None]) -> None:
         if error not in nodes:
             raise error
     if nodes:
+        general = (
+            "`edge-runtime nodes` checks every node; with --fallback local the edge computes what "
+            "nodes do not"
+        )
+        mends = dict.fromkeys([error.mend for error in nodes if error.mend] + [general])
         raise OffloadError(
             "; ".join(dict.fromkeys(error.found for error in nodes)) + ". No mask was made",
-            mend="`edge-runtime nodes` checks every node; with --fallback local the edge computes "
-            "what nodes do not",
+            mend="; ".join(mends),
             code=nodes[0].code,
         )

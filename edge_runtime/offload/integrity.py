@@ -1,7 +1,7 @@
 """Structural checks on a node's reply, before any of it reaches the tail.
 
-Replies that pass have the stage's names, types and shapes, and every number is finite. Plausible
-lies pass too.
+Replies that pass have the stage's names, types and shapes, and every number is finite. A node that
+returns plausible but wrong numbers is not noticed.
 """
 
 from __future__ import annotations

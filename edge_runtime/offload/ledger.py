@@ -101,7 +101,7 @@ class ExposureLedger:
         return self._windows(node, ("committed",))
 
     def bytes_sent(self, node: str) -> int:
-        """By its committed permits."""
+        """Bytes of the node's committed permits."""
         return sum(p.bytes for p in self.permits if p.node == node and p.state == "committed")
 
     def exposure(self) -> dict[str, float]:

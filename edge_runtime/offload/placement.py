@@ -130,7 +130,7 @@ def place(
 def best_share(
     areas: Sequence[int], windows: Sequence[int], side: int, nodes: int, separation: int = 0
 ) -> float | None:
-    """Smallest largest share (of the area) that :func:`place` can reach with that many nodes.
+    """The lowest largest share (of the area) that :func:`place` can reach with that many nodes.
 
     `separation` 8 or 4 asks for placements that keep it; None if that many nodes cannot.
     """

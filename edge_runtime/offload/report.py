@@ -1,4 +1,4 @@
-"""What happened to one image: a record that is written as it happens, and the report made of it."""
+"""The record of one image, written as events happen, and the report made from it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from edge_runtime.offload.ledger import Entry, ExposureLedger
 
 
 class NodeReport(msgspec.Struct, frozen=True):
-    """What one node saw and how long it took, in milliseconds (see :class:`.connection.Reply`).
+    """The windows that one node saw, and its times in milliseconds (see
+    :class:`.connection.Reply`).
 
     Attributes:
         windows: those that were sent to it, whether or not it answered.

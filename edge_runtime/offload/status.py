@@ -1,4 +1,4 @@
-"""Whether a node could be used right now, and if not, why. No window is sent to find out."""
+"""Checks which nodes could be used right now, without sending a window."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from edge_runtime.offload.connection import Connection, NodeError, listed, misma
 
 
 class NodeStatus(msgspec.Struct, frozen=True):
-    """What is known about one node; None means not known.
+    """The known facts about one node. None means not known.
 
     Attributes:
-        code: None if it can be used, else what is wrong: see :class:`.connection.NodeError`.
-        detail: what is wrong, or what the node runs.
+        code: None if it can be used, otherwise that of :class:`.connection.NodeError`.
+        detail: the problem, or the software that the node runs.
     """
 
     name: str
@@ -40,9 +40,8 @@ async def status(connection: Connection, timeout_s: float) -> NodeStatus:
         state = connection.link.state if connection.link else "unreachable"
         authorised = True if state == "up" else False if error.code == "not_authorised" else None
         reachable = state in ("up", "refused")
-        return NodeStatus(
-            name, endpoint, reachable, authorised, None, None, error.code, error.reason
-        )
+        detail = f"{error.reason}: {error.mend}" if error.mend else error.reason
+        return NodeStatus(name, endpoint, reachable, authorised, None, None, error.code, detail)
     wrong = mismatch(info, connection.stage)
     detail = wrong or f"{info.software}, {listed(info)}"
     code = "wrong_bundle" if wrong else None

@@ -66,9 +66,11 @@ def run(args: argparse.Namespace) -> int:
     from exporters.path_checks import check_checkpoint_file, check_place, image_files
 
     if args.out.exists() and not args.force:
-        raise ConfigError(f"{args.out} exists already; choose another --out or add --force")
+        raise ConfigError(
+            f"{args.out} exists already", mend="choose another --out, or add --force", code="exists"
+        )
     if not args.out.absolute().parent.is_dir():
-        raise ConfigError(f"the directory of --out {args.out} does not exist; make it first")
+        raise ConfigError(f"the directory of --out {args.out} does not exist", mend="make it first")
     check_place(args.out, ConfigError)
     check_checkpoint_file(args.checkpoint)
     if args.images is not None:

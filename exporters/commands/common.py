@@ -37,7 +37,9 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda, but PyTorch sees no CUDA device; use --device cpu")
+        raise ConfigError(
+            "--device cuda, but PyTorch sees no CUDA device", mend="use --device cpu", code="no_gpu"
+        )
     return torch.device(name)
 
 

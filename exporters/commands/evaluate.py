@@ -80,9 +80,9 @@ def run(args: argparse.Namespace) -> int:
     from edge_common.progress import progress
 
     if (args.annotations is None) != (args.images is None):
-        raise ConfigError("--annotations and --images go together; give both")
+        raise ConfigError("--annotations and --images go together", mend="give both")
     if args.annotations is not None and args.only:
-        raise ConfigError("choose one of --only and --annotations")
+        raise ConfigError("--only and --annotations exclude each other", mend="choose one of them")
     for path in (args.stock, args.adapted):
         if path is not None:
             check_checkpoint_file(path)
@@ -152,9 +152,9 @@ def _rows(
     weights: dict[str, str] = {}
     opened = {path: open_checkpoint(path) for path in (stock_path, adapted_path) if path}
     if stock_path is not None and opened[stock_path].order != STOCK:
-        raise CheckpointError(f"{stock_path} is reordered; give it as --adapted")
+        raise CheckpointError(f"{stock_path} is reordered", mend="give it as --adapted")
     if adapted_path is not None and opened[adapted_path].order != REORDERED:
-        raise CheckpointError(f"{adapted_path} is in stock order; give it as --stock")
+        raise CheckpointError(f"{adapted_path} is in stock order", mend="give it as --stock")
     if stock_path is not None:
         work.note = f"loading {stock_path.name}"
         stock = opened[stock_path].load()

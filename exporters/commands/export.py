@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=("fp32", "fp16", "bf16"),
         default="fp32",
-        help="of matrices and tokens (default fp32); what is fragile stays fp32",
+        help="of matrices and tokens (default fp32); fragile parts stay fp32",
     )
     add(
         "--head-blocks",

@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         if fixed:
             told = ", ".join(f"--{n} {getattr(trainer.config, n)}" for n in fixed)
             raise ConfigError(
-                f"the run in {args.out} has {told}; repeat it or choose another --out"
+                f"the run in {args.out} has {told}", mend="repeat it, or choose another --out"
             )
         say(f"continuing {args.out} at step {trainer.step} of {trainer.config.steps}")
     else:

@@ -36,9 +36,11 @@ SLOW_TURNS = {"slow": 100, "slower": 400}
 def _stack_model(kind: str) -> onnx.ModelProto:
     """A stack that mixes its inputs, with random weights.
 
-    `kind`: ``pixels`` or ``hidden`` (what it is fed); ``slow`` takes a quarter of a second or so,
-    ``slower`` a good second; ``broken`` has a table one row short, so that ONNX Runtime fails on
-    the last window; ``other`` has other weights.
+    `kind` selects the variant. ``pixels`` and ``hidden`` name the input. ``slow`` takes about a
+    quarter
+    of a second, ``slower`` about one second. The table of ``broken`` is one row short, so ONNX
+    Runtime
+    fails on the last window. ``other`` has other weights.
     """
     rng = np.random.default_rng(1 if kind == "other" else 0)
     rows = GEOMETRY.windows - (kind == "broken")
@@ -164,7 +166,7 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 def start_node(
     tmp_path_factory: pytest.TempPathFactory, bundle_of: Callable[[str], Path]
 ) -> Iterator[Callable[..., NodeProcess]]:
-    """Start nodes; those still running at the end are killed."""
+    """Start nodes. Kill those that still run at the end."""
     with contextlib.ExitStack() as stack:
 
         def start(
@@ -179,12 +181,12 @@ def start_node(
 
 @pytest.fixture(scope="session")
 def node(start_node: Callable[..., NodeProcess]) -> NodeProcess:
-    """The node most tests share: none of them may be able to harm it."""
+    """The node that most tests share. No test may harm it."""
     return start_node()
 
 
 class Edge:
-    """A bare synchronous edge: sends frames, returns what comes back."""
+    """A bare synchronous edge: it sends frames and returns the answers."""
 
     def __init__(self, ctx: zmq.Context[Any], node: NodeProcess, pair: KeyPair) -> None:
         self.name = pair.name
@@ -197,7 +199,7 @@ class Edge:
         self.seals: dict[bytes, bytes] = {}
 
     def send(self, *frames: Any) -> None:
-        """One message; a legal one has one frame."""
+        """Send one message. A legal message has one frame."""
         self.socket.send_multipart(frames, copy=False)
 
     def receive(
@@ -218,7 +220,7 @@ class Edge:
         deadline_ms: int = 120_000,
         stage: str | None = None,
     ) -> bytes:
-        """Send a request; returns its id."""
+        """Send a request and return its id."""
         id, seal = messages.new_id(), messages.new_seal()
         self.seals[id] = seal
         message = messages.Request(id, stage or self.stage.sha256, deadline_ms, seal)
@@ -226,7 +228,8 @@ class Edge:
         return id
 
     def replies(self, ids: Iterable[bytes], *, final: bool) -> dict[bytes, messages.Message]:
-        """One reply to each of these requests, in any order: the last, or the first."""
+        """Return one reply per request, in any order: the last one if `final`, else the first
+        one."""
         waited, found = set(ids), {}
         while waited:
             message, _ = self.receive()
@@ -256,7 +259,7 @@ def zmq_context() -> Iterator[zmq.Context[Any]]:
 
 @pytest.fixture
 def connect(zmq_context: zmq.Context[Any]) -> Iterator[Callable[..., Edge]]:
-    """Connect authorised edges, closed after the test."""
+    """Connect authorised edges and close them after the test."""
     edges: list[Edge] = []
 
     def make(node: NodeProcess, pair: KeyPair | None = None) -> Edge:
@@ -283,7 +286,7 @@ def feeds() -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def five() -> dict[str, np.ndarray]:
-    """Five windows: two requests of so many are too large to share a batch."""
+    """Five windows: two requests of this size do not fit one batch."""
     return make_feeds(5)
 
 
@@ -298,7 +301,7 @@ def make_feeds(count: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def local() -> Callable[[NodeProcess, Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
-    """What the same stack gives in this process."""
+    """Run the same stack in this process."""
 
     def run(node: NodeProcess, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         with OrtEngine(node.bundle.stage_path("stack"), threads=1, device="cpu") as engine:

@@ -1,4 +1,4 @@
-"""Whether a result may be computed."""
+"""Back-pressure: whether the node may compute a result now."""
 
 from __future__ import annotations
 
@@ -32,17 +32,20 @@ def room(**changes: Any) -> bool:
     [
         ({}, True),
         ({"own": 2 * RESULT, "everybody": 2 * RESULT}, True),
-        ({"own": 3 * RESULT, "everybody": 3 * RESULT}, False),  # enough waits for this edge
+        ({"own": 3 * RESULT, "everybody": 3 * RESULT}, False),  # enough results wait for this edge
         ({"own": 1, "everybody": 118 * MIB}, True),
-        ({"own": 1, "everybody": 119 * MIB}, False),  # and enough for all
-        ({"own": 0, "everybody": 119 * MIB}, True),  # an edge without any gets past them
+        ({"own": 1, "everybody": 119 * MIB}, False),  # enough results wait for all edges
+        # an edge with no waiting result is still served
+        ({"own": 0, "everybody": 119 * MIB}, True),
         ({"own": 0, "everybody": 183 * MIB}, False),
-        ({"own": 1, "everybody": 30 * MIB, "rate": 1e6}, False),  # 3 s of reading are enough
+        # the edge reads these bytes in 3 s
+        ({"own": 1, "everybody": 30 * MIB, "rate": 1e6}, False),
         ({"own": 1, "everybody": 30 * MIB, "rate": 20e6}, True),
-        ({"own": 1, "everybody": 20 * MIB, "rate": 0.0}, True),  # nothing is known of the rate
+        # the edge's reading rate is unknown
+        ({"own": 1, "everybody": 20 * MIB, "rate": 0.0}, True),
     ],
 )
-def test_room(changes: dict[str, Any], may: bool) -> None:
+def test_may_compute_follows_waiting_bytes_and_rate(changes: dict[str, Any], may: bool) -> None:
     assert room(**changes) is may
 
 
@@ -52,7 +55,7 @@ def test_room(changes: dict[str, Any], may: bool) -> None:
     rate=st.floats(0, 1e10),
     more=st.integers(0, 1 << 30),
 )
-def test_one_result_has_room_once_nothing_else_is_on_its_way(
+def test_a_result_of_any_size_may_be_computed_when_nothing_waits(
     largest: int, part: float, rate: float, more: int
 ) -> None:
     size = max(1, int(part * largest))

@@ -1,4 +1,4 @@
-"""The systemd unit and the Containerfile: what they name exists, and a node works under the
+"""The systemd unit and the Containerfile: every file they name exists, and a node works under the
 restrictions that can be tried without a running systemd."""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ UNIT = DEPLOY / "edge-runtime-node.service"
 
 
 def settings(path: Path) -> dict[str, list[str]]:
-    """Values by key; systemd adds those of a list up."""
+    """Values by key. Repeated keys add up, as in systemd."""
     found: dict[str, list[str]] = {}
     for line in path.read_text().splitlines():
         if line and line[0] not in "#[":
@@ -36,7 +36,7 @@ def settings(path: Path) -> dict[str, list[str]]:
     return found
 
 
-def test_the_unit_runs_a_command_that_there_is() -> None:
+def test_the_unit_runs_an_existing_command() -> None:
     (command,) = settings(UNIT)["ExecStart"]
     program, *words = shlex.split(command)
     assert Path(program).name == "cloud-node"
@@ -53,11 +53,12 @@ def test_the_unit_waits_longer_than_the_node_takes_to_stop() -> None:
     assert int(stop) > NodeConfig().drain_s + 10
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["edge-runtime-node.service", "gpu.conf"])
-def test_systemd_takes_the_unit(tmp_path: Path, name: str) -> None:
+def test_systemd_accepts_the_unit(tmp_path: Path, name: str) -> None:
     if not shutil.which("systemd-analyze"):
         pytest.skip("needs systemd-analyze (Debian package systemd)")
-    # The program is elsewhere on this machine; everything else stays as it is.
+    # The program is elsewhere on this machine. Everything else stays the same.
     text = re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", UNIT.read_text(), flags=re.MULTILINE)
     (tmp_path / UNIT.name).write_text(text)
     if name != UNIT.name:
@@ -115,7 +116,7 @@ runpy.run_module("cloud_node.cli", run_name="__main__")
 
 
 def system_calls(groups: list[str]) -> list[str]:
-    """What `SystemCallFilter=` lines allow, as systemd reads them."""
+    """The system calls that `SystemCallFilter=` lines allow, as systemd reads them."""
 
     def expand(name: str) -> set[str]:
         if not name.startswith("@"):
@@ -134,6 +135,7 @@ def system_calls(groups: list[str]) -> list[str]:
     return sorted(allowed | expand("@default"))
 
 
+@pytest.mark.process
 def test_a_node_works_under_the_units_restrictions(
     tmp_path: Path, start_node: Any, connect: Any, feeds: dict[str, np.ndarray], local: Any
 ) -> None:
@@ -156,7 +158,7 @@ def test_a_node_works_under_the_units_restrictions(
     assert "Traceback" not in node.logged()
 
 
-def test_the_containerfile_copies_what_there_is() -> None:
+def test_the_containerfile_copies_existing_files() -> None:
     text = (DEPLOY / "Containerfile").read_text()
     copied = re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.MULTILINE)
     sources = [word for line in copied for word in line.split()]
@@ -169,7 +171,7 @@ def test_the_containerfile_copies_what_there_is() -> None:
     assert found <= set(sources)
 
 
-def test_the_container_runs_a_command_that_there_is_as_nobody_special() -> None:
+def test_the_container_runs_an_existing_command_as_an_unprivileged_user() -> None:
     text = (DEPLOY / "Containerfile").read_text()
     (entry,) = re.findall(r"^ENTRYPOINT (\[.*\])$", text, re.MULTILINE)
     (words,) = re.findall(r"^CMD (\[.*\])$", text, re.MULTILINE)
@@ -192,7 +194,7 @@ def test_the_documented_container_is_confined_and_has_time_to_stop() -> None:
     assert {"--read-only", "ALL", "no-new-privileges", "./keys:/keys:ro"} <= set(words)
     stop = int(words[words.index("--stop-timeout") + 1])
     assert stop > NodeConfig().drain_s + 10
-    # Without it podman leaves the health check out, with a warning.
+    # Without this flag podman drops the health check and only warns.
     (build,) = re.findall(r"^\$ (podman build .*)$", text, re.MULTILINE)
     assert "--format docker" in build
     assert text.index("$ mkdir keys") < text.index("-v ./keys:/keys")

@@ -1,4 +1,4 @@
-"""The walk of docs/enrolment.md, command by command, on real processes."""
+"""The steps of docs/enrolment.md, command by command, on real processes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 NODES = ("alpha", "beta")
 
 
 @pytest.fixture
 def run_node(toy_bundle: Path) -> Iterator[Callable[[Path], str]]:
-    """Start `cloud-node serve` in a folder, with its defaults; returns the bound endpoint."""
+    """Start `cloud-node serve` in a folder with default settings. Returns the bound endpoint."""
     processes: list[subprocess.Popen[bytes]] = []
 
     def start(folder: Path) -> str:
@@ -49,7 +51,9 @@ def _edge_runtime(folder: Path, *words: str) -> subprocess.CompletedProcess[str]
     )
 
 
-def test_the_walk(tmp_path: Path, toy_bundle: Path, run_node: Callable[[Path], str]) -> None:
+def test_the_documented_steps_work(
+    tmp_path: Path, toy_bundle: Path, run_node: Callable[[Path], str]
+) -> None:
     edge = tmp_path / "edge"
     edge.mkdir()
     folders = {name: tmp_path / name for name in NODES}
@@ -70,7 +74,7 @@ def test_the_walk(tmp_path: Path, toy_bundle: Path, run_node: Callable[[Path], s
     settings = re.sub(r"(?m)^#? ?bundle = .*$", f'bundle = "{toy_bundle}"', settings)
     (edge / "edge.toml").write_text(settings)
 
-    # Before the operators let the edge in, it is told what is missing; afterwards all is well.
+    # Before the operators authorise the edge, it reports what is missing. Afterwards all is well.
     before = _edge_runtime(edge, "nodes", "--timeout", "60")
     assert before.returncode == 1
     assert before.stdout.count("not authorised on the node") == len(NODES)

@@ -1,7 +1,7 @@
-"""A live node under stress: crowded, flooded, cancelled, its workers killed, its edges hostile.
+"""A live node under stress: many clients, floods, cancelled requests, killed workers, hostile
+edges.
 
-Whatever is to be caught at work is caught by stopping the worker's process: then it is certain that
-a request is being computed, or waits.
+Tests stop the worker process when they need a request that is certainly running or waiting.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def until(what: Callable[[], Any]) -> Any:
 
 
 def kill_worker(node: Any, pid: int) -> None:
-    """Kill it and wait for the next one."""
+    """Kill the process and wait for its replacement."""
     before = node.logged().count("ready on")
     os.kill(pid, signal.SIGKILL)
     until(lambda: node.logged().count("ready on") > before)
@@ -62,15 +62,16 @@ def accepted(edge: Any, feeds: Feeds, **options: Any) -> bytes:
 
 
 def computing(edge: Any, nine: Feeds) -> bytes:
-    """Send a request that fills a batch, and see to it that the worker has it."""
+    """Send a request that fills a batch and wait until the worker has it."""
     sent = accepted(edge, nine)
-    for _ in range(3):  # each takes the node several turns; that one takes two
+    for _ in range(3):  # each round takes several turns of the node's loop; handing over takes two
         ask_info(edge)
     return sent
 
 
 def computed(node: Any, edge: Any) -> int:
-    """How many requests of this edge, as far as logged: a line is written after its reply left."""
+    """The number of this edge's computed requests in the log. The node logs after the reply has
+    left."""
     return len(re.findall(rf"\d windows for {edge.name}: queued", node.logged()))
 
 
@@ -84,7 +85,7 @@ def same(node: Any, local: Any, feeds: Feeds, outputs: Any) -> bool:
 
 
 def some(feeds: Feeds, count: int, seed: int) -> Feeds:
-    """Other pixels, `count` windows."""
+    """`count` windows of other pixels."""
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (count, *feeds["pixels"].shape[1:]), dtype=np.uint8)
     return {"pixels": pixels, "extent": np.full((count, 2), 8), "window": np.arange(count)}
@@ -92,19 +93,20 @@ def some(feeds: Feeds, count: int, seed: int) -> Feeds:
 
 @pytest.fixture
 def shared(node: Any) -> Any:
-    """The node that most tests share, with a fresh log."""
+    """The node that most tests share, with an empty log."""
     node.forget_log()
     return node
 
 
 @pytest.fixture
 def mine(start_node: Any) -> Iterator[Any]:
-    """A node of this test's own."""
+    """A node for this test alone."""
     node = start_node()
     yield node
     node.end(signal.SIGKILL)
 
 
+@pytest.mark.process
 def test_requests_that_waited_are_computed_together(
     shared: Any, connect: Any, feeds: Feeds, local: Any
 ) -> None:
@@ -122,6 +124,7 @@ def test_requests_that_waited_are_computed_together(
     until(lambda: shared.logged().count("in a batch of 9") == 4)
 
 
+@pytest.mark.process
 def test_a_modest_client_does_not_wait_behind_a_flooder(
     shared: Any, connect: Any, five: Feeds
 ) -> None:
@@ -141,12 +144,13 @@ def test_a_modest_client_does_not_wait_behind_a_flooder(
     def computed() -> list[str]:
         return re.findall(r"5 windows for (edge-\w+): queued", shared.logged())
 
-    until(lambda: len(computed()) == 17)  # a line is written after its reply has gone
+    until(lambda: len(computed()) == 17)  # the node logs after the reply has left
     order = computed()
-    # One batch was being computed, one may be its turn before: then comes the modest one.
+    # One batch was running and one more may come before the modest client's request.
     assert [order.count(name) for name in order].index(1) <= 2
 
 
+@pytest.mark.process
 def test_a_busy_node_answers_what_costs_nothing(shared: Any, connect: Any, five: Feeds) -> None:
     edge, other = connect(shared), connect(shared)
     with shared.stopped():
@@ -163,13 +167,15 @@ def test_a_busy_node_answers_what_costs_nothing(shared: Any, connect: Any, five:
         assert (message.id, message.code) == (sent[3], "duplicate")
         late = other.request(five, deadline_ms=30)
         assert other.receive()[0] == Accepted(late)
-        message, _ = other.receive()  # not only when its turn comes, which is never
+        # the node answers now: the request's turn in the queue never comes
+        message, _ = other.receive()
         assert isinstance(message, Refused)
         assert (message.id, message.code) == (late, "deadline")
     replies = edge.replies(sent, final=True)
     assert {type(message) for message in replies.values()} == {Result}
 
 
+@pytest.mark.process
 def test_cancelled_requests_are_not_computed_or_not_answered(
     shared: Any, connect: Any, five: Feeds
 ) -> None:
@@ -179,7 +185,7 @@ def test_cancelled_requests_are_not_computed_or_not_answered(
         waiting, last = accepted(edge, five), accepted(edge, five)
         for id in (running, waiting, messages.new_id()):
             edge.send(encode(Cancel(id)))
-        ask_info(edge)  # the node has read what was sent before
+        ask_info(edge)  # the node has read all earlier messages
     message, _ = edge.receive()
     assert isinstance(message, Result)
     assert message.id == last
@@ -188,7 +194,7 @@ def test_cancelled_requests_are_not_computed_or_not_answered(
     again = encode(
         messages.Request(waiting, shared.stage.sha256, 60_000, messages.new_seal()), five
     )
-    edge.send(again)  # and their ids are free
+    edge.send(again)  # their ids are free again
     assert edge.receive()[0] == Accepted(waiting)
     assert isinstance(edge.receive(tensors=False)[0], Result)
 
@@ -210,6 +216,7 @@ def test_requests_of_an_ended_connection_are_not_computed(
     assert computed(shared, left) == 0
 
 
+@pytest.mark.process
 def test_requests_of_another_connection_of_the_same_edge_are_computed(
     shared: Any, connect: Any, five: Feeds
 ) -> None:
@@ -225,7 +232,8 @@ def test_requests_of_another_connection_of_the_same_edge_are_computed(
     assert isinstance(other.replies([sent], final=True)[sent], Result)
 
 
-def test_one_bad_request_fails_alone_whoever_shares_its_batch(
+@pytest.mark.process
+def test_a_bad_request_fails_alone_in_a_shared_batch(
     start_node: Any, connect: Any, local: Any
 ) -> None:
     node = start_node("broken")
@@ -235,7 +243,7 @@ def test_one_bad_request_fails_alone_whoever_shares_its_batch(
         "extent": np.full((1, 2), 8),
         "window": np.array([0]),
     }
-    bad = {**good, "window": np.array([8])}  # legal, but the graph's table is a row short
+    bad = {**good, "window": np.array([8])}  # legal, but the graph's table is one row short
     with node.stopped():
         before = computing(edges[0], {name: np.repeat(a, 9, 0) for name, a in good.items()})
         sent = [accepted(edge, fed) for edge, fed in zip(edges, (good, bad, good), strict=True)]
@@ -252,7 +260,8 @@ def test_one_bad_request_fails_alone_whoever_shares_its_batch(
     until(lambda: "a batch of 3 requests failed" in node.logged())
 
 
-def test_a_killed_worker_costs_what_it_was_at_and_nothing_else(
+@pytest.mark.process
+def test_a_killed_worker_costs_only_the_requests_it_was_running(
     mine: Any, connect: Any, feeds: Feeds, local: Any
 ) -> None:
     edge, other = connect(mine), connect(mine)
@@ -269,10 +278,11 @@ def test_a_killed_worker_costs_what_it_was_at_and_nothing_else(
         assert isinstance(message, Result)
         assert message.id == waiting
         assert same(mine, local, kept, outputs)
-        assert same(mine, local, lost, edge.ask(lost))  # which clears it of suspicion
+        assert same(mine, local, lost, edge.ask(lost))  # this success clears it of suspicion
 
 
-def test_a_request_that_two_workers_died_over_is_refused_for_good(
+@pytest.mark.process
+def test_a_request_that_killed_two_workers_is_refused_for_good(
     mine: Any, connect: Any, feeds: Feeds, local: Any
 ) -> None:
     edge, other = connect(mine), connect(mine)
@@ -290,6 +300,7 @@ def test_a_request_that_two_workers_died_over_is_refused_for_good(
         assert same(mine, local, fed, asking.ask(fed))
 
 
+@pytest.mark.process
 def test_revoked_edges_lose_their_connection_their_place_and_their_replies(
     shared: Any, connect: Any, five: Feeds, local: Any
 ) -> None:
@@ -308,6 +319,7 @@ def test_revoked_edges_lose_their_connection_their_place_and_their_replies(
     assert "windows for mallory" not in shared.logged()
 
 
+@pytest.mark.process
 def test_sixteen_clients_get_their_own_answers(shared: Any, connect: Any, local: Any) -> None:
     edges = [connect(shared) for _ in range(16)]
     rng = np.random.default_rng(0)
@@ -325,12 +337,11 @@ def test_sixteen_clients_get_their_own_answers(shared: Any, connect: Any, local:
                 assert same(shared, local, sent.pop(message.id), outputs)
 
 
-def test_a_stop_within_the_drain_limit_ends_all_the_same(
-    start_node: Any, connect: Any, five: Feeds
-) -> None:
+@pytest.mark.process
+def test_a_stop_ends_within_the_drain_limit(start_node: Any, connect: Any, five: Feeds) -> None:
     node = start_node("pixels", "--drain-s", "1")
     edge = connect(node)
-    with node.stopped():  # so nothing will ever be finished
+    with node.stopped():  # no request will ever finish
         sent = [accepted(edge, five) for _ in range(3)]
         node.term()
         replies = edge.replies(sent, final=True)
@@ -346,8 +357,9 @@ def hostile(node: Any, name: str) -> HostileEdge:
     return HostileEdge(node.endpoint, str(node.ready["public_key"]), pair, node.stage.sha256)
 
 
+@pytest.mark.process
 @needs_sodium
-def test_an_edge_that_never_reads_disturbs_nobody(
+def test_an_edge_that_never_reads_does_not_disturb_others(
     mine: Any, connect: Any, five: Feeds, local: Any
 ) -> None:
     edge = connect(mine)
@@ -365,18 +377,19 @@ def test_an_edge_that_never_reads_disturbs_nobody(
     assert asyncio.run(work()) > 100
 
 
+@pytest.mark.process
 @needs_sodium
 def test_an_edge_that_takes_another_ones_routing_id_cannot_read_its_results(
     start_node: Any, connect: Any, feeds: Feeds, local: Any
 ) -> None:
-    """Even if the node notices nothing, and sends them all."""
+    """Even if the node notices nothing and sends all of them."""
     node = start_node(program=[sys.executable, "-c", FORGETFUL])
     victim, thief = hostile(node, "victim"), hostile(node, "thief")
     other = connect(node)
     expected = local(node, feeds)["tokens"]
 
     async def work() -> list[bytes]:
-        await asyncio.sleep(0.5)  # the new keys are known
+        await asyncio.sleep(0.5)  # the node has read the new keys
         thefts = []
         with node.stopped():
             for number in range(20):
@@ -397,8 +410,9 @@ def test_an_edge_that_takes_another_ones_routing_id_cannot_read_its_results(
             assert window.tobytes()[:16] not in frame
 
 
+@pytest.mark.process
 @needs_sodium
-def test_a_message_of_many_frames_costs_its_sender_the_connection(
+def test_a_message_of_many_frames_closes_the_connection(
     mine: Any, connect: Any, five: Feeds, local: Any
 ) -> None:
     edge, attacker = connect(mine), hostile(mine, "frames")
@@ -415,6 +429,7 @@ def test_a_message_of_many_frames_costs_its_sender_the_connection(
     assert same(mine, local, five, edge.ask(five))
 
 
+@pytest.mark.process
 def test_refused_requests_do_not_fill_the_log(shared: Any, connect: Any, five: Feeds) -> None:
     edge = connect(shared)
     bad = {**five, "window": five["window"] * 0 - 1}
@@ -435,6 +450,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.process
 @needs_sodium
 def test_a_node_that_holds_too_much_drops_all_connections_and_goes_on(
     start_node: Any, connect: Any, five: Feeds, local: Any
@@ -449,8 +465,8 @@ def test_a_node_that_holds_too_much_drops_all_connections_and_goes_on(
     tally = asyncio.run(attack)
     assert tally.sent > 16 << 20
     until(lambda: "bound anew" in node.logged())
-    # A bare socket gives its link up for good if the drop meets its handshake; the product's edges
-    # connect again by themselves (`link.watch`, and the row "endless multipart").
+    # A bare socket gives up for good if the drop meets its handshake. The product's edges reconnect
+    # (`link.watch`, and the row "endless multipart").
     assert same(node, local, five, connect(node).ask(five))
     assert node.process.poll() is None
     assert _resident(node.process.pid) < before + (64 << 20)

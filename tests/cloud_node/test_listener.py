@@ -1,4 +1,4 @@
-"""The listener: opened, closed and reopened, with edges that come back by themselves."""
+"""The listener: opening, closing and reopening, with edges that reconnect by themselves."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def listening(
     on_revoked: Callable[[frozenset[str]], None] = lambda _: None,
     *more: Any,
 ) -> AsyncIterator[Listener]:
-    """A listener, open, and closed whatever happens. `within` bounds a test by time."""
+    """A listener that is always closed at the end. `within` limits the seconds of a test."""
     listener = Listener(prepared, metrics or Metrics(), on_message, on_revoked, *more)
     try:
         listener.open()
@@ -70,7 +70,7 @@ class Edge:
         self.socket: Any = sockets.client(self.ctx, endpoint, public, pair, prepared.limits)
 
     async def say(self, text: bytes) -> list[bytes]:
-        """Until it is answered: a message sent before a disconnection was noticed is lost."""
+        """Repeat until an answer comes: messages sent just before a disconnection are lost."""
         for _ in range(30):
             await asyncio.wait_for(self.socket.send(text), 30)
             while await self.socket.poll(1000):
@@ -88,7 +88,7 @@ class Edge:
 
 
 class Echo:
-    """Answers each message with the name of its key and its text, once `listener` is set."""
+    """Once `listener` is set, answer each message with the name of its key and its text."""
 
     listener: Listener
 
@@ -115,11 +115,11 @@ def test_edges_come_back_after_it_was_reopened_on_the_same_port(
             async with Edge(prepared, endpoint, edge_pair) as edge:
                 for turn in range(3):
                     assert await edge.say(b"%d" % turn) == [b"edge", b"%d" % turn]
-                    await edge.socket.send(b"fail")  # stops nothing
+                    await edge.socket.send(b"fail")  # this error stops nothing
                     assert listener.send(b"nobody", memoryview(b"x")) == "lost"
                     await listener.reopen()
                     assert listener.endpoint == endpoint
-                for _ in range(500):  # the first message may overtake its connection's event
+                for _ in range(500):  # the first message may arrive before its connection's event
                     assert await edge.say(b"z") == [b"edge", b"z"]
                     listener.update_gauges()
                     if value(metrics, "clients"):
@@ -134,7 +134,7 @@ def test_edges_come_back_after_it_was_reopened_on_the_same_port(
     assert "contents of a message" not in caplog.text
 
 
-def test_a_revoked_key_loses_its_connection_and_its_name_is_told(
+def test_a_revoked_key_loses_its_connection_and_its_name_is_reported(
     prepared: Prepared, edge_pair: keys.KeyPair, tmp_path: Path
 ) -> None:
     async def work() -> None:
@@ -189,7 +189,7 @@ def test_opening_and_closing_at_once_does_not_hang(prepared: Prepared) -> None:
     within(work())
 
 
-def test_a_port_that_is_taken(prepared: Prepared) -> None:
+def test_a_taken_port_is_reported(prepared: Prepared) -> None:
     async def work() -> None:
         async with listening(prepared) as first:
             config = msgspec.structs.replace(prepared.config, bind=first.endpoint)
@@ -206,7 +206,7 @@ def test_a_port_that_is_taken(prepared: Prepared) -> None:
     within(work())
 
 
-def test_a_port_that_stays_taken_ends_the_reopening(
+def test_reopening_fails_when_the_port_stays_taken(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_REOPEN_S", 0.1)
@@ -236,10 +236,10 @@ def hostile(prepared: Prepared, listener: Listener, tmp_path: Path, name: str) -
 
 
 @pytest.mark.parametrize("name", ["zap", "allow-list", "peers", "read"])
-def test_the_end_of_any_of_its_tasks_breaks_it(prepared: Prepared, name: str) -> None:
+def test_the_listener_breaks_when_one_of_its_tasks_ends(prepared: Prepared, name: str) -> None:
     async def work() -> None:
         async with listening(prepared) as listener:
-            await listener.reopen()  # which cancels all of them, as it should
+            await listener.reopen()  # reopening cancels all tasks, as intended
             assert not listener.broken.done()
             (task,) = [task for task in asyncio.all_tasks() if task.get_name() == name]
             task.cancel()
@@ -268,7 +268,8 @@ def test_after_a_key_was_replaced_under_its_name_the_old_one_is_not_admitted(
                 listening(prepared, None, take, revoked.append)
             )
             edge = hostile(prepared, listener, tmp_path, "changing")
-            with monkeypatch.context() as patch:  # a peer's own properties do not count
+            # The peer claims properties of its own. The node must ignore them.
+            with monkeypatch.context() as patch:
                 lies = {"User-Id": b"another", "X-Key": new.public.encode(), "X-Since": b"0"}
                 honest = zmtp.metadata
                 patch.setattr(zmtp, "metadata", lambda *args, **more: honest(*args, **more, **lies))
@@ -276,13 +277,13 @@ def test_after_a_key_was_replaced_under_its_name_the_old_one_is_not_admitted(
             await peer.send_message([b"old"])
             assert await seen.get() == [b"changing", b"old"]
             assert listener._connections.users() == {"changing"}
-            # Its connection is not dropped, as if that had not taken effect yet.
+            # Keep the old connection open, as if the change had not taken effect yet.
             monkeypatch.setattr(listener._connections, "drop", lambda *_: None)
             keys.write_public(authorized / "next", new.public, "changing")
             (authorized / "next").rename(authorized / "changing.pub")
             other = HostileEdge(listener.endpoint, prepared.keypair.public, new, "0" * 64)
             newcomer = await stack.enter_async_context(await other.connect())
-            # The new key is in: from now on the old one is not, not even for a moment.
+            # The new key counts. From now on the old key is never admitted, not even for a moment.
             await peer.send_message([b"old again"])
             while not revoked:
                 await asyncio.sleep(0.01)
@@ -299,8 +300,8 @@ def test_after_a_key_was_replaced_under_its_name_the_old_one_is_not_admitted(
 
 
 def test_an_edge_may_send_all_windows_one_by_one_thirty_times_a_second() -> None:
-    """SAM's 25 windows in as many requests, each cancelled, and those refused that are more than a
-    node takes at once; after a pause of the network all of a second's at once."""
+    """SAM's 25 windows as 25 requests, each cancelled, with those refused that exceed the node's
+    limit at once. After a network pause, a whole second of them arrives together."""
     limit, window = RateLimit(module._BURST, module.MESSAGES_PER_S), 3 * 224 * 224 + 100
     refused = 25 - NodeConfig(bundle=Path()).client_requests
     for frame in range(30 * 60):
@@ -317,7 +318,7 @@ async def kept_out(edge: HostileEdge) -> None:
 
 
 @needs_sodium
-def test_an_edge_that_floods_is_kept_out_and_what_it_sent_is_thrown_away(
+def test_a_flooding_edge_is_banned_and_its_messages_are_dropped(
     prepared: Prepared,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -340,9 +341,9 @@ def test_an_edge_that_floods_is_kept_out_and_what_it_sent_is_thrown_away(
             other = await good.connect()
             silent = await bad.connect()
             peer = await bad.connect()
-            await peer.send(b"".join(peer.seal(b"x") for _ in range(200)))  # all of it at once
+            await peer.send(b"".join(peer.seal(b"x") for _ in range(200)))  # all in one write
             assert await peer.wait_closed(30)
-            await silent.send_message([b"x"])  # its first message
+            await silent.send_message([b"x"])  # the first message of this connection
             assert await silent.wait_closed(30)
             await kept_out(bad)
             await other.send_message([b"x"])
@@ -365,7 +366,7 @@ def test_an_edge_that_floods_is_kept_out_and_what_it_sent_is_thrown_away(
 
 @needs_sodium
 @pytest.mark.parametrize(("useful", "handled"), [(True, 60), (False, 20)])
-def test_messages_of_no_use_count_for_more(
+def test_useless_messages_cost_more_tokens(
     prepared: Prepared,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -393,7 +394,7 @@ def test_messages_of_no_use_count_for_more(
 
 @needs_sodium
 @pytest.mark.parametrize("breach", ["frames", "endless"])
-def test_whoever_breaks_a_limit_loses_all_connections_and_is_kept_out(
+def test_breaking_a_limit_ends_all_connections_and_bans_the_key(
     prepared: Prepared, tmp_path: Path, breach: str
 ) -> None:
     metrics, echo = Metrics(), Echo()
@@ -426,9 +427,7 @@ def test_whoever_breaks_a_limit_loses_all_connections_and_is_kept_out(
 
 
 @needs_sodium
-def test_a_revoked_key_loses_also_connections_that_sent_no_message(
-    prepared: Prepared, tmp_path: Path
-) -> None:
+def test_a_revoked_key_also_loses_silent_connections(prepared: Prepared, tmp_path: Path) -> None:
     metrics = Metrics()
 
     async def work() -> None:
@@ -445,7 +444,7 @@ def test_a_revoked_key_loses_also_connections_that_sent_no_message(
 
 
 @needs_sodium
-def test_an_edge_that_was_banned_is_banned_again_sooner(
+def test_a_second_ban_comes_sooner(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_BURST", 50)
@@ -492,7 +491,7 @@ def test_an_edge_that_is_kept_out_is_not_banned_once_more_for_what_it_had_sent(
 
 
 @needs_sodium
-def test_a_newcomer_with_anothers_routing_id_does_not_get_its_replies(
+def test_a_newcomer_with_a_stolen_routing_id_does_not_get_the_replies(
     prepared: Prepared, tmp_path: Path
 ) -> None:
     async def work() -> None:

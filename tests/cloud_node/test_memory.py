@@ -1,4 +1,4 @@
-"""The budget: what fits under a limit, and that a node keeps to it."""
+"""The memory budget: what fits under a limit, and that a node keeps to it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells wha
 
 
 def cost(budget: Budget, needs: Needs, limit: Limit) -> int:
-    """The most that a process with this budget takes."""
+    """The most memory that a process with this budget takes."""
     return (
         budget.queue + budget.transit + budget.connections * needs.each(limit) + needs.fixed(limit)
     )
@@ -45,7 +45,7 @@ def cost(budget: Budget, needs: Needs, limit: Limit) -> int:
     promised=st.booleans(),
     shared=st.booleans(),
 )
-def test_what_is_given_fits_and_is_no_more_than_was_wanted(
+def test_the_budget_fits_the_limit_and_stays_below_the_request(
     most: int, used: int, queue: int, request: int, result: int, promised: bool, shared: bool
 ) -> None:
     needs = Needs(request, result, 2 * request, 10 * result)
@@ -63,7 +63,7 @@ def test_what_is_given_fits_and_is_no_more_than_was_wanted(
 
 
 @given(st.integers(0, 2 << 30), st.integers(0, 512 * MIB))
-def test_more_room_never_gives_less(most: int, more: int) -> None:
+def test_a_higher_limit_never_gives_less(most: int, more: int) -> None:
     try:
         before = divide(replace(LIMIT, most=most), 0, WANTED, NEEDS)
     except TooLittle:
@@ -73,13 +73,13 @@ def test_more_room_never_gives_less(most: int, more: int) -> None:
     assert after.transit >= before.transit
 
 
-def test_a_limit_far_away_changes_nothing() -> None:
+def test_a_distant_limit_changes_nothing() -> None:
     assert divide(replace(LIMIT, most=64 << 30), 100 * MIB, WANTED, NEEDS) == WANTED
-    # Of a group, what is announced and has not come does not count.
+    # A group's announced but unallocated memory does not count.
     assert divide(replace(LIMIT, most=1 << 30, promised=False), 0, WANTED, NEEDS) == WANTED
 
 
-def test_too_little_says_how_much_is_enough() -> None:
+def test_too_little_memory_names_the_amount_that_suffices() -> None:
     with pytest.raises(TooLittle, match="expected at least") as caught:
         divide(replace(LIMIT, most=128 * MIB), 100 * MIB, WANTED, NEEDS)
     enough = int(str(caught.value).partition("at least ")[2].split()[0]) * MIB
@@ -88,8 +88,8 @@ def test_too_little_says_how_much_is_enough() -> None:
         divide(replace(LIMIT, most=enough - 2 * MIB), 100 * MIB, WANTED, NEEDS)
 
 
-class Told(MemoryLimits):
-    """Limits as a test says."""
+class StubLimits(MemoryLimits):
+    """Limits chosen by the test."""
 
     def __init__(self, *limits: Limit) -> None:
         super().__init__(group="")
@@ -104,7 +104,7 @@ class Told(MemoryLimits):
 
 def test_a_limit_that_changes_changes_the_budget(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    told = Told()
+    told = StubLimits()
     memory = Memory(WANTED, NEEDS, told)
     assert not memory.update()
     assert memory.budget == WANTED
@@ -114,7 +114,7 @@ def test_a_limit_that_changes_changes_the_budget(caplog: pytest.LogCaptureFixtur
     assert memory.budget == divide(LIMIT, 100 * MIB, WANTED, NEEDS)
     assert "RLIMIT_DATA is 512 MiB, of which 100 MiB are in use" in caplog.text
     assert "not 256 MiB" in caplog.text
-    told.limits = [replace(LIMIT, used=300 * MIB)]  # by requests: that is what it is for
+    told.limits = [replace(LIMIT, used=300 * MIB)]  # requests use this memory, as intended
     assert not memory.update()
     told.limits = [replace(LIMIT, most=500 * MIB, used=300 * MIB)]
     assert memory.update()
@@ -124,15 +124,15 @@ def test_a_limit_that_changes_changes_the_budget(caplog: pytest.LogCaptureFixtur
     with pytest.raises(TooLittle):
         memory.update()
     assert memory.budget == replace(NEEDS.least, connections=4)
-    assert not memory.update()  # told once
+    assert not memory.update()  # a change is reported once
     told.limits = []
     assert memory.update()
     assert not memory.lowered
     memory.close()
 
 
-def test_what_is_nearly_used_up_is_scarce_and_then_breached_once() -> None:
-    told = Told(replace(LIMIT, used=100 * MIB))
+def test_memory_becomes_scarce_and_then_breaches_once() -> None:
+    told = StubLimits(replace(LIMIT, used=100 * MIB))
     memory = Memory(WANTED, NEEDS, told)
     memory.update()
     assert not memory.scarce()
@@ -149,7 +149,7 @@ def test_what_is_nearly_used_up_is_scarce_and_then_breached_once() -> None:
 
 
 def test_limits_are_read_once_for_both_questions() -> None:
-    class Counted(Told):
+    class Counted(StubLimits):
         read = 0
 
         def all(self) -> list[Limit]:
@@ -164,10 +164,11 @@ def test_limits_are_read_once_for_both_questions() -> None:
     assert told.read == before + 1
 
 
+@pytest.mark.process
 @linux
 @pytest.mark.parametrize("most", [48, 80, 112])
 @pytest.mark.parametrize("name", ["RLIMIT_DATA", "RLIMIT_AS"])
-def test_no_room_to_start_is_told_before_libraries_fail(
+def test_too_little_memory_to_start_is_reported_before_libraries_fail(
     name: str, most: int, tmp_path: Path
 ) -> None:
     check_room()
@@ -179,11 +180,12 @@ def test_no_room_to_start_is_told_before_libraries_fail(
     with limited(most * MIB, kind)(command, stderr=subprocess.PIPE, text=True) as started:
         _, said = started.communicate(timeout=30)
     assert started.returncode == 1, said
-    assert f"error: {name} is {most} MiB, expected at least" in said.splitlines()[-1]
+    assert f"error: {name} is {most} MiB, expected at least" in said
     assert "ulimit" in said
 
 
-# -- a real node, with requests of 4 MB and results of 8 -------------------------------------------
+# -- a real node, with requests of 4 MB and results of 8 MB
+# -----------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -193,11 +195,12 @@ def echoing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def idle(echoing: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
-    """What a node takes without requests."""
+    """The memory of a node without requests."""
     with NodeProcess(echoing, tmp_path_factory.mktemp("idle")) as node:
         return data_bytes(node.pid)
 
 
+@pytest.mark.process
 @linux
 def test_under_a_limit_a_node_sheds_and_lives(echoing: Path, idle: int, tmp_path: Path) -> None:
     limit = idle + 180 * MIB
@@ -210,8 +213,9 @@ def test_under_a_limit_a_node_sheds_and_lives(echoing: Path, idle: int, tmp_path
     assert seen["served afterwards"]
 
 
+@pytest.mark.process
 @linux
-def test_a_node_for_which_nothing_fits_says_what_does(
+def test_a_node_that_does_not_fit_names_the_limit_that_would(
     echoing: Path, idle: int, tmp_path: Path
 ) -> None:
     with pytest.raises(RuntimeError) as caught:
@@ -223,6 +227,7 @@ def test_a_node_for_which_nothing_fits_says_what_does(
         assert "may wait in the queue, not 256 MiB" in node.logged()
 
 
+@pytest.mark.process
 @linux
 def test_a_node_follows_a_limit_that_is_set_while_it_runs(
     echoing: Path, idle: int, tmp_path: Path

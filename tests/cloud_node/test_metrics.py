@@ -21,7 +21,7 @@ PROTOCOL = DOCUMENT.with_name("protocol.md").read_text()
 
 @pytest.mark.parametrize("state", get_args(State))
 @pytest.mark.parametrize("workers", [0, 1])
-def test_ready_is_bound_not_stopping_and_able_to_compute(state: State, workers: int) -> None:
+def test_ready_means_bound_running_and_able_to_compute(state: State, workers: int) -> None:
     metrics = Metrics()
     metrics.state, metrics.workers_ready = state, workers
     assert metrics.ready == (state in ("ready", "degraded") and workers > 0)
@@ -34,8 +34,8 @@ def test_workers_are_shown() -> None:
     assert (value(metrics, "workers"), value(metrics, "workers_ready")) == (3, 2)
 
 
-def test_outcomes_and_reasons_are_shown_before_they_happen() -> None:
-    """Otherwise Prometheus sees no increase at the first of a kind."""
+def test_outcomes_and_reasons_are_exported_as_zero_from_the_start() -> None:
+    """Otherwise Prometheus misses the first increase of each series."""
     metrics = Metrics()
     codes = re.findall(r"^\| `(\w+)` \|", PROTOCOL.split("## Refusals")[1], re.MULTILINE)
     for outcome in ("result", "cancelled", "revoked", "lost", "unread", *codes):
@@ -52,8 +52,8 @@ def test_two_nodes_in_one_process_have_metrics_of_their_own() -> None:
     assert (value(first, "windows_total"), value(second, "windows_total")) == (7, 0)
 
 
-def test_the_document_lists_the_metrics_there_are_and_their_labels() -> None:
-    """No series is a time of creation, and no label comes from an edge."""
+def test_the_document_lists_all_metrics_and_labels() -> None:
+    """No series is a creation time, and no label comes from an edge."""
     text = exposition(Metrics("1.2.3").registry).decode()
     found, labels = set(), set()
     for family in text_string_to_metric_families(text):

@@ -1,4 +1,5 @@
-"""`cloud-node` as typed: help, check, init, serving from a file; health and notifications."""
+"""The `cloud-node` command line: help, check, init, serving from a file, health and
+notifications."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ class Done:
 
 
 def run(*words: object, cwd: Path | None = None) -> Done:
-    """A command that serves nothing, in this process."""
+    """Run a command that does not serve, in this process."""
     out, err = io.StringIO(), io.StringIO()
     before = Path.cwd()
     os.chdir(cwd or before)
@@ -53,7 +54,7 @@ def run(*words: object, cwd: Path | None = None) -> Done:
 
 
 def serve(*words: object, cwd: Path | None = None) -> Any:
-    """`cloud-node serve`, which ends by itself."""
+    """Run `cloud-node serve` in a case where it exits by itself."""
     return subprocess.run(
         [sys.executable, "-m", "cloud_node.cli", "serve", *map(str, words)],
         capture_output=True,
@@ -73,7 +74,8 @@ def folder(tmp_path: Path, bundle_of: Callable[[str], Path]) -> Path:
     return tmp_path
 
 
-def test_every_setting_is_an_option_that_is_explained() -> None:
+@pytest.mark.process
+def test_every_setting_is_a_documented_option() -> None:
     done = run("serve", "--help")
     assert done.returncode == 0
     text = re.sub(r"\s+", " ", done.stdout)
@@ -83,7 +85,8 @@ def test_every_setting_is_an_option_that_is_explained() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_check_shows_what_holds_and_where_it_comes_from(folder: Path) -> None:
+@pytest.mark.process
+def test_check_shows_each_value_and_its_source(folder: Path) -> None:
     (folder / "node.toml").write_text(
         'bundle = "bundle"\nbind = "tcp://127.0.0.1:0"\nthreads = 1\n'
     )
@@ -103,12 +106,13 @@ def test_check_shows_what_holds_and_where_it_comes_from(folder: Path) -> None:
     assert told["authorised_keys"] == 0
 
 
+@pytest.mark.process
 def test_check_and_serve_refuse_the_same_mistakes(folder: Path) -> None:
     (folder / "node.toml").write_text('bundel = "bundle"\n')
     options = ("--config", folder / "node.toml")
     for done in (run("check", *options), serve(*options)):
         assert done.returncode == 1
-        assert done.stderr.count("\n") == 1
+        assert done.stderr.count("\n") == 1 + done.stderr.count("\n  -> ")
         assert "did you mean bundle?" in done.stderr
     (folder / "node.toml").write_text("")
     (folder / "keys" / "node.key").chmod(0o644)
@@ -116,6 +120,7 @@ def test_check_and_serve_refuse_the_same_mistakes(folder: Path) -> None:
     assert (done.returncode, "chmod 600" in done.stderr) == (1, True)
 
 
+@pytest.mark.process
 def test_init_writes_a_file_that_explains_and_loads(folder: Path) -> None:
     done = run(
         "init", "--bundle", "bundle", "--metrics", "127.0.0.1:0", "--device", "cuda:0,1",
@@ -123,7 +128,7 @@ def test_init_writes_a_file_that_explains_and_loads(folder: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "cloud-node check --config etc.toml" in done.stdout
-    assert "keys node" not in done.stdout  # there are some
+    assert "keys node" not in done.stdout  # the folder already has keys
     text = (folder / "etc.toml").read_text()
     for setting in SETTINGS.values():
         assert re.search(rf"^(# )?{setting.name} = ", text, re.MULTILINE)
@@ -137,6 +142,7 @@ def test_init_writes_a_file_that_explains_and_loads(folder: Path) -> None:
     assert (folder / "etc.toml").read_text() == text
 
 
+@pytest.mark.process
 def test_init_writes_a_file_that_only_the_owner_can_change(tmp_path: Path) -> None:
     command = f"umask 0; exec {sys.executable} -m cloud_node.cli init"
     subprocess.run(command, shell=True, cwd=tmp_path, check=True, capture_output=True)
@@ -154,18 +160,22 @@ def test_the_comments_that_init_writes_are_valid_settings(tmp_path: Path) -> Non
     assert set(sources.values()) == {str(tmp_path / "all.toml")}
 
 
+@pytest.mark.process
 def test_init_on_a_full_disk_leaves_nothing_that_blocks_the_next_try(full_disk: Path) -> None:
     filler = full_disk / "filler"
     filler.write_bytes(b"x" * (64 << 10))
     done = run("init", cwd=full_disk)
     assert done.returncode == 1
-    said = "error: cannot write node.toml: No space left on device; make room on that disk, or "
+    said = (
+        "error: cannot write node.toml: No space left on device\n  -> make room on that disk, or "
+    )
     assert done.stderr.startswith(said)
     assert list(full_disk.iterdir()) == [filler]
     filler.unlink()
     assert run("init", cwd=full_disk).returncode == 0
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("words", "part"),
     [
@@ -200,10 +210,11 @@ def test_a_wrong_value_of_an_option_is_a_usage_error(words: list[str]) -> None:
     assert re.match(rf"error: {words[0]}: expected .*, not '{words[1]}' \(", done.stderr)
 
 
-def test_a_node_serves_from_its_file_and_tells_how_it_does(
+@pytest.mark.process
+def test_a_node_serves_from_its_file_and_reports_its_health(
     folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    short = tmp_path_factory.mktemp("n")  # a socket's path may not be long
+    short = tmp_path_factory.mktemp("n")  # socket paths have a length limit
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(short / "notify"))
         manager.settimeout(60)
@@ -257,7 +268,8 @@ def _children(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
-def test_an_address_for_metrics_that_is_taken_stops_the_start(folder: Path) -> None:
+@pytest.mark.process
+def test_a_taken_metrics_address_stops_the_start(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
         done = serve("--metrics", address, "--bind", "tcp://127.0.0.1:0", cwd=folder)
@@ -265,5 +277,5 @@ def test_an_address_for_metrics_that_is_taken_stops_the_start(folder: Path) -> N
     assert f"error: cannot listen on {address}" in done.stderr
 
 
-def test_the_document_holds_the_table_of_settings() -> None:
+def test_the_document_holds_the_settings_table() -> None:
     assert settings_table(SETTINGS) in DOCUMENT.read_text()

@@ -1,4 +1,4 @@
-"""Settings: from where, what they may be, what they mean together, what is said of a mistake."""
+"""Settings of a node: their sources, their allowed values, and the error messages."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def with_(config: NodeConfig, **changes: Any) -> NodeConfig:
 
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=lambda s: s.name)
-def test_a_setting_without_a_default_explains_what_holds_and_has_an_example(setting: Any) -> None:
+def test_a_setting_without_a_default_explains_itself_and_has_an_example(setting: Any) -> None:
     assert setting.default is not None or (setting.about.unset and setting.about.example)
 
 
-def test_nothing_given_is_the_defaults() -> None:
+def test_without_options_and_file_the_defaults_hold() -> None:
     loaded = load()
     assert loaded.config == NodeConfig()
     assert set(loaded.sources.values()) == {"default"}
@@ -64,7 +64,7 @@ def test_options_win_over_the_file_and_the_file_over_defaults(
     assert (config.threads, config.drain_s, config.max_wait_ms) == (5, 1.0, 2.0)
     assert config.bundle == tmp_path / "models" / "b"
     assert config.ready_file == Path("/run/x")
-    assert config.keys == Path("k")  # as typed: relative to where one is
+    assert config.keys == Path("k")  # as typed: relative to the current folder
     sources = loaded.sources
     assert sources["threads"] == "--threads"
     assert sources["drain_s"] == str(file)
@@ -72,7 +72,7 @@ def test_options_win_over_the_file_and_the_file_over_defaults(
 
 
 def test_a_file_that_others_may_write_is_refused(write: Callable[[str], Path]) -> None:
-    """They could name a folder of keys of their own."""
+    """Others could point it at their own folder of keys."""
     path = write("threads = 3\n")
     path.chmod(0o666)
     with pytest.raises(ConfigError, match=f"chmod go-w {path}"):
@@ -89,7 +89,7 @@ def test_the_settings_of_an_edge_are_recognised(write: Callable[[str], Path]) ->
     assert not SETTINGS.keys() & EDGE_SETTINGS
 
 
-def test_keys_of_a_file_are_beside_it_unless_it_says_otherwise(
+def test_keys_named_in_a_file_are_relative_to_it(
     write: Callable[[str], Path], tmp_path: Path
 ) -> None:
     assert load(write("")).config.keys == tmp_path / "keys"
@@ -177,7 +177,7 @@ def test_values(write: Callable[[str], Path], line: str, value: Any) -> None:
         ("threads = ]", ["not valid TOML", "line 1"]),
     ],
 )
-def test_mistakes_are_named_with_what_mends_them(
+def test_mistakes_are_named_with_a_remedy(
     write: Callable[[str], Path], line: str, parts: list[str]
 ) -> None:
     file = write(line)
@@ -220,7 +220,7 @@ def test_a_shown_value_can_be_read_again(setting: Any, write: Callable[[str], Pa
 
 
 @pytest.mark.parametrize("text", ['a"b', "back\\slash", "tab\there", "new\nline", "é", "\x7f"])
-def test_texts_are_quoted_as_toml_wants(write: Callable[[str], Path], text: str) -> None:
+def test_strings_are_quoted_as_toml_requires(write: Callable[[str], Path], text: str) -> None:
     bundle = load(write(f"bundle = {quoted(text)}")).config.bundle
     assert bundle is not None
     assert bundle.name == text
@@ -231,13 +231,13 @@ def test_sizes_are_shown_exactly(size: int) -> None:
     assert SETTINGS["queue_bytes"].about.kind.read(size_text(size)) == size
 
 
-def test_settings_refuse_with_a_reason() -> None:
+def test_settings_are_refused_with_a_reason() -> None:
     for setting in SETTINGS.values():
         with pytest.raises(Invalid, match="expected"):
             setting.read({"a": 1})
 
 
-def test_prepare_loads_what_is_named(usable: NodeConfig) -> None:
+def test_prepare_loads_the_named_files(usable: NodeConfig) -> None:
     prepared = prepare(usable)
     assert isinstance(prepared, Prepared)
     assert prepared.keypair == keys.load_secret(usable.keys / "node.key")
@@ -249,7 +249,7 @@ def test_prepare_loads_what_is_named(usable: NodeConfig) -> None:
     ]
 
 
-def test_key_and_list_may_be_apart(usable: NodeConfig, tmp_path: Path) -> None:
+def test_key_and_allow_list_may_be_in_different_folders(usable: NodeConfig, tmp_path: Path) -> None:
     key = tmp_path / "credential"
     (usable.keys / "node.key").rename(key)
     with pytest.raises(KeyFileError, match=r"node\.key"):
@@ -300,7 +300,7 @@ def test_examine_notices_a_damaged_file(usable: NodeConfig, tmp_path: Path) -> N
         examine(prepared)
 
 
-def test_examine_looks_at_addresses(usable: NodeConfig) -> None:
+def test_examine_checks_addresses(usable: NodeConfig) -> None:
     for changes in ({"bind": "tcp://192.0.2.1:0"}, {"metrics": "192.0.2.1:9464"}):
         with pytest.raises(ConfigError, match="this machine can't listen there"):
             examine(prepare(with_(usable, **changes)))

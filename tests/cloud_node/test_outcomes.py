@@ -1,8 +1,7 @@
-"""Every request that was admitted has one outcome, whatever raises on the way to it.
+"""Every admitted request has one outcome, whichever call raises on the way.
 
-A `Server` runs in a thread, with a real listener and real edges. Its workers are the test's, so
-that a batch ends when and how the test says. `Fault` then makes each call that the server makes on
-its way raise in turn.
+A `Server` runs in a thread with a real listener and real edges. The test plays the workers, so it
+decides when and how a batch ends. `Fault` then makes each call of the server raise in turn.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ from transport.messages import (
     encode,
 )
 
-# Where the call that makes a coroutine into a task raises, the coroutine is lost.
+# If the call that makes a coroutine into a task raises, the coroutine is lost.
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
 
 Feeds = dict[str, np.ndarray]
@@ -54,14 +53,14 @@ _FILES = {module.__file__ for module in (server, listener)}
 
 
 class Injected(Exception):
-    """Raised by no program."""
+    """No program raises this error."""
 
 
 class Fault:
-    """Makes one call raise that is made under `root`: the first of those not in `tried`, where a
-    call that is made again and again counts `times`.
+    """Makes one call under `root` raise: the first one that is not in `tried`. A call that repeats
+    counts `times`.
 
-    To be given to `sys.setprofile`, in the thread that is to have the fault. C functions count too.
+    Pass it to `sys.setprofile` in the thread that gets the fault. C functions count too.
 
     Attributes:
         at: the call. within: the function that made it.
@@ -74,7 +73,7 @@ class Fault:
 
     def __call__(self, frame: FrameType, event: str, what: Any) -> None:
         if event == "call":
-            # Python itself calls weakref's; the test counts by prometheus_client's.
+            # Python itself calls weakref's functions. The test counts with prometheus_client's.
             if any(name in frame.f_code.co_filename for name in ("weakref", "prometheus_client")):
                 return
             caller, name = frame.f_back, frame.f_code.co_name
@@ -102,7 +101,7 @@ class Fault:
 
 
 class Worker(Pool):
-    """One worker: its batches wait for `go`, and end as `ends` says, None being success."""
+    """One worker: its batches wait for `go` and end as `ends` says. None means success."""
 
     def __init__(self, prepared: Prepared) -> None:
         self.stage = prepared.stage
@@ -164,7 +163,7 @@ class Batch(Slot):
 
     def _recycle(self) -> None:
         for array in self.outputs.values():
-            array[:] = 7  # the next batch writes here
+            array[:] = 7  # the next batch writes to the same memory
         self.worker.out.discard(self)
         self.worker.idle.set()
 
@@ -174,11 +173,11 @@ def _arrays(specs: Any, rows: int) -> Feeds:
 
 
 class Running:
-    """A server in a thread, and an edge of it.
+    """A server in a thread, with one edge.
 
     Attributes:
-        error: what it ended by.
-        heard: what the edge was sent since the last `attempt`.
+        error: the error that ended it.
+        heard: messages to the edge since the last `attempt`.
     """
 
     def __init__(self, prepared: Prepared, connect: Callable[..., Any]) -> None:
@@ -199,7 +198,7 @@ class Running:
         self.edge, self.other = self.new_edge(), self.new_edge()
 
     def outcomes(self) -> float:
-        """How many requests have ended."""
+        """The number of requests that have ended."""
         return sum(nonzero(self.server.metrics, "requests_total").values())
 
     def _work(self) -> None:
@@ -225,8 +224,8 @@ class Running:
         return edge
 
     def until(self, what: Callable[[], bool]) -> None:
-        """Wait for it, or for the end of the server. The edge reads meanwhile: what it has not read
-        is lost with its connection."""
+        """Wait until `what()` is true or the server ends. The edge keeps reading, because unread
+        messages are lost with its connection."""
         give_up = time.monotonic() + 20
         while not what() and self.thread.is_alive():
             assert time.monotonic() < give_up, (
@@ -248,7 +247,7 @@ class Running:
         return [message.id for message in self.heard if isinstance(message, kinds)]
 
     def call(self, function: Callable[..., Any], *args: Any) -> None:
-        """In the loop's thread, and wait for it."""
+        """Call in the loop's thread and wait for the result."""
         done = threading.Event()
 
         def work() -> None:
@@ -257,16 +256,16 @@ class Running:
             finally:
                 done.set()
 
-        with contextlib.suppress(RuntimeError):  # it has ended
+        with contextlib.suppress(RuntimeError):  # the loop has ended
             self.loop.call_soon_threadsafe(work)
             self.until(done.is_set)
 
     def arm(self) -> None:
-        """From now on there may be a fault."""
+        """Allow a fault from now on."""
         self.call(sys.setprofile, self.fault)
 
     def request(self, windows: int, edge: Any = None, **options: Any) -> bytes:
-        """Other pixels each time: the server knows those again that workers died over."""
+        """Use new pixels each time: the server recognises requests that killed workers."""
         pixels = self._rng.integers(0, 256, (windows, 8, 8, 3), dtype=np.uint8)
         extent = np.full((windows, 2), 8)
         feeds = {"pixels": pixels, "extent": extent, "window": np.arange(windows)}
@@ -277,13 +276,14 @@ class Running:
         return list(requests)
 
     def computing(self, *requests: bytes) -> list[bytes]:
-        """See these be accepted and a batch of them be with the worker."""
+        """Wait until these are accepted and one batch of them is with the worker."""
         self.accepted(*requests)
         self.until(lambda: self.worker.computing)
         return list(requests)
 
     def ask_info(self) -> None:
-        """Once it has answered, it has read what was sent before, and the edge what it sent."""
+        """The answer means that the server read all earlier messages and the edge all earlier
+        replies."""
         asked = messages.new_id()
         self.until(lambda: bool(self.edge.socket.poll(0, zmq.POLLOUT)))
         if self.thread.is_alive():
@@ -291,7 +291,7 @@ class Running:
         self.until(lambda: asked in self.told(Info))
 
     def make_late(self) -> None:
-        """The deadlines of all requests have passed."""
+        """Let the deadlines of all requests pass."""
 
         def work() -> None:
             queue = self.server._queue
@@ -302,8 +302,8 @@ class Running:
         self.call(work)
 
     def settle(self, sent: Sequence[bytes] = ()) -> None:
-        """Let the worker go on, and wait until all is done and all replies have been read: those to
-        `sent`, and any more that there are."""
+        """Let the worker go on and wait until the edge has read every reply: those to `sent` and
+        any others."""
         self.call(self.worker.go.set)
         self.until(lambda: not self.server._open)
         self.call(sys.setprofile, None)
@@ -317,8 +317,8 @@ class Running:
                 return
 
     def end(self) -> None:
-        """Have it drain, for which it has 60 s: much less than it takes."""
-        with contextlib.suppress(RuntimeError):  # it has ended
+        """Drain, with a limit of 60 s. It takes much less."""
+        with contextlib.suppress(RuntimeError):  # the server has ended
             self.loop.call_soon_threadsafe(self.worker.go.set)
             self.loop.call_soon_threadsafe(self.stop.set)
         self.thread.join(30)
@@ -337,12 +337,12 @@ def start(
         bind="tcp://127.0.0.1:0",
         keys=folder,
         drain_s=60,
-        max_wait_ms=10_000,  # so that a batch is formed once it is full, and not before
-        memory_ceiling=1 << 40,  # of this whole process
+        max_wait_ms=10_000,  # a batch forms when it is full, not earlier
+        memory_ceiling=1 << 40,  # a limit on this whole process
         queue_bytes=6 * (5 * 216 + 4096),  # six requests of five windows
     )
     made: list[Running] = []
-    logging.disable()  # what was caught there would keep tracebacks, and with them results
+    logging.disable()  # logged tracebacks would keep results alive
     monkeypatch.setattr(server, "_FLUSH_S", 0.1)
     monkeypatch.setattr(server, "_TICK_S", 0.01)
 
@@ -356,15 +356,15 @@ def start(
 
 
 class Act(NamedTuple):
-    """Something that a server goes through under `root`: `do` gives the ids of requests that are to
-    have one reply each, and how many more there were."""
+    """Something that a server goes through under `root`. `do` returns the ids of requests that get
+    one reply each, and how many more there were."""
 
     root: Callable[..., Any]
     do: Callable[[Running], tuple[list[bytes], int]]
 
 
 def batch(*ends: Exception | None, sizes: Sequence[int] = (2, 3, 4)) -> Act:
-    """A batch that ends so; the next ones succeed."""
+    """A batch that ends as given. The next ones succeed."""
 
     def do(running: Running) -> tuple[list[bytes], int]:
         running.worker.ends = list(ends)
@@ -397,7 +397,7 @@ def handled(running: Running) -> tuple[list[bytes], int]:
 
 
 def shed(running: Running) -> tuple[list[bytes], int]:
-    """Requests of an edge have to go for one of another."""
+    """One edge's requests are shed for another edge's request."""
     while running.other.socket.poll(0):
         running.other.receive()
     sent = running.computing(running.request(9))
@@ -418,7 +418,7 @@ def expired(running: Running) -> tuple[list[bytes], int]:
 
 
 def expired_again(running: Running) -> tuple[list[bytes], int]:
-    """Of a batch that is to be run again, but no worker takes it."""
+    """A batch is due to run again, but no worker takes it."""
     running.worker.ends = [WorkerDied("no", began=False)]
     late = running.computing(*(running.request(windows) for windows in (2, 3, 4)))
     running.worker.busy = True
@@ -435,7 +435,7 @@ def worker_event(running: Running) -> tuple[list[bytes], int]:
     sent = running.computing(running.request(9))
     running.arm()
     for kind in ("died", "ready"):
-        with contextlib.suppress(Injected):  # as pools do
+        with contextlib.suppress(Injected):  # pools do the same
             running.call(running.worker.on_event, WorkerEvent(kind, 0, "cpu", 1))  # type: ignore[arg-type]
     running.until(lambda: running.server.metrics.state == "ready")
     return sent, 0
@@ -490,7 +490,7 @@ ACTS = {
 
 
 @pytest.mark.parametrize("name", ACTS)
-def test_each_request_has_one_outcome_whatever_raises(
+def test_each_request_has_one_outcome_whichever_call_raises(
     start: Callable[[], Running], name: str
 ) -> None:
     act, tried = ACTS[name], set[str]()
@@ -510,7 +510,7 @@ def test_each_request_has_one_outcome_whatever_raises(
             assert running.server._queue.running == len(running.server._queue) == 0, fault.at
             assert running.server._unread_total == 0, fault.at
             continue
-        # It cannot go on, and says so: where a batch was, only if the very end of it raised.
+        # The server can't go on and says so: the fault hit the very end of a batch.
         assert isinstance(running.error, (Injected, RuntimeError)), fault.at
         assert act.root is not Server._run or fault.within == "_run", fault.at
     assert len(tried) > 3
@@ -559,7 +559,7 @@ def test_a_permanent_defect_leaves_no_request_open(
     assert sorted(told) == (sorted(sent) if what not in ("send", "encode", "refuse") else [])
 
 
-def test_a_request_is_late_between_two_ticks_too(
+def test_a_request_also_expires_between_two_ticks(
     start: Callable[[], Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "_TICK_S", 3600.0)
@@ -577,7 +577,7 @@ def test_a_request_is_late_between_two_ticks_too(
     assert running.worker.runs == 1
 
 
-def test_a_batch_that_only_waited_for_a_worker_that_died_is_run_again(
+def test_a_batch_that_waited_for_a_dead_worker_is_run_again(
     start: Callable[[], Running],
 ) -> None:
     running = start()
@@ -639,7 +639,7 @@ def test_requests_for_which_memory_is_too_little_now_are_refused(
     assert running.thread.is_alive()
 
 
-def test_a_client_whose_request_failed_shares_no_batch_for_a_while(
+def test_a_client_with_a_failed_request_shares_no_batch_for_a_while(
     start: Callable[[], Running],
 ) -> None:
     running = start()
@@ -683,7 +683,7 @@ def test_a_node_that_is_short_of_memory_admits_nothing(
     running.settle(running.accepted(running.request(9)))
 
 
-def test_a_draining_node_waits_for_replies_that_have_not_left(
+def test_a_draining_node_waits_for_unsent_replies(
     start: Callable[[], Running],
 ) -> None:
     running = start()
@@ -696,7 +696,7 @@ def test_a_draining_node_waits_for_replies_that_have_not_left(
     assert not running.thread.is_alive()
 
 
-def test_the_outputs_of_a_batch_are_in_the_reply_before_their_memory_is_used_again(
+def test_outputs_are_copied_into_the_reply_before_their_memory_is_reused(
     start: Callable[[], Running],
 ) -> None:
     running = start()

@@ -1,4 +1,4 @@
-"""Which requests are suspected of a worker's death, and for how long."""
+"""Poison requests: which requests are suspected after a worker's death, and for how long."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_the_same_tensors_are_the_same_request() -> None:
     assert tracker.deaths("b", feeds(), 1.0) == 0
 
 
-def test_shape_and_type_count_too() -> None:
+def test_shape_and_type_distinguish_requests() -> None:
     tracker = PoisonTracker()
     tracker.died("a", {"x": np.zeros(8, np.uint8)}, 0.0, alone=False)
     assert tracker.deaths("a", {"x": np.zeros((2, 4), np.uint8)}, 0.0) == 0
@@ -29,7 +29,7 @@ def test_shape_and_type_count_too() -> None:
     assert tracker.deaths("a", {"y": np.zeros(8, np.uint8)}, 0.0) == 0
 
 
-def test_only_a_death_over_a_request_alone_convicts_it() -> None:
+def test_only_a_death_during_a_lone_request_convicts_it() -> None:
     tracker = PoisonTracker()
     assert tracker.died("a", feeds(), 0.0, alone=False) == 1
     assert tracker.died("a", feeds(), 1.0, alone=False) == 1
@@ -45,7 +45,7 @@ def test_a_request_that_was_computed_is_no_longer_suspect() -> None:
     assert tracker.deaths("a", feeds(), 1.0) == 0
 
 
-def test_suspicions_are_forgotten_and_few() -> None:
+def test_suspicions_expire_and_their_number_is_limited() -> None:
     tracker = PoisonTracker()
     tracker.died("a", feeds(), 0.0, alone=True)
     assert tracker.deaths("a", feeds(), 599.0) == 2

@@ -1,4 +1,4 @@
-"""A pool of real worker processes: right outputs, and every way to lose a worker."""
+"""A pool of real worker processes: correct outputs, and every way to lose a worker."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Feeds = dict[str, np.ndarray]
 
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
-    """After each test: no worker, zombies included, no descriptor, no mapping."""
+    """After each test, no worker (zombies included), descriptor or mapping remains."""
     gc.collect()
     _others.clear()
     _others.update(_children())
@@ -74,7 +74,7 @@ def _holdings() -> tuple[int, int]:
 
 
 class Watched(LocalPool):
-    """A pool that keeps its events."""
+    """A pool that records its events."""
 
     def __init__(self, bundle: Bundle, **options: Any) -> None:
         settings: dict[str, Any] = {"devices": ["cpu"], "threads": 1, "retry_s": (0.05, 0.4)}
@@ -82,7 +82,7 @@ class Watched(LocalPool):
         self.events: list[WorkerEvent] = []
 
     def pids(self) -> list[int]:
-        """Of the workers that are ready, by lane."""
+        """Pids of the ready workers, by lane."""
         last = {e.lane: e for e in self.events if e.kind in ("ready", "died")}
         return [last[lane].pid for lane in sorted(last) if last[lane].kind == "ready"]
 
@@ -105,7 +105,7 @@ async def running(bundle: Path | Bundle, **options: Any) -> AsyncIterator[Watche
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
-    """A fault ends in a failure, not in a wait without end."""
+    """Run with a time limit, so that a fault fails the test and does not hang it."""
     asyncio.run(asyncio.wait_for(main, 90))
 
 
@@ -117,7 +117,7 @@ def fill(slot: Slot, feeds: Feeds) -> int:
 
 
 async def ask(pool: LocalPool, feeds: Feeds) -> Feeds:
-    """One batch; the outputs are copies."""
+    """Run one batch and return copies of the outputs."""
     slot = await pool.acquire()
     try:
         outputs = await slot.run(fill(slot, feeds))
@@ -128,7 +128,7 @@ async def ask(pool: LocalPool, feeds: Feeds) -> Feeds:
 
 @pytest.fixture
 def batch(bundle_of: Callable[[str], Path]) -> Callable[..., Feeds]:
-    """Random rows that fit the stack of ``pixels`` and its like."""
+    """Random rows that fit the stacks of kind ``pixels`` and similar ones."""
     geometry = Bundle.load(bundle_of("pixels")).geometry
     side = geometry.window_pixels
 
@@ -145,7 +145,7 @@ def batch(bundle_of: Callable[[str], Path]) -> Callable[..., Feeds]:
 
 @pytest.fixture
 def direct(bundle_of: Callable[[str], Path]) -> Iterator[Callable[[Feeds], Feeds]]:
-    """The stack of ``pixels`` in this process."""
+    """Run the stack of ``pixels`` in this process."""
     with OrtEngine(bundle_of("pixels") / "stack.onnx", threads=1, device="cpu") as engine:
         yield engine.run
 
@@ -153,6 +153,7 @@ def direct(bundle_of: Callable[[str], Path]) -> Iterator[Callable[[Feeds], Feeds
 # Outputs
 
 
+@pytest.mark.process
 def test_outputs_are_bit_equal_to_a_direct_run(
     bundle_of: Any, batch: Any, direct: Callable[[Feeds], Feeds]
 ) -> None:
@@ -169,7 +170,8 @@ def test_outputs_are_bit_equal_to_a_direct_run(
     run(main())
 
 
-def test_more_rows_than_an_image_has_windows(
+@pytest.mark.process
+def test_a_batch_may_have_more_rows_than_an_image_has_windows(
     bundle_of: Any, batch: Any, direct: Callable[[Feeds], Feeds]
 ) -> None:
     async def main() -> None:
@@ -180,6 +182,7 @@ def test_more_rows_than_an_image_has_windows(
     run(main())
 
 
+@pytest.mark.process
 def test_hidden_states(bundle_of: Any) -> None:
     rng = np.random.default_rng(0)
     feeds = {"hidden": rng.normal(size=(3, 4, 8)).astype(np.float32), "window": np.array([8, 0, 3])}
@@ -193,6 +196,7 @@ def test_hidden_states(bundle_of: Any) -> None:
     run(main())
 
 
+@pytest.mark.process
 def test_outputs_are_read_only_and_timed(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels")) as pool:
@@ -206,7 +210,8 @@ def test_outputs_are_read_only_and_timed(bundle_of: Any, batch: Any) -> None:
     run(main())
 
 
-def test_outputs_stay_until_released_and_are_in_the_way_of_nobody_else_s(
+@pytest.mark.process
+def test_outputs_stay_until_released_and_block_no_other_batch(
     bundle_of: Any, batch: Any, direct: Callable[[Feeds], Feeds]
 ) -> None:
     async def main() -> None:
@@ -214,7 +219,7 @@ def test_outputs_stay_until_released_and_are_in_the_way_of_nobody_else_s(
             feeds = batch(4, 99)
             slot = await pool.acquire()
             outputs = await slot.run(fill(slot, feeds))
-            assert not outputs["tokens"].flags.owndata  # no copy is made
+            assert not outputs["tokens"].flags.owndata  # the pool makes no copy
             for seed in range(12):
                 other = batch(4, seed)
                 assert (await ask(pool, other))["tokens"].tobytes() == direct(other)[
@@ -226,6 +231,7 @@ def test_outputs_stay_until_released_and_are_in_the_way_of_nobody_else_s(
     run(main())
 
 
+@pytest.mark.process
 def test_outputs_outlive_the_worker_and_the_pool(
     bundle_of: Any, batch: Any, direct: Callable[[Feeds], Feeds]
 ) -> None:
@@ -244,6 +250,7 @@ def test_outputs_outlive_the_worker_and_the_pool(
     run(main())
 
 
+@pytest.mark.process
 def test_noop_answers_without_an_engine(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels"), noop=True) as pool:
@@ -257,13 +264,14 @@ def test_noop_answers_without_an_engine(bundle_of: Any, batch: Any) -> None:
 # Failures that the worker survives
 
 
+@pytest.mark.process
 def test_a_failed_batch_costs_only_itself(
     bundle_of: Any, batch: Any, direct: Callable[[Feeds], Feeds]
 ) -> None:
     async def main() -> None:
         async with running(bundle_of("broken")) as pool:
             pids = pool.pids()
-            poisoned = {**batch(3), "window": np.array([0, 8, 1])}  # its table is a row short
+            poisoned = {**batch(3), "window": np.array([0, 8, 1])}  # the table is one row short
             good = {**batch(3), "window": np.array([0, 7, 1])}
             with OrtEngine(bundle_of("broken") / "stack.onnx", threads=1, device="cpu") as engine:
                 expected = engine.run(good)["tokens"].tobytes()
@@ -271,7 +279,7 @@ def test_a_failed_batch_costs_only_itself(
                 slot = await pool.acquire()
                 with pytest.raises(EngineError, match="Gather"):
                     await slot.run(fill(slot, poisoned))
-                outputs = await slot.run(fill(slot, good))  # the same slot, with what is left
+                outputs = await slot.run(fill(slot, good))  # the same slot, with the remaining rows
                 assert outputs["tokens"].tobytes() == expected
                 slot.release()
             assert pool.pids() == pids
@@ -283,6 +291,7 @@ def test_a_failed_batch_costs_only_itself(
 # Losing workers
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
 def test_a_worker_that_dies_fails_its_run_and_is_replaced(
     bundle_of: Any, batch: Any, direct: Callable[[Feeds], Feeds], number: int
@@ -290,7 +299,7 @@ def test_a_worker_that_dies_fails_its_run_and_is_replaced(
     async def main() -> None:
         async with running(bundle_of("pixels")) as pool:
             (pid,) = pool.pids()
-            os.kill(pid, signal.SIGSTOP)  # so that the run can't be over before
+            os.kill(pid, signal.SIGSTOP)  # the run can't finish before this
             slot = await pool.acquire()
             going = asyncio.ensure_future(slot.run(fill(slot, batch(2))))
             await asyncio.sleep(0)
@@ -315,6 +324,7 @@ def test_a_worker_that_dies_fails_its_run_and_is_replaced(
     run(main())
 
 
+@pytest.mark.process
 def test_a_run_that_the_node_cannot_handle_is_lost_with_its_worker(
     bundle_of: Any, batch: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -327,20 +337,21 @@ def test_a_run_that_the_node_cannot_handle_is_lost_with_its_worker(
                     await slot.run(fill(slot, batch(2)))
                 slot.release()
             assert "ZeroDivisionError" in caplog.text
-            caplog.clear()  # which keeps the arrays of what it tells
+            caplog.clear()  # log records keep the arrays of their errors alive
             assert (await ask(pool, batch(2))).keys() == {"tokens"}
 
     run(main())
 
 
-def test_a_lane_that_nobody_looks_after_ends_the_pool(
+@pytest.mark.process
+def test_an_unsupervised_lane_ends_the_pool(
     bundle_of: Any, batch: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels"), devices=["cpu", "cpu"], noop=True) as pool:
             following = asyncio.ensure_future(pool.follow())
             (pid, _) = pool.pids()
-            os.kill(pid, signal.SIGSTOP)  # so that the run can't be over before
+            os.kill(pid, signal.SIGSTOP)  # the run can't finish before this
             slots = [await pool.acquire() for _ in range(2)]
             runs = [asyncio.ensure_future(slot.run(fill(slot, batch(2)))) for slot in slots]
             monkeypatch.setattr(
@@ -359,7 +370,7 @@ def test_a_lane_that_nobody_looks_after_ends_the_pool(
 
 
 def _once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, which fails the first time."""
+    """The function, failing on its first call."""
     failures = iter([1])
 
     def failing(*args: Any) -> Any:
@@ -370,6 +381,7 @@ def _once(function: Callable[..., Any]) -> Callable[..., Any]:
     return failing
 
 
+@pytest.mark.process
 def test_an_idle_worker_that_dies_is_replaced(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels")) as pool:
@@ -381,6 +393,7 @@ def test_an_idle_worker_that_dies_is_replaced(bundle_of: Any, batch: Any) -> Non
     run(main())
 
 
+@pytest.mark.process
 def test_a_slot_of_a_dead_worker_is_not_given_out_twice(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels"), noop=True) as pool:
@@ -402,6 +415,7 @@ def test_a_slot_of_a_dead_worker_is_not_given_out_twice(bundle_of: Any, batch: A
     run(main())
 
 
+@pytest.mark.process
 def test_a_slot_of_a_dead_worker_does_not_hold_up_the_next(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels")) as pool:
@@ -414,6 +428,7 @@ def test_a_slot_of_a_dead_worker_does_not_hold_up_the_next(bundle_of: Any, batch
     run(main())
 
 
+@pytest.mark.process
 def test_a_hung_worker_is_killed(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels"), hang_s=0.3) as pool:
@@ -430,6 +445,7 @@ def test_a_hung_worker_is_killed(bundle_of: Any, batch: Any) -> None:
     run(main())
 
 
+@pytest.mark.process
 def test_a_slow_worker_is_not_hung(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("slow"), hang_s=0.05) as pool:
@@ -439,11 +455,12 @@ def test_a_slow_worker_is_not_hung(bundle_of: Any, batch: Any) -> None:
     run(main())
 
 
-def test_time_in_which_the_node_itself_stood_still_is_no_hang(bundle_of: Any, batch: Any) -> None:
+@pytest.mark.process
+def test_time_in_which_the_whole_node_was_suspended_is_no_hang(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels"), hang_s=1.0) as pool:
             slot = await pool.acquire()
-            os.kill(pool.pids()[0], signal.SIGSTOP)  # a Ctrl-Z, a laptop's lid: both stop
+            os.kill(pool.pids()[0], signal.SIGSTOP)  # Ctrl-Z or a closed laptop lid stops both
             going = asyncio.ensure_future(slot.run(fill(slot, batch(1))))
             await asyncio.sleep(0)
             time.sleep(1.5)
@@ -455,7 +472,8 @@ def test_time_in_which_the_node_itself_stood_still_is_no_hang(bundle_of: Any, ba
     run(main())
 
 
-def test_a_worker_that_never_gets_ready_is_killed(bundle_of: Any) -> None:
+@pytest.mark.process
+def test_a_worker_that_never_becomes_ready_is_killed(bundle_of: Any) -> None:
     async def main() -> None:
         pool = Watched(Bundle.load(bundle_of("pixels")), start_s=0.01)
         with pytest.raises(EngineError, match=r"not ready within 0.01 s"):
@@ -464,7 +482,8 @@ def test_a_worker_that_never_gets_ready_is_killed(bundle_of: Any) -> None:
     run(main())
 
 
-def test_one_of_two_may_be_lost(
+@pytest.mark.process
+def test_the_pool_survives_the_loss_of_one_of_two_workers(
     bundle_of: Any, batch: Any, direct: Callable[[Feeds], Feeds]
 ) -> None:
     async def main() -> None:
@@ -472,7 +491,7 @@ def test_one_of_two_may_be_lost(
             assert (pool.lanes, pool.ready) == (2, 2)
             frozen = pool.pids()[1]
             os.kill(frozen, signal.SIGSTOP)
-            stuck = [await pool.acquire() for _ in range(2)]  # one of each
+            stuck = [await pool.acquire() for _ in range(2)]  # one on each worker
             runs = [asyncio.ensure_future(slot.run(fill(slot, batch(1)))) for slot in stuck]
             done, pending = await asyncio.wait(runs, return_when=asyncio.FIRST_COMPLETED)
             assert (len(done), len(pending)) == (1, 1)
@@ -496,6 +515,7 @@ def test_one_of_two_may_be_lost(
 # Starts that fail
 
 
+@pytest.mark.process
 def test_the_error_of_a_failed_first_start_is_raised(bundle_of: Any, tmp_path: Path) -> None:
     damaged = shutil.copytree(bundle_of("pixels"), tmp_path / "damaged")
     with (damaged / "stack.onnx").open("ab") as file:
@@ -514,7 +534,10 @@ def test_the_error_of_a_failed_first_start_is_raised(bundle_of: Any, tmp_path: P
     run(main())
 
 
-def test_a_process_that_cannot_be_started(bundle_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.process
+def test_a_process_that_cannot_start_is_reported(
+    bundle_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "executable", "/no/such/python")
 
     async def main() -> None:
@@ -525,6 +548,7 @@ def test_a_process_that_cannot_be_started(bundle_of: Any, monkeypatch: pytest.Mo
     run(main())
 
 
+@pytest.mark.process
 def test_later_starts_are_tried_until_one_succeeds(
     bundle_of: Any, tmp_path: Path, batch: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -550,9 +574,8 @@ def test_later_starts_are_tried_until_one_succeeds(
     assert "4 failed starts in a row, the last because" in caplog.text
 
 
-def test_another_bundle_put_in_its_place_is_not_served(
-    bundle_of: Any, tmp_path: Path, batch: Any
-) -> None:
+@pytest.mark.process
+def test_a_replaced_bundle_is_not_served(bundle_of: Any, tmp_path: Path, batch: Any) -> None:
     copy = shutil.copytree(bundle_of("pixels"), tmp_path / "copy")
 
     async def main() -> None:
@@ -569,6 +592,7 @@ def test_another_bundle_put_in_its_place_is_not_served(
 # Slots
 
 
+@pytest.mark.process
 def test_slots_are_given_out_in_order_and_cancelled_waits_lose_none(
     bundle_of: Any, batch: Any
 ) -> None:
@@ -589,7 +613,7 @@ def test_slots_are_given_out_in_order_and_cancelled_waits_lose_none(
             waiting[3].cancel()
             await asyncio.sleep(0)
             slot.release()
-            waiting[1].cancel()  # the one whose turn it is
+            waiting[1].cancel()  # the caller whose turn is next
             await asyncio.wait(waiting)
             assert order == [2, 4, 5]
 
@@ -597,7 +621,7 @@ def test_slots_are_given_out_in_order_and_cancelled_waits_lose_none(
 
 
 class OneSlot(QueuedPool):
-    """Gives out `slot`, if there is one."""
+    """A pool that hands out `slot`, if there is one."""
 
     slot: Any = None
     ready = 1
@@ -612,8 +636,8 @@ class OneSlot(QueuedPool):
     async def close(self, drain_s: float) -> None: ...
 
 
-def test_a_caller_that_is_woken_in_vain_keeps_its_place(bundle_of: Any) -> None:
-    """As when a worker dies in the moment in which a slot of it is free."""
+def test_a_caller_woken_without_a_slot_keeps_its_place(bundle_of: Any) -> None:
+    """This happens when a worker dies in the moment in which its slot becomes free."""
 
     async def main() -> None:
         pool = OneSlot(Bundle.load(bundle_of("pixels")), None, None)
@@ -630,7 +654,8 @@ def test_a_caller_that_is_woken_in_vain_keeps_its_place(bundle_of: Any) -> None:
     run(main())
 
 
-def test_a_cancelled_run_keeps_its_memory_until_the_worker_is_through(
+@pytest.mark.process
+def test_a_cancelled_run_keeps_its_memory_until_the_worker_has_finished(
     bundle_of: Any, batch: Any
 ) -> None:
     async def main() -> None:
@@ -654,9 +679,10 @@ def test_a_cancelled_run_keeps_its_memory_until_the_worker_is_through(
     run(main())
 
 
-def test_a_gpu_would_get_its_next_batch_while_it_computes(bundle_of: Any, batch: Any) -> None:
+@pytest.mark.process
+def test_a_gpu_gets_its_next_batch_while_it_computes(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
-        async with running(bundle_of("pixels"), noop=True) as pool:  # treated as a GPU
+        async with running(bundle_of("pixels"), noop=True) as pool:  # the pool treats it as a GPU
             (pid,) = pool.pids()
             os.kill(pid, signal.SIGSTOP)
             slots = [await pool.acquire(), await pool.acquire()]
@@ -673,7 +699,8 @@ def test_a_gpu_would_get_its_next_batch_while_it_computes(bundle_of: Any, batch:
     run(main())
 
 
-def test_a_batch_that_a_dead_worker_had_not_begun_is_marked(bundle_of: Any, batch: Any) -> None:
+@pytest.mark.process
+def test_a_batch_not_begun_by_its_dead_worker_is_marked(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels"), noop=True) as pool:
             slots = [await pool.acquire(), await pool.acquire()]
@@ -689,7 +716,8 @@ def test_a_batch_that_a_dead_worker_had_not_begun_is_marked(bundle_of: Any, batc
     run(main())
 
 
-def test_released_from_another_thread_and_twice(bundle_of: Any, batch: Any) -> None:
+@pytest.mark.process
+def test_a_slot_may_be_released_from_another_thread_and_twice(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels")) as pool:
             for _ in range(20):
@@ -704,13 +732,14 @@ def test_released_from_another_thread_and_twice(bundle_of: Any, batch: Any) -> N
             one = await pool.acquire()
             two = asyncio.ensure_future(pool.acquire())
             await asyncio.sleep(0.05)
-            assert not two.done()  # releasing twice gives nothing out twice
+            assert not two.done()  # a second release hands out nothing
             one.release()
             (await two).release()
 
     run(main())
 
 
+@pytest.mark.process
 def test_misuse_of_a_slot_raises(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels")) as pool:
@@ -731,6 +760,7 @@ def test_misuse_of_a_slot_raises(bundle_of: Any, batch: Any) -> None:
 # Closing
 
 
+@pytest.mark.process
 def test_close_lets_runs_end(bundle_of: Any, batch: Any, direct: Callable[[Feeds], Feeds]) -> None:
     async def main() -> None:
         async with running(bundle_of("slow")) as pool:
@@ -752,8 +782,11 @@ def test_close_lets_runs_end(bundle_of: Any, batch: Any, direct: Callable[[Feeds
     run(main())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("again", [False, True])
-def test_close_without_patience(bundle_of: Any, batch: Any, again: bool) -> None:
+def test_a_short_grace_or_a_second_close_kills_the_workers(
+    bundle_of: Any, batch: Any, again: bool
+) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels")) as pool:
             slot = await pool.acquire()
@@ -773,7 +806,8 @@ def test_close_without_patience(bundle_of: Any, batch: Any, again: bool) -> None
     run(main())
 
 
-def test_closed_while_starting_and_while_waiting_to_restart(bundle_of: Any) -> None:
+@pytest.mark.process
+def test_closing_while_starting_and_while_waiting_to_restart(bundle_of: Any) -> None:
     async def main() -> None:
         pool = Watched(Bundle.load(bundle_of("pixels")), devices=["cpu", "cpu"])
         starting = asyncio.ensure_future(pool.start(pool.events.append))
@@ -789,6 +823,7 @@ def test_closed_while_starting_and_while_waiting_to_restart(bundle_of: Any) -> N
     run(main())
 
 
+@pytest.mark.process
 def test_start_may_be_cancelled(bundle_of: Any) -> None:
     async def main() -> None:
         pool = Watched(Bundle.load(bundle_of("slow")))
@@ -801,7 +836,8 @@ def test_start_may_be_cancelled(bundle_of: Any) -> None:
     run(main())
 
 
-def test_a_loop_that_ends_without_closing_leaves_no_worker(bundle_of: Any) -> None:
+@pytest.mark.process
+def test_an_unclosed_pool_leaves_no_worker(bundle_of: Any) -> None:
     async def main() -> None:
         pool = Watched(Bundle.load(bundle_of("pixels")), devices=["cpu", "cpu"])
         await pool.start(pool.events.append)
@@ -809,6 +845,7 @@ def test_a_loop_that_ends_without_closing_leaves_no_worker(bundle_of: Any) -> No
     run(main())
 
 
+@pytest.mark.process
 def test_workers_die_with_their_parent(bundle_of: Any) -> None:
     code = f"""
         import asyncio
@@ -840,7 +877,7 @@ def test_workers_die_with_their_parent(bundle_of: Any) -> None:
             pids.add(int(line))
         assert len(pids) == 2
         assert all(_command(pid) for pid in pids)
-        os.kill(min(pids), signal.SIGSTOP)  # one that can't see for itself
+        os.kill(min(pids), signal.SIGSTOP)  # a stopped worker can't notice by itself
         parent.kill()
     while any(b"cloud_node.worker_start" in _command(pid) for pid in pids):
         time.sleep(0.01)
@@ -856,6 +893,7 @@ def _command(pid: int) -> bytes:
 # Over a long time
 
 
+@pytest.mark.process
 def test_a_thousand_runs_cost_no_memory_and_no_descriptors(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels")) as pool:
@@ -883,6 +921,7 @@ def _resident(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
+@pytest.mark.process
 def test_many_restarts_leave_nothing_behind(bundle_of: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels"), noop=True, retry_s=(0.001, 0.001)) as pool:
@@ -890,22 +929,23 @@ def test_many_restarts_leave_nothing_behind(bundle_of: Any) -> None:
             for restarts in range(1, 9):
                 slot = await pool.acquire()
                 os.kill(pool.pids()[0], signal.SIGKILL)
-                with contextlib.suppress(WorkerDied):  # or the run was faster
+                with contextlib.suppress(WorkerDied):  # or the run finished first
                     await slot.run(1)
                 slot.release()
                 await pool.wait(lambda n=restarts: pool.kinds().count("ready") == n + 1)
             assert len(os.listdir("/proc/self/fd")) == fds
-            slots = [await pool.acquire(), await pool.acquire()]  # none was lost on the way
+            slots = [await pool.acquire(), await pool.acquire()]  # no slot was lost on the way
             for slot in slots:
                 slot.release()
 
     run(main())
 
 
-def test_nothing_mixes_in_a_storm(
+@pytest.mark.process
+def test_outputs_stay_separate_under_cancellations_and_crashes(
     bundle_of: Any, batch: Any, direct: Callable[[Feeds], Feeds]
 ) -> None:
-    """Clients that cancel, hold on and let go late, over workers that are killed and frozen."""
+    """Clients cancel, hold slots and release them late, while workers are killed and frozen."""
     rng = np.random.default_rng(3)
     died = answered = 0
 
@@ -935,7 +975,8 @@ def test_nothing_mixes_in_a_storm(
             await asyncio.sleep(float(rng.random()) * 0.1)
             for pid in pool.pids():
                 if rng.random() < 0.3:
-                    with contextlib.suppress(ProcessLookupError):  # gone, and not yet said to be
+                    # the process is gone but not yet reported
+                    with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGSTOP)
                         await asyncio.sleep(0.02)
                         if pid in pool.pids():
@@ -956,7 +997,7 @@ def test_nothing_mixes_in_a_storm(
                     os.kill(pid, signal.SIGCONT)
             await asyncio.gather(*(client(pool, 10) for _ in range(8)))
             assert answered > 100
-            for lane in pool._lanes:  # and everything is back
+            for lane in pool._lanes:  # all slots are back
                 assert sorted(lane._free_places) == [0, 1]
                 assert (lane._slots, lane.runs) == (set(), {})
 
@@ -966,7 +1007,8 @@ def test_nothing_mixes_in_a_storm(
 # Events and settings
 
 
-def test_a_listener_that_fails_does_no_harm(bundle_of: Any, batch: Any) -> None:
+@pytest.mark.process
+def test_a_failing_event_listener_does_no_harm(bundle_of: Any, batch: Any) -> None:
     async def main() -> None:
         pool = LocalPool(Bundle.load(bundle_of("pixels")), devices=["cpu"], threads=1)
 
@@ -980,7 +1022,8 @@ def test_a_listener_that_fails_does_no_harm(bundle_of: Any, batch: Any) -> None:
     run(main())
 
 
-def test_events_say_where_and_how_long(bundle_of: Any) -> None:
+@pytest.mark.process
+def test_events_carry_lane_and_duration(bundle_of: Any) -> None:
     async def main() -> None:
         async with running(bundle_of("pixels")) as pool:
             started, ready = pool.events
@@ -1003,18 +1046,18 @@ def test_events_say_where_and_how_long(bundle_of: Any) -> None:
         ({"threads": 0}, "threads is 0"),
     ],
 )
-def test_settings_that_cannot_be(bundle_of: Any, options: dict[str, Any], found: str) -> None:
+def test_invalid_settings_are_refused(bundle_of: Any, options: dict[str, Any], found: str) -> None:
     with pytest.raises(ConfigError, match=found):
         LocalPool(Bundle.load(bundle_of("pixels")), **options)
 
 
-def test_devices() -> None:
+def test_devices_become_lanes() -> None:
     assert parse_device("auto") == ("auto", 0)
     assert parse_device("cuda") == parse_device("cuda:0") == ("cuda", 0)
     assert parse_device("tensorrt:12") == ("tensorrt", 12)
 
 
-def test_a_worker_sees_its_gpu_only() -> None:
+def test_a_worker_sees_only_its_own_gpu() -> None:
     assert visible_devices(3, None) == "3"
     assert visible_devices(1, "GPU-aa, 5") == "5"
     with pytest.raises(ConfigError, match="shows 2"):

@@ -1,4 +1,4 @@
-"""The queue: fair shares, bounds that hold, and exactly one outcome for each request."""
+"""The queue: fair shares, enforced limits, and exactly one outcome per request."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_newcomer_does_not_wait_behind_a_backlog() -> None:
     assert modest in queue.take(0.0)
 
 
-def test_windows_count_not_requests() -> None:
+def test_fair_shares_count_windows_not_requests() -> None:
     queue = make(max_batch=1 + 4)
     admitted(queue, *(job("many", 1) for _ in range(40)), *(job("large", 4) for _ in range(10)))
     given_to = {"many": 0, "large": 0}
@@ -90,7 +90,7 @@ def test_a_client_that_pauses_has_neither_credit_nor_debt() -> None:
     admitted(queue, *(job("back") for _ in range(100)))
     served = [each.client for _ in range(10) for each in finished(queue, queue.take(0.0))]
     assert abs(served.count("steady") - served.count("back")) <= 6
-    # A client that sends its next request only after the last was answered keeps what it owes.
+    # A client that sends its next request only after the last answer keeps its debt.
     queue = make(max_batch=8)
     admitted(queue, *(job("steady", 1) for _ in range(400)))
     served, waiting = [], False
@@ -126,7 +126,7 @@ def test_small_requests_get_at_most_a_batch_ahead_of_large_ones() -> None:
         assert served["small"] <= min(served["a"], served["b"]) + 10 + 6
 
 
-def test_a_batch_waits_for_company_but_not_for_long_nor_when_full() -> None:
+def test_a_batch_waits_for_more_requests_but_briefly_and_not_when_full() -> None:
     queue = make(max_batch=4)
     assert queue.wait(0.0) is None
     admitted(queue, job(), now=10.0)
@@ -137,10 +137,10 @@ def test_a_batch_waits_for_company_but_not_for_long_nor_when_full() -> None:
     assert queue.wait(10.0) == 0.0
     admitted(queue, job(), now=10.0)
     queue.take(10.0)
-    assert queue.wait(10.0) == 0.0, "what is left has waited already"
+    assert queue.wait(10.0) == 0.0, "the remaining requests have waited already"
 
 
-def test_a_client_set_apart_shares_no_batch_until_then() -> None:
+def test_an_isolated_client_shares_no_batch_for_that_time() -> None:
     queue = make()
     admitted(queue, job("bad"), job("good"), job("bad"), job("good"))
     queue.isolate("bad", 50.0)
@@ -155,7 +155,7 @@ def test_a_client_set_apart_shares_no_batch_until_then() -> None:
     assert len(queue.take(60.0)) == 2
 
 
-def test_a_request_that_must_be_alone_has_a_batch_of_its_own() -> None:
+def test_a_request_that_must_run_alone_gets_its_own_batch() -> None:
     queue = make()
     alone = job("b", alone=True)
     admitted(queue, job("a"), alone, job("a"), job("c"))
@@ -201,11 +201,11 @@ def test_ids_are_refused_while_in_use_and_only_for_the_same_client() -> None:
     admitted(queue, job(id=one.id))
 
 
-def test_a_deadline_that_has_passed() -> None:
+def test_a_request_whose_deadline_has_passed_is_refused() -> None:
     assert refusal(make(), job(due=5.0), 5.0).code == "deadline"
 
 
-def test_most_requests_of_one_client() -> None:
+def test_the_requests_of_one_client_are_limited() -> None:
     queue = make(most_requests=3)
     admitted(queue, job(), job(), job())
     queue.take(0.0)
@@ -214,6 +214,7 @@ def test_most_requests_of_one_client() -> None:
     admitted(queue, job("b"))
 
 
+@pytest.mark.process
 def test_a_request_that_would_be_late_is_refused_with_a_hint() -> None:
     queue = make()
     queue.record_batch(10, 1.0)
@@ -222,7 +223,7 @@ def test_a_request_that_would_be_late_is_refused_with_a_hint() -> None:
     assert refused.code == "overloaded"
     assert refused.retry_ms == pytest.approx(1500)
     admitted(queue, job(windows=5, due=2.6))
-    # It is the share that counts: another client's turn comes sooner.
+    # The client's fair share counts: another client's turn comes sooner.
     admitted(queue, job("b", windows=2, due=0.5))
     assert refusal(queue, job("c", windows=2, due=0.5), 0.0).code == "overloaded"
     queue.lanes = 2
@@ -271,7 +272,7 @@ def test_while_no_worker_can_compute_the_deadline_decides() -> None:
 ROW = 100 + OVERHEAD_BYTES
 
 
-def test_a_client_alone_may_fill_the_queue_but_half_of_it_beside_others() -> None:
+def test_a_lone_client_may_fill_the_queue_but_only_half_of_it_beside_others() -> None:
     queue = make(most_bytes=10 * ROW)
     admitted(queue, *(job("a") for _ in range(10)))
     assert refusal(queue, job("a"), 0.0).code == "overloaded"
@@ -280,7 +281,7 @@ def test_a_client_alone_may_fill_the_queue_but_half_of_it_beside_others() -> Non
     assert "half" in str(refusal(queue, job("a"), 0.0))
 
 
-def test_the_oldest_of_the_heaviest_goes_for_a_lighter_newcomer() -> None:
+def test_the_heaviest_client_s_oldest_request_is_shed_for_a_lighter_newcomer() -> None:
     queue = make(most_bytes=10 * ROW)
     heavy = [job("heavy") for _ in range(10)]
     admitted(queue, *heavy)
@@ -290,7 +291,7 @@ def test_the_oldest_of_the_heaviest_goes_for_a_lighter_newcomer() -> None:
     assert queue.bytes == 10 * ROW
 
 
-def test_a_lower_bound_sheds_the_oldest_of_whoever_has_the_most() -> None:
+def test_a_lower_limit_sheds_the_oldest_request_of_the_heaviest_client() -> None:
     queue = make(most_bytes=10 * (1000 + OVERHEAD_BYTES))
     heavy, light = [job("a", size=1000) for _ in range(5)], [job("b", size=1000) for _ in range(2)]
     admitted(queue, *heavy, *light)
@@ -322,7 +323,7 @@ def test_cancelled_requests_never_run_and_running_ones_are_marked() -> None:
     assert queue.cancel("a", second.id) == [second]
     assert queue.cancel("a", first.id) == []
     assert (first.outcome, second.outcome) == ("cancelled", "cancelled")
-    for _ in range(2):  # the second time changes nothing
+    for _ in range(2):  # the second cancellation changes nothing
         queue.finish(first)
     assert queue.take(0.0) == []
     assert (queue.bytes, queue.windows, len(queue), queue.running) == (0, 0, 0, 0)
@@ -359,9 +360,9 @@ def test_nothing_is_left_when_all_connections_are_gone() -> None:
     assert queue.take(0.0) == []
 
 
-def test_a_client_that_sends_and_cancels_for_ever_costs_no_memory() -> None:
+def test_a_client_that_sends_and_cancels_forever_costs_no_memory() -> None:
     queue = make()
-    queue.hold_until(1e9)  # nothing is taken meanwhile
+    queue.hold_until(1e9)  # nothing is taken until then
     admitted(queue, job("a", due=2e9), now=0.0)
     for _ in range(2000):
         one = job("b", due=2e9)
@@ -399,7 +400,7 @@ def test_a_client_with_a_running_request_is_not_forgotten() -> None:
 
 
 def test_an_isolated_client_stays_isolated() -> None:
-    """When it is isolated again for less time, and when other clients come and go."""
+    """Also when it is isolated again for less time, and when other clients come and go."""
     queue = make()
     admitted(queue, job("bad"))
     queue.isolate("bad", 50.0)
@@ -412,7 +413,7 @@ def test_an_isolated_client_stays_isolated() -> None:
     assert len(queue.take(20.0)) == 1
 
 
-def test_clients_that_are_gone_are_forgotten() -> None:
+def test_clients_that_have_left_are_forgotten() -> None:
     queue = make()
     for number in range(2000):
         admitted(queue, job(f"client {number}"))
@@ -420,7 +421,7 @@ def test_clients_that_are_gone_are_forgotten() -> None:
     assert len(queue._clients) < 200
 
 
-# -- whatever happens --------------------------------------------------------------------------
+# -- properties under random operations ---------------------------------------------------------
 
 _STEP = st.one_of(
     st.tuples(
@@ -492,7 +493,7 @@ def test_every_admitted_request_leaves_exactly_once_and_bounds_hold(steps: list[
         assert queue.bytes <= queue.most_bytes
         assert queue.windows == sum(each.windows for each in waiting)
         assert queue.running == len(running)
-    # Nothing is stuck: with workers, all that waits is taken.
+    # Nothing is stuck: with workers, every waiting request is taken.
     now += 10
     for _ in range(len(every) + 1):
         finished(queue, running)
@@ -523,7 +524,7 @@ def test_clients_that_always_wait_share_by_windows(
     backlog = dict.fromkeys(sizes, 0)
     for _ in range(60):
         for client, windows in sizes_of.items():
-            while backlog[client] < 30:  # some batch could take this much of one client
+            while backlog[client] < 30:  # one batch could take this much of one client
                 new = job(client, next(windows))
                 admitted(queue, new)
                 backlog[client] += new.windows
@@ -536,7 +537,7 @@ def test_clients_that_always_wait_share_by_windows(
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 8), min_size=1, max_size=30), st.integers(1, 8))
 def test_no_client_starves(others: list[int], mine: int) -> None:
-    """A request comes within as many batches as there are clients whose turn is before it."""
+    """A request runs within as many batches as there are clients ahead of it."""
     queue = make()
     for number, windows in enumerate(others):
         admitted(queue, *(job(f"other {number}", windows) for _ in range(50)))

@@ -1,6 +1,7 @@
-"""Replicas on a real local Ray cluster: right outputs, one killed, nothing on a disk, none left.
+"""Replicas on a real local Ray cluster: correct outputs, replacement of a killed replica, no tensor
+on disk, no process left.
 
-One cluster of two replicas serves most tests; it is small, of this machine, and ends with them.
+One small local cluster of two replicas serves most tests and ends with them.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 Feeds = dict[str, np.ndarray]
-ADDRESS = "127.0.0.1:1"  # nobody listens there
+ADDRESS = "127.0.0.1:1"  # nothing listens there
 
 
 class Running:
-    """A started pool, and an event loop in a thread of its own to call it from."""
+    """A started pool, and an event loop in its own thread to call it from."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
@@ -70,7 +71,7 @@ class Running:
         self.loop.close()
 
     async def ask(self, feeds: Feeds) -> Feeds:
-        """Run a batch and keep a copy of what comes back."""
+        """Run a batch and return copies of the outputs."""
         slot = await self.pool.acquire()
         try:
             rows = fill(slot.inputs, feeds)
@@ -79,7 +80,7 @@ class Running:
             slot.release()
 
     def pids(self) -> set[int]:
-        """Of the replicas, as they say themselves."""
+        """The replicas' pids, as they report them."""
 
         async def ask() -> set[int]:
             found: set[int] = set()
@@ -120,7 +121,7 @@ def make_feeds(bundle: Bundle, count: int, seed: int = 0) -> Feeds:
 
 
 def ray_processes() -> dict[int, str]:
-    """Processes of Ray, of whomever, by pid."""
+    """All processes of Ray, of any user, by pid."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
@@ -136,7 +137,7 @@ def folders() -> set[Path]:
 
 
 def gone(before: dict[int, str]) -> dict[int, str]:
-    """What Ray left that was not there before; its last processes take a moment to end."""
+    """Wait until Ray's new processes have ended. The last ones take a moment."""
     left: dict[int, str] = {}
     for _ in range(300):
         left = {pid: text for pid, text in ray_processes().items() if pid not in before}
@@ -148,16 +149,16 @@ def gone(before: dict[int, str]) -> dict[int, str]:
 
 @pytest.fixture(scope="module")
 def bundle(bundle_of: Callable[[str], Path]) -> Bundle:
-    """Takes a good second for a batch: time to be killed in."""
+    """A bundle with batches of about one second, long enough to kill a worker in the middle."""
     return Bundle.load(bundle_of("slower"))
 
 
 @pytest.fixture(scope="module")
 def running(bundle: Bundle) -> Iterator[Running]:
-    """A pool of two replicas; the end checks that nothing of it is left."""
+    """A pool of two replicas. Its end checks that nothing remains."""
     before, before_folders = ray_processes(), folders()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ray_pool.os, "cpu_count", lambda: 4)  # as Ray counts: one replica more fits
+        patch.setattr(ray_pool.os, "cpu_count", lambda: 4)  # Ray counts so: one more replica fits
         running = Running(bundle)
     late = None
     try:
@@ -166,7 +167,7 @@ def running(bundle: Bundle) -> Iterator[Running]:
 
         async def keep() -> Feeds:
             slot = await running.pool.acquire()
-            return await slot.run(fill(slot.inputs, feeds))  # never released
+            return await slot.run(fill(slot.inputs, feeds))  # the slot is never released
 
         late = running.call(keep())
         expected = running.direct(feeds)
@@ -176,7 +177,7 @@ def running(bundle: Bundle) -> Iterator[Running]:
             running.call(running.pool.acquire())
         running.end()
     assert late is not None
-    np.testing.assert_array_equal(late["tokens"], expected["tokens"])  # valid after the end
+    np.testing.assert_array_equal(late["tokens"], expected["tokens"])  # valid after the pool's end
     assert running.events[-1].kind != "died"
     assert gone(before) == {}
     assert folders() == before_folders
@@ -185,6 +186,7 @@ def running(bundle: Bundle) -> Iterator[Running]:
 # With two replicas
 
 
+@pytest.mark.process
 def test_outputs_are_those_of_the_engine_bit_for_bit(running: Running) -> None:
     pool = running.pool
     assert (pool.ready, pool.lanes) == (2, 2)
@@ -201,6 +203,7 @@ def test_outputs_are_those_of_the_engine_bit_for_bit(running: Running) -> None:
         np.testing.assert_array_equal(found["tokens"], expected["tokens"])
 
 
+@pytest.mark.process
 def test_a_batch_that_fails_costs_only_that_batch(running: Running) -> None:
     feeds = make_feeds(running.bundle, 3)
     wrong = {**feeds, "window": feeds["window"] + running.bundle.geometry.windows}
@@ -224,6 +227,7 @@ def test_a_batch_that_fails_costs_only_that_batch(running: Running) -> None:
     assert running.pids() == pids
 
 
+@pytest.mark.process
 def test_a_cancelled_run_gives_its_slot_back_once_it_is_over(running: Running) -> None:
     pool = running.pool
     feeds = make_feeds(running.bundle, 1)
@@ -244,6 +248,7 @@ def test_a_cancelled_run_gives_its_slot_back_once_it_is_over(running: Running) -
     running.call(cancel())
 
 
+@pytest.mark.process
 def test_a_replica_killed_in_a_request_is_replaced(running: Running) -> None:
     pool = running.pool
     feeds = make_feeds(running.bundle, 4)
@@ -251,11 +256,11 @@ def test_a_replica_killed_in_a_request_is_replaced(running: Running) -> None:
     restarts = running.events[-1].restarts
 
     async def lose_one() -> list[Any]:
-        tasks = [asyncio.ensure_future(running.ask(feeds)) for _ in range(2)]  # one on each
+        tasks = [asyncio.ensure_future(running.ask(feeds)) for _ in range(2)]  # one on each replica
         await asyncio.sleep(0.3)
         os.kill(victim, signal.SIGKILL)
         results = await asyncio.gather(*tasks, return_exceptions=True)
-        results.append(await running.ask(feeds))  # the next, by whoever is there
+        results.append(await running.ask(feeds))  # the next request, on any replica
         await running.until(lambda: pool.ready == 1 or running.events[-1].restarts > restarts)
         await running.until(lambda: pool.ready == 2)
         return results
@@ -277,8 +282,9 @@ def test_a_replica_killed_in_a_request_is_replaced(running: Running) -> None:
     assert victim not in pids
 
 
-def test_ray_gets_only_encrypted_tensors(running: Running, monkeypatch: Any) -> None:
-    """Neither its store, which may spill to disk, nor its logs hold anything of a window."""
+@pytest.mark.process
+def test_ray_sees_only_encrypted_tensors(running: Running, monkeypatch: Any) -> None:
+    """Neither Ray's store, which may spill to disk, nor its logs contain a window."""
     import ray
 
     canary = os.urandom(16)
@@ -298,7 +304,7 @@ def test_ray_gets_only_encrypted_tensors(running: Running, monkeypatch: Any) -> 
     monkeypatch.setattr(ray_pool, "_put", keep)
     monkeypatch.setattr(ray_pool, "_open", look)
     tokens = running.call(running.ask(feeds))["tokens"].tobytes()
-    with pytest.raises(EngineError):  # also when a batch fails
+    with pytest.raises(EngineError):  # the same when a batch fails
         running.call(running.ask({**feeds, "window": feeds["window"] + 10_000}))
     assert len(stored) == 2
     for sealed in [ray.get(ref) for ref in stored] + returned:
@@ -317,7 +323,8 @@ def test_ray_gets_only_encrypted_tensors(running: Running, monkeypatch: Any) -> 
         assert not listed.search(content), path
 
 
-def test_a_cluster_of_its_own_is_closed_to_others(running: Running) -> None:
+@pytest.mark.process
+def test_the_node_s_own_cluster_is_closed_to_others(running: Running) -> None:
     from ray import serve
 
     session = running.pool._cluster._folder
@@ -325,13 +332,14 @@ def test_a_cluster_of_its_own_is_closed_to_others(running: Running) -> None:
     assert Path(session).stat().st_mode & 0o077 == 0
     assert os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
-    assert serve.status().proxies == {}  # nothing takes requests over HTTP
+    assert serve.status().proxies == {}  # nothing accepts requests over HTTP
 
 
-def test_another_process_uses_the_cluster_and_leaves_it(
+@pytest.mark.process
+def test_another_process_can_use_the_cluster_and_leave_it_running(
     running: Running, bundle: Bundle, tmp_path: Path
 ) -> None:
-    """Connects, fails on a damaged copy, serves, and takes only its own application away."""
+    """It connects, fails on a damaged copy, serves, and removes only its own application."""
     import ray
     from ray import serve
 
@@ -401,13 +409,14 @@ def test_another_process_uses_the_cluster_and_leaves_it(
 # Without that cluster
 
 
+@pytest.mark.process
 def test_a_node_with_workers_on_ray(
     start_node: Callable[..., Any],
     connect: Callable[..., Any],
     local: Callable[..., Feeds],
     feeds: Feeds,
 ) -> None:
-    """The front over real sockets; a cluster that it starts ends with it."""
+    """The front over real sockets. A cluster that it starts ends with it."""
     before, before_folders = ray_processes(), folders()
     options = ("--workers", "ray", "--ray-address", "local")
     node = start_node("pixels", *options, "--device", "cpu", "--log-format", "json")
@@ -419,11 +428,12 @@ def test_a_node_with_workers_on_ray(
     assert status == 0, node.logged()
     assert "SIGTERM received" not in node.logged()
     for line in node.logged().splitlines():
-        json.loads(line)  # Ray has its own way to log
+        json.loads(line)  # Ray logs in its own format
     assert gone(before) == {}
     assert folders() == before_folders
 
 
+@pytest.mark.process
 def test_an_address_where_no_cluster_listens(bundle: Bundle) -> None:
     script = """
         import asyncio, sys
@@ -451,7 +461,7 @@ def test_an_address_where_no_cluster_listens(bundle: Bundle) -> None:
     assert "ray start" in done.stdout
 
 
-def test_ray_that_is_not_installed(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_ray_is_reported(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_pool.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=re.escape("pip install 'ray[serve]'")):
         RayPool(bundle)
@@ -467,12 +477,14 @@ def test_ray_that_is_not_installed(bundle: Bundle, monkeypatch: pytest.MonkeyPat
         ({"max_batch": 1}, "max_batch is 1"),
     ],
 )
-def test_settings_that_cannot_be(bundle: Bundle, options: dict[str, Any], text: str) -> None:
+def test_invalid_ray_settings_are_refused(
+    bundle: Bundle, options: dict[str, Any], text: str
+) -> None:
     with pytest.raises(ConfigError, match=re.escape(text)):
         RayPool(bundle, **options)
 
 
-# A replica, here
+# A replica in this process
 
 
 @pytest.fixture
@@ -489,7 +501,7 @@ def request_(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Open:
     )
 
 
-def test_a_replica_that_hangs_is_not_well(request_: Open) -> None:
+def test_a_hung_replica_is_unhealthy(request_: Open) -> None:
     replica = Replica(request_, 30.0)
     replica.check_health()
     replica._engine.slowest_s = 2.0
@@ -504,7 +516,7 @@ def test_a_replica_that_hangs_is_not_well(request_: Open) -> None:
 
 
 class Local:
-    """An actor in this process, as far as `Replica` uses one."""
+    """An actor in this process, with the methods that `Replica` uses."""
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
@@ -516,7 +528,7 @@ class Local:
         return Method
 
 
-def test_why_a_replica_cannot_start_is_reported(
+def test_the_reason_why_a_replica_cannot_start_is_reported(
     request_: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
@@ -534,7 +546,7 @@ def test_why_a_replica_cannot_start_is_reported(
     assert type(Failed("SystemExit", "x").error()) is EngineError
 
 
-def test_sealed_tensors_open_with_their_key_only() -> None:
+def test_sealed_tensors_open_only_with_their_key() -> None:
     tensors = {"a": np.arange(6, dtype=np.int64).reshape(2, 3), "b": np.zeros((1, 0), np.float16)}
     sealed = seal(tensors, b"k" * 16, result=True)
     opened = unseal(sealed, b"k" * 16, result=True)
@@ -554,6 +566,7 @@ def test_sealed_tensors_open_with_their_key_only() -> None:
             unseal(wrong, key, result=result)
 
 
-def test_nothing_of_ray_that_is_private_is_used() -> None:
+@pytest.mark.slow
+def test_no_private_part_of_ray_is_used() -> None:
     text = Path(ray_pool.__file__).read_text()
     assert not re.findall(r"ray\._|_system_config|/proc/", text)

@@ -1,4 +1,5 @@
-"""`cloud-node serve` as a process: start, refuse to start, let in and keep out, stop."""
+"""`cloud-node serve` as a process: starting, refusing to start, admitting and rejecting edges,
+stopping."""
 
 from __future__ import annotations
 
@@ -62,26 +63,30 @@ def _refusal(options: dict[str, str]) -> str:
     return done.stderr[done.stderr.index("error: ") :]
 
 
-def test_no_keys(options: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.process
+def test_missing_keys_are_refused(options: dict[str, str], tmp_path: Path) -> None:
     error = _refusal({**options, "--keys": str(tmp_path / "nowhere")})
     assert "node.key" in error
     assert "edge-runtime keys" in error
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
-def test_secret_key_open_to_others(options: dict[str, str], mode: int) -> None:
+def test_a_secret_key_open_to_others_is_refused(options: dict[str, str], mode: int) -> None:
     path = Path(options["--keys"], "node.key")
     path.chmod(mode)
     assert f"chmod 600 {path}" in _refusal(options)
 
 
-def test_folder_of_authorised_keys_open_to_others(options: dict[str, str]) -> None:
+@pytest.mark.process
+def test_a_folder_of_authorised_keys_open_to_others_is_refused(options: dict[str, str]) -> None:
     path = Path(options["--keys"], "authorized")
     path.chmod(0o777)
     assert f"chmod go-w {path}" in _refusal(options)
 
 
-def test_stock_order_bundle(options: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.process
+def test_a_stock_order_bundle_is_refused(options: dict[str, str], tmp_path: Path) -> None:
     from engines.bundle import Stage, TensorSpec
 
     source = Bundle.load(options["--bundle"])
@@ -121,7 +126,8 @@ def test_stock_order_bundle(options: dict[str, str], tmp_path: Path) -> None:
     assert "--order reordered" in error
 
 
-def test_damaged_stack(options: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.process
+def test_a_damaged_stack_is_refused(options: dict[str, str], tmp_path: Path) -> None:
     shutil.copytree(options["--bundle"], tmp_path / "bundle")
     path = tmp_path / "bundle" / "stack.onnx"
     data = bytearray(path.read_bytes())
@@ -131,20 +137,23 @@ def test_damaged_stack(options: dict[str, str], tmp_path: Path) -> None:
     assert "stack.onnx is damaged" in error
 
 
-def test_missing_bundle(options: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.process
+def test_a_missing_bundle_is_refused(options: dict[str, str], tmp_path: Path) -> None:
     assert "does not exist" in _refusal({**options, "--bundle": str(tmp_path / "nowhere")})
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "bind", ["0.0.0.0:5555", "tcp://0.0.0.0", "ipc:///tmp/x", "tcp://0.0.0.0:70000", "tcp://:5"]
 )
-def test_malformed_endpoint(options: dict[str, str], bind: str) -> None:
+def test_a_malformed_endpoint_is_refused(options: dict[str, str], bind: str) -> None:
     error = _refusal({**options, "--bind": bind})
     assert bind in error
     assert "tcp://0.0.0.0:5555" in error
 
 
-def test_port_taken(options: dict[str, str]) -> None:
+@pytest.mark.process
+def test_a_taken_port_is_refused(options: dict[str, str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         bind = f"tcp://127.0.0.1:{other.getsockname()[1]}"
         error = _refusal({**options, "--bind": bind})
@@ -152,29 +161,34 @@ def test_port_taken(options: dict[str, str]) -> None:
     assert "choose another" in error
 
 
-def test_unwritable_ready_file(options: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.process
+def test_an_unwritable_ready_file_is_refused(options: dict[str, str], tmp_path: Path) -> None:
     error = _refusal({**options, "--ready-file": str(tmp_path / "no" / "ready.json")})
     assert "ready file" in error
 
 
+@pytest.mark.process
 def test_a_node_that_takes_all_cores_says_how_to_share_them(options: dict[str, str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other:  # so that it ends by itself
+    with socket.create_server(("127.0.0.1", 0)) as other:  # makes the node exit by itself
         words = [word for pair in options.items() for word in pair]
         words += ["--bind", f"tcp://127.0.0.1:{other.getsockname()[1]}", "--device", "cpu"]
         assert "give each its share with threads (--threads)" in _serve(*words).stderr
         assert "--threads" not in _serve(*words, "--threads", "1").stderr
 
 
+@pytest.mark.process
 def test_tensorrt_without_a_plan_says_how_to_build_one(options: dict[str, str]) -> None:
     error = _refusal({**options, "--device": "tensorrt"})
     assert f"\n  -> edge-runtime build {options['--bundle']} --stage stack\n" in error
 
 
+@pytest.mark.process
 def test_usage_errors_exit_2() -> None:
     assert _serve("--bundle", "x", "--keys", "y", "--device", "abacus").returncode == 2
 
 
-def test_help_is_light() -> None:
+@pytest.mark.process
+def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys, cloud_node.cli as c\n"
         "try: c.main(['serve', '--help'])\n"
@@ -195,7 +209,7 @@ def _until(what: Callable[[], bool]) -> None:
 
 
 def _admitted(node: Any, client: Any) -> bool:
-    """Connect: whether the handshake succeeds (True) or is refused (False)."""
+    """Connect. True if the handshake succeeds, False if it is refused."""
     monitor = client.get_monitor_socket()
     client.connect(node.endpoint)
     try:
@@ -203,7 +217,7 @@ def _admitted(node: Any, client: Any) -> bool:
             event = parse_monitor_message(monitor.recv_multipart())
             if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 return True
-            # EAGAIN: no answer in time, as from a busy machine; libzmq tries again.
+            # EAGAIN: no answer in time, for example from a busy machine. libzmq tries again.
             failed = event["event"] & FAILED and event["value"] != errno.EAGAIN
             if failed:
                 return False
@@ -214,7 +228,7 @@ def _admitted(node: Any, client: Any) -> bool:
 
 
 def _stranger(ctx: zmq.Context[Any], node: Any, kind: str) -> Any:
-    """A client that must not get in, not connected yet."""
+    """An unauthorised client that is not connected yet."""
     if kind == "unauthorised key":
         pair = keys.KeyPair("x", *(part.decode() for part in zmq.curve_keypair()))
         return _client(ctx, node, pair)
@@ -236,8 +250,9 @@ def _client(
     return sockets.client(ctx, node.endpoint, key, pair, node.limits, connect=False)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["unauthorised key", "wrong server key", "NULL", "PLAIN"])
-def test_strangers_are_kept_out_and_edges_get_in_after_them(
+def test_strangers_are_refused_and_edges_admitted_after_them(
     node: Any, connect: Any, zmq_context: zmq.Context[Any], feeds: Feeds, local: Any, kind: str
 ) -> None:
     strangers = [_stranger(zmq_context, node, kind) for _ in range(3)]
@@ -246,7 +261,8 @@ def test_strangers_are_kept_out_and_edges_get_in_after_them(
         outputs = connect(node).ask(feeds)
         assert outputs["tokens"].tobytes() == local(node, feeds)["tokens"].tobytes()
         for stranger in strangers:
-            # A raw socket queues until it is let in, another has no link to send through.
+            # A raw socket queues messages until it is admitted. A `Connection` has no link to send
+            # on.
             with contextlib.suppress(zmq.Again):
                 stranger.send(encode(InfoRequest(messages.new_id())), flags=zmq.NOBLOCK)
         assert not any(stranger.poll(100) for stranger in strangers)
@@ -255,7 +271,8 @@ def test_strangers_are_kept_out_and_edges_get_in_after_them(
             stranger.close()
 
 
-def test_keys_come_and_go_without_a_restart(
+@pytest.mark.process
+def test_keys_are_added_and_removed_without_a_restart(
     start_node: Any, connect: Any, zmq_context: zmq.Context[Any]
 ) -> None:
     node = start_node()
@@ -278,6 +295,7 @@ def test_keys_come_and_go_without_a_restart(
     again.close()
 
 
+@pytest.mark.process
 def test_a_malformed_authorised_key_is_skipped_with_a_warning(
     start_node: Any, connect: Any
 ) -> None:
@@ -292,12 +310,13 @@ def test_a_malformed_authorised_key_is_skipped_with_a_warning(
 
 @pytest.fixture
 def hangups(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Children do not ignore SIGHUP, as they would where these tests run under nohup."""
+    """Children must not ignore SIGHUP, even if these tests run under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_stop_the_node_cleanly(
     start_node: Any, number: signal.Signals, hangups: None
@@ -325,6 +344,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("module", "kind", "name", "calls"),
     [
@@ -343,7 +363,7 @@ def test_a_node_with_a_defect_ends_and_logs_it(
     if kind == "_Lane":
         os.kill(node.workers()[0], signal.SIGKILL)
     with contextlib.suppress(zmq.Again):
-        edge.socket.set(zmq.SNDTIMEO, 1000)  # it may be gone before
+        edge.socket.set(zmq.SNDTIMEO, 1000)  # the node may be gone before
         edge.request(feeds)
     assert node.process.wait(timeout=60) == 1
     assert not node.ready_file.exists()
@@ -351,7 +371,8 @@ def test_a_node_with_a_defect_ends_and_logs_it(
     assert "ZeroDivisionError" in node.logged()
 
 
-def test_stopping_finishes_what_was_admitted_and_refuses_what_comes(
+@pytest.mark.process
+def test_stopping_finishes_admitted_requests_and_refuses_new_ones(
     start_node: Any, connect: Any, five: Feeds
 ) -> None:
     node = start_node()
@@ -370,6 +391,7 @@ def test_stopping_finishes_what_was_admitted_and_refuses_what_comes(
     assert [type(replies[id]) for id in sent] == [Result] * 3
 
 
+@pytest.mark.process
 def test_stopping_waits_until_slow_links_have_carried_the_last_replies(tmp_path: Path) -> None:
     if reason := Netns.unavailable():
         pytest.skip(reason)
@@ -377,7 +399,7 @@ def test_stopping_waits_until_slow_links_have_carried_the_last_replies(tmp_path:
     stage, windows = bundle.stage("stack"), bundle.geometry.windows
     limits = messages.stage_limits(stage.inputs, stage.outputs, windows)
     ctx = zmq.Context()
-    with Netns(rate="2mbit") as net:  # on which the result of an image takes more than a second
+    with Netns(rate="2mbit") as net:  # the result of an image takes more than a second on this link
         endpoint = f"tcp://{net.FAR}:5555"
         with (
             NodeProcess(bundle.path, tmp_path / "node", bind=endpoint, popen=net.popen) as node,
@@ -402,6 +424,7 @@ def test_stopping_waits_until_slow_links_have_carried_the_last_replies(tmp_path:
                 ctx.destroy(linger=0)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_stops_at_once(
     number: signal.Signals, start_node: Any, connect: Any, feeds: Feeds
@@ -425,7 +448,8 @@ os.execv(sys.executable, [sys.executable, "-m", "cloud_node.cli", *sys.argv[2:]]
 """
 
 
-def test_a_closed_terminal_lets_the_node_finish_what_was_admitted(
+@pytest.mark.process
+def test_a_closed_terminal_lets_the_node_finish_admitted_requests(
     start_node: Any, connect: Any, five: Feeds, hangups: None
 ) -> None:
     ours, theirs = pty.openpty()
@@ -439,12 +463,13 @@ def test_a_closed_terminal_lets_the_node_finish_what_was_admitted(
         os.close(ours)
         _until(lambda: "stopping" in node.logged())
         assert not node.ready_file.exists()
-        node.signal(signal.SIGHUP)  # shells send one more
+        node.signal(signal.SIGHUP)  # shells send a second one
     assert {type(m) for m in edge.replies(sent, final=True).values()} == {Result}
     assert node.process.wait(timeout=60) == 0
     assert node.logged().rstrip().endswith("stopped")
 
 
+@pytest.mark.process
 def test_under_nohup_a_node_outlives_its_terminal(
     start_node: Any, connect: Any, feeds: Feeds, local: Any, hangups: None
 ) -> None:
@@ -457,10 +482,11 @@ def test_under_nohup_a_node_outlives_its_terminal(
     assert node.end() == 0
 
 
-def test_signals_count_for_the_first_process_of_a_container(
+@pytest.mark.process
+def test_signals_work_for_the_first_process_of_a_container(
     start_node: Any, connect: Any, feeds: Feeds
 ) -> None:
-    """Which the kernel spares whatever it doesn't handle."""
+    """The kernel does not deliver unhandled signals to process 1."""
     unshare = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"]
     if not shutil.which("unshare") or subprocess.run([*unshare, "true"], check=False).returncode:
         pytest.skip("needs util-linux's unshare and user namespaces")
@@ -469,7 +495,7 @@ def test_signals_count_for_the_first_process_of_a_container(
     (first,) = node.workers()
     edge = connect(node)
     (worker,) = Path(f"/proc/{first}/task/{first}/children").read_text().split()
-    os.kill(int(worker), signal.SIGSTOP)  # so that stopping takes drain_s
+    os.kill(int(worker), signal.SIGSTOP)  # stopping then takes drain_s
     edge.request(feeds)
     edge.receive()
     os.kill(first, signal.SIGTERM)
@@ -478,6 +504,7 @@ def test_signals_count_for_the_first_process_of_a_container(
     assert node.process.wait(timeout=60) == 128 + signal.SIGTERM
 
 
+@pytest.mark.process
 def test_an_edge_that_leaves_does_no_harm(
     node: Any, connect: Any, feeds: Feeds, local: Any
 ) -> None:

@@ -1,4 +1,4 @@
-"""A live node: right answers, and every wrong request refused without harm to the next."""
+"""A live node: correct answers, and every bad request refused without harm to the next."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from transport.messages import (
 Feeds = dict[str, np.ndarray]
 
 
+@pytest.mark.process
 def test_result_is_bit_equal_to_a_local_run(node: Any, edge: Any, feeds: Feeds, local: Any) -> None:
     sent = edge.request(feeds)
     accepted, _ = edge.receive()
@@ -42,6 +43,7 @@ def test_result_is_bit_equal_to_a_local_run(node: Any, edge: Any, feeds: Feeds, 
     assert outputs["tokens"].tobytes() == expected["tokens"].tobytes()
 
 
+@pytest.mark.process
 def test_all_windows_at_once_and_one_by_one_agree(node: Any, edge: Any) -> None:
     rng = np.random.default_rng(5)
     n = node.bundle.geometry.windows
@@ -56,6 +58,7 @@ def test_all_windows_at_once_and_one_by_one_agree(node: Any, edge: Any) -> None:
     assert np.concatenate(parts).tobytes() == whole.tobytes()
 
 
+@pytest.mark.process
 def test_hidden_states_bundle(start_node: Any, connect: Any, local: Any) -> None:
     node = start_node("hidden")
     rng = np.random.default_rng(0)
@@ -65,6 +68,7 @@ def test_hidden_states_bundle(start_node: Any, connect: Any, local: Any) -> None
     assert outputs["tokens"].tobytes() == local(node, feeds)["tokens"].tobytes()
 
 
+@pytest.mark.process
 def test_requests_of_several_edges_do_not_mix(node: Any, connect: Any, local: Any) -> None:
     edges = [connect(node) for _ in range(4)]
     rng = np.random.default_rng(9)
@@ -86,7 +90,8 @@ def test_requests_of_several_edges_do_not_mix(node: Any, connect: Any, local: An
             assert outputs["tokens"].tobytes() == local(node, feeds)["tokens"].tobytes()
 
 
-def test_info_says_what_is_served(node: Any, edge: Any) -> None:
+@pytest.mark.process
+def test_info_describes_the_served_stage(node: Any, edge: Any) -> None:
     edge.send(encode(InfoRequest(messages.new_id())))
     info, _ = edge.receive()
     assert isinstance(info, Info)
@@ -100,6 +105,7 @@ def test_info_says_what_is_served(node: Any, edge: Any) -> None:
     ]
 
 
+@pytest.mark.process
 def test_another_bundles_stage_is_refused_by_name(
     node: Any, edge: Any, feeds: Feeds, bundle_of: Callable[[str], Path], local: Any
 ) -> None:
@@ -112,7 +118,8 @@ def test_another_bundles_stage_is_refused_by_name(
     for part in ("test_pixels fp32", node.stage.sha256[:12], other[:12]):
         assert part in refused.message
     own = node.stage.sha256
-    nearly = own[:-1] + ("0" if own[-1] != "0" else "1")  # as the log shows it, the same
+    # the log shows a prefix, in which the two are equal
+    nearly = own[:-1] + ("0" if own[-1] != "0" else "1")
     assert edge.ask(feeds, stage=nearly).code == "wrong_bundle"
     assert edge.ask(feeds)["tokens"].tobytes() == local(node, feeds)["tokens"].tobytes()
 
@@ -151,6 +158,7 @@ BAD_REQUESTS: dict[str, tuple[Callable[[Feeds], Feeds], str]] = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("defect", BAD_REQUESTS)
 def test_requests_that_do_not_fit_are_refused(
     node: Any, edge: Any, feeds: Feeds, local: Any, defect: str
@@ -163,13 +171,15 @@ def test_requests_that_do_not_fit_are_refused(
     assert edge.ask(feeds)["tokens"].tobytes() == local(node, feeds)["tokens"].tobytes()
 
 
-def test_expired_deadline(edge: Any, feeds: Feeds) -> None:
+@pytest.mark.process
+def test_an_expired_deadline_is_refused(edge: Any, feeds: Feeds) -> None:
     refused = edge.ask(feeds, deadline_ms=0)
     assert isinstance(refused, Refused)
     assert refused.code == "deadline"
 
 
-def test_deadline_that_passes_in_the_queue(node: Any, edge: Any, five: Feeds) -> None:
+@pytest.mark.process
+def test_a_deadline_that_passes_in_the_queue_is_refused(node: Any, edge: Any, five: Feeds) -> None:
     with node.stopped():
         first = edge.request(five)
         assert edge.receive()[0] == Accepted(first)
@@ -180,12 +190,13 @@ def test_deadline_that_passes_in_the_queue(node: Any, edge: Any, five: Feeds) ->
     assert isinstance(edge.replies([first], final=True)[first], Result)
 
 
+@pytest.mark.process
 def test_a_request_that_would_be_late_is_refused_with_a_hint(
     start_node: Any, connect: Any, five: Feeds
 ) -> None:
     node = start_node("slow")
     edge = connect(node)
-    edge.ask(five)  # now it knows
+    edge.ask(five)  # the node has an estimate now
     running = edge.request(five)
     assert edge.receive()[0] == Accepted(running)
     refused = edge.ask(five, deadline_ms=50)
@@ -195,6 +206,7 @@ def test_a_request_that_would_be_late_is_refused_with_a_hint(
     assert isinstance(edge.replies([running], final=True)[running], Result)
 
 
+@pytest.mark.process
 def test_too_many_requests_of_one_edge_are_refused_at_once_and_others_let_in(
     node: Any, connect: Any, feeds: Feeds
 ) -> None:
@@ -213,6 +225,7 @@ def test_too_many_requests_of_one_edge_are_refused_at_once_and_others_let_in(
     assert {type(message) for message in results} == {Result}
 
 
+@pytest.mark.process
 def test_engine_failure_fails_one_request_only(start_node: Any, connect: Any, local: Any) -> None:
     node = start_node("broken")
     edge = connect(node)
@@ -222,7 +235,7 @@ def test_engine_failure_fails_one_request_only(start_node: Any, connect: Any, lo
         "extent": np.full((1, 2), w),
         "window": np.array([0]),
     }
-    bad = {**good, "window": np.array([8])}  # legal, but the graph's table is a row short
+    bad = {**good, "window": np.array([8])}  # legal, but the graph's table is one row short
     for _ in range(3):
         refused = edge.ask(bad)
         assert isinstance(refused, Refused)
@@ -231,7 +244,7 @@ def test_engine_failure_fails_one_request_only(start_node: Any, connect: Any, lo
 
 
 class Canary:
-    """Unpickling it would leave a file behind."""
+    """Unpickling it would create a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -240,6 +253,7 @@ class Canary:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.process
 def test_pickle_is_never_loaded(edge: Any, feeds: Feeds, tmp_path: Path) -> None:
     canary = pickle.dumps(Canary(tmp_path / "hatched"))
     request = Request(messages.new_id(), "0" * 64, 1000, messages.new_seal())
@@ -257,12 +271,14 @@ def test_pickle_is_never_loaded(edge: Any, feeds: Feeds, tmp_path: Path) -> None
     assert not (tmp_path / "hatched").exists()
 
 
-def test_unknown_version_is_told_which_are_spoken(edge: Any, feeds: Feeds) -> None:
+@pytest.mark.process
+def test_an_unknown_version_gets_the_list_of_known_ones(edge: Any, feeds: Feeds) -> None:
     whole = encode(Request(messages.new_id(), "0" * 64, 1000, messages.new_seal()), feeds)
     edge.send(b"ERT\x07" + whole[4:])
     assert edge.receive()[0] == VersionsSpoken(messages.VERSIONS)
 
 
+@pytest.mark.process
 def test_messages_for_edges_are_refused(edge: Any) -> None:
     sent = messages.new_id()
     for message in (Accepted(sent), Result(sent, 1, 1), Refused(sent, "engine", "x")):
@@ -272,13 +288,15 @@ def test_messages_for_edges_are_refused(edge: Any) -> None:
         assert (refused.id, refused.code) == (sent, "malformed")
 
 
+@pytest.mark.process
 def test_versions_message_is_not_answered(edge: Any) -> None:
     edge.send(encode(VersionsSpoken((9,))))
     edge.send(encode(InfoRequest(messages.new_id())))
     assert isinstance(edge.receive()[0], Info)
 
 
-def test_garbage_gets_one_refusal_each_and_harms_nobody(
+@pytest.mark.process
+def test_garbage_gets_one_refusal_each_and_harms_no_other_edge(
     node: Any, connect: Any, feeds: Feeds, local: Any
 ) -> None:
     vandal, honest = connect(node), connect(node)
@@ -301,7 +319,7 @@ def test_garbage_gets_one_refusal_each_and_harms_nobody(
         if case[:4] == b"ERT\0" and len(case) > 4:
             continue
         message, _ = vandal.receive()
-        if isinstance(message, Accepted):  # a harmless mutation, in the id or the key for instance
+        if isinstance(message, Accepted):  # a harmless mutation, for example in the id or the key
             assert isinstance(vandal.receive(tensors=False)[0], Result)
         else:
             assert isinstance(message, (Refused, VersionsSpoken))
@@ -312,14 +330,16 @@ def test_garbage_gets_one_refusal_each_and_harms_nobody(
     assert "message dropped" not in node.logged()
 
 
-def test_a_refusal_without_readable_id_bears_none(edge: Any) -> None:
+@pytest.mark.process
+def test_a_refusal_of_an_unreadable_id_carries_none(edge: Any) -> None:
     edge.send(b"nonsense")
     refused, _ = edge.receive()
     assert isinstance(refused, Refused)
     assert (refused.id, refused.code) == (NO_ID, "malformed")
 
 
-def test_an_oversized_part_costs_only_its_sender(
+@pytest.mark.process
+def test_an_oversized_part_costs_only_its_sender_the_connection(
     node: Any, connect: Any, feeds: Feeds, local: Any
 ) -> None:
     vandal, honest = connect(node), connect(node)
@@ -330,7 +350,7 @@ def test_an_oversized_part_costs_only_its_sender(
     assert monitor.poll(60_000), "the link was not cut"
     vandal.socket.disable_monitor()
     monitor.close()
-    assert not vandal.socket.poll(0)  # nor refused
+    assert not vandal.socket.poll(0)  # and gets no refusal
     assert part < 1 << 20
     assert _resident(node.process.pid) - before < 16 << 20
     assert honest.ask(feeds)["tokens"].tobytes() == local(node, feeds)["tokens"].tobytes()
@@ -340,7 +360,8 @@ def _resident(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
-def test_the_log_holds_nothing_of_windows(node: Any, edge: Any) -> None:
+@pytest.mark.process
+def test_the_log_contains_no_windows(node: Any, edge: Any) -> None:
     canary = b"CANARY-IN-THE-COAL-MINE!"
     pixels = np.frombuffer(canary * 8, np.uint8).reshape(1, 8, 8, 3)
     good = {"pixels": pixels, "extent": np.full((1, 2), 8), "window": np.array([0])}
@@ -352,12 +373,13 @@ def test_the_log_holds_nothing_of_windows(node: Any, edge: Any) -> None:
     edge.send(b"ERT\2\x18\0\0\0" + canary * 8)
     edge.receive()
     log = node.logged().encode()
-    assert b"windows for edge-" in log  # debug level: what is logged at all
+    assert b"windows for edge-" in log  # debug level: this line is logged at all
     assert b"CANARY" not in log
     assert str(list(canary[:8])).encode() not in log
     assert canary[:8].hex().encode() not in log
 
 
+@pytest.mark.process
 def test_no_log_line_can_be_forged(node: Any, edge: Any) -> None:
     import msgspec
 
@@ -368,16 +390,18 @@ def test_no_log_line_can_be_forged(node: Any, edge: Any) -> None:
     assert not [line for line in node.logged().splitlines() if line.startswith("b FORGED")]
 
 
-def test_no_core_dump(node: Any) -> None:
+@pytest.mark.process
+def test_core_dumps_are_disabled(node: Any) -> None:
     limits = Path(f"/proc/{node.process.pid}/limits").read_text()
     core = next(line for line in limits.splitlines() if line.startswith("Max core file size"))
     assert core.split()[4:6] == ["0", "0"]
 
 
+@pytest.mark.process
 def test_nothing_heavy_is_imported(
     start_node: Any, connect: Any, feeds: Feeds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # every import is told on stderr
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # Python reports every import on stderr
     node = start_node()
     connect(node).ask(feeds)
     told = [line for line in node.logged().splitlines() if line.startswith("import time:")]

@@ -1,4 +1,4 @@
-"""Shared memory: everything has a place of its own, both sides see it, and none of it stays."""
+"""Shared memory: every tensor has its own place, both processes see it, and nothing remains."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LAYOUT = Layout(
 @pytest.fixture(params=["memfd", "shm"])
 def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each kind of memory in turn."""
-    if request.param == "shm":  # as where there is no memfd
+    if request.param == "shm":  # as on systems without memfd
         pytest.importorskip("_posixshmem")
         monkeypatch.delattr(os, "memfd_create", raising=False)
     elif not hasattr(os, "memfd_create"):
@@ -40,7 +40,7 @@ def arena(system: None) -> Arena:
     return Arena.create(LAYOUT)
 
 
-def test_every_tensor_has_a_place_of_its_own(arena: Arena) -> None:
+def test_every_tensor_has_its_own_place(arena: Arena) -> None:
     tensors = [t for place in arena.batches + arena.results for t in place.values()]
     assert len(tensors) == 2 * 2 + 4 * 2
     for i, tensor in enumerate(tensors):
@@ -52,7 +52,7 @@ def test_every_tensor_has_a_place_of_its_own(arena: Arena) -> None:
     arena.close()
 
 
-def test_types_and_shapes_are_the_specs(arena: Arena) -> None:
+def test_types_and_shapes_match_the_specs(arena: Arena) -> None:
     batch, result = arena.batches[1], arena.results[3]
     assert {name: (a.dtype, a.shape) for name, a in (batch | result).items()} == {
         "pixels": (np.uint8, (3, 3, 5)),
@@ -63,6 +63,7 @@ def test_types_and_shapes_are_the_specs(arena: Arena) -> None:
     arena.close()
 
 
+@pytest.mark.process
 def test_another_process_sees_it_and_answers(arena: Arena) -> None:
     arena.batches[1]["window"][:] = [7, 8, 9]
     code = (
@@ -81,7 +82,7 @@ def test_another_process_sees_it_and_answers(arena: Arena) -> None:
     arena.close()
 
 
-def test_arrays_outlive_the_arena_and_take_the_memory_along(system: None) -> None:
+def test_memory_is_released_with_the_last_array(system: None) -> None:
     before = _mapped()
     arena = Arena.create(LAYOUT)
     kept = arena.results[0]["scale"]
@@ -95,15 +96,15 @@ def test_arrays_outlive_the_arena_and_take_the_memory_along(system: None) -> Non
     assert _mapped() == before
 
 
-def test_nothing_is_left_behind() -> None:
-    gc.collect()  # what other tests left to be collected
+def test_nothing_remains_after_use() -> None:
+    gc.collect()  # collect garbage of other tests first
     fds, mapped = _fds(), _mapped()
     for _ in range(20):
         Arena.create(LAYOUT).close()
     assert (_fds(), _mapped()) == (fds, mapped)
 
 
-def test_it_has_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_memory_has_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("_posixshmem")
     monkeypatch.delattr(os, "memfd_create", raising=False)
     arena = Arena.create(LAYOUT)
@@ -132,13 +133,13 @@ def test_memory_of_another_size_is_refused() -> None:
 
 
 @pytest.mark.parametrize("shape", [(), ("n", "m"), ("n", 3, "k")])
-def test_rows_of_no_fixed_size_are_refused(shape: tuple[int | str, ...]) -> None:
+def test_rows_without_a_fixed_size_are_refused(shape: tuple[int | str, ...]) -> None:
     layout = Layout((TensorSpec("odd", "uint8", shape),), LAYOUT.outputs, 3, 1, 1)
     with pytest.raises(EngineError, match="odd has shape"):
         Arena.create(layout)
 
 
-def test_memory_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_memory_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     fds = _fds()
     huge = Layout(LAYOUT.inputs, LAYOUT.outputs, rows=1 << 50, batches=1, results=1)
     with pytest.raises(EngineError, match="lower max_batch"):

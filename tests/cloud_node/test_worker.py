@@ -63,7 +63,7 @@ class Peer:
         self.socket.sendall(pack(message))
 
     def receive(self) -> Any:
-        """The next message that is not for the log; None at the end."""
+        """The next message that is no log record; None at the end."""
         while True:
             while not self._bodies:
                 try:
@@ -86,7 +86,7 @@ class Peer:
 
 @pytest.fixture
 def start(tmp_path: Path, bundle_of: Callable[[str], Path]) -> Iterator[Callable[..., Peer]]:
-    """Start workers and tell them what to open."""
+    """Start workers and send them what to open."""
     peers: list[Peer] = []
 
     def start(kind: str = "pixels", **changes: Any) -> Peer:
@@ -135,7 +135,8 @@ def _request(bundle: Bundle, /, **changes: Any) -> Open:
     )
 
 
-def test_runs_what_it_is_told_where_it_is_told(
+@pytest.mark.process
+def test_a_run_uses_the_given_place_in_shared_memory(
     start: Callable[..., Peer], feeds: dict[str, np.ndarray]
 ) -> None:
     peer = start()
@@ -143,7 +144,8 @@ def test_runs_what_it_is_told_where_it_is_told(
     assert isinstance(ready, Ready)
     assert ready.kind == "cpu"
     assert ready.slowest_s > 0
-    assert not any(a.any() for r in peer.arena.results for a in r.values())  # warmed elsewhere
+    # the warm-up uses other memory
+    assert not any(a.any() for r in peer.arena.results for a in r.values())
     peer.send(Run(7, 1, peer.fill(1, feeds)))
     done = peer.receive()
     assert isinstance(done, Done)
@@ -154,13 +156,15 @@ def test_runs_what_it_is_told_where_it_is_told(
     assert not peer.arena.results[0]["tokens"].any()
 
 
-def test_it_says_what_it_opens_before_that_takes_long(start: Callable[..., Peer]) -> None:
+@pytest.mark.process
+def test_the_worker_announces_the_stage_before_opening_it(start: Callable[..., Peer]) -> None:
     peer = start(log_level=logging.INFO)
     assert isinstance(peer.receive(), Ready)
     assert peer.logged[0].text.startswith("opening ")
 
 
-def test_runs_may_be_sent_ahead(start: Callable[..., Peer], feeds: dict[str, np.ndarray]) -> None:
+@pytest.mark.process
+def test_runs_may_be_queued(start: Callable[..., Peer], feeds: dict[str, np.ndarray]) -> None:
     peer = start()
     rows = peer.fill(0, feeds)
     peer.socket.sendall(b"".join(pack(Run(i, 0, rows)) for i in range(20)))
@@ -168,7 +172,8 @@ def test_runs_may_be_sent_ahead(start: Callable[..., Peer], feeds: dict[str, np.
     assert [peer.receive().id for _ in range(20)] == list(range(20))
 
 
-def test_ends_when_the_socket_closes_after_what_it_was_told(
+@pytest.mark.process
+def test_the_worker_ends_when_the_socket_closes_after_finishing_queued_runs(
     start: Callable[..., Peer], feeds: dict[str, np.ndarray]
 ) -> None:
     peer = start()
@@ -180,7 +185,8 @@ def test_ends_when_the_socket_closes_after_what_it_was_told(
     assert peer.process.wait(60) == 0
 
 
-def test_signals_for_the_whole_group_do_not_end_it(
+@pytest.mark.process
+def test_signals_to_the_process_group_do_not_end_the_worker(
     start: Callable[..., Peer], feeds: dict[str, np.ndarray]
 ) -> None:
     peer = start()
@@ -191,6 +197,7 @@ def test_signals_for_the_whole_group_do_not_end_it(
     assert isinstance(peer.receive(), Done)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("changes", "kind", "found"),
     [
@@ -222,8 +229,9 @@ def test_an_engine_that_cannot_be_opened_is_reported(
     assert peer.process.wait(60) == 1
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("garbage", [b"\0\0\0\1\xc1", b"\xff" * 64, pack(Run(1, 99, 1))])
-def test_nonsense_ends_it(start: Callable[..., Peer], garbage: bytes) -> None:
+def test_malformed_messages_end_the_worker(start: Callable[..., Peer], garbage: bytes) -> None:
     peer = start()
     assert isinstance(peer.receive(), Ready)
     peer.socket.sendall(garbage)
@@ -235,12 +243,15 @@ def test_nonsense_ends_it(start: Callable[..., Peer], garbage: bytes) -> None:
     "message",
     [Done(1, -1), Done(1, 1 << 62), Ready("cpu", -1.0), Ready("cpu", float("inf"))],
 )
-def test_times_that_cannot_be_are_no_message(message: FromWorker) -> None:
+def test_impossible_times_make_a_message_invalid(message: FromWorker) -> None:
     with pytest.raises(ValueError, match="Expected"):
         msgspec.msgpack.decode(pack(message)[4:], type=FromWorker)
 
 
-def test_it_is_the_first_to_go_and_leaves_no_core(start: Callable[..., Peer]) -> None:
+@pytest.mark.process
+def test_the_kernel_kills_the_worker_first_and_it_leaves_no_core_dump(
+    start: Callable[..., Peer],
+) -> None:
     peer = start()
     assert isinstance(peer.receive(), Ready)
     proc = Path(f"/proc/{peer.process.pid}")
@@ -249,7 +260,8 @@ def test_it_is_the_first_to_go_and_leaves_no_core(start: Callable[..., Peer]) ->
     assert core.split()[4:6] == ["0", "0"]
 
 
-def test_it_opens_no_network_and_keeps_no_descriptor_of_the_memory(
+@pytest.mark.process
+def test_the_worker_opens_no_network_and_closes_the_memory_s_descriptor(
     start: Callable[..., Peer],
 ) -> None:
     peer = start()
@@ -260,11 +272,12 @@ def test_it_opens_no_network_and_keeps_no_descriptor_of_the_memory(
     except PermissionError:
         pytest.skip("a process without core dumps shows its descriptors to root only")
     assert sum(name.startswith("socket:") for name in opened) == 1
-    # Python's mapping keeps one of its own.
+    # Python's mapping keeps a descriptor of its own.
     assert sum("memfd:" in name for name in opened) == 1
 
 
-def test_no_content_is_logged(start: Callable[..., Peer]) -> None:
+@pytest.mark.process
+def test_no_tensor_content_is_logged(start: Callable[..., Peer]) -> None:
     canary = b"CANARY-IN-THE-COAL-MINE!"
     peer = start("broken")
     assert isinstance(peer.receive(), Ready)
@@ -278,16 +291,20 @@ def test_no_content_is_logged(start: Callable[..., Peer]) -> None:
     peer.send(Run(2, 0, peer.fill(0, {**good, "window": np.array([8])})))
     failed = peer.receive()
     assert isinstance(failed, RunFailed)
-    said = peer.out.read_text() + failed.text + "".join(line.text for line in peer.logged)
+    said = (
+        peer.out.read_text()
+        + str(failed.failure.error())
+        + "".join(line.text for line in peer.logged)
+    )
     for form in (canary.decode(), str(list(canary[:8]))[1:-1], canary[:8].hex()):
         assert form not in said
 
 
-# The loop with engines that misbehave, in this process
+# The loop with misbehaving engines, in this process
 
 
 class Odd(Noop):
-    """Does what the test says."""
+    """An engine that behaves as the test says."""
 
     def __init__(self, layout: Layout) -> None:
         super().__init__(layout)
@@ -306,7 +323,7 @@ class Odd(Noop):
 
 @pytest.fixture
 def serve(bundle_of: Callable[[str], Path]) -> Callable[..., Any]:
-    """Serve runs with an odd engine; returns what came back and the exit status."""
+    """Serve runs with an `Odd` engine. Returns the replies and the exit status."""
 
     def serve(runs: list[Any], count: int) -> tuple[list[Any], int]:
         bundle = Bundle.load(bundle_of("pixels"))
@@ -330,14 +347,15 @@ def serve(bundle_of: Callable[[str], Path]) -> Callable[..., Any]:
 
 
 def test_an_engine_that_works_again_goes_on(serve: Callable[..., Any]) -> None:
-    answers, status = serve([EngineError("no"), None, None, MemoryError(), None], 4)
+    error = EngineError("no", mend="wait", code="busy")
+    answers, status = serve([error, None, None, MemoryError(), None], 4)
     assert [type(answer) for answer in answers] == [RunFailed, Done, RunFailed, Done]
-    assert answers[0].text == "no"
-    assert answers[2].text == "MemoryError in the engine"
+    assert answers[0].failure.error().fields() == error.fields()
+    assert answers[2].failure.found == "MemoryError in the engine"
     assert status == 0
 
 
-def test_an_engine_that_works_no_more_ends_the_process(serve: Callable[..., Any]) -> None:
+def test_an_engine_that_keeps_failing_ends_the_process(serve: Callable[..., Any]) -> None:
     answers, status = serve([EngineError("no"), EngineError("still no")], 3)
     assert [type(answer) for answer in answers] == [RunFailed]
     assert status == 1
@@ -357,10 +375,10 @@ def test_outputs_that_do_not_fit_fail_the_run(
 ) -> None:
     answers, status = serve([returns], 2)
     assert [type(answer) for answer in answers] == [RunFailed, Done]
-    assert "the engine returns tokens as" in answers[0].text
+    assert "the engine returns tokens as" in answers[0].failure.found
     assert status == 0
 
 
-def test_a_surprising_error_tells_nothing_of_its_text(serve: Callable[..., Any]) -> None:
+def test_an_unexpected_error_does_not_expose_its_text(serve: Callable[..., Any]) -> None:
     answers, _ = serve([ValueError("CANARY")], 1)
-    assert answers[0].text == "ValueError in the engine"
+    assert answers[0].failure.found == "ValueError in the engine"

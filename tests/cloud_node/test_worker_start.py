@@ -1,9 +1,8 @@
-"""Other processes of the same user cannot look into nodes, their workers and edges.
+"""Other processes of the same user cannot look into nodes, workers and edges, except while Python
+starts: the protection is on before numpy is imported.
 
-They can while Python starts; by the time that numpy is imported they no longer can.
-
-Root may look into everything, so where the tests run as root, node and attacker run as root without
-any capability, which is what an ordinary user is to the kernel.
+Root may look into everything. If the tests run as root, node and attacker run as root without any
+capability: to the kernel that is an ordinary user.
 """
 
 from __future__ import annotations
@@ -22,7 +21,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
+    pytest.mark.process,
+]
 
 CANARY = b"CANARY-IN-THE-COAL-MINE!"
 UNPRIVILEGED = """
@@ -95,8 +97,9 @@ print(json.dumps(got))
 
 @pytest.fixture
 def attack() -> Iterator[Callable[[str], Callable[[], dict[str, int]]]]:
-    """Have a process of the same user try to look into all whose command line holds a mark, and
-    their children. Returns what ends it and gives what it got."""
+    """Start a process of the same user that tries to look into all processes with `mark` in their
+    command line, and into their children. Returns a function that ends it and gives its
+    findings."""
     running: list[subprocess.Popen[str]] = []
 
     def start(mark: str) -> Callable[[], dict[str, int]]:
@@ -121,7 +124,7 @@ def attack() -> Iterator[Callable[[str], Callable[[], dict[str, int]]]]:
         process.wait()
 
 
-def test_the_attacker_gets_what_is_not_protected(
+def test_the_attack_works_on_an_unprotected_process(
     attack: Callable[[str], Callable[[], dict[str, int]]],
 ) -> None:
     mark = f"victim-{os.urandom(4).hex()}"
@@ -142,12 +145,12 @@ def test_the_attacker_gets_what_is_not_protected(
         got = end()
         process.kill()
     if not got["mem"] and not got["memories"]:
-        pytest.skip("this kernel keeps processes of one user apart by itself")
+        pytest.skip("this kernel already separates processes of one user")
     assert got["seen"] == 1
     assert got["late"]
 
 
-def test_nobody_of_the_same_user_gets_at_windows(
+def test_other_processes_of_the_user_cannot_read_windows(
     start_node: Any, connect: Any, attack: Callable[[str], Callable[[], dict[str, int]]]
 ) -> None:
     mark = f"mark-{os.urandom(4).hex()}"
@@ -160,7 +163,7 @@ def test_nobody_of_the_same_user_gets_at_windows(
     for _ in range(3):
         assert "tokens" in edge.ask(feeds)
     (worker,) = node.workers()
-    os.kill(worker, signal.SIGKILL)  # the next one is attacked from its start
+    os.kill(worker, signal.SIGKILL)  # the attack on the next worker begins with its start
     while node.logged().count("ready on") < 2:
         time.sleep(0.01)
     for _ in range(3):
@@ -171,7 +174,7 @@ def test_nobody_of_the_same_user_gets_at_windows(
     assert got["late"] == 0
 
 
-def test_nobody_of_the_same_user_gets_at_the_pictures_of_an_edge(
+def test_other_processes_of_the_user_cannot_read_an_edge_s_pictures(
     attack: Callable[[str], Callable[[], dict[str, int]]], tmp_path: Path, toy_bundle: Path
 ) -> None:
     photo = tmp_path / f"photo-{os.urandom(4).hex()}.png"

@@ -1,4 +1,5 @@
-"""A child process for `test_children`: sends each message back, or does what it says."""
+"""A child process for `test_children`: it sends each message back, or does what the message
+says."""
 
 from __future__ import annotations
 

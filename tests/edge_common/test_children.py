@@ -1,4 +1,4 @@
-"""Child processes: messages both ways, and every way to end."""
+"""Child processes: messages in both directions, and every way to end."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def child_test(test: Callable[[Child, asyncio.Queue[bytes]], Awaitable[None]]) -
     asyncio.run(main())
 
 
-def test_messages_go_both_ways_and_it_ends_when_the_socket_closes() -> None:
+@pytest.mark.process
+def test_messages_go_both_ways_and_the_child_ends_when_the_socket_closes() -> None:
     async def test(child: Child, got: asyncio.Queue[bytes]) -> None:
         for body in (b"a", b"", b"x" * 200_000):
             child.send(body)
@@ -49,6 +50,7 @@ def test_messages_go_both_ways_and_it_ends_when_the_socket_closes() -> None:
     child_test(test)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("message", "reason"),
     [
@@ -57,7 +59,7 @@ def test_messages_go_both_ways_and_it_ends_when_the_socket_closes() -> None:
         (b"defect", "was ended because of a defect: ZeroDivisionError"),
     ],
 )
-def test_the_reason_of_its_end_is_known(message: bytes, reason: str | None) -> None:
+def test_the_reason_of_the_child_s_end_is_known(message: bytes, reason: str | None) -> None:
     async def test(child: Child, got: asyncio.Queue[bytes]) -> None:
         child.send(message)
         await child.lost
@@ -68,6 +70,7 @@ def test_the_reason_of_its_end_is_known(message: bytes, reason: str | None) -> N
     child_test(test)
 
 
+@pytest.mark.process
 def test_what_it_prints_stays_out_of_our_output(capfd: pytest.CaptureFixture[str]) -> None:
     """Another program may read that."""
 
@@ -80,7 +83,8 @@ def test_what_it_prints_stays_out_of_our_output(capfd: pytest.CaptureFixture[str
     assert (said.out, said.err) == ("", "printed\n")
 
 
-def test_one_that_does_not_end_is_killed_after_its_grace() -> None:
+@pytest.mark.process
+def test_a_child_that_does_not_end_is_killed_after_its_grace() -> None:
     async def test(child: Child, got: asyncio.Queue[bytes]) -> None:
         child.send(b"linger")
         child.leave()
@@ -89,7 +93,7 @@ def test_one_that_does_not_end_is_killed_after_its_grace() -> None:
     child_test(test)
 
 
-def test_messages_survive_any_cut() -> None:
+def test_messages_survive_any_fragmentation() -> None:
     sent = [b"a", b"", b"x" * 3000, b"end"]
     data = b"".join(map(pack, sent))
     rng = random.Random(0)
@@ -102,6 +106,6 @@ def test_messages_survive_any_cut() -> None:
         assert found == sent
 
 
-def test_a_message_too_long_is_refused() -> None:
+def test_an_oversized_message_is_refused() -> None:
     with pytest.raises(ValueError, match="expected at most"):
         list(Unpacker().feed(b"\0\x20\0\0"))

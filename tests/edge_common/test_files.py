@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, on full disks too."""
+"""Files and folders appear whole or not at all, even on full disks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from edge_common.files import (
 )
 
 
-def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+def test_a_file_appears_only_when_it_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with atomic_file(path) as scratch:
         scratch.write_text("new")
@@ -61,7 +61,9 @@ def test_modes_follow_the_umask_and_secrets_are_exact(tmp_path: Path) -> None:
     assert modes == {"open": 0o640, "secret": 0o600, "other": 0o600}
 
 
-def test_what_may_not_be_replaced_never_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_never_replaced_without_permission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "file"
     path.write_text("old")
     with pytest.raises(ConfigError, match="never overwritten"):
@@ -89,7 +91,7 @@ def test_what_may_not_be_replaced_never_is(tmp_path: Path, monkeypatch: pytest.M
     assert path.read_text() == "new"
 
 
-def test_a_folder_is_moved_in_one_piece(tmp_path: Path) -> None:
+def test_a_folder_is_moved_as_a_whole(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "result"
     with scratch_folder(folder) as scratch:
         (scratch / "a").write_text("new")
@@ -119,7 +121,7 @@ def test_an_error_leaves_the_old_folder_and_no_new_parents(
     assert os.listdir(tmp_path) == ["old"]
 
 
-def test_a_folder_is_replaced_only_if_that_is_wanted(tmp_path: Path) -> None:
+def test_a_folder_is_replaced_only_on_request(tmp_path: Path) -> None:
     folder = tmp_path / "result"
     folder.mkdir()
     (folder / "old").touch()
@@ -163,7 +165,7 @@ def test_a_failed_replacement_puts_the_old_folder_back(
         assert os.listdir(str(caught.value).rpartition(" ")[2]) == ["old"]
 
 
-def test_an_empty_folder_is_no_obstacle(tmp_path: Path) -> None:
+def test_an_empty_folder_may_be_replaced(tmp_path: Path) -> None:
     (tmp_path / "result").mkdir()
     with scratch_folder(tmp_path / "result") as scratch:
         (scratch / "new").touch()
@@ -171,15 +173,16 @@ def test_an_empty_folder_is_no_obstacle(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "result") == ["new"]
 
 
-def test_a_full_disk_is_named_and_nothing_stays_on_it(full_disk: Path) -> None:
+@pytest.mark.process
+def test_a_full_disk_is_named_and_nothing_remains_on_it(full_disk: Path) -> None:
     path = full_disk / "file"
     with pytest.raises(OutputError) as caught:
         write_atomically(path, b"x" * 100_000)
-    text = str(caught.value)
-    assert text == (
-        f"cannot write {path}: No space left on device; make room on that disk, or name another "
-        "file"
-    )
+    assert caught.value.fields() == {
+        "error": f"cannot write {path}: No space left on device",
+        "code": "disk_full",
+        "mend": "make room on that disk, or name another file",
+    }
     assert os.listdir(full_disk) == []
     with (
         pytest.raises(OutputError, match=r"needs about 0\.1 MB and 0\.1 MB are free: make room"),
@@ -189,7 +192,8 @@ def test_a_full_disk_is_named_and_nothing_stays_on_it(full_disk: Path) -> None:
     assert os.listdir(full_disk) == []
 
 
-def test_a_disk_that_fills_up_meanwhile_keeps_the_old_file(full_disk: Path) -> None:
+@pytest.mark.process
+def test_a_disk_that_fills_up_during_the_write_keeps_the_old_file(full_disk: Path) -> None:
     path = full_disk / "file"
     path.write_bytes(b"old")
 
@@ -204,7 +208,8 @@ def test_a_disk_that_fills_up_meanwhile_keeps_the_old_file(full_disk: Path) -> N
     assert os.listdir(full_disk) == ["file"]
 
 
-def test_a_limit_on_files_is_told_like_a_full_disk(tmp_path: Path) -> None:
+@pytest.mark.process
+def test_a_file_size_limit_is_reported_like_a_full_disk(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from edge_common.files import write_atomically\n"
@@ -220,12 +225,12 @@ def test_a_limit_on_files_is_told_like_a_full_disk(tmp_path: Path) -> None:
         check=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
     )
-    assert "File too large; name another file" in done.stdout
+    assert "File too large: name another file" in done.stdout
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("folder", ["/proc/x", "/proc/x/y"])
-def test_a_place_that_cannot_be_written_is_told_before_the_work(folder: str) -> None:
+def test_an_unwritable_folder_is_reported_before_the_work(folder: str) -> None:
     with (
         pytest.raises(OutputError, match=f"cannot write {folder}: .* another folder with --out"),
         scratch_folder(folder),
@@ -242,10 +247,10 @@ def test_a_parent_that_is_a_file_is_named(tmp_path: Path) -> None:
         raise AssertionError("not to be reached")
 
 
-def test_a_refusal_without_a_number_counts_as_a_full_disk(tmp_path: Path) -> None:
-    """NumPy says only how many items it has written."""
+def test_an_error_without_a_number_counts_as_a_full_disk(tmp_path: Path) -> None:
+    """NumPy reports only how many items it has written."""
     with (
-        pytest.raises(OutputError, match="3 requested and 0 written; make room on that disk"),
+        pytest.raises(OutputError, match="3 requested and 0 written: make room on that disk"),
         explain_write_errors(tmp_path),
     ):
         raise OSError("3 requested and 0 written")

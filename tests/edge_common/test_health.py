@@ -1,4 +1,4 @@
-"""/metrics, /healthz, /readyz over real sockets, and people who abuse them."""
+"""/metrics, /healthz and /readyz over real sockets, with clients that abuse them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(test: Coroutine[Any, Any, None]) -> None:
 
 @dataclass
 class State:
-    """A `Health`."""
+    """A stub of `Health`."""
 
     ready: bool = False
     state: str = "starting"
@@ -49,7 +49,8 @@ async def connect(endpoint: Endpoint) -> tuple[asyncio.StreamReader, asyncio.Str
 
 
 async def ask(endpoint: Endpoint, request: bytes) -> tuple[int, dict[str, str], bytes]:
-    """Send bytes; status, headers and body of the answer, which must end the connection."""
+    """Send bytes and return status, headers and body of the answer. The server must then close the
+    connection."""
     reader, writer = await connect(endpoint)
     writer.write(request)
     answer = await reader.read()
@@ -122,7 +123,8 @@ def test_requests_of_all_kinds(request_: bytes, status: int) -> None:
             try:
                 found, headers, body = await ask(endpoint, request_)
             except ConnectionError:
-                # What was sent beyond the limit is not read; TCP may then end before the answer.
+                # The server does not read bytes beyond the limit. TCP may end before the answer
+                # arrives.
                 assert status == 431
             else:
                 assert found == status
@@ -136,7 +138,9 @@ def test_requests_of_all_kinds(request_: bytes, status: int) -> None:
     run(test())
 
 
-def test_a_connection_without_a_whole_request_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_connection_without_a_complete_request_is_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(health, "REQUEST_S", 0.2)
 
     async def test() -> None:
@@ -147,7 +151,7 @@ def test_a_connection_without_a_whole_request_is_dropped(monkeypatch: pytest.Mon
                 with contextlib.suppress(ConnectionError):
                     assert await reader.read() == b""
                 writer.close()
-            # One byte now and then does not help.
+            # A byte now and then does not extend the time.
             reader, writer = await connect(endpoint)
             ended = asyncio.create_task(reader.read())
             while not ended.done():
@@ -160,7 +164,7 @@ def test_a_connection_without_a_whole_request_is_dropped(monkeypatch: pytest.Mon
     run(test())
 
 
-def test_a_crowd_of_slow_ones_does_not_keep_out_an_honest_one() -> None:
+def test_many_slow_connections_do_not_lock_out_an_honest_one() -> None:
     async def test() -> None:
         async with serving() as endpoint:
             slow = [await connect(endpoint) for _ in range(3 * CONNECTIONS)]
@@ -169,7 +173,7 @@ def test_a_crowd_of_slow_ones_does_not_keep_out_an_honest_one() -> None:
             for _ in range(5):
                 assert (await ask(endpoint, get("/metrics")))[0] == 200
                 assert len(endpoint._connections) <= CONNECTIONS
-            # The oldest had to go.
+            # The oldest connection was dropped.
             with contextlib.suppress(ConnectionError):
                 assert await slow[0][0].read() == b""
             for _, writer in slow:
@@ -210,7 +214,7 @@ def test_a_reset_connection_does_no_harm(caplog: pytest.LogCaptureFixture) -> No
     assert not [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
 
 
-def test_a_defect_costs_one_connection(
+def test_a_defect_in_a_handler_costs_one_connection(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(health, "exposition", lambda registry: 1 // 0)
@@ -244,7 +248,7 @@ def test_closing_ends_open_connections_and_frees_the_port() -> None:
     run(test())
 
 
-def test_a_port_that_is_taken_is_named_with_the_setting() -> None:
+def test_a_taken_port_is_reported_with_the_setting() -> None:
     async def test() -> None:
         with socket.create_server(("127.0.0.1", 0)) as other:
             address = f"127.0.0.1:{other.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""Small JSON files that may come from anywhere."""
+"""Small JSON files from untrusted sources."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Note(msgspec.Struct):
 
 def read(path: Path, schema: int | None = 1) -> Note:
     return read_json(
-        path, Note, max_bytes=100, error=ConfigError, remedy="Write it again", schema=schema
+        path, Note, max_bytes=100, error=ConfigError, remedy="write it again", schema=schema
     )
 
 
-def test_what_was_written_is_read(tmp_path: Path) -> None:
+def test_a_written_note_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "note.json"
     path.write_bytes(json_bytes(Note(1, "x")))
     assert read(path) == Note(1, "x")
@@ -44,18 +44,18 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
         (b"[" * 100, "is damaged"),
     ],
 )
-def test_what_cannot_be_used_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:
+def test_malformed_content_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "note.json"
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match=rf"note\.json {reason}.*\. Write it again"):
+    with pytest.raises(ConfigError, match=rf"note\.json {reason}.*: write it again"):
         read(path)
 
 
 @pytest.mark.timeout(30)
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_a_path_that_is_no_regular_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read(tmp_path / "missing.json")
-    os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer
+    os.mkfifo(tmp_path / "pipe")  # opening a pipe would wait for a writer
     for name in ("pipe", "."):
-        with pytest.raises(ConfigError, match=r"is not a file\. Write it again"):
+        with pytest.raises(ConfigError, match=r"is not a file: write it again"):
             read(tmp_path / name)

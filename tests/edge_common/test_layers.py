@@ -1,4 +1,4 @@
-"""The package that all programs share uses none of them."""
+"""`edge_common` imports none of the packages that use it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MODULES = sorted(Path(edge_common.__file__).parent.glob("*.py"))
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
-def test_nothing_is_imported_from_the_programs(module: Path) -> None:
+def test_edge_common_imports_no_program(module: Path) -> None:
     imported = set()
     for node in ast.walk(ast.parse(module.read_text())):
         if isinstance(node, ast.Import):

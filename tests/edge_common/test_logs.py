@@ -1,4 +1,4 @@
-"""The log: one record a line whatever is in it, no contents, no flood."""
+"""The log: one record per line, no tensor contents, no flood."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def record(message: object, *args: Any, level: int = logging.INFO, **extra: Any)
     return made
 
 
-def test_text_is_time_in_utc_level_and_message() -> None:
+def test_a_text_line_has_utc_time_level_and_message() -> None:
     line = TextFormatter().format(
         record("%d windows for %s", 4, "kitchen", event="done", client="kitchen")
     )
     assert line == "2023-11-14T22:13:20.250Z INFO 4 windows for kitchen"
 
 
-def test_json_has_the_fields_besides() -> None:
+def test_a_json_line_has_the_same_fields() -> None:
     made = record("%d windows", 4, event="done", client="kitchen", ms=1.5, ok=True)
-    made._ray_timestamp_ns = 1  # as Ray marks every record of a process that it is imported in
+    made._ray_timestamp_ns = 1  # Ray marks every record of a process in which it is imported
     assert json.loads(JsonFormatter().format(made)) == {
         "time": "2023-11-14T22:13:20.250Z",
         "level": "info",
@@ -47,14 +47,14 @@ def test_json_has_the_fields_besides() -> None:
     }
 
 
-def test_a_field_cannot_pose_as_the_time_or_level() -> None:
+def test_a_field_cannot_override_time_or_level() -> None:
     made = record("x", event="e")
     made.time, made.level = "never", "none"
     told = json.loads(JsonFormatter().format(made))
     assert (told["time"], told["level"]) == ("2023-11-14T22:13:20.250Z", "info")
 
 
-def test_nothing_a_peer_says_makes_a_second_record_or_moves_a_terminal() -> None:
+def test_text_of_a_peer_cannot_forge_a_record_or_control_a_terminal() -> None:
     text = TextFormatter().format(record("refused %s", HOSTILE))
     first, *rest = text.split("\n")
     assert first.startswith("2023")
@@ -84,7 +84,7 @@ CANARY = b"window-contents-canary"
     ],
     ids=lambda v: type(v).__name__,
 )
-def test_arrays_and_bytes_are_told_by_size(form: Any, value: Any) -> None:
+def test_arrays_and_bytes_are_logged_by_size(form: Any, value: Any) -> None:
     for made in (
         record("got %s", value),
         record("got %r", value),
@@ -94,23 +94,23 @@ def test_arrays_and_bytes_are_told_by_size(form: Any, value: Any) -> None:
     ):
         line = form.format(made)
         assert "canary" not in line
-        assert "119" not in line  # as numbers
+        assert "119" not in line  # printed as numbers
         if form.__class__ is JsonFormatter or "contents" not in vars(made):
             assert re.search(r"<\w+ of (22|16) bytes>", line)
 
 
-def test_a_wrong_format_costs_no_line() -> None:
+def test_a_wrong_format_string_still_logs_a_line() -> None:
     line = TextFormatter().format(record("%d of %d", "x"))
     assert line.endswith("%d of %d (cannot be formatted)")
 
 
-def test_a_huge_message_is_cut() -> None:
+def test_a_huge_message_is_truncated() -> None:
     line = TextFormatter().format(record("x" * 100_000))
     assert len(line) < 9000
     assert line.endswith("(100000 characters)")
 
 
-def test_exceptions_are_indented_or_a_field() -> None:
+def test_exceptions_are_indented_in_text_and_a_field_in_json() -> None:
     try:
         raise ValueError("no\x1b[2J")
     except ValueError as error:
@@ -132,7 +132,7 @@ def throttle(lines: int, clock: Clock) -> Throttle:
     return Throttle(LogLimiter(10.0, lines=lines, clock=clock))
 
 
-def test_one_line_of_code_cannot_flood_the_log_and_says_what_it_left_out() -> None:
+def test_repeated_lines_are_limited_and_the_dropped_ones_counted() -> None:
     clock = Clock()
     limited = throttle(3, clock)
     assert [limited.filter(record("a %d", i)) for i in range(10)] == [True] * 3 + [False] * 7
@@ -149,7 +149,7 @@ def test_one_line_of_code_cannot_flood_the_log_and_says_what_it_left_out() -> No
     assert "left out" not in TextFormatter().format(later)
 
 
-def test_debug_lines_are_not_left_out() -> None:
+def test_debug_lines_are_not_limited() -> None:
     limited = throttle(1, Clock())
     assert all(limited.filter(record("a", level=logging.DEBUG)) for _ in range(10))
 
@@ -188,10 +188,10 @@ def root() -> Iterator[logging.Logger]:
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_setup_sends_every_logger_there_and_nowhere_else(root: logging.Logger, form: str) -> None:
+def test_setup_sends_every_logger_to_one_stream(root: logging.Logger, form: str) -> None:
     stream = io.StringIO()
     setup("info", form, stream)
-    setup("info", form, stream)  # again, and still every line once
+    setup("info", form, stream)  # set up twice, still one line per record
     logging.getLogger("some.module").info("hello")
     logging.getLogger("some.module").debug("not this")
     (line,) = stream.getvalue().splitlines()

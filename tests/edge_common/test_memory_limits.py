@@ -1,4 +1,4 @@
-"""Limits on memory, and the memory in use."""
+"""Memory limits and memory use."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ def test_groups_are_read_from_the_innermost_to_the_outermost(tmp_path: Path) -> 
     limits = MemoryLimits(tmp_path, "/system.slice/node.service")
     found = {limit.name: limit for limit in limits.all()}
     service = found["memory.max of /system.slice/node.service"]
-    assert (service.most, service.used) == (512 * MIB, 798_500)  # files can be read again
+    assert (service.most, service.used) == (512 * MIB, 798_500)  # cached files do not count
     assert found["memory.max of /system.slice"].most == 1 << 30
     group(tmp_path / "system.slice" / "node.service", "max", 800_000)
     assert [limit.most for limit in limits.all() if "service" in limit.name] == []
     limits.close()
 
 
+@pytest.mark.process
 @linux
 @pytest.mark.parametrize("name", ["RLIMIT_DATA", "RLIMIT_AS"])
 def test_limits_of_the_process_are_read(name: str) -> None:
@@ -55,7 +56,7 @@ def test_limits_of_the_process_are_read(name: str) -> None:
 
 
 @linux
-def test_memory_is_read_and_limited_by_something() -> None:
+def test_memory_use_and_a_limit_are_known_without_a_group() -> None:
     read = MemoryLimits(group="").resident
     before = read()
     assert before
@@ -69,9 +70,10 @@ def test_memory_is_read_and_limited_by_something() -> None:
     assert limit > after
 
 
+@pytest.mark.process
 @linux
 @pytest.mark.parametrize("name", ["RLIMIT_DATA", "RLIMIT_AS"])
-def test_a_limit_of_the_process_limits_its_memory(name: str) -> None:
+def test_a_process_limit_limits_its_memory(name: str) -> None:
     code = (
         "import resource, sys\n"
         "from edge_common.memory_limits import memory_limit\n"

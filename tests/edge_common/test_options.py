@@ -1,4 +1,4 @@
-"""Numbers within bounds, and what is said about others."""
+"""Numeric options within bounds, and the errors for all others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from edge_common.options import SECONDS, SEED, SHARE, THREADS, Invalid, Number, 
         (Number(-5, 5), "-5", -5.0),
     ],
 )
-def test_values_within_bounds(number: Number, text: str, value: float) -> None:
+def test_values_within_bounds_are_accepted(number: Number, text: str, value: float) -> None:
     assert number(text) == value
     assert type(number(text)) is type(value)
 
@@ -47,7 +47,7 @@ def test_values_within_bounds(number: Number, text: str, value: float) -> None:
         (SHARE, "nan%", "a share"),
     ],
 )
-def test_values_that_are_refused(number: Number, text: str, said: str) -> None:
+def test_values_out_of_bounds_are_refused(number: Number, text: str, said: str) -> None:
     with pytest.raises(Invalid) as caught:
         number(text)
     assert said in str(caught.value)
@@ -70,7 +70,8 @@ def test_a_value_may_begin_with_a_minus() -> None:
     ("arguments", "said"),
     [
         (["--threads", "0"], "error: --threads: expected a whole number from 1"),
-        (["--thr", "1"], "error: "),  # no abbreviations: they break when options are added
+        # abbreviations are refused: they would break when options are added
+        (["--thr", "1"], "error: "),
         (
             ["--point", "--threads"],
             "error: --point: expected one argument (`edge-runtime x --help`",

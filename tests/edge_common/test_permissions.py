@@ -1,4 +1,4 @@
-"""A file counts as safe only if nobody but its owner and root could have changed it."""
+"""A file counts as safe only if its owner and root alone could have changed it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from edge_common import permissions
-from edge_common.permissions import why_untrusted
+from edge_common.permissions import Danger, why_untrusted
 
 OTHER = 12_345
 
@@ -34,69 +34,80 @@ def _foreign(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "geteuid", lambda: OTHER)
 
 
+def mend(danger: Danger | None) -> str:
+    assert danger is not None
+    return danger.mend
+
+
 def test_what_only_its_owner_can_write_is_safe(file: Path) -> None:
     assert why_untrusted(file) is None
     assert why_untrusted(file.parent, closed=True) is None
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("mode", [0o602, 0o646, 0o666])
-def test_a_file_that_others_may_write(file: Path, mode: int) -> None:
+def test_a_file_writable_by_others_is_refused(file: Path, mode: int) -> None:
     file.chmod(mode)
     found = why_untrusted(file)
     assert found
-    assert f"chmod go-w {file}`" in found
-    subprocess.run(found.split("`")[1], shell=True, check=True)  # the command mends it
+    assert found.mend == f"chmod go-w {file}"
+    subprocess.run(found.mend, shell=True, check=True)
     assert why_untrusted(file) is None
 
 
 @pytest.mark.parametrize("mode", [0o757, 0o777])
-def test_a_folder_on_the_way_that_others_may_write(file: Path, mode: int) -> None:
+def test_a_parent_folder_writable_by_others_is_refused(file: Path, mode: int) -> None:
     file.parent.parent.chmod(mode)
     found = why_untrusted(file)
     assert found
-    assert f"chmod go-w {file.parent.parent}`" in found
-    assert f"or move {file}" in found
+    assert f"`chmod go-w {file.parent.parent}`" in found.mend
+    assert f"or move {file}" in found.mend
 
 
+@pytest.mark.process
 def test_commands_quote_odd_paths(tmp_path: Path) -> None:
     file = tmp_path / "a b$c.pub"
     file.write_text("x")
     file.chmod(0o666)
     found = why_untrusted(file)
     assert found
-    subprocess.run(found.split("`")[1], shell=True, check=True)
+    subprocess.run(found.mend, shell=True, check=True)
     assert why_untrusted(file) is None
 
 
-def test_a_sticky_folder_is_safe_to_pass_but_not_to_list(file: Path) -> None:
-    """Others may add files to it, but not replace ours."""
+def test_a_sticky_folder_is_safe_as_a_parent_but_not_to_list(file: Path) -> None:
+    """Others may add files to it but cannot replace ours."""
     file.parent.chmod(0o1777)
     assert why_untrusted(file) is None
-    assert "chmod go-w" in (why_untrusted(file.parent, closed=True) or "")
+    assert "chmod go-w" in mend(why_untrusted(file.parent, closed=True))
 
 
-def test_another_users_file_or_folder(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_or_folder_of_another_user_is_refused(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for path in (file, file.parent):
         with monkeypatch.context() as patch:
             _foreign(path, patch)
             uid = path.stat().st_uid
             found = why_untrusted(file)
             assert found
-            assert f"(uid {uid})" in found
-            assert "chown" in found
+            assert f"(uid {uid})" in found.found
+            assert "chown" in found.mend
             if os.geteuid() == 0:
                 assert why_untrusted(file, owner=OTHER) is None
                 os.chown(path, 0, -1)
     assert why_untrusted(file) is None
 
 
-def test_another_users_file_in_a_sticky_folder(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_users_file_in_a_sticky_folder_is_refused(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file.parent.chmod(0o1777)
     _foreign(file, monkeypatch)
-    assert "belongs to" in (why_untrusted(file) or "")
+    assert "belongs to" in str(why_untrusted(file))
 
 
-def test_links_are_judged_with_where_they_lead(file: Path, tmp_path: Path) -> None:
+def test_links_are_judged_together_with_their_targets(file: Path, tmp_path: Path) -> None:
     link, folder = tmp_path / "link.pub", tmp_path / "folder"
     link.symlink_to(os.path.relpath(file, tmp_path))
     folder.symlink_to(file.parent)
@@ -107,27 +118,29 @@ def test_links_are_judged_with_where_they_lead(file: Path, tmp_path: Path) -> No
     assert why_untrusted(link) is None
     assert why_untrusted(folder / "node.pub") is None
     assert why_untrusted(folder, closed=True) is None
-    assert f"go-w {loose}`" in (
-        why_untrusted(loose / "link.pub") or ""
+    assert f"go-w {loose}`" in mend(
+        why_untrusted(loose / "link.pub")
     )  # the link itself is replaceable
     file.parent.chmod(0o777)
     for path in (link, folder / "node.pub"):
-        assert f"go-w {file.parent}`" in (why_untrusted(path) or "")
+        assert f"go-w {file.parent}" in mend(why_untrusted(path))
     file.parent.chmod(0o755)
     file.chmod(0o666)
-    assert f"go-w {file}`" in (why_untrusted(link) or "")
-    assert "go-w" in (why_untrusted(folder / ".." / "b" / "node.pub") or "")
+    assert f"go-w {file}" in mend(why_untrusted(link))
+    assert "go-w" in mend(why_untrusted(folder / ".." / "b" / "node.pub"))
 
 
-def test_another_users_link(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its owner can point it elsewhere where the folder is sticky."""
+def test_another_users_link_is_refused(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a sticky folder its owner can change the target."""
     link = tmp_path / "link.pub"
     link.symlink_to(file)
     _foreign(link, monkeypatch)
-    assert "belongs to" in (why_untrusted(link) or "")
+    assert "belongs to" in str(why_untrusted(link))
 
 
-def test_links_without_end_and_missing_files(tmp_path: Path) -> None:
+def test_link_loops_and_missing_files_are_reported(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(OSError, match="loop"):
         why_untrusted(tmp_path / "loop" / "x")
@@ -136,10 +149,10 @@ def test_links_without_end_and_missing_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("alone", [True, False])
-def test_a_group_of_its_owner_alone_is_nobody_else(
+def test_the_owner_s_private_group_counts_as_the_owner(
     file: Path, monkeypatch: pytest.MonkeyPatch, alone: bool
 ) -> None:
-    """Ubuntu and Fedora give every user a group and let new files be written by it."""
+    """Ubuntu and Fedora give every user a private group and let that group write new files."""
     monkeypatch.setattr(permissions, "_is_private_group", lambda uid, gid: alone)
     for path, mode in ((file, 0o664), (file.parent, 0o775)):
         path.chmod(mode)
@@ -151,7 +164,7 @@ def test_a_group_of_its_owner_alone_is_nobody_else(
     assert why_untrusted(file)
 
 
-def test_a_group_is_its_owners_alone_only_without_other_members(
+def test_a_group_is_private_only_without_other_members(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import grp
@@ -180,17 +193,17 @@ def test_a_group_is_its_owners_alone_only_without_other_members(
     assert not shared
 
 
-def test_a_permission_of_a_single_user_shows_as_the_groups(
+def test_an_access_control_list_counts_as_a_permission_of_the_group(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An access control list hides behind the group's bits, so that its members say nothing."""
+    """The list hides behind the group's bits, so the group's members do not matter."""
     monkeypatch.setattr(permissions, "_is_private_group", lambda uid, gid: True)
     _write_acl(file)
-    assert "go-w" in (why_untrusted(file) or "")
+    assert "go-w" in mend(why_untrusted(file))
 
 
 def _write_acl(path: Path) -> None:
-    """rw for the owner, for uid 12345 and in the mask; r for the rest."""
+    """Give rw to the owner, to uid 12345 and to the mask, and r to the rest."""
     import struct
 
     entries = [(1, 6, -1), (2, 6, 12_345), (4, 4, -1), (16, 6, -1), (32, 4, -1)]
@@ -203,12 +216,12 @@ def _write_acl(path: Path) -> None:
         pytest.skip("this file system has no access control lists")
 
 
-def test_folders_of_users_outside_a_container_may_be_passed(
+def test_folders_of_users_outside_a_container_are_accepted_as_parents(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are the host's, and which of its users owns them can't be seen."""
+    """They belong to the host, and the container can't see which of its users owns them."""
     if os.geteuid():
-        pytest.skip("only root can give files away")
+        pytest.skip("only root can change the owner of a file")
     os.chown(file.parent, 65_534, -1)
     assert why_untrusted(file)
     monkeypatch.setattr(permissions, "_unmapped", lambda: 65_534)

@@ -1,4 +1,5 @@
-"""Core dumps are off, also where the system pipes them to a collector; limits; freed memory."""
+"""Core dumps are off, even where the system pipes them to a collector. Also file limits and freed
+memory."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ import subprocess
 import sys
 
 import pytest
+
+pytestmark = pytest.mark.process
 
 
 def test_core_dumps_are_disabled() -> None:
@@ -22,7 +25,7 @@ def test_core_dumps_are_disabled() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_file_limit_is_raised_as_far_as_may_be() -> None:
+def test_the_file_limit_is_raised_as_far_as_allowed() -> None:
     code = (
         "import resource\n"
         "from edge_common.process import raise_file_limit\n"
@@ -36,7 +39,7 @@ def test_the_file_limit_is_raised_as_far_as_may_be() -> None:
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
-def test_messages_that_come_and_go_are_not_cleared_page_by_page() -> None:
+def test_freed_message_memory_is_reused_without_page_faults() -> None:
     code = (
         "import resource, threading\n"
         "from edge_common.process import keep_freed_memory\n"
@@ -52,7 +55,8 @@ def test_messages_that_come_and_go_are_not_cleared_page_by_page() -> None:
         "thread = threading.Thread(target=work)\n"
         "thread.start()\n"
         "thread.join()\n"
-        "assert faults() - before < 100_000, faults() - before\n"  # without: over 600,000
+        # over 600,000 without it
+        "assert faults() - before < 100_000, faults() - before\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""What progress says, and where."""
+"""Progress: its text and its stream."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ print("done")
 """
 
 
-def test_the_pace_so_far_gives_the_time_that_is_left() -> None:
+def test_the_remaining_time_follows_from_the_pace() -> None:
     work = Progress("x", 10, done=0)
     begun = work._begun
     assert work.state(begun + 5) == (None, None)
@@ -33,28 +33,29 @@ def test_the_pace_so_far_gives_the_time_that_is_left() -> None:
     work.done, work._marked, work.note = 4, begun + 8, "tail"
     assert work.state(begun + 8) == pytest.approx((0.4, 12.0))
     assert work.text(begun + 8) == "tail, 40%, 8 s so far, about 12 s left"
-    work._piece = 6  # in one go: the time that it takes is guessed
+    work._piece = 6  # one piece: its duration is a guess
     assert work.state(begun + 14) == pytest.approx((0.7, 6.0))
-    share, left = work.state(begun + 100)  # it takes longer
+    share, left = work.state(begun + 100)  # it takes longer than the guess
     assert share == pytest.approx(0.97)
     assert left is None
 
 
-def test_what_an_earlier_run_did_says_nothing_about_the_pace() -> None:
+def test_work_of_an_earlier_run_does_not_count_for_the_pace() -> None:
     work = Progress("x", 100, done=90)
     assert work.state(work._begun + 50) == (0.9, None)
     work.done, work._marked = 95, work._begun + 10
     assert work.state(work._begun + 10) == pytest.approx((0.95, 10.0))
 
 
-def test_work_of_unknown_length_has_no_share() -> None:
+def test_work_of_unknown_length_has_no_percentage() -> None:
     work = Progress("x", None, 0)
     work.advance(3)
     assert work.state(work._begun + 1) == (None, None)
     assert work.text(work._begun + 200) == "3 min so far"
 
 
-def test_lines_where_there_is_no_terminal() -> None:
+@pytest.mark.process
+def test_without_a_terminal_progress_is_printed_as_lines() -> None:
     done = subprocess.run(
         [sys.executable, "-c", WORK.format(quiet=False)], capture_output=True, text=True, check=True
     )
@@ -65,7 +66,8 @@ def test_lines_where_there_is_no_terminal() -> None:
     assert "\x1b" not in done.stderr
 
 
-def test_a_bar_on_a_terminal_that_vanishes_and_gives_the_cursor_back() -> None:
+@pytest.mark.process
+def test_the_bar_on_a_terminal_disappears_and_the_cursor_returns() -> None:
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
     command = [sys.executable, "-c", WORK.format(quiet=False)]
@@ -77,18 +79,19 @@ def test_a_bar_on_a_terminal_that_vanishes_and_gives_the_cursor_back() -> None:
     while True:
         try:
             said += os.read(ours, 1 << 16)
-        except OSError:  # it is closed
+        except OSError:  # the terminal is closed
             break
     os.close(ours)
     assert process.communicate()[0] == "half\ndone\n"
     text = said.decode()
     assert "photo.jpg" in text
     assert "about" in text
-    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # shown after it was hidden
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # shown again after it was hidden
     assert text.rstrip().endswith("\x1b[2K") or text.rindex("\x1b[2K") > text.rindex("photo.jpg")
 
 
-def test_quiet_is_quiet(capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.process
+def test_quiet_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     with progress("x", 2, quiet=True) as work, work.piece():
         pass
     assert work.done == 1

@@ -17,7 +17,7 @@ from edge_common.service_manager import ServiceManager
 
 @dataclass
 class State:
-    """A `Health`."""
+    """A stub of `Health`."""
 
     state: str = "starting"
     workers: int = 0
@@ -69,7 +69,7 @@ def test_the_environment_is_read_and_cleared() -> None:
         {"WATCHDOG_USEC": "1000", "WATCHDOG_PID": "1"},
     ],
 )
-def test_no_watchdog_unless_this_process_is_meant(environment: dict[str, str]) -> None:
+def test_a_watchdog_for_another_process_is_ignored(environment: dict[str, str]) -> None:
     assert ServiceManager.from_environment(environment).watchdog_s is None
 
 
@@ -83,7 +83,7 @@ def test_nothing_is_sent_without_a_service_manager() -> None:
     asyncio.run(test())
 
 
-def test_names_outside_the_file_system() -> None:
+def test_sockets_in_the_abstract_namespace_work() -> None:
     name = f"edge-runtime-test-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
         end.bind("\0" + name)
@@ -92,9 +92,7 @@ def test_names_outside_the_file_system() -> None:
         assert end.recv(100) == b"READY=1"
 
 
-def test_a_failed_notice_costs_a_line_in_the_log(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_failed_notice_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ServiceManager(str(tmp_path / "gone")).send("READY=1\nSTATUS=x")
     (line,) = caplog.messages
     assert "cannot notify the service manager of READY=1" in line
@@ -102,12 +100,12 @@ def test_a_failed_notice_costs_a_line_in_the_log(
 
 def test_a_full_socket_does_not_block(manager: tuple[socket.socket, str]) -> None:
     manager_ = ServiceManager(manager[1])
-    for _ in range(10_000):  # far more than a queue of datagrams holds
+    for _ in range(10_000):  # far more than a datagram queue holds
         manager_.send("WATCHDOG=1")
     assert 0 < len(waiting(manager[0])) < 10_000
 
 
-def test_the_life_of_a_node(manager: tuple[socket.socket, str]) -> None:
+def test_the_notices_over_a_node_s_life(manager: tuple[socket.socket, str]) -> None:
     end, path = manager
 
     async def until(text: str, told: list[str]) -> None:
@@ -132,7 +130,7 @@ def test_the_life_of_a_node(manager: tuple[socket.socket, str]) -> None:
     assert [text for text in told if not text.startswith("STATUS")] == ["READY=1", "STOPPING=1"]
 
 
-def test_a_node_that_fails_says_that_it_stops(manager: tuple[socket.socket, str]) -> None:
+def test_a_failing_node_reports_that_it_stops(manager: tuple[socket.socket, str]) -> None:
     async def test() -> None:
         async with ServiceManager(manager[1]).following(State()):
             raise RuntimeError
@@ -142,7 +140,7 @@ def test_a_node_that_fails_says_that_it_stops(manager: tuple[socket.socket, str]
     assert waiting(manager[0])[-1] == "STOPPING=1"
 
 
-def test_a_loop_that_does_not_turn_pings_nobody(manager: tuple[socket.socket, str]) -> None:
+def test_a_blocked_loop_sends_no_watchdog_ping(manager: tuple[socket.socket, str]) -> None:
     end, path = manager
 
     async def test() -> None:

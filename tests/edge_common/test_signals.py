@@ -1,4 +1,4 @@
-"""Signals sent to real processes, at work and inside a library."""
+"""Signals to real processes, both in Python code and inside a library call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import pytest
 
 from edge_common import signals
 
-# Never ends by itself, and Python runs no signal handler meanwhile.
+pytestmark = pytest.mark.process
+
+# A loop inside a library: it never ends, and Python runs no signal handler meanwhile.
 STUCK = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', (1 << 31) - 1)"
 HEADER = """
 import os, sys, time
@@ -30,7 +32,7 @@ def stuck():
 
 
 def run(body: str, folder: Path, *, stuck: str = STUCK) -> subprocess.Popen[str]:
-    """A process that runs ``body`` as a command and is inside :func:`stuck` on return."""
+    """Start a process that runs ``body`` as a command. On return it is inside :func:`stuck`."""
     indented = "\n".join("    " + line for line in body.strip().splitlines())
     code = HEADER.format(stuck=stuck)
     code += f"def command():\n{indented}\n    return 0\nsys.exit(signals.run_as_process(command))\n"
@@ -39,7 +41,7 @@ def run(body: str, folder: Path, *, stuck: str = STUCK) -> subprocess.Popen[str]
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A test run started in the background hands down some signals as ignored.
+        # A background test run passes on some signals as ignored.
         preexec_fn=lambda: [
             signal.signal(signal.SIGINT, signal.default_int_handler),
             signal.signal(signal.SIGTERM, signal.SIG_DFL),
@@ -64,12 +66,12 @@ def alive(pid: int) -> bool:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return False
-    return stat.rsplit(")", 1)[1].split()[0] != "Z"  # a dead one that nobody has waited for
+    return stat.rsplit(")", 1)[1].split()[0] != "Z"  # a zombie that nobody has waited for
 
 
 @pytest.mark.parametrize("number", signals.SIGNALS)
 @pytest.mark.parametrize("stuck", [STUCK, "time.sleep(3600)"], ids=["library", "python"])
-def test_a_process_ends_wherever_it_is_and_what_it_made_is_gone(
+def test_a_process_ends_anywhere_and_its_files_are_removed(
     number: signal.Signals, stuck: str, tmp_path: Path
 ) -> None:
     body = """
@@ -107,7 +109,7 @@ with child_process([sys.executable, "-c", inner], stdout=-1) as process:
         time.sleep(0.01)
 
 
-def test_a_held_stop_waits_for_the_end_of_the_block(tmp_path: Path) -> None:
+def test_a_held_signal_waits_for_the_end_of_the_block(tmp_path: Path) -> None:
     body = """
 with defer_signals():
     (here / "first").touch()
@@ -122,7 +124,7 @@ with defer_signals():
     assert sorted(os.listdir(tmp_path)) == ["first", "second"]
 
 
-def test_a_second_signal_does_not_spoil_the_clean_up(tmp_path: Path) -> None:
+def test_a_second_signal_does_not_interrupt_the_clean_up(tmp_path: Path) -> None:
     body = """
 def undo():
     (here / "begun").touch()
@@ -140,7 +142,7 @@ with cleanup_on_exit(undo):
     assert (tmp_path / "undone").exists()
 
 
-def test_a_clean_up_that_hangs_does_not_keep_the_process(tmp_path: Path) -> None:
+def test_a_hanging_clean_up_does_not_keep_the_process_alive(tmp_path: Path) -> None:
     body = """
 with cleanup_on_exit(lambda: time.sleep(3600)):
     stuck()
@@ -166,7 +168,7 @@ return 7 if asked else 8
     assert process.returncode == 7
 
 
-def test_a_status_and_an_error_pass_through(tmp_path: Path) -> None:
+def test_exit_status_and_errors_pass_through(tmp_path: Path) -> None:
     process = run("stuck()\nreturn 5", tmp_path, stuck="pass")
     process.communicate(timeout=60)
     assert process.returncode == 5
@@ -175,7 +177,7 @@ def test_a_status_and_an_error_pass_through(tmp_path: Path) -> None:
     assert process.returncode == 1
 
 
-def test_a_child_that_forks_does_not_end_its_parent(tmp_path: Path) -> None:
+def test_the_end_of_a_forked_child_does_not_end_its_parent(tmp_path: Path) -> None:
     body = """
 import signal
 pid = os.fork()
@@ -203,7 +205,7 @@ return 130
 """
 
 
-def test_a_command_may_finish_its_work_first(tmp_path: Path) -> None:
+def test_a_command_may_finish_its_work_before_it_stops(tmp_path: Path) -> None:
     process = run(FINISHING, tmp_path, stuck="pass")
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=60)[1] == "saving first\n"
@@ -212,11 +214,12 @@ def test_a_command_may_finish_its_work_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_ends_it_wherever_it_is(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_second_signal_ends_the_process_anywhere(number: signal.Signals, tmp_path: Path) -> None:
     process = run(FINISHING, tmp_path)
     process.send_signal(number)
     assert process.stderr is not None
-    assert process.stderr.readline() == "saving first\n"  # at once, not when the library is done
+    # at once, not when the library call returns
+    assert process.stderr.readline() == "saving first\n"
     process.send_signal(number)
     process.communicate(timeout=60)
     assert process.returncode == 128 + number

@@ -1,4 +1,4 @@
-"""What may reach a terminal."""
+"""Text that is safe to print on a terminal."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from edge_common.text import UNPRINTABLE, escaped, one_line, printable, table
         (ValueError("\x00"), "?"),
     ],
 )
-def test_what_is_not_to_be_seen_is_replaced(text: object, shown: str) -> None:
+def test_unprintable_characters_are_replaced(text: object, shown: str) -> None:
     assert printable(text) == shown
     assert printable(text).encode()
 
 
-def test_the_class_for_expressions_holds_only_what_is_not_to_be_seen() -> None:
+def test_the_character_class_matches_only_unprintable_characters() -> None:
     harmful = [c for c in map(chr, range(sys.maxunicode + 1)) if re.match(f"[{UNPRINTABLE}]", c)]
     assert not any(map(str.isprintable, harmful))
     assert {"\n", "\x1b", "\u202e", "\u2066", "\u200f", "\udce9"} <= set(harmful)
 
 
-def test_escaped_text_shows_what_was_there() -> None:
+def test_escaped_text_shows_the_original_characters() -> None:
     assert escaped('Grüße, 東京 100 % \\ "q"') == 'Grüße, 東京 100 % \\ "q"'
     shown = "\\t\\x85\\u200b\\U000e0001\\x1b\\ud800é"
     assert escaped("\t\x85\u200b\U000e0001\x1b\ud800é") == shown
 
 
-def test_one_line_wastes_no_space() -> None:
+def test_one_line_collapses_white_space() -> None:
     assert one_line(" a\tb\r\n\n c\u202e d ") == "a b c d"
 
 
-def test_a_table_cuts_nothing_short() -> None:
+def test_a_table_truncates_no_cell() -> None:
     name = "n" * 64
     assert table([("node", "windows"), (name, "7"), ("b", "12")]) == [
         f"node{' ' * 60}  windows",

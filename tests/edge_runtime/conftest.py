@@ -16,7 +16,7 @@ from transport.keys import generate, generate_secret, write_public
 
 @dataclass
 class Fleet:
-    """Nodes on this machine and one edge that may use them, with ``keys/NAME.key`` for each."""
+    """Nodes on this machine and one edge that may use them. Node keys are in ``keys/NAME.key``."""
 
     root: Path
     bundle: Path
@@ -77,7 +77,7 @@ def shared_fleet(tmp_path_factory: pytest.TempPathFactory, toy_bundle: Path) -> 
 
 @pytest.fixture
 def make_fleet(tmp_path: Path, toy_bundle: Path) -> Iterator[Callable[..., Fleet]]:
-    """Makes a fleet of named nodes to be maltreated."""
+    """Create a fleet of named nodes that a test may break."""
     made: list[Fleet] = []
 
     def make(*names: str, bundle: Path = toy_bundle) -> Fleet:
@@ -95,5 +95,5 @@ def make_fleet(tmp_path: Path, toy_bundle: Path) -> Iterator[Callable[..., Fleet
 
 @pytest.fixture
 def photo() -> np.ndarray:
-    """A random picture, uint8 ``[60, 90, 3]``: it covers two rows of the toy's windows."""
+    """A random image, uint8 ``[60, 90, 3]``. It covers two rows of the toy model's windows."""
     return np.random.default_rng(3).integers(0, 256, (60, 90, 3), dtype=np.uint8)

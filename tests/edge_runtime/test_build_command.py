@@ -1,4 +1,4 @@
-"""``edge-runtime build`` as its users run it."""
+"""``edge-runtime build`` as users run it."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the shipped fp16 bundle, on a machine without a GPU or one that hides it."""
+    """A copy of the shipped fp16 bundle, on a machine without a visible GPU."""
     pytest.importorskip("tensorrt_rtx")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     return Path(shutil.copytree(shipped_bundle("fp16"), tmp_path / "tiny"))
 
 
-def test_it_builds_all_stages_and_says_what_came_out(
+@pytest.mark.process
+def test_it_builds_all_stages_and_reports_the_results(
     tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["build", str(tiny), "--backend", "tensorrt-rtx"]) == 0
@@ -52,6 +53,7 @@ def test_it_builds_all_stages_and_says_what_came_out(
     assert len(plans(Bundle.load(tiny))) == 3
 
 
+@pytest.mark.process
 def test_json_holds_the_records(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--stage", "tail", "--backend", "tensorrt-rtx", "--strict", "--json"]
     assert main(["build", str(tiny), *options]) == 0
@@ -62,6 +64,7 @@ def test_json_holds_the_records(tiny: Path, capsys: pytest.CaptureFixture[str]) 
     assert {*found} == {*PlanRecord.__struct_fields__}
 
 
+@pytest.mark.process
 def test_a_nodes_bundle_is_built_for_fewer_windows(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,13 +83,13 @@ def test_a_nodes_bundle_is_built_for_fewer_windows(
         (["--backend", "tensorrt-rtx", "--timing-cache", "x"], "TensorRT-RTX measures no timings"),
     ],
 )
-def test_what_cannot_be_is_one_line(
+def test_impossible_options_are_refused_in_one_line(
     tiny: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["build", str(tiny), *options]) == 1
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("error: ")
-    assert message in last
+    said = capsys.readouterr().err
+    (error,) = (line for line in said.splitlines() if line.startswith("error: "))
+    assert message in error
     assert not (tiny / "plans").exists()
 
 
@@ -98,7 +101,8 @@ def test_a_workspace_out_of_bounds_is_refused(
     assert not (tiny / "plans").exists()
 
 
-def test_unfused_attention_is_said_aloud_and_fails_when_strict(
+@pytest.mark.process
+def test_unfused_attention_is_reported_and_fails_with_strict(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("tensorrt_rtx")
@@ -128,7 +132,7 @@ class Lines:
         self.lines.append(text)
 
 
-def test_a_long_build_prints_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_build_prints_a_line_from_time_to_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
     console: Any = Lines()
@@ -142,6 +146,7 @@ def test_a_long_build_prints_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch
     assert all("Timing tactics" in line for line in console.lines[1:])
 
 
+@pytest.mark.process
 def test_a_terminal_shows_a_bar(tiny: Path) -> None:
     controller, terminal = pty.openpty()
     edge = subprocess.Popen(
@@ -161,22 +166,23 @@ def test_a_terminal_shows_a_bar(tiny: Path) -> None:
     assert edge.wait() == 0
     assert b"[1/1] tail" in shown
     assert "━".encode() in shown
-    assert b"0:00:0" in shown  # the time that went by
+    assert b"0:00:0" in shown  # the elapsed time
 
 
-# -- stopping -----------------------------------------------------------------
+# -- signals ------------------------------------------------------------------
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("wait_s", [0.0, 0.2, 0.7])
-def test_a_signal_at_any_moment_leaves_whole_plans_or_none(
+def test_a_signal_at_any_moment_leaves_complete_plans_or_none(
     tiny: Path, number: signal.Signals, wait_s: float
 ) -> None:
     edge = subprocess.Popen(
         [*BUILD, str(tiny), "--backend", "tensorrt-rtx"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        # Whoever started the tests in the background had SIGINT ignored, and that is inherited.
+        # A background test run has SIGINT ignored, and children inherit that.
         preexec_fn=lambda: [signal.signal(one, signal.SIG_DFL) for one in SIGNALS],
     )
     assert edge.stderr
@@ -184,7 +190,7 @@ def test_a_signal_at_any_moment_leaves_whole_plans_or_none(
     time.sleep(wait_s)
     edge.send_signal(number)
     said = edge.communicate()[1]
-    if edge.returncode == 0:  # a fast machine had finished
+    if edge.returncode == 0:  # a fast machine may have finished
         assert len(plans(Bundle.load(tiny))) == 3
     else:
         assert edge.returncode == 128 + number, said
@@ -200,12 +206,12 @@ def test_a_signal_at_any_moment_leaves_whole_plans_or_none(
         plan.read()
 
 
-# -- the parity gate; GPU and verdict are simulated -----------------------------
+# -- the parity gate, with a simulated GPU and verdict ---------------------------
 
 
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
-    """As if the plan had been built on a GPU; the gate then says what the result holds."""
+    """Simulate plans built on a GPU. The gate then returns the given result."""
     outcome = {"passed": True}
     machine = Machine("Orin", "8.7", "540.4.0", 8 << 30, "TensorRT 10.3.0")
 
@@ -239,7 +245,8 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
     return outcome
 
 
-def test_where_a_gpu_is_the_plans_are_measured(
+@pytest.mark.process
+def test_with_a_gpu_the_plans_are_measured(
     tiny: Path, on_a_gpu: dict[str, bool], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["build", str(tiny), "--stage", "tail", "--backend", "tensorrt-rtx"]) == 0
@@ -248,6 +255,7 @@ def test_where_a_gpu_is_the_plans_are_measured(
     assert f"next: edge-runtime segment PHOTO --point X,Y --local --bundle {tiny}" in said.out
 
 
+@pytest.mark.process
 def test_a_plan_that_fails_the_gate_is_a_failure(
     tiny: Path, on_a_gpu: dict[str, bool], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -259,11 +267,12 @@ def test_a_plan_that_fails_the_gate_is_a_failure(
     assert "warning: tail, TensorRT 10.3.0: error 0.5" in said.err
 
 
-# -- what it needs ----------------------------------------------------------------
+# -- imports ---------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_neither_torch_nor_onnx_is_needed(tiny: Path, tmp_path: Path) -> None:
-    """In the builder's process too: modules of those names there are traps."""
+    """The builder's process does not need them either: modules of those names are traps here."""
     for name in ("torch", "onnx", "onnx_ir", "onnxruntime", "pycuda"):
         (tmp_path / "traps").mkdir(exist_ok=True)
         (tmp_path / "traps" / f"{name}.py").write_text("raise SystemExit('imported')")

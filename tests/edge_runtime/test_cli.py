@@ -23,12 +23,12 @@ from edge_runtime import cli
 
 @pytest.fixture(autouse=True)
 def _keep_core_dumps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test process is not to be changed for good by a command run inside it."""
+    """A command in this process must not change the process for good."""
     monkeypatch.setattr("edge_common.process.disable_core_dumps", lambda: None)
 
 
 def command(monkeypatch: pytest.MonkeyPatch, behaviour: object) -> None:
-    """Make `edge-runtime info` do something else."""
+    """Replace the code of `edge-runtime info`."""
 
     def run(args: object) -> int:
         if isinstance(behaviour, BaseException):
@@ -39,6 +39,7 @@ def command(monkeypatch: pytest.MonkeyPatch, behaviour: object) -> None:
     monkeypatch.setattr(cli.importlib, "import_module", lambda name: module)
 
 
+@pytest.mark.process
 def test_help_names_every_command_and_imports_nothing_heavy() -> None:
     done = subprocess.run(
         [
@@ -65,7 +66,7 @@ def test_every_command_exists(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["init", "nodes"])
-def test_help_of_a_command_teaches(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_each_command_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([name, "--help"]) == 0
     text = capsys.readouterr().out
     assert f"usage: edge-runtime {name}" in text
@@ -75,7 +76,7 @@ def test_help_of_a_command_teaches(name: str, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_numbers_are_bounded_alike(name: str) -> None:
+def test_numbers_have_the_same_bounds_in_all_commands(name: str) -> None:
     parser = Parser()
     importlib.import_module(cli.COMMANDS[name].module).add_arguments(parser)
     alike = {"--threads": THREADS, "--max-exposure": SHARE, "--seed": SEED}
@@ -137,7 +138,7 @@ def test_usage_errors_exit_with_2(
         ),
     ],
 )
-def test_what_happens_becomes_one_line_and_an_exit_code(
+def test_every_error_becomes_one_line_and_an_exit_code(
     behaviour: object,
     code: int,
     says: str,
@@ -154,7 +155,7 @@ def test_with_json_an_error_has_fields(capsys: pytest.CaptureFixture[str]) -> No
     said = capsys.readouterr()
     fields = json.loads(said.out)
     assert fields.keys() == {"error", "code", "mend"}
-    assert fields["code"] == "bundle"
+    assert fields["code"] == "missing"
     assert said.err.startswith(f"error: {fields['error']}")
 
 
@@ -168,7 +169,7 @@ def test_debug_shows_the_traceback(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_signals_unwind_a_command_and_are_given_back(
+def test_signals_end_a_command_and_the_handlers_are_restored(
     number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unwound = []
@@ -189,13 +190,15 @@ def test_signals_unwind_a_command_and_are_given_back(
         assert stop.value.code == 128 + number
         assert unwound == [number]
         assert signal.getsignal(number) == signal.SIG_DFL
-        assert signals.received() is None  # or the next command's errors would end as this signal
+        # otherwise the next command's errors would end as this signal
+        assert signals.received() is None
         signal.signal(number, signal.SIG_IGN)  # as under nohup
         assert cli.main(["info"]) == 0
     finally:
         signal.signal(number, before)
 
 
+@pytest.mark.process
 def test_missing_torch_is_no_traceback_in_a_real_process(tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_text("some")
     code = (
@@ -211,7 +214,8 @@ def test_missing_torch_is_no_traceback_in_a_real_process(tmp_path: Path) -> None
     assert mend == "  -> run `pip install '.[export]'` in a checkout of edge-runtime"
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
+@pytest.mark.process
+def test_a_closed_output_pipe_is_no_error() -> None:
     shell = f"{sys.executable} -m edge_runtime.cli --help | head -n 1"
     done = subprocess.run(shell, shell=True, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("usage:")

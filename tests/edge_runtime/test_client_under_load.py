@@ -1,4 +1,4 @@
-"""A client that is used for long, or hard: what it counts stays right, and it ends as it says."""
+"""A client under long or heavy use: its counts stay right and it ends properly."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def bundle(toy_bundle: Path) -> Bundle:
     return Bundle.load(toy_bundle)
 
 
-def test_an_honest_node_is_never_taken_for_an_endless_one(bundle: Bundle, tmp_path: Path) -> None:
-    """What has been delivered does not add up to what was sent without end."""
+def test_an_honest_node_is_never_quarantined_for_flooding(bundle: Bundle, tmp_path: Path) -> None:
+    """Bytes that were delivered do not add up to a flood."""
 
     async def work() -> None:
         node = FaultyNode(bundle, tmp_path)
@@ -36,8 +36,9 @@ def test_an_honest_node_is_never_taken_for_an_endless_one(bundle: Bundle, tmp_pa
     asyncio.run(work())
 
 
-def test_giving_up_while_others_wait_to_be_sent(bundle: Bundle, tmp_path: Path) -> None:
-    """pyzmq lets even a message sent at once or not at all wait behind others: then it is not."""
+def test_cancelling_a_send_while_others_wait(bundle: Bundle, tmp_path: Path) -> None:
+    """pyzmq queues even a message that should be sent at once or not at all. Once cancelled, it is
+    not sent."""
 
     async def work() -> None:
         node = FaultyNode(bundle, tmp_path)

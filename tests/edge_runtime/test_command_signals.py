@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM at real commands: where they are stuck in an engine, and what they leave."""
+"""Ctrl-C and SIGTERM at real commands, also inside an engine, and what they leave behind."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from toy import slow
 
 from engines.bundle import shipped_bundle
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).resolve().parents[2]
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 
 def start(*command: str, **options: Any) -> subprocess.Popen[bytes]:
-    # A test run started in the background hands down SIGINT as ignored.
+    # A background test run passes on SIGINT as ignored.
     heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(
         [sys.executable, "-m", *command],
@@ -44,7 +46,7 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes]) 
 
 
 def busy(process: subprocess.Popen[bytes]) -> Callable[[], bool]:
-    """Whether the process has computed for longer than loading takes."""
+    """True if the process has computed for longer than loading takes."""
     ticks = os.sysconf("SC_CLK_TCK")
 
     def condition() -> bool:
@@ -68,7 +70,7 @@ def descendants(pid: int) -> set[int]:
 
 
 def ended(process: subprocess.Popen[bytes], number: int) -> bytes:
-    """Send the signal; what the process said, once it has ended as it should."""
+    """Send the signal. Check how the process ends and return its output."""
     children = descendants(process.pid)
     process.send_signal(number)
     said: bytes = process.communicate(timeout=60)[0]
@@ -91,7 +93,7 @@ def photo(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("stage", ["stack", "tail", "decoder"])
-def test_segment_ends_inside_an_engine_and_leaves_nothing(
+def test_segment_can_be_stopped_inside_an_engine_and_leaves_nothing(
     stage: str, number: signal.Signals, photo: Path, tmp_path: Path, toy_bundle: Path
 ) -> None:
     bundle = slow(toy_bundle, tmp_path / "bundle", stage)
@@ -104,7 +106,7 @@ def test_segment_ends_inside_an_engine_and_leaves_nothing(
     assert sorted(os.listdir(tmp_path)) == ["bundle", "photo.png"]
 
 
-def test_what_nodes_have_seen_is_on_record_though_the_tail_never_ends(
+def test_exposure_is_recorded_even_if_the_tail_never_ends(
     photo: Path, tmp_path: Path, make_fleet: Callable[..., Any], toy_bundle: Path
 ) -> None:
     bundle = slow(toy_bundle, tmp_path / "bundle", "tail")
@@ -128,7 +130,7 @@ def test_what_nodes_have_seen_is_on_record_though_the_tail_never_ends(
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_verify_ends_inside_an_engine(number: signal.Signals, tmp_path: Path) -> None:
+def test_verify_can_be_stopped_inside_an_engine(number: signal.Signals, tmp_path: Path) -> None:
     bundle = slow(shipped_bundle(), tmp_path / "bundle", "stack")
     before = sorted(tmp_path.rglob("*"))
     process = start("edge_runtime.cli", "verify", str(bundle.path), "--device", "cpu")
@@ -138,7 +140,7 @@ def test_verify_ends_inside_an_engine(number: signal.Signals, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_nodes_ends_while_it_waits_for_one(
+def test_nodes_can_be_stopped_while_it_waits(
     number: signal.Signals, tmp_path: Path, make_fleet: Callable[..., Any]
 ) -> None:
     fleet = make_fleet("alpha")
@@ -154,13 +156,13 @@ def test_nodes_ends_while_it_waits_for_one(
     command = ["edge_runtime.cli", "nodes", "--timeout", "3600", "--config", str(toml)]
     process = start(*command)
     threads = Path(f"/proc/{process.pid}/task")
-    wait_for(lambda: len(os.listdir(threads)) > 3, process)  # it is on the network
+    wait_for(lambda: len(os.listdir(threads)) > 3, process)  # the command waits on the network
     ended(process, number)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("moment", ["nodes", "alone"])
-def test_the_demo_takes_its_processes_with_it(
+def test_stopping_the_demo_ends_its_processes(
     moment: str, number: signal.Signals, tmp_path: Path
 ) -> None:
     scratch = tmp_path / "tmp"
@@ -187,7 +189,7 @@ def test_the_demo_takes_its_processes_with_it(
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_node_ends_while_its_engine_loads(
+def test_a_node_can_be_stopped_while_its_engine_loads(
     number: signal.Signals, tmp_path: Path, make_fleet: Callable[..., Any]
 ) -> None:
     keys = make_fleet("alpha").root / "alpha"

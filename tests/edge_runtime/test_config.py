@@ -1,4 +1,4 @@
-"""edge.toml: what is read, and what is refused with which advice."""
+"""edge.toml: valid files, and the errors with their remedies."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_paths_are_relative_to_the_file_and_defaults_apply(
     assert load_config(path) == config
 
 
-def test_a_key_may_stand_in_the_file_itself(tmp_path: Path) -> None:
+def test_a_key_may_be_written_in_the_file_itself(tmp_path: Path) -> None:
     path = written(tmp_path, NODE.replace("keys/alpha-node.pub", KEY))
     assert load_config(path).nodes[0].server_key == KEY
 
@@ -64,7 +64,7 @@ def test_the_device_is_read_and_checked(tmp_path: Path) -> None:
         EdgeConfig(nodes=config.nodes, device="tpu")  # type: ignore[arg-type]
 
 
-def test_integers_do_for_numbers(tmp_path: Path) -> None:
+def test_integers_are_accepted_as_numbers(tmp_path: Path) -> None:
     path = written(tmp_path, "deadline_s = 3\nmax_exposure = 1\nwindows_per_request = 2\n" + NODE)
     config = load_config(path)
     assert (config.deadline_s, config.max_exposure, config.windows_per_request) == (3, 1, 2)
@@ -73,10 +73,10 @@ def test_integers_do_for_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("max_exposre = 0.4\n" + NODE, "unknown key 'max_exposre'; did you mean max_exposure"),
+        ("max_exposre = 0.4\n" + NODE, "unknown key 'max_exposre': did you mean max_exposure"),
         (
             NODE + 'endpont = "x"\n',
-            "unknown key 'endpont' in .*table 1 .alpha.; did you mean endpoint",
+            "unknown key 'endpont' in .*table 1 .alpha.: did you mean endpoint",
         ),
         ("zzz = 1\n" + NODE, "known are nodes, bundle"),
         ("max_exposure = 0\n" + NODE, "max_exposure is 0"),
@@ -126,20 +126,20 @@ def test_integers_do_for_numbers(tmp_path: Path) -> None:
         ("deadline_s = \n" + NODE, "not valid TOML"),
     ],
 )
-def test_mistakes_are_refused_with_what_mends_them(tmp_path: Path, text: str, says: str) -> None:
+def test_mistakes_are_refused_with_the_remedy(tmp_path: Path, text: str, says: str) -> None:
     path = written(tmp_path, text)
     with pytest.raises(ConfigError, match=says) as caught:
         load_config(path)
     assert str(path) in str(caught.value)
 
 
-def test_a_missing_file_says_how_to_make_it(tmp_path: Path) -> None:
+def test_a_missing_file_says_how_to_create_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="edge-runtime init"):
         load_config(tmp_path / "edge.toml")
 
 
 def test_the_settings_of_a_node_are_recognised(tmp_path: Path) -> None:
-    """Those as `cloud-node init` writes them too: all comments."""
+    """Also a file as `cloud-node init` writes it, in which everything is a comment."""
     for name, text in (("x.toml", 'bind = "tcp://0.0.0.0:5555"\n'), ("node.toml", "# bind = 1\n")):
         path = tmp_path / name
         path.write_text(text)
@@ -147,7 +147,7 @@ def test_the_settings_of_a_node_are_recognised(tmp_path: Path) -> None:
             load_config(path)
 
 
-def test_the_settings_by_which_a_node_is_recognised_are_a_nodes() -> None:
+def test_the_settings_that_identify_a_node_file_are_node_settings() -> None:
     from cloud_node.settings import SETTINGS
 
     assert SETTINGS.keys() >= NODE_SETTINGS
@@ -156,7 +156,7 @@ def test_the_settings_by_which_a_node_is_recognised_are_a_nodes() -> None:
 
 @pytest.mark.parametrize("mode", [0o646, 0o666])
 def test_a_file_that_others_may_write_is_refused(tmp_path: Path, mode: int) -> None:
-    """They could name nodes of their own."""
+    """Others could add their own nodes."""
     path = written(tmp_path, NODE)
     path.chmod(mode)
     with pytest.raises(ConfigError, match=f"chmod go-w {path}"):
@@ -187,8 +187,8 @@ def test_a_missing_key_of_a_node_comes_from_its_owner(tmp_path: Path) -> None:
         load_nodes(config)
 
 
-def test_this_edges_own_key_is_no_nodes(tmp_path: Path) -> None:
-    """Its .pub files lie beside those that nodes sent."""
+def test_this_edge_s_own_key_is_refused_as_a_node_key(tmp_path: Path) -> None:
+    """The edge's own .pub files are in the same folder as those that nodes sent."""
     for own in ("alpha", "beta"):
         config = two_nodes(tmp_path / own)
         text = (tmp_path / own / f"{own}.pub").read_text()
@@ -221,7 +221,7 @@ def test_keys_are_read(tmp_path: Path) -> None:
     assert alpha.keypair.secret not in repr(alpha)
 
 
-def test_an_open_secret_key_is_refused(tmp_path: Path) -> None:
+def test_an_exposed_secret_key_is_refused(tmp_path: Path) -> None:
     config = two_nodes(tmp_path)
     os.chmod(tmp_path / "alpha.key", 0o640)
     with pytest.raises(KeyFileError, match="chmod 600"):

@@ -1,4 +1,4 @@
-"""The demo: what it promises, and that it notices when that does not hold."""
+"""The demo: it keeps its promises, and it notices when one does not hold."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def children(pid: int) -> set[int]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that the command left."""
+    """The folder that the command wrote."""
     out = tmp_path_factory.mktemp("demo") / "out"
     assert main(["demo", "--out", str(out)]) == 0
     return out
@@ -53,7 +53,8 @@ def report(finished: Path) -> dict[str, Any]:
     return found
 
 
-def test_the_report_says_what_was_promised(report: dict[str, Any]) -> None:
+@pytest.mark.process
+def test_the_report_shows_the_promised_properties(report: dict[str, Any]) -> None:
     assert report["identical_to_local"] is True
     assert 0 < report["largest_share"] <= report["max_exposure"] == 0.37
     assert [node["name"] for node in report["nodes"]] == ["alpha", "beta", "gamma"]
@@ -63,7 +64,7 @@ def test_the_report_says_what_was_promised(report: dict[str, Any]) -> None:
     assert report["largest_share"] == max(node["share_of_image"] for node in report["nodes"])
     assert report["bytes_up"] >= report["windows_sent"] * 32 * 40 * 3
     assert report["bytes_down"] == sum(node["bytes_down"] for node in report["nodes"]) > 0
-    assert report["mask_iou"] > 0.75  # three of the coins; all of them: docs/results
+    assert report["mask_iou"] > 0.75  # three of the coins; all of them are in docs/results
     assert report["mask_iou"] == pytest.approx(np.mean(report["mask_iou_per_click"]))
     latency = report["latency_ms"]
     assert set(latency["nodes"]) == {"alpha", "beta", "gamma"}
@@ -73,7 +74,8 @@ def test_the_report_says_what_was_promised(report: dict[str, Any]) -> None:
     assert {entry["event"] for entry in report["ledger"]} == {"reserved", "committed"}
 
 
-def test_it_writes_two_pictures_and_the_report_and_nothing_else(finished: Path) -> None:
+@pytest.mark.process
+def test_the_demo_writes_two_pictures_and_the_report_and_nothing_else(finished: Path) -> None:
     names = ["overlay.png", "report.json", "what-each-node-saw.png"]
     assert sorted(os.listdir(finished)) == names
     for name in ("overlay.png", "what-each-node-saw.png"):
@@ -82,6 +84,7 @@ def test_it_writes_two_pictures_and_the_report_and_nothing_else(finished: Path) 
             assert picture.width > 1000
 
 
+@pytest.mark.process
 def test_no_node_is_left_running(finished: Path) -> None:
     commands = [
         Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
@@ -91,8 +94,9 @@ def test_no_node_is_left_running(finished: Path) -> None:
     assert not [command for command in commands if b"edge-runtime-demo-" in command]
 
 
-def test_one_corrupted_token_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One bit of one number of one token, in what the nodes returned."""
+@pytest.mark.process
+def test_a_single_corrupted_bit_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bit of one number of one returned token."""
     real = demo._offloaded
 
     def corrupted(*args: Any) -> Any:
@@ -126,7 +130,7 @@ def test_identical_means_every_bit() -> None:
     assert not demo.identical(one, demo.Run(wider, masks))
 
 
-def test_a_run_survives_the_way_between_processes(tmp_path: Path) -> None:
+def test_a_run_survives_transfer_between_processes(tmp_path: Path) -> None:
     run = demo.Run({"tokens": np.array([[1.5, np.nan]], np.float32)}, np.eye(3, dtype=bool)[None])
     demo.save_run(tmp_path / "run.npz", run)
     assert demo.identical(run, demo.load_run(tmp_path / "run.npz"))
@@ -140,14 +144,15 @@ def test_a_run_survives_the_way_between_processes(tmp_path: Path) -> None:
         ({"largest_share": 0.0}, "0.0%"),
     ],
 )
-def test_the_verdict_names_what_is_wrong(change: dict[str, Any], words: str) -> None:
+def test_the_verdict_names_the_problem(change: dict[str, Any], words: str) -> None:
     good = {"identical_to_local": True, "largest_share": 0.37}
     assert demo.verdict(good) == []
     assert words in " ".join(demo.verdict({**good, **change}))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_nodes_too(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_also_ends_the_nodes(tmp_path: Path, number: signal.Signals) -> None:
     scratch = tmp_path / "tmp"
     scratch.mkdir()
     command = [sys.executable, "-m", "edge_runtime.cli", "demo"]
@@ -157,7 +162,7 @@ def test_a_signal_ends_the_nodes_too(tmp_path: Path, number: signal.Signals) -> 
         env={**os.environ, "TMPDIR": str(scratch)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        # A test run started in the background hands down SIGINT as ignored.
+        # A background test run passes on SIGINT as ignored.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
     )
     nodes: set[int] = set()
@@ -175,7 +180,8 @@ def test_a_signal_ends_the_nodes_too(tmp_path: Path, number: signal.Signals) -> 
     assert not (tmp_path / "out" / "report.json").exists()
 
 
-def test_a_node_that_does_not_start_is_named_and_the_others_are_ended(
+@pytest.mark.process
+def test_a_node_that_fails_to_start_is_named_and_the_others_are_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = subprocess.Popen
@@ -211,7 +217,8 @@ def test_results_of_other_commands_are_not_replaced(
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_earlier_results_of_the_demo_are_replaced_and_nothing_of_them_is_kept(
+@pytest.mark.process
+def test_earlier_results_of_the_demo_are_replaced_completely(
     finished: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -224,13 +231,14 @@ def test_earlier_results_of_the_demo_are_replaced_and_nothing_of_them_is_kept(
 
 
 def segment_refuses(out: Path) -> bool:
-    """Whether `segment --overwrite` leaves the demo's results alone."""
+    """True if `segment --overwrite` refuses to replace the demo's results."""
     command = ["segment", str(demo.PHOTO), "--point", "335,43", "--local", "--out", str(out)]
     return main([*command, "--overwrite"]) == 1
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("place", ["full", "proc"])
-def test_a_place_that_cannot_be_written_is_told_before_any_node_starts(
+def test_an_unwritable_folder_is_reported_before_any_node_starts(
     place: str, full_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo, "_nodes", None)

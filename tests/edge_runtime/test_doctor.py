@@ -1,4 +1,4 @@
-"""``edge-runtime doctor`` as it is run, here and where packages are broken (simulated ones)."""
+"""``edge-runtime doctor`` as users run it, here and with simulated broken packages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def broken(tmp_path: Path) -> Path:
-    """A folder whose modules come before all others."""
+    """A folder whose modules take precedence over all others."""
     folder = tmp_path / "broken"
     folder.mkdir()
     return folder
@@ -62,6 +62,7 @@ def failed(found: dict[str, dict[str, Any]]) -> set[str]:
     return {name for name, row in found.items() if row["status"] == "fail"}
 
 
+@pytest.mark.process
 def test_this_machine(run: Run) -> None:
     done = run("--json", "--timeout", "120")
     found = checks(done)
@@ -73,6 +74,7 @@ def test_this_machine(run: Run) -> None:
     assert done.returncode == (1 if failed(found) else 0)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("source", "said"),
     [
@@ -94,8 +96,9 @@ def test_a_broken_tensorrt_is_one_failed_line(
     assert done.returncode == 1
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["numpy", "msgspec", "rich", "zmq"])
-def test_it_runs_where_what_edge_runtime_needs_is_broken(run: Run, broken: Path, name: str) -> None:
+def test_it_runs_with_broken_dependencies(run: Run, broken: Path, name: str) -> None:
     (broken / f"{name}.py").write_text("import os; os.abort()")
     done = run("--json", "--timeout", "120")
     found = checks(done)
@@ -105,6 +108,7 @@ def test_it_runs_where_what_edge_runtime_needs_is_broken(run: Run, broken: Path,
     assert done.returncode == 1
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("needed", ["cuda", "tensorrt"])
 def test_requirements_decide_the_exit_code(run: Run, needed: str) -> None:
     done = run("--json", "--require", needed, "--timeout", "120", CUDA_VISIBLE_DEVICES="")
@@ -113,6 +117,7 @@ def test_requirements_decide_the_exit_code(run: Run, needed: str) -> None:
     assert done.returncode == 1
 
 
+@pytest.mark.process
 def test_nothing_heavy_is_imported() -> None:
     heavy = "'torch', 'numpy', 'onnxruntime', 'tensorrt', 'tensorrt_rtx', 'pycuda', 'rich', 'zmq'"
     code = (
@@ -125,7 +130,10 @@ def test_nothing_heavy_is_imported() -> None:
     assert done.stderr == "[]\n"
 
 
-def test_the_report_names_neither_machine_nor_user(run: Run, broken: Path, tmp_path: Path) -> None:
+@pytest.mark.process
+def test_the_report_contains_no_machine_or_user_name(
+    run: Run, broken: Path, tmp_path: Path
+) -> None:
     home = tmp_path / "home" / "canary-user"
     home.mkdir(parents=True)
     (broken / "tensorrt.py").write_text(f"raise ImportError('{home}/lib/x.so: no such file')")
@@ -142,14 +150,14 @@ def test_the_report_names_neither_machine_nor_user(run: Run, broken: Path, tmp_p
 
 @pytest.fixture
 def found(monkeypatch: pytest.MonkeyPatch) -> list[Check]:
-    """What the doctor finds, to fill."""
+    """An empty diagnosis for a test to fill."""
     rows: list[Check] = []
     monkeypatch.setattr(doctor, "examine", lambda **options: rows)
     monkeypatch.setattr("edge_common.process.disable_core_dumps", lambda: None)
     return rows
 
 
-def test_one_line_each_and_the_command_below(
+def test_each_finding_is_one_line_with_its_command_below(
     found: list[Check], capsys: pytest.CaptureFixture[str]
 ) -> None:
     found += [
@@ -174,7 +182,7 @@ def test_one_line_each_and_the_command_below(
         ({"TERM": "dumb"}, False),
     ],
 )
-def test_colours_on_a_terminal(
+def test_a_terminal_gets_colours(
     found: list[Check],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -193,7 +201,7 @@ def test_colours_on_a_terminal(
     )
 
 
-def test_the_exit_code_is_about_failures_alone(found: list[Check]) -> None:
+def test_the_exit_code_depends_on_failures_alone(found: list[Check]) -> None:
     for status, code in (("ok", 0), ("none", 0), ("warn", 0), ("fail", 1), ("ok", 1)):
         found.append(Check(str(len(found)), status, "x", "y"))  # type: ignore[arg-type]
         assert cli.main(["doctor", "--json"]) == code
@@ -206,7 +214,7 @@ def test_the_exit_code_is_about_failures_alone(found: list[Check]) -> None:
         (["--require", "luck"], 2, "invalid choice"),
     ],
 )
-def test_bad_options(
+def test_bad_options_are_refused(
     found: list[Check],
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
@@ -217,7 +225,7 @@ def test_bad_options(
     assert said in capsys.readouterr().err
 
 
-def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--help"]) == 0
     text = capsys.readouterr().out
     assert "examples:" in text
@@ -227,7 +235,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture(scope="module")
 def simulated_gpu() -> dict[str, str]:
-    """What makes Python find real pycuda and a simulated CUDA driver."""
+    """Environment that makes Python find real pycuda and a simulated CUDA driver."""
     spec = importlib.util.spec_from_file_location(
         "build_simulated_cuda", ROOT / "tests/engines/simulated_cuda/build.py"
     )
@@ -241,8 +249,9 @@ def simulated_gpu() -> dict[str, str]:
         pytest.skip(str(reason))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("devices", ["1", "0"])
-def test_a_gpu_as_real_pycuda_and_a_simulated_driver_show_it(
+def test_a_gpu_seen_through_real_pycuda_and_a_simulated_driver(
     run: Run, broken: Path, simulated_gpu: dict[str, str], devices: str
 ) -> None:
     (broken / "tensorrt.py").write_text("__version__ = '10.13.3'")

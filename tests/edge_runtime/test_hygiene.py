@@ -1,4 +1,4 @@
-"""Outside the outputs asked for, nothing keeps or prints a picture, a prompt or a key."""
+"""Apart from the requested outputs, nothing stores or prints a picture, a prompt or a key."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from zmq.utils import z85
 
 from transport.keys import load_secret, load_secret_bytes
 
+pytestmark = pytest.mark.process
+
 PIXEL = bytes((0xC5, 0x3A, 0x97))
-"""The photo is this colour all over, so that any piece of it is recognised."""
+"""The whole photo has this colour, so every piece of it is recognised."""
 POINT = ("13.62548", "27.37519")
 
 
 def needles(keys: Iterable[Path]) -> list[bytes]:
-    """The photo, the prompt and the keys in the forms in which they could turn up."""
+    """The photo, the prompt and the keys in every form in which they could appear."""
     numbers = [str(value) for value in PIXEL] * 2
     found = [separator.join(numbers).encode() for separator in (",", ", ", " ", "  ")]
     found += [coordinate.encode() for coordinate in POINT]
@@ -83,7 +85,7 @@ def test_no_log_or_temporary_file_holds_the_canary(
         while b"windows for" not in (fleet.root / "alpha" / "log").read_bytes():
             assert edge.poll() is None
             time.sleep(0.01)
-        assert os.listdir(scratch) == []  # neither while it is at work
+        assert os.listdir(scratch) == []  # and none while it runs
         edge.terminate()
     said = edge.communicate(timeout=120)[0]
     fleet.nodes["beta"].signal(signal.SIGCONT)
@@ -95,7 +97,7 @@ def test_no_log_or_temporary_file_holds_the_canary(
 
     wanted = needles(secrets(fleet.root))
     assert len(wanted) > 20
-    assert leaks(photo.read_bytes(), wanted)  # what is searched for can be found
+    assert leaks(photo.read_bytes(), wanted)  # the search itself works
     assert leaks(fleet.keys.joinpath("alpha.key").read_bytes(), wanted)
     assert leaks(said, wanted) == []
     assert "windows for" in fleet.nodes["alpha"].logged()

@@ -11,7 +11,7 @@ from edge_runtime.cli import main
 from engines.bundle import MANIFEST, Bundle, node_bundle, shipped_bundle
 
 
-def test_it_says_what_a_bundle_is(toy_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_describes_a_bundle(toy_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(toy_bundle)]) == 0
     text = " ".join(capsys.readouterr().out.split())
     for fact in (
@@ -27,7 +27,7 @@ def test_it_says_what_a_bundle_is(toy_bundle: Path, capsys: pytest.CaptureFixtur
         assert fact in text
 
 
-def test_json_holds_the_manifest_and_what_follows(
+def test_json_holds_the_manifest_and_derived_values(
     toy_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["info", str(toy_bundle), "--json"]) == 0
@@ -42,7 +42,7 @@ def test_json_holds_the_manifest_and_what_follows(
     assert facts["window_bytes"] == {"up": 16 * 16 * 3 + 16 + 8, "down": 16 * 8 * 4}
 
 
-def test_the_plain_form_is_shown_or_missed(
+def test_the_plain_form_is_shown_or_reported_missing(
     toy_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["info"]) == 0
@@ -63,7 +63,7 @@ def test_the_plain_form_is_shown_or_missed(
         ({"stock": True}, "cannot be offloaded"),
     ],
 )
-def test_other_kinds(
+def test_other_kinds_are_described(
     make_toy_bundle: Callable[..., Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -74,7 +74,7 @@ def test_other_kinds(
     assert said in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_node_bundle(
+def test_a_node_bundle_is_described(
     toy_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     node_bundle(Bundle.load(toy_bundle), tmp_path / "node")
@@ -84,7 +84,7 @@ def test_a_node_bundle(
     assert list(facts["stages"]) == ["stack"]
 
 
-def test_text_of_a_manifest_is_shown_as_it_is(
+def test_manifest_text_is_escaped(
     toy_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = shutil.copytree(toy_bundle, tmp_path / "b")
@@ -105,12 +105,12 @@ def test_damage_is_one_line_and_a_failure(
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert "tail.onnx is damaged" in error
-    assert error.count("\n") == 1
+    assert error.count("\n") == 1 + error.count("\n  -> ")
     assert main(["info", str(copy), "--no-verify"]) == 0
     assert "not verified" in capsys.readouterr().out
 
 
-def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--help"]) == 0
     text = capsys.readouterr().out
     assert "examples:" in text

@@ -1,4 +1,4 @@
-"""`edge-runtime init`: what it writes loads, and what it must not touch stays."""
+"""`edge-runtime init`: it writes a file that loads, and leaves existing files alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def node(name: str, key: str = "") -> str:
     return f"--node={name}=tcp://{name}.example.org:5555,{key or f'theirs/{name}-node.pub'}"
 
 
-def test_writes_a_configuration_that_loads_and_the_keys_it_needs(
+def test_init_writes_a_loadable_configuration_and_the_keys(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "conf").mkdir()
@@ -46,7 +46,7 @@ def test_writes_a_configuration_that_loads_and_the_keys_it_needs(
     for secret in ("keys/edge.secret", "keys/alpha.key", "keys/beta.key", "keys/gamma.key"):
         assert stat.S_IMODE((tmp_path / secret).stat().st_mode) == 0o600
     text = (tmp_path / "conf/edge.toml").read_text()
-    assert '"../keys/alpha.key"' in text  # relative: the folders may move together
+    assert '"../keys/alpha.key"' in text  # relative, so that both folders may move together
     assert str(tmp_path) not in text
     assert "nodes get half of" in text
 
@@ -100,8 +100,8 @@ def test_a_budget_may_be_in_percent(capsys: pytest.CaptureFixture[str]) -> None:
     assert load_config("edge.toml").max_exposure == 0.37
 
 
-def test_this_edges_own_key_is_not_taken_for_a_nodes(capsys: pytest.CaptureFixture[str]) -> None:
-    """The likeliest mistake: the .pub file that was made here instead of the one that was sent."""
+def test_this_edge_s_own_key_is_refused_as_a_node_key(capsys: pytest.CaptureFixture[str]) -> None:
+    """A likely mistake: the .pub file made here instead of the one that the node sent."""
     made = generate(Path("keys"), "alpha")
     for key in ("keys/alpha.pub", made.public):
         assert cli.main(["init", node("alpha", key), node("beta")]) == 1
@@ -113,15 +113,15 @@ def test_this_edges_own_key_is_not_taken_for_a_nodes(capsys: pytest.CaptureFixtu
     assert not Path("keys/edge.secret").exists()
 
 
-def test_a_key_that_the_shell_changed_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_key_altered_by_the_shell_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["init", node("alpha", KEY.replace("$R", "")[:30])]) == 1
     assert "single quotes" in capsys.readouterr().err
 
 
-def test_a_folder_that_others_may_write_to(
+def test_a_folder_writable_by_others_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No command would take the file."""
+    """No command would accept the file."""
     tmp_path.chmod(0o777)
     assert cli.main(["init", node("alpha", KEY)]) == 1
     assert f"chmod go-w {tmp_path}" in capsys.readouterr().err
@@ -129,7 +129,7 @@ def test_a_folder_that_others_may_write_to(
     assert not Path("keys").exists()
 
 
-def test_what_it_writes_is_closed_to_others_whatever_the_umask() -> None:
+def test_new_files_are_closed_to_others_under_any_umask() -> None:
     before = os.umask(0)
     try:
         assert cli.main(["init", node("alpha")]) == 0
@@ -139,6 +139,7 @@ def test_what_it_writes_is_closed_to_others_whatever_the_umask() -> None:
     load_nodes(load_config("edge.toml"))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("option", "name"), [("--out", "edge.toml"), ("--keys", "keys")])
 def test_a_full_disk_leaves_nothing_that_blocks_the_next_try(
     option: str, name: str, full_disk: Path, capsys: pytest.CaptureFixture[str]
@@ -149,13 +150,13 @@ def test_a_full_disk_leaves_nothing_that_blocks_the_next_try(
     assert cli.main(arguments) == 1
     said = capsys.readouterr().err
     assert f"cannot write {full_disk / name}" in said
-    assert "No space left on device; make room on that disk, or " in said
+    assert "No space left on device\n  -> make room on that disk, or " in said
     assert [path for path in full_disk.rglob("*") if path.is_file()] == [filler]
     filler.unlink()
     assert cli.main(arguments) == 0
 
 
-def test_a_budget_that_so_few_nodes_cannot_keep_is_noted(
+def test_a_budget_too_small_for_the_number_of_nodes_is_noted(
     toy_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["init", node("alpha"), node("beta"), f"--bundle={toy_bundle}"]

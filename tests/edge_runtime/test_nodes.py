@@ -1,4 +1,4 @@
-"""`edge-runtime nodes`: the truth about each node, and an exit code for scripts."""
+"""`edge-runtime nodes`: the state of each node, and an exit code for scripts."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from edge_runtime import cli
 from engines.bundle import Bundle
 from transport.keys import generate
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(autouse=True)
 def _keep_core_dumps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,7 +24,7 @@ def _keep_core_dumps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def written(folder: Path, fleet: Any, bundle: Path | None = None, **changes: str) -> str:
-    """An edge.toml of the fleet; ``changes`` are settings of its first node."""
+    """An edge.toml of the fleet. ``changes`` are settings of its first node."""
     config = fleet.config()
     lines = [f'secret = "{config.secret}"', f'bundle = "{bundle or config.bundle}"']
     for number, node in enumerate(config.nodes):
@@ -46,7 +48,7 @@ def checked(
     return code, json.loads(capsys.readouterr().out)
 
 
-def test_healthy_nodes(
+def test_healthy_nodes_are_ok(
     shared_fleet: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = written(tmp_path, shared_fleet)
@@ -63,7 +65,7 @@ def test_healthy_nodes(
     assert "ROUND TRIP" in text
 
 
-def test_a_node_that_is_not_there(
+def test_an_absent_node_is_reported(
     shared_fleet: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with socket.socket() as probe:
@@ -80,7 +82,7 @@ def test_a_node_that_is_not_there(
     assert "2 of 3 nodes can be used." in capsys.readouterr().out
 
 
-def test_a_node_that_does_not_know_this_edge(
+def test_a_node_without_this_edge_s_key_is_reported(
     shared_fleet: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     generate(tmp_path, "stranger")
@@ -91,7 +93,7 @@ def test_a_node_that_does_not_know_this_edge(
     assert "keys authorize" in found[0]["detail"]
 
 
-def test_a_node_with_another_key(
+def test_a_node_with_another_key_is_reported(
     shared_fleet: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     generate(tmp_path, "other")
@@ -102,7 +104,7 @@ def test_a_node_with_another_key(
     assert (found[0]["reachable"], found[0]["authorised"]) == (True, None)
 
 
-def test_nodes_of_another_bundle(
+def test_nodes_with_another_bundle_are_reported(
     shared_fleet: Any,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -117,7 +119,7 @@ def test_nodes_of_another_bundle(
         assert Bundle.load(other).stage("stack").sha256[:12] in status["detail"]
 
 
-def test_a_frozen_node(
+def test_a_frozen_node_is_reported(
     shared_fleet: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = written(tmp_path, shared_fleet)
@@ -129,7 +131,7 @@ def test_a_frozen_node(
     assert code == 1
     assert [status["usable"] for status in found] == [True, False, True]
     assert "frozen" in found[1]["detail"]
-    assert found[1]["authorised"] is None  # nobody can know
+    assert found[1]["authorised"] is None  # this can't be known
 
 
 def test_mistakes_are_one_line(

@@ -1,4 +1,4 @@
-"""OffloadPredictor against segment_anything's own SamPredictor, and its behaviour in between."""
+"""OffloadPredictor compared with segment_anything's own SamPredictor."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZES = [(144, 144), (300, 401), (97, 33), (7, 500), (1, 1), (801, 600)]
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Coarse random blotches: masks with insides and outlines, not noise."""
+    """Coarse random blotches, so that masks have an inside and an outline."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (-(-height // 16), -(-width // 16), 3), dtype=np.uint8)
     return np.ascontiguousarray(coarse.repeat(16, 0).repeat(16, 1)[:height, :width])
@@ -30,7 +30,7 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def reference(random_checkpoint: Path) -> Any:
-    """The original predictor on the original blocks, reordered."""
+    """The original predictor on the reordered original blocks."""
     segment_anything = pytest.importorskip("segment_anything")
     from exporters.models import load_checkpoint, reorder
 
@@ -44,7 +44,7 @@ def predictor(random_bundle: Path) -> Iterator[OffloadPredictor]:
 
 
 def prompts(height: int, width: int, low_res: np.ndarray) -> dict[str, dict[str, Any]]:
-    """One of every kind, in pixels of an image of that size."""
+    """One prompt of every kind, in pixels of an image of that size."""
     at = np.array([width, height])
     points = {
         "point_coords": np.array([[0.3, 0.4], [0.8, 0.1], [0.0, 1.0]]) * at,
@@ -63,8 +63,9 @@ def prompts(height: int, width: int, low_res: np.ndarray) -> dict[str, dict[str,
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
-def test_equals_the_original(
+def test_results_equal_the_original_s(
     size: tuple[int, int], predictor: OffloadPredictor, reference: Any
 ) -> None:
     image = picture(*size)
@@ -100,10 +101,10 @@ def test_masks_of_the_comparison_are_not_trivial(predictor: OffloadPredictor) ->
     assert iou.shape == (3,)
     assert 0.02 < masks.mean() < 0.98
     other = predictor.predict(np.array([[300, 250]]), np.array([1]))[2]
-    assert abs(other - low_res).max() > 0.01  # the click matters
+    assert abs(other - low_res).max() > 0.01  # the click changes the result
 
 
-def test_bgr_is_rgb_backwards(predictor: OffloadPredictor) -> None:
+def test_bgr_is_rgb_with_reversed_channels(predictor: OffloadPredictor) -> None:
     image = picture(60, 90)
     predictor.set_image(image)
     rgb = predictor.get_image_embedding()
@@ -113,7 +114,7 @@ def test_bgr_is_rgb_backwards(predictor: OffloadPredictor) -> None:
     assert not np.array_equal(predictor.get_image_embedding(), rgb)
 
 
-def test_signatures_are_the_originals(reference: Any) -> None:
+def test_signatures_equal_the_original_s(reference: Any) -> None:
     for name in ("set_image", "predict", "reset_image", "get_image_embedding"):
         ours = inspect.signature(getattr(OffloadPredictor, name)).parameters.values()
         theirs = inspect.signature(getattr(type(reference), name)).parameters.values()
@@ -126,7 +127,7 @@ def raised(call: Callable[[], object]) -> tuple[type, str]:
     return caught.type, str(caught.value)
 
 
-def test_errors_callers_rely_on_are_the_originals(
+def test_errors_that_callers_rely_on_equal_the_original_s(
     predictor: OffloadPredictor, reference: Any
 ) -> None:
     image = picture(60, 90)
@@ -179,7 +180,7 @@ def test_malformed_prompts_are_refused(
         "photo.jpg",
     ],
 )
-def test_what_is_no_rgb_image_is_refused_and_leaves_none_set(
+def test_a_malformed_image_is_refused_and_no_image_is_set(
     image: Any, predictor: OffloadPredictor
 ) -> None:
     predictor.set_image(picture(60, 90))
@@ -188,7 +189,7 @@ def test_what_is_no_rgb_image_is_refused_and_leaves_none_set(
     assert not predictor.is_image_set
 
 
-def test_once_loaded_it_needs_no_file_of_the_bundle(toy_bundle: Path, tmp_path: Path) -> None:
+def test_a_loaded_predictor_needs_no_bundle_files(toy_bundle: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(toy_bundle, copy)
     with OffloadPredictor(bundle=copy, threads=1) as predictor:
@@ -198,7 +199,7 @@ def test_once_loaded_it_needs_no_file_of_the_bundle(toy_bundle: Path, tmp_path: 
         predictor.predict(np.array([[5, 6]]), np.array([1]))
 
 
-def test_the_error_says_what_to_pass(predictor: OffloadPredictor) -> None:
+def test_the_error_says_which_argument_to_pass(predictor: OffloadPredictor) -> None:
     with pytest.raises(ImageError, match=r"was given str; expected a uint8 array .*load_image"):
         predictor.set_image("photo.jpg")  # type: ignore[arg-type]
     with pytest.raises(ImageError, match=r"was given array \(5, 5\)"):
@@ -206,7 +207,7 @@ def test_the_error_says_what_to_pass(predictor: OffloadPredictor) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "I;16", "1"])
-def test_a_pillow_image_is_taken_in_every_mode(mode: str, predictor: OffloadPredictor) -> None:
+def test_pillow_images_of_every_mode_are_accepted(mode: str, predictor: OffloadPredictor) -> None:
     image = Image.fromarray(picture(60, 90))
     image = image.convert("I").convert(mode) if mode == "I;16" else image.convert(mode)
     predictor.set_image(image)
@@ -215,11 +216,11 @@ def test_a_pillow_image_is_taken_in_every_mode(mode: str, predictor: OffloadPred
     expected = as_rgb(image, "x")
     predictor.set_image(expected)
     np.testing.assert_array_equal(predictor.get_image_embedding(), embedding)
-    predictor.set_image(image, image_format="BGR")  # says nothing about an image that knows itself
+    predictor.set_image(image, image_format="BGR")  # ignored: the image knows its own format
     np.testing.assert_array_equal(predictor.get_image_embedding(), embedding)
 
 
-def test_pillow_s_own_numbers_out_of_range_are_refused(predictor: OffloadPredictor) -> None:
+def test_pillow_images_with_values_out_of_range_are_refused(predictor: OffloadPredictor) -> None:
     with pytest.raises(ImageError, match="the image holds floating-point pixels"):
         predictor.set_image(Image.new("F", (9, 9)))
 
@@ -227,7 +228,8 @@ def test_pillow_s_own_numbers_out_of_range_are_refused(predictor: OffloadPredict
 # -- through nodes, on the toy bundle -----------------------------------------------------------
 
 
-def test_settings_of_the_configuration_can_be_changed(
+@pytest.mark.process
+def test_configuration_settings_can_be_overridden(
     shared_fleet: Any, photo: np.ndarray, toy_bundle: Path
 ) -> None:
     changes: dict[str, Any] = {"max_exposure": 0.45, "deadline_s": 20.0, "fallback": "local"}
@@ -242,7 +244,10 @@ def test_settings_of_the_configuration_can_be_changed(
             OffloadPredictor(bundle=toy_bundle, **{name: changes[name]})
 
 
-def test_through_nodes_it_is_bit_identical_to_local(shared_fleet: Any, photo: np.ndarray) -> None:
+@pytest.mark.process
+def test_results_through_nodes_are_bit_identical_to_local(
+    shared_fleet: Any, photo: np.ndarray
+) -> None:
     bundle = shared_fleet.bundle
     with (
         OffloadPredictor(shared_fleet.config(), threads=1) as remote,
@@ -263,6 +268,7 @@ def test_through_nodes_it_is_bit_identical_to_local(shared_fleet: Any, photo: np
         assert remote.report.windows_sent == 6
 
 
+@pytest.mark.process
 def test_configuration_file_and_explicit_bundle(
     shared_fleet: Any, photo: np.ndarray, tmp_path: Path
 ) -> None:
@@ -278,7 +284,8 @@ def test_configuration_file_and_explicit_bundle(
         assert predictor.report is not None
 
 
-def test_a_failed_image_leaves_none_set(shared_fleet: Any, photo: np.ndarray) -> None:
+@pytest.mark.process
+def test_a_failed_image_leaves_no_image_set(shared_fleet: Any, photo: np.ndarray) -> None:
     config = shared_fleet.config()
     with OffloadPredictor(config, threads=1) as predictor:
         predictor.set_image(photo)
@@ -292,6 +299,7 @@ def test_a_failed_image_leaves_none_set(shared_fleet: Any, photo: np.ndarray) ->
             predictor.predict(np.array([[1, 1]]), np.array([1]))
 
 
+@pytest.mark.process
 def test_engines_are_opened_before_the_deadline_begins(
     shared_fleet: Any, make_toy_bundle: Callable[..., Path], tmp_path: Path, photo: np.ndarray
 ) -> None:

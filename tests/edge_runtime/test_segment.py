@@ -60,7 +60,7 @@ def mask(path: Path) -> np.ndarray:
         return np.array(image) > 0
 
 
-def test_the_device_is_chosen_here_or_in_edge_toml(
+def test_the_device_comes_from_the_option_or_edge_toml(
     photo: Path,
     tmp_path: Path,
     toy_bundle: Path,
@@ -115,7 +115,7 @@ def test_local_writes_masks_overlay_and_json(
     assert "object 3:" in capsys.readouterr().out
 
 
-def test_multimask_keeps_all_three_best_first(
+def test_multimask_keeps_all_three_masks_best_first(
     photo: Path, tmp_path: Path, toy_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -131,7 +131,8 @@ def test_multimask_keeps_all_three_best_first(
     assert scores == sorted(scores, reverse=True)
 
 
-def test_through_nodes_the_masks_are_the_same_and_exposure_is_told(
+@pytest.mark.process
+def test_through_nodes_the_masks_are_equal_and_exposure_is_reported(
     photo: Path, tmp_path: Path, shared_fleet: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = toml(shared_fleet.config(), tmp_path / "edge.toml")
@@ -161,7 +162,7 @@ def test_through_nodes_the_masks_are_the_same_and_exposure_is_told(
 
 @contextmanager
 def one_node(folder: Path, bundle: Path, **options: Any) -> Iterator[tuple[FaultyNode, Path]]:
-    """A node that misbehaves and may see the whole photo, and the edge.toml that names it."""
+    """A misbehaving node that may see the whole photo, and the edge.toml that names it."""
     secret = folder / "keys" / "edge.secret"
     secret.parent.mkdir(mode=0o700)
     generate_secret(secret)
@@ -179,7 +180,8 @@ def one_node(folder: Path, bundle: Path, **options: Any) -> Iterator[tuple[Fault
         yield node, path
 
 
-def test_a_failed_run_leaves_a_record_of_what_nodes_were_shown(
+@pytest.mark.process
+def test_a_failed_run_leaves_a_record_of_the_nodes_exposure(
     photo: Path, tmp_path: Path, shared_fleet: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = toml(shared_fleet.config(), tmp_path / "edge.toml")
@@ -187,7 +189,7 @@ def test_a_failed_run_leaves_a_record_of_what_nodes_were_shown(
     config.write_text(config.read_text().replace(beta, closed_port()))
     out = tmp_path / "deep" / "result"
     command = ["segment", str(photo), "--point", "5,6", "--config", str(config), "--out", str(out)]
-    for name in ("result.sends.json", "result.sends-2.json"):  # the first is not overwritten
+    for name in ("result.sends.json", "result.sends-2.json"):  # the first record is not overwritten
         assert main(command) == 1
         said = capsys.readouterr().err
         assert said.startswith("error: node beta ")
@@ -207,7 +209,7 @@ def test_a_failed_run_leaves_a_record_of_what_nodes_were_shown(
     assert sorted(os.listdir(out.parent)) == ["result.sends-2.json", "result.sends.json"]
 
 
-def test_tokens_that_make_no_number_are_an_error_on_record(
+def test_non_finite_tokens_are_an_error_and_on_record(
     photo: Path, tmp_path: Path, toy_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def huge(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -225,7 +227,7 @@ def test_tokens_that_make_no_number_are_an_error_on_record(
     assert record["exposure"]["windows_sent"] == 6
 
 
-def test_a_broken_bundle_is_an_error_and_no_empty_mask(
+def test_a_broken_bundle_is_an_error_and_writes_no_mask(
     photo: Path, tmp_path: Path, toy_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = poisoned(toy_bundle, tmp_path / "broken", "tail")
@@ -237,7 +239,8 @@ def test_a_broken_bundle_is_an_error_and_no_empty_mask(
     assert sorted(os.listdir(tmp_path)) == ["broken", "photo.png"]
 
 
-def test_nodes_that_are_not_there_saw_nothing(
+@pytest.mark.process
+def test_absent_nodes_saw_nothing(
     photo: Path, tmp_path: Path, shared_fleet: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = toml(shared_fleet.config(), tmp_path / "edge.toml")
@@ -251,6 +254,7 @@ def test_nodes_that_are_not_there_saw_nothing(
     assert (exposure["largest_share"], len(exposure["windows_at_home"])) == (0, 6)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_nothing_behind(
     photo: Path, tmp_path: Path, make_fleet: Callable[..., Any], number: signal.Signals
@@ -262,7 +266,7 @@ def test_a_signal_leaves_nothing_behind(
     command = [sys.executable, "-m", "edge_runtime.cli", "segment", str(photo), "--point", "5,6"]
     command += ["--config", str(config), "--max-exposure", "1", "--out", str(folder / "result")]
     fleet.nodes["alpha"].signal(signal.SIGSTOP)
-    # A test run started by nohup hands down SIGHUP as ignored.
+    # A test run under nohup passes on SIGHUP as ignored.
     heed = partial(signal.signal, number, signal.SIG_DFL)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     while not os.listdir(folder):
@@ -288,8 +292,9 @@ sys.exit(main())
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("where", ["waiting for a node", "computing the tail"])
-def test_a_signal_leaves_a_record_of_what_a_node_has_seen(
+def test_a_signal_leaves_a_record_of_a_node_s_exposure(
     photo: Path, tmp_path: Path, toy_bundle: Path, where: str
 ) -> None:
     ready = tmp_path / "keys" / "ready"
@@ -313,6 +318,7 @@ def test_a_signal_leaves_a_record_of_what_a_node_has_seen(
     assert not (tmp_path / "result").exists()
 
 
+@pytest.mark.process
 def test_edge_toml_of_the_current_folder_is_found(
     photo: Path, tmp_path: Path, shared_fleet: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,7 +329,7 @@ def test_edge_toml_of_the_current_folder_is_found(
     assert result["offloaded"] is True
 
 
-def test_without_nodes_the_message_explains_both_ways(
+def test_without_nodes_the_message_explains_both_options(
     photo: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -337,6 +343,7 @@ def test_without_nodes_the_message_explains_both_ways(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.process
 def test_a_budget_that_cannot_be_met_leaves_nothing_behind(
     photo: Path, tmp_path: Path, shared_fleet: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -383,7 +390,8 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert os.listdir(tmp_path) == ["photo.png"]
 
 
-def test_shares_may_be_in_percent_and_threads_have_a_limit(
+@pytest.mark.process
+def test_shares_may_be_in_percent_and_threads_are_limited(
     photo: Path,
     tmp_path: Path,
     shared_fleet: Any,
@@ -392,14 +400,14 @@ def test_shares_may_be_in_percent_and_threads_have_a_limit(
     config = toml(shared_fleet.config(), tmp_path / "edge.toml")
     command = ["segment", str(photo), "--point", "5,6", "--config", str(config)]
     command += ["--out", str(tmp_path / "out")]
-    assert main([*command, "--threads", "100000"]) == 2  # more than a machine could start
+    assert main([*command, "--threads", "100000"]) == 2  # more than a machine can start
     assert capsys.readouterr().err.startswith("error: --threads: expected a whole number from 1 to")
     assert main([*command, "--max-exposure", "10%"]) == 1
     assert "0.1" in capsys.readouterr().err
     assert main([*command, "--max-exposure", "45%"]) == 0
 
 
-def test_earlier_results_are_kept_unless_asked(
+def test_earlier_results_are_kept_unless_overwrite_is_given(
     photo: Path, tmp_path: Path, toy_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "result"
@@ -424,20 +432,20 @@ def test_a_second_run_keeps_both_results_and_names_do_not_clash(
         assert main(["segment", name, *command]) == 0
     names = ["photo.jpg", "photo.png", "photo.png-2", "photo.png-3"]
     assert sorted(os.listdir("out")) == names
-    (tmp_path / "out" / "photo.png" / "mine").touch()  # a folder that is not ours alone is kept
+    (tmp_path / "out" / "photo.png" / "mine").touch()  # a folder with other files is kept
     assert main(["segment", "photo.png", *command]) == 0
     assert main(["segment", "photo.jpg", *command, "--overwrite"]) == 0
     assert sorted(os.listdir("out")) == [*names, "photo.png-4"]
     assert main(["segment", "photo.png", *command, "--overwrite"]) == 1
 
 
-def test_several_photos_and_folders_share_prompts_and_one_bad_photo_stops_none(
+def test_several_photos_share_prompts_and_one_bad_photo_stops_none(
     photo: Path, tmp_path: Path, toy_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
     shutil.copy(photo, folder / "a.png")
-    Image.new("RGB", (4, 4)).save(folder / "small.png")  # the prompt lies outside
+    Image.new("RGB", (4, 4)).save(folder / "small.png")  # the prompt is outside
     (folder / "broken.jpg").write_bytes(b"no photo")
     (folder / "notes.txt").touch()
     (folder / "deeper.png").mkdir()
@@ -469,7 +477,7 @@ def test_a_folder_without_photos_is_an_error(
     assert "holds no photos" in capsys.readouterr().err
 
 
-def test_pictures_may_be_left_out_and_their_time_is_counted(
+def test_pictures_are_optional_and_their_time_is_counted(
     photo: Path, tmp_path: Path, toy_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["segment", str(photo), "--point", "5,6", "--local", "--bundle", str(toy_bundle)]
@@ -480,8 +488,9 @@ def test_pictures_may_be_left_out_and_their_time_is_counted(
     assert 0 < spent["files"] < parts <= spent["total"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("place", ["full", "proc"])
-def test_a_place_that_cannot_be_written_is_told_before_anything_is_computed(
+def test_an_unwritable_folder_is_reported_before_any_computation(
     place: str,
     photo: Path,
     full_disk: Path,
@@ -495,12 +504,14 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_is_computed(
     assert main([*command, "--bundle", str(endless.path)]) == 1
     said = capsys.readouterr().err
     assert str(out) in said
+    assert "\n  -> " in said
     assert "name another folder with --out" in said
-    assert said.count("\n") == 1
+    assert said.count("\n") == 2
     assert os.listdir(full_disk) == []
 
 
-def test_a_disk_that_fills_up_meanwhile_is_named(
+@pytest.mark.process
+def test_a_disk_that_fills_up_during_the_run_is_named(
     photo: Path,
     full_disk: Path,
     toy_bundle: Path,
@@ -511,8 +522,8 @@ def test_a_disk_that_fills_up_meanwhile_is_named(
     command = ["segment", str(photo), "--point", "5,6", "--local", "--bundle", str(toy_bundle)]
     assert main([*command, "--out", str(full_disk / "out")]) == 1
     said = capsys.readouterr().err
-    wanted = f"cannot write {full_disk}/out: No space left on device; make room on that disk, or "
-    assert wanted + "name another folder with --out\n" in said
+    assert f"cannot write {full_disk}/out: No space left on device\n" in said
+    assert "  -> make room on that disk, or name another folder with --out\n" in said
     assert os.listdir(full_disk) == []
 
 
@@ -524,7 +535,7 @@ def test_prompts_are_in_pixels_of_the_upright_photo(
     Image.fromarray(upright).save(tmp_path / "upright.png")
     lying = Image.fromarray(upright).transpose(Image.Transpose.ROTATE_90)
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise to view it upright
     lying.save(tmp_path / "lying.png", exif=exif)
     results: list[Any] = []
     for name in ("upright", "lying"):
@@ -536,7 +547,7 @@ def test_prompts_are_in_pixels_of_the_upright_photo(
     assert results[0] == results[1]
 
 
-def test_it_works_with_the_model_that_comes_with_the_package(
+def test_segment_works_with_the_shipped_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from edge_runtime.demo import CLICKS, PHOTO, REFERENCE, mask_ious

@@ -21,7 +21,7 @@ def bundle(tmp_path: Path) -> Bundle:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, bundle: Bundle) -> SimulatedMachine:
-    """A simulated machine with TensorRT, for which the bundle has plans."""
+    """A simulated machine with TensorRT. The bundle has plans for it."""
     found = install(monkeypatch)
     found.build(bundle, "stack", "tail", "decoder")
     monkeypatch.setenv("COLUMNS", "200")
@@ -47,7 +47,7 @@ def test_the_shipped_bundle_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "warning" not in said.err
 
 
-def test_when_the_cpu_is_all_there_is_it_says_so(
+def test_a_machine_with_only_a_cpu_is_reported_as_such(
     bundle: Bundle, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if _cuda():
@@ -55,7 +55,7 @@ def test_when_the_cpu_is_all_there_is_it_says_so(
     command = ["verify", str(bundle.path), "--threads", "1"]
     assert main(command) == 0
     out = words(capsys.readouterr().out)
-    assert "Nothing but ONNX Runtime on the CPU is here" in out
+    assert "Only ONNX Runtime on the CPU is available" in out
     assert f"`edge-runtime build '{bundle.path}'`" in out
     assert main([*command, "--device", "cpu"]) == 0
     assert "Nothing but" not in capsys.readouterr().out
@@ -67,7 +67,7 @@ def _cuda() -> bool:
     return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
 
-def test_plans_that_pass(
+def test_good_plans_pass(
     bundle: Bundle, machine: SimulatedMachine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["verify", str(bundle.path), "--threads", "1"]) == 0
@@ -77,7 +77,7 @@ def test_plans_that_pass(
     assert "Nothing but" not in out
 
 
-def test_a_plan_that_fails_is_named_and_the_exit_status_is_1(
+def test_a_failing_plan_is_named_and_the_exit_status_is_1(
     bundle: Bundle, machine: SimulatedMachine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     machine.spoil = halve
@@ -91,7 +91,7 @@ def test_a_plan_that_fails_is_named_and_the_exit_status_is_1(
     assert main(["verify", str(bundle.path), "--threads", "1", "--device", "tensorrt"]) == 1
 
 
-def test_plans_of_another_machine_are_not_run(
+def test_plans_for_another_machine_are_not_run(
     bundle: Bundle, machine: SimulatedMachine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     machine.gpu = None
@@ -100,7 +100,7 @@ def test_plans_of_another_machine_are_not_run(
     assert "stack not run: no NVIDIA driver is installed here (simulated)" in out
 
 
-def test_nothing_of_the_device_asked_for_is_no_success(
+def test_nothing_measured_on_the_requested_device_is_a_failure(
     bundle: Bundle, machine: SimulatedMachine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["verify", str(bundle.path), "--threads", "1", "--device", "tensorrt"]
@@ -116,7 +116,7 @@ def test_nothing_of_the_device_asked_for_is_no_success(
     assert "nothing ran on --device tensorrt" in capsys.readouterr().err
 
 
-def test_json(
+def test_json_output(
     bundle: Bundle, machine: SimulatedMachine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     machine.spoil = lambda stage, outputs: {k: a * np.nan for k, a in outputs.items()}
@@ -133,7 +133,7 @@ def test_json(
     assert failed[0]["rows"][0]["finite"] is False
 
 
-def test_a_verdict_that_cannot_be_kept_is_a_warning(
+def test_a_verdict_that_cannot_be_saved_is_a_warning(
     bundle: Bundle,
     machine: SimulatedMachine,
     capsys: pytest.CaptureFixture[str],
@@ -155,11 +155,13 @@ def test_a_verdict_that_cannot_be_kept_is_a_warning(
         (["--stage", "head"], "has no head"),
     ],
 )
-def test_mistakes(options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_usage_errors(
+    options: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["verify", *options]) == 1
     assert says in capsys.readouterr().err
 
 
-def test_a_missing_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_bundle_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(tmp_path / "none")]) == 1
     assert "does not exist" in capsys.readouterr().err

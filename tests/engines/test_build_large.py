@@ -1,4 +1,4 @@
-"""Plans of the published models' size: ViT-B and ViT-H, with weights of no meaning."""
+"""Plans of the published models' size: ViT-B and ViT-H, with meaningless weights."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ from large_bundles import write_large_bundle
 from engines.build import BuildOptions, Watcher, build_stage
 from engines.bundle import Bundle
 
+pytestmark = pytest.mark.process
+
 pytest.importorskip("tensorrt_rtx")
 pytest.importorskip("torch")
 
 DEPTHS = {"vit_b": 12, "vit_h": 32}
 GLOBAL = 4
 BUILDER_MIB = 6_000
-"""A plan of ViT-H must be built on a machine of 8 GB; it took 4.1 GB, ViT-B 0.9."""
+"""The limit for a machine with 8 GB. A plan of ViT-H took 4.1 GB, one of ViT-B 0.9 GB."""
 
 
 @pytest.fixture(scope="module", params=["vit_b", "vit_h"])
@@ -50,7 +52,7 @@ def test_attention_is_fused_in_every_block(large: Bundle, stage: str) -> None:
     blocks = GLOBAL if stage == "tail" else depth - GLOBAL
     assert record.form == "attention"
     assert [attention.fused for attention in record.attention] == [True] * blocks
-    # Nearly all of a plan is its weights: there is one copy of them, in the graph's precision.
+    # A plan consists almost entirely of weights: one copy, in the graph's precision.
     weights = (large.path / f"{stage}.onnx.data").stat().st_size
     assert 0.95 * weights < record.plan_bytes < 1.1 * weights
     peak = record.flags["builder_peak_rss_bytes"]
@@ -59,7 +61,7 @@ def test_attention_is_fused_in_every_block(large: Bundle, stage: str) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_a_signal_in_the_middle_of_a_long_build_leaves_nothing(large: Bundle) -> None:
+def test_a_signal_during_a_long_build_leaves_nothing(large: Bundle) -> None:
     number = {"vit_b": signal.SIGTERM, "vit_h": signal.SIGINT}[large.manifest.model]
     code, builder = interrupt(large, number)
     assert code == 128 + number
@@ -80,12 +82,13 @@ def test_a_builder_does_not_outlive_a_killed_parent(large: Bundle) -> None:
 
 
 def interrupt(large: Bundle, number: signal.Signals) -> tuple[int, int]:
-    """Send a signal to a real build of the stack in its midst; its exit code, its builder's id."""
+    """Send a signal to a real build of the stack while it runs. Returns its exit code and its
+    builder's pid."""
     shutil.rmtree(large.path / "plans", ignore_errors=True)
     command = [sys.executable, "-m", "edge_runtime.cli", "build", str(large.path)]
     edge = subprocess.Popen(
         [*command, "--stage", "stack", "--backend", "tensorrt-rtx"],
-        # Whoever started the tests in the background had SIGINT ignored, and that is inherited.
+        # A background test run has SIGINT ignored, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
@@ -99,7 +102,7 @@ def interrupt(large: Bundle, number: signal.Signals) -> tuple[int, int]:
 
 
 def wait_until_it_builds(edge: subprocess.Popen[bytes], large: Bundle) -> int:
-    """Until the builder holds the weights, which it reads last before the long part begins."""
+    """Wait until the builder has read the weights, its last step before the long part."""
     weights = (large.path / "stack.onnx.data").stat().st_size
     while edge.poll() is None:
         listed = Path(f"/proc/{edge.pid}/task/{edge.pid}/children").read_text().split()
@@ -112,7 +115,7 @@ def wait_until_it_builds(edge: subprocess.Popen[bytes], large: Bundle) -> int:
 
 
 def is_gone(pid: int) -> bool:
-    """Whether the process ended, buried or not: a child of the killed is not ours to bury."""
+    """True if the process has ended, even as a zombie: only its own parent could remove it."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The builder's own process, run inside this one; and as a process whose library misbehaves."""
+"""The builder's code run in this process, and as a process whose library misbehaves."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def texts(events: list[Event]) -> list[str]:
     return [event.text for event in events if isinstance(event, Warned)]
 
 
-# -- what a library says ------------------------------------------------------
+# -- messages of a library ------------------------------------------------------
 
 
-def test_warnings_alike_but_for_numbers_are_passed_on_once(heard: list[Event]) -> None:
+def test_similar_warnings_are_passed_on_once(heard: list[Event]) -> None:
     log = Log(heard.append)
     for layer in range(32):
         log.add(2, f"Running layernorm after self-attention in FP16, layer {layer}")
@@ -58,7 +58,7 @@ def test_warnings_alike_but_for_numbers_are_passed_on_once(heard: list[Event]) -
     assert texts(heard)[2:] == ["31 more warnings that differ only in numbers"]
 
 
-def test_talk_below_a_warning_and_settled_warnings_are_left_out(heard: list[Event]) -> None:
+def test_messages_below_warning_and_known_warnings_are_dropped(heard: list[Event]) -> None:
     log = Log(heard.append)
     log.add(3, "info")
     log.add(4, "verbose")
@@ -67,7 +67,7 @@ def test_talk_below_a_warning_and_settled_warnings_are_left_out(heard: list[Even
     assert heard == []
 
 
-def test_errors_are_kept_for_the_failure(heard: list[Event]) -> None:
+def test_errors_are_kept_for_the_failure_report(heard: list[Event]) -> None:
     log = Log(heard.append)
     assert log.errors() == "the library gave no reason"
     log.add(1, "WeightsContext.cpp:203: Failed to open file: ext.data")
@@ -75,11 +75,11 @@ def test_errors_are_kept_for_the_failure(heard: list[Event]) -> None:
     log.add(1, "WeightsContext.cpp:203: Failed to open file: ext.data")
     assert log.errors() == "Failed to open file: ext.data\n  Internal: broken"
     assert heard == []
-    log.summarise()  # the build went through all the same
+    log.summarise()  # the build succeeded anyway
     assert texts(heard) == ["Failed to open file: ext.data", "Internal: broken"]
 
 
-def test_a_flood_of_different_warnings_is_cut(heard: list[Event]) -> None:
+def test_a_flood_of_different_warnings_is_truncated(heard: list[Event]) -> None:
     log = Log(heard.append)
     for index in range(100):
         log.add(2, "x" * (index + 1))
@@ -91,7 +91,7 @@ def test_a_flood_of_different_warnings_is_cut(heard: list[Event]) -> None:
 # -- progress -----------------------------------------------------------------
 
 
-def test_phases_nest_and_end_where_they_should(heard: list[Event]) -> None:
+def test_phases_nest_and_end_correctly(heard: list[Event]) -> None:
     progress = Progress(heard.append)
     progress.start("whole", None, 2)
     progress.start("part", "whole", 3)
@@ -105,7 +105,9 @@ def test_phases_nest_and_end_where_they_should(heard: list[Event]) -> None:
     ]
 
 
-def test_steps_are_told_now_and_then(heard: list[Event], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_are_reported_from_time_to_time(
+    heard: list[Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = [0.0]
     monkeypatch.setattr(build_process.time, "monotonic", lambda: now[0])
     progress = Progress(heard.append)
@@ -118,7 +120,7 @@ def test_steps_are_told_now_and_then(heard: list[Event], monkeypatch: pytest.Mon
     assert steps == sorted(steps)
 
 
-def test_a_library_that_counts_too_far_or_forgets_to_begin_is_no_harm(heard: list[Event]) -> None:
+def test_a_library_with_wrong_step_counts_does_no_harm(heard: list[Event]) -> None:
     progress = Progress(heard.append)
     progress.step("unknown", 3)
     progress.finish("unknown")
@@ -127,7 +129,7 @@ def test_a_library_that_counts_too_far_or_forgets_to_begin_is_no_harm(heard: lis
     assert heard == [Phase("whole", 0, 0, 0), Phase("whole", 0, 0, 0)]
 
 
-# -- which form ---------------------------------------------------------------
+# -- the choice of form -----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,7 @@ def test_a_library_that_counts_too_far_or_forgets_to_begin_is_no_harm(heard: lis
         ("tensorrt-rtx", (1, 7, 1), "fp32", "plain"),
     ],
 )
-def test_the_form_follows_library_and_precision(
+def test_the_form_follows_from_library_and_precision(
     flavour: Any, version: tuple[int, int, int], precision: str, form: str
 ) -> None:
     assert form_for(Library(flavour, version, None), precision) == form
@@ -153,7 +155,7 @@ def test_the_form_follows_library_and_precision(
 
 @pytest.fixture
 def ask(tmp_path: Path) -> Callable[..., Request]:
-    """A request for a graph of nodes from ``x`` to ``y``, both [n, 4, 32]."""
+    """A build request for a graph of nodes from ``x`` to ``y``, both [n, 4, 32]."""
     onnx = pytest.importorskip("onnx")
     from onnx import helper as h
 
@@ -212,9 +214,7 @@ def test_a_small_graph_is_built(
 
 
 @pytest.mark.usefixtures("rtx")
-def test_every_node_that_cannot_be_parsed_is_named(
-    ask: Callable[..., Request], heard: list[Event]
-) -> None:
+def test_every_unparsable_node_is_named(ask: Callable[..., Request], heard: list[Event]) -> None:
     from onnx import helper as h
 
     nodes = [
@@ -242,7 +242,7 @@ def test_a_corrupt_graph_is_an_error(
 
 
 @pytest.mark.usefixtures("rtx")
-def test_weights_that_are_missing_are_named(
+def test_missing_weights_are_named(
     ask: Callable[..., Request], matmul: list[Any], heard: list[Event], tmp_path: Path
 ) -> None:
     import onnx
@@ -261,7 +261,7 @@ def test_weights_that_are_missing_are_named(
 
 
 @pytest.mark.usefixtures("rtx")
-def test_a_graph_of_another_precision_is_refused(
+def test_a_graph_of_the_wrong_precision_is_refused(
     ask: Callable[..., Request], matmul: list[Any], heard: list[Event]
 ) -> None:
     with pytest.raises(BuildError, match=r"multiplies matrices in float32.* says fp16"):
@@ -283,7 +283,7 @@ def test_a_graph_with_other_tensors_than_the_manifest_is_refused(
 
 
 @pytest.mark.usefixtures("rtx")
-def test_a_bundle_without_the_plain_form_says_what_to_do(
+def test_a_bundle_without_the_plain_form_gives_a_remedy(
     ask: Callable[..., Request], matmul: list[Any], heard: list[Event]
 ) -> None:
     with pytest.raises(BuildError, match=r"from the plain form.*`edge-runtime export`"):
@@ -291,7 +291,7 @@ def test_a_bundle_without_the_plain_form_says_what_to_do(
 
 
 @pytest.mark.usefixtures("rtx")
-def test_attention_without_a_kernel_is_the_librarys_error(
+def test_attention_without_a_kernel_gives_the_library_s_error(
     ask: Callable[..., Request], heard: list[Event]
 ) -> None:
     from onnx import helper as h
@@ -305,7 +305,7 @@ def test_attention_without_a_kernel_is_the_librarys_error(
         build_process.build(ask(nodes), heard.append)
 
 
-# -- simulated: TensorRT 10.3 on a Jetson, in truth TensorRT-RTX ----------------
+# -- TensorRT 10.3 on a Jetson, simulated on top of TensorRT-RTX ------------------
 
 
 @pytest.fixture
@@ -317,7 +317,7 @@ def jetson(rtx: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("jetson")
-def test_simulated_tensorrt_is_given_the_plain_form_and_the_gpu_at_hand(
+def test_simulated_tensorrt_builds_the_plain_form_for_the_local_gpu(
     ask: Callable[..., Request], matmul: list[Any], heard: list[Event], tmp_path: Path
 ) -> None:
     request = ask(matmul)
@@ -355,7 +355,7 @@ UNTOLD = (AttentionReport("a", None),), ()
         (False, UNTOLD, FUSED, ("serialised plan", FUSED, None)),
     ],
 )
-def test_what_was_built_is_read_from_the_engine_where_it_tells(
+def test_build_details_are_read_from_the_engine_where_possible(
     opens: bool,
     inspected: Any,
     in_plan: Any,
@@ -363,7 +363,7 @@ def test_what_was_built_is_read_from_the_engine_where_it_tells(
     heard: list[Event],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The library is simulated: no engine can be opened without a GPU."""
+    """The library is simulated: without a GPU no engine can be opened."""
     engine = mock.Mock(device_memory_size_v2=4096)
     trt = mock.Mock()
     trt.Runtime.return_value.deserialize_cuda_engine.return_value = engine if opens else None
@@ -375,7 +375,7 @@ def test_what_was_built_is_read_from_the_engine_where_it_tells(
 
 
 class Config:
-    """A simulated IBuilderConfig that takes one cache only."""
+    """A simulated IBuilderConfig that accepts only one cache."""
 
     def __init__(self) -> None:
         self.made: list[bytes] = []
@@ -398,7 +398,7 @@ class Config:
         (b"damaged", [b"damaged", b""]),
     ],
 )
-def test_a_timing_cache_that_does_not_fit_is_replaced_with_a_word(
+def test_an_unsuitable_timing_cache_is_replaced_with_a_warning(
     old: bytes | None,
     made: list[bytes],
     ask: Callable[..., Request],
@@ -424,7 +424,7 @@ def test_a_timing_cache_that_does_not_fit_is_replaced_with_a_word(
 
 
 def start(folder: Path, code: str, request: Request) -> subprocess.CompletedProcess[bytes]:
-    """Run the process with a simulated ``tensorrt`` that executes ``code`` on import."""
+    """Start the process with a simulated ``tensorrt`` that executes ``code`` on import."""
     package = folder / "modules" / "tensorrt"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(code)
@@ -438,7 +438,8 @@ def start(folder: Path, code: str, request: Request) -> subprocess.CompletedProc
     )
 
 
-def test_what_a_library_prints_does_not_reach_the_events(
+@pytest.mark.process
+def test_library_output_does_not_mix_with_the_events(
     ask: Callable[..., Request], matmul: list[Any], tmp_path: Path
 ) -> None:
     code = "import os\nprint('chatter')\nos.write(1, b'more\\n')\nraise OSError('libnvinfer.so.10')"
@@ -447,12 +448,14 @@ def test_what_a_library_prints_does_not_reach_the_events(
     failed = json.loads(event)
     assert failed["type"] == "failed"
     assert failed["kind"] == "EngineError"
-    assert "libnvinfer.so.10" in failed["text"]
+    assert "libnvinfer.so.10" in failed["found"]
+    assert "apt install --reinstall" in failed["mend"]
     assert b"chatter" in done.stderr
     assert done.returncode == 1
 
 
-def test_the_process_ends_when_its_parent_is_another(
+@pytest.mark.process
+def test_the_process_ends_when_its_parent_has_died(
     ask: Callable[..., Request], matmul: list[Any]
 ) -> None:
     orphan = msgspec.json.encode(ask(matmul, parent=1 << 30)) + b"\n"

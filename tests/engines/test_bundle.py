@@ -35,7 +35,7 @@ def bundle(toy_bundle: Path, tmp_path: Path) -> Path:
 
 
 def add_plain(bundle: Path, stage: str = "stack", name: str = "stack.plain.onnx") -> Path:
-    """Give a stage a plain form: a copy of its graph, which shares its weights as well."""
+    """Add a plain form to a stage: a copy of its graph with the same weights."""
     shutil.copyfile(bundle / f"{stage}.onnx", bundle / f"{stage}.plain.onnx")
     form = {"file": name, "sha256": hash_file(bundle / f"{stage}.plain.onnx")}
     edit(bundle, lambda m: m["stages"][stage].update(plain=form))
@@ -49,14 +49,14 @@ def edit(bundle: Path, change: Callable[[Any], object]) -> None:
 
 
 def refused(bundle: Path, reason: str) -> None:
-    """Loading must fail for ``reason``, in one harmless line that names the bundle."""
+    """Check that loading fails for ``reason``, in one printable line that names the bundle."""
     with pytest.raises(BundleError, match=reason) as caught:
         Bundle.load(bundle)
     assert str(caught.value).isprintable()
     assert str(bundle) in str(caught.value)
 
 
-def test_a_sound_bundle_loads(toy_bundle: Path) -> None:
+def test_a_valid_bundle_loads(toy_bundle: Path) -> None:
     loaded = Bundle.load(toy_bundle)
     assert loaded.manifest.kind == "full"
     assert loaded.geometry.windows == 9
@@ -76,7 +76,7 @@ def test_a_manifest_survives_writing_and_reading(toy_bundle: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("flags", "kind"), [({"head": True}, "full"), ({"stock": True}, "stock"), ({}, "full")]
 )
-def test_other_kinds_load(
+def test_other_kinds_of_bundle_load(
     make_toy_bundle: Callable[..., Path], tmp_path: Path, flags: dict[str, bool], kind: str
 ) -> None:
     loaded = Bundle.load(make_toy_bundle(tmp_path / "b", **flags))
@@ -84,16 +84,16 @@ def test_other_kinds_load(
     assert loaded.has("head") == bool(flags.get("head"))
 
 
-def test_a_missing_stage_says_where_to_find_it(toy_bundle: Path) -> None:
+def test_a_missing_stage_gives_a_remedy(toy_bundle: Path) -> None:
     with pytest.raises(BundleError, match=r"has no encoder.*--order stock"):
         Bundle.load(toy_bundle).stage_path("encoder")
 
 
-# What may be wrong with a manifest -------------------------------------------------------------
+# Defects of a manifest -------------------------------------------------------------------------
 
 
-def test_no_directory_and_no_manifest(tmp_path: Path) -> None:
-    # Not every command that says so has an option --bundle.
+def test_a_missing_directory_or_manifest_is_refused(tmp_path: Path) -> None:
+    # Some commands that raise this have no option --bundle.
     refused(tmp_path / "absent", "does not exist.*made by `edge-runtime export`$")
     refused(tmp_path, "no manifest.json")
     (tmp_path / "file").touch()
@@ -114,7 +114,7 @@ def test_no_directory_and_no_manifest(tmp_path: Path) -> None:
         b'{"schema": 1e400}',
     ],
 )
-def test_garbage_is_refused(bundle: Path, text: bytes) -> None:
+def test_a_garbage_manifest_is_refused(bundle: Path, text: bytes) -> None:
     (bundle / "manifest.json").write_bytes(text)
     refused(bundle, "damaged")
 
@@ -125,15 +125,15 @@ def test_a_huge_manifest_is_not_read(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("schema", "mend"), [(2, "a newer version of edge-runtime"), (0, "an older version .* Export")]
+    ("schema", "mend"), [(2, "a newer version of edge-runtime"), (0, "an older version .* export")]
 )
-def test_another_schema_says_what_mends_it(bundle: Path, schema: int, mend: str) -> None:
-    # A future manifest need not look like ours in any other respect.
+def test_another_schema_gives_the_remedy(bundle: Path, schema: int, mend: str) -> None:
+    # A future manifest may differ from ours in every other respect.
     (bundle / "manifest.json").write_text(json.dumps({"schema": schema, "stages": []}))
     refused(bundle, f"schema {schema}, expected 1.*{mend}")
 
 
-def test_fields_added_within_the_schema_are_ignored(bundle: Path) -> None:
+def test_unknown_fields_within_the_schema_are_ignored(bundle: Path) -> None:
     edit(bundle, lambda m: m.update(comment="from a newer exporter"))
     Bundle.load(bundle)
 
@@ -206,7 +206,7 @@ def test_each_defect_of_a_manifest_is_refused(bundle: Path, change: Callable[[An
     ],
 )
 @pytest.mark.parametrize("place", ["stage", "plain form", "golden"])
-def test_no_path_leads_out_of_the_bundle(bundle: Path, name: str, place: str) -> None:
+def test_paths_cannot_leave_the_bundle(bundle: Path, name: str, place: str) -> None:
     (bundle.parent / "secret").write_text("x")
 
     def change(manifest: Any) -> None:
@@ -231,7 +231,7 @@ def test_a_link_out_of_the_bundle_is_refused(bundle: Path) -> None:
     refused(bundle, "outside the bundle")
 
 
-def test_a_bundle_reached_through_a_link_is_fine(bundle: Path, tmp_path: Path) -> None:
+def test_a_bundle_may_be_reached_through_a_link(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(bundle)
     Bundle.load(tmp_path / "link").verify_hashes()
 
@@ -253,7 +253,7 @@ JSON = st.recursive(
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
-def test_any_value_anywhere_loads_or_is_one_clear_line(toy_bundle: Path, data: Any) -> None:
+def test_any_value_in_a_manifest_loads_or_gives_one_clear_line(toy_bundle: Path, data: Any) -> None:
     manifest = json.loads((toy_bundle / "manifest.json").read_text())
     node: Any = manifest
     while True:
@@ -266,7 +266,7 @@ def test_any_value_anywhere_loads_or_is_one_clear_line(toy_bundle: Path, data: A
     text = json.dumps(manifest).encode()
     refusal: Exception | None = None
     try:
-        # As Bundle.load does, without writing a file for each of hundreds of examples.
+        # Same as Bundle.load, but without writing a file for each of hundreds of examples.
         decoded = msgspec.json.decode(text, type=Manifest)
         bundle_module._check_pipeline(toy_bundle, decoded)
         for name in [*bundle_module._stage_files(decoded), *decoded.golden]:
@@ -280,7 +280,7 @@ def test_any_value_anywhere_loads_or_is_one_clear_line(toy_bundle: Path, data: A
 
 
 def vouch(bundle: Path, stage: str, *files: str) -> None:
-    """Have the manifest vouch for these files of a stage as they are."""
+    """Record the current hashes of a stage's files in the manifest."""
 
     def change(manifest: Any) -> None:
         entry = manifest["stages"][stage]
@@ -291,7 +291,7 @@ def vouch(bundle: Path, stage: str, *files: str) -> None:
 
 
 def point_elsewhere(bundle: Path, graph: str, location: str) -> None:
-    """Have a graph read its weights from another file."""
+    """Make a graph read its weights from another file."""
     model = onnx.load(bundle / graph, load_external_data=False)
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
@@ -301,7 +301,7 @@ def point_elsewhere(bundle: Path, graph: str, location: str) -> None:
 
 
 @pytest.mark.parametrize("location", ["other.data", "tail.onnx.data", "./stack.onnx.data"])
-def test_weights_that_are_not_of_the_stage_s_files_are_refused(bundle: Path, location: str) -> None:
+def test_weights_outside_the_stage_s_files_are_refused(bundle: Path, location: str) -> None:
     shutil.copyfile(bundle / "stack.onnx.data", bundle / "other.data")
     point_elsewhere(bundle, "stack.onnx", location)
     vouch(bundle, "stack", "stack.onnx")
@@ -310,12 +310,12 @@ def test_weights_that_are_not_of_the_stage_s_files_are_refused(bundle: Path, loc
         Bundle.load(bundle).verify_hashes(["stack"])
     with Pipeline(Bundle.load(bundle)) as pipeline, pytest.raises(BundleError, match=reason):
         pipeline.engine("stack")
-    if location == "other.data":  # the manifest may name it, under any name
+    if location == "other.data":  # the manifest may list it, under any name
         vouch(bundle, "stack", location)
         Bundle.load(bundle).verify_hashes(["stack"])
 
 
-def test_a_plain_form_s_weights_are_of_the_stage_s_files_too(bundle: Path) -> None:
+def test_weights_of_a_plain_form_must_be_in_the_stage_s_files_too(bundle: Path) -> None:
     add_plain(bundle)
     shutil.copyfile(bundle / "stack.onnx.data", bundle / "other.data")
     point_elsewhere(bundle, "stack.plain.onnx", "other.data")
@@ -325,7 +325,7 @@ def test_a_plain_form_s_weights_are_of_the_stage_s_files_too(bundle: Path) -> No
         Bundle.load(bundle).verify_hashes(["stack"])
 
 
-def test_weights_of_a_node_inside_a_graph_count_too(bundle: Path) -> None:
+def test_weights_inside_a_node_s_subgraph_are_checked_too(bundle: Path) -> None:
     model = onnx.load(bundle / "stack.onnx", load_external_data=False)
     tensor = next(t for t in model.graph.initializer if t.external_data)
     for entry in tensor.external_data:
@@ -340,7 +340,7 @@ def test_weights_of_a_node_inside_a_graph_count_too(bundle: Path) -> None:
 
 
 def test_weights_named_in_an_unusual_way_are_refused(bundle: Path) -> None:
-    """Protobuf allows fields in any order; exporters write the key first."""
+    """Protobuf allows fields in any order. Exporters write the key first."""
     usual = b"\x0a\x08location\x12\x0fstack.onnx.data"
     graph = (bundle / "stack.onnx").read_bytes()
     assert graph.count(usual) == 2
@@ -352,7 +352,7 @@ def test_weights_named_in_an_unusual_way_are_refused(bundle: Path) -> None:
         Bundle.load(bundle).verify_hashes(["stack"])
 
 
-def test_an_empty_graph_is_an_engine_s_error(bundle: Path) -> None:
+def test_an_empty_graph_is_left_to_the_engine(bundle: Path) -> None:
     (bundle / "stack.onnx").write_bytes(b"")
     vouch(bundle, "stack", "stack.onnx")
     with Pipeline(Bundle.load(bundle)) as pipeline, pytest.raises(EngineError, match="be opened"):
@@ -362,7 +362,7 @@ def test_an_empty_graph_is_an_engine_s_error(bundle: Path) -> None:
 # Golden samples --------------------------------------------------------------------------------
 
 
-def test_golden_samples_are_hashed_like_all_else(bundle: Path) -> None:
+def test_golden_samples_are_hashed_like_other_files(bundle: Path) -> None:
     loaded = Bundle.load(bundle)
     assert loaded.manifest.golden == {"golden/0.npz": hash_file(bundle / "golden" / "0.npz")}
     with (bundle / "golden" / "0.npz").open("ab") as file:
@@ -373,17 +373,15 @@ def test_golden_samples_are_hashed_like_all_else(bundle: Path) -> None:
 
 
 def test_a_bundle_without_hashes_of_its_samples_is_refused(bundle: Path) -> None:
-    """Bundles were exported so at first."""
+    """Early exports wrote such bundles."""
     edit(bundle, lambda m: m.update(golden=["golden/0.npz"]))
-    refused(
-        bundle, r"damaged: Expected `object`, got `array` - at `\$\.golden`\. Export the bundle"
-    )
+    refused(bundle, r"damaged: Expected `object`, got `array` - at `\$\.golden`: export the bundle")
 
 
 # The plain form --------------------------------------------------------------------------------
 
 
-def test_a_plain_form_is_found_and_leaves_the_digest_alone(bundle: Path) -> None:
+def test_a_plain_form_is_found_and_does_not_change_the_digest(bundle: Path) -> None:
     before = Bundle.load(bundle)
     with pytest.raises(BundleError, match=r"no plain form of stack.*edge-runtime export"):
         before.plain_path("stack")
@@ -421,14 +419,14 @@ def test_a_bad_plain_form_is_refused(bundle: Path, form: object, reason: str) ->
     refused(bundle, reason)
 
 
-def test_a_plain_form_that_links_out_is_refused(bundle: Path) -> None:
+def test_a_plain_form_that_links_outside_is_refused(bundle: Path) -> None:
     outside = add_plain(bundle).parent / "outside.onnx"
     (bundle / "stack.plain.onnx").rename(outside)
     (bundle / "stack.plain.onnx").symlink_to(outside)
     refused(bundle, "outside the bundle")
 
 
-def test_a_node_bundle_takes_the_plain_form_along(bundle: Path, tmp_path: Path) -> None:
+def test_a_node_bundle_includes_the_plain_form(bundle: Path, tmp_path: Path) -> None:
     full = Bundle.load(add_plain(add_plain(bundle), "tail", "tail.plain.onnx"))
     node = node_bundle(full, tmp_path / "node")
     node.verify_hashes()
@@ -452,13 +450,13 @@ def test_one_flipped_bit_is_found_and_named(bundle: Path) -> None:
         loaded.verify_hashes()
 
 
-def test_the_digest_does_not_depend_on_order_and_separates_names() -> None:
+def test_the_digest_ignores_order_and_separates_names() -> None:
     a, b = "a" * 64, "b" * 64
     assert stage_digest({"x": a, "y": b}) == stage_digest({"y": b, "x": a})
     assert len({stage_digest(f) for f in ({"x": a, "y": b}, {"x": b, "y": a}, {"x": a})}) == 3
 
 
-def test_the_digest_is_the_documented_one() -> None:
+def test_the_digest_equals_the_documented_one() -> None:
     import hashlib
 
     text = b"stack.onnx\0" + b"1" * 64 + b"\nstack.onnx.data\0" + b"2" * 64 + b"\n"
@@ -488,7 +486,7 @@ def test_a_node_bundle_holds_the_same_stack_and_nothing_else(bundle: Path, tmp_p
     assert node.path.stat().st_mode & 0o777 == 0o777 & ~umask
 
 
-def test_an_existing_output_is_left_alone(bundle: Path, tmp_path: Path) -> None:
+def test_an_existing_output_is_kept(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "node").mkdir()
     with pytest.raises(BundleError, match=r"node exists.*--out"):
         node_bundle(Bundle.load(bundle), tmp_path / "node")
@@ -505,7 +503,7 @@ def test_a_failed_cut_leaves_nothing(bundle: Path, tmp_path: Path, damage: str) 
         if damage != "golden":
             edit(bundle, lambda m: m.update(golden={"golden/0.npz": hash_file(golden)}))
     else:
-        # A file where the parent directory should be stands for every refusal of the disk.
+        # A file in place of the parent directory represents any disk error.
         (tmp_path / "out").touch()
     out = tmp_path / "out" / "node"
     with pytest.raises(BundleError, match=r"damaged|is a file, not a folder") as caught:
@@ -524,6 +522,6 @@ def test_a_stock_bundle_has_nothing_for_nodes(
         node_bundle(stock, tmp_path / "node")
 
 
-def test_an_unknown_shipped_bundle_says_what_to_do() -> None:
+def test_an_unknown_shipped_bundle_gives_a_remedy() -> None:
     with pytest.raises(BundleError, match="--bundle"):
         bundle_module.shipped_bundle("int3")

@@ -1,4 +1,4 @@
-"""What needs no GPU; the rest is in ``simulated_cuda/check_cuda.py``."""
+"""Tests of `engines.cuda` without a GPU. The others are in ``simulated_cuda/check_cuda.py``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_without_a_driver_there_is_no_gpu_and_one_clear_line(
             ask()
 
 
-def test_a_driver_that_was_installed_meanwhile_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_installed_later_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         no_driver(patch)
         assert cuda.device_count() == 0
@@ -46,7 +46,9 @@ def test_a_driver_that_was_installed_meanwhile_is_found(monkeypatch: pytest.Monk
     assert asked == ["libcuda.so.1"]
 
 
-def test_cuda_python_that_does_not_load_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cuda_python_that_does_not_load_counts_as_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked = []
 
     def refuse(name: str) -> None:
@@ -61,11 +63,14 @@ def test_cuda_python_that_does_not_load_is_as_good_as_none(monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (ModuleNotFoundError("pycuda"), r"pycuda is not installed: `pip install .*nvcc"),
+        (
+            ModuleNotFoundError("pycuda"),
+            r"pycuda is not installed: PATH=/usr/local/cuda/.* pip install",
+        ),
         (ImportError("undefined symbol: cuX"), r"does not work here \(undefined symbol: cuX\)"),
     ],
 )
-def test_pycuda_that_is_missing_or_broken(
+def test_missing_or_broken_pycuda_is_reported(
     monkeypatch: pytest.MonkeyPatch, error: ImportError, reason: str
 ) -> None:
     def refuse(name: str) -> None:

@@ -1,4 +1,4 @@
-"""The driver's version, from files as systems have them."""
+"""The driver's version, from files as real systems have them."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import pytest
 from engines.dtypes import to_float32, to_stored
 
 
-def test_every_bfloat16_comes_back_as_it_went() -> None:
+def test_every_bfloat16_survives_a_round_trip() -> None:
     bits = np.arange(1 << 16, dtype=np.uint16)
     values = to_float32(bits, "bfloat16")
     assert values.dtype == np.float32
@@ -16,7 +16,7 @@ def test_every_bfloat16_comes_back_as_it_went() -> None:
     assert np.isnan(to_float32(back[nan], "bfloat16")).all()
 
 
-def test_rounding_is_pytorchs() -> None:
+def test_rounding_equals_pytorch_s() -> None:
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)
     bits = rng.integers(0, 1 << 32, 1 << 20, dtype=np.uint32)
@@ -30,13 +30,13 @@ def test_rounding_is_pytorchs() -> None:
     np.testing.assert_array_equal(to_float32(expected, "bfloat16"), back)
 
 
-def test_a_tie_goes_to_the_even_neighbour() -> None:
+def test_a_tie_rounds_to_even() -> None:
     ties = np.array([0x3F808000, 0x3F818000], np.uint32).view(np.float32)
     assert [hex(bits) for bits in to_stored(ties, "bfloat16")] == ["0x3f80", "0x3f82"]
 
 
 @pytest.mark.parametrize("bits", [0x7F800001, 0x7F80FFFF, 0x7FFFFFFF, 0xFF800001, 0xFFFFFFFF])
-def test_a_nan_stays_one(bits: int) -> None:
+def test_nan_stays_nan(bits: int) -> None:
     values = np.array([bits], np.uint32).view(np.float32)
     assert np.isnan(to_float32(to_stored(values, "bfloat16"), "bfloat16")).all()
 
@@ -49,7 +49,7 @@ def test_infinities_overflow_and_empty() -> None:
     assert to_stored(np.zeros((0, 3), np.float32), "bfloat16").shape == (0, 3)
 
 
-def test_other_types_are_numpys() -> None:
+def test_other_types_are_converted_by_numpy() -> None:
     values = np.array([[0.1, 70000.0]], np.float32)
     with np.errstate(over="ignore"):
         half = to_stored(values, "float16")

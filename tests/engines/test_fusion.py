@@ -1,7 +1,7 @@
-"""Fusion is read from what the real TensorRT-RTX builds here, without a GPU.
+"""Fusion is read from plans that the real TensorRT-RTX builds here, without a GPU.
 
-The engine inspector needs one, so its answers are written by hand: after the format that NVIDIA
-documents (10.x, and 11.x in "Migrating IEngineInspector Usage") and after layers of real engines
+The engine inspector needs a GPU, so its answers are written by hand. They follow the format that
+NVIDIA documents (10.x, and 11.x in "Migrating IEngineInspector Usage") and layers of real engines
 quoted in NVIDIA/TensorRT#4397.
 """
 
@@ -34,7 +34,8 @@ def library() -> Library:
 
 
 def build(library: Library, fill: Callable[[Any, Any], None]) -> tuple[bytes, Attentions]:
-    """Build the network that ``fill(network, logger)`` makes; its plan and its attentions."""
+    """Build the network that ``fill(network, logger)`` defines. Returns its plan and its
+    attentions."""
     trt = library.module
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
@@ -71,7 +72,7 @@ def parsed(library: Library, path: Path) -> Callable[[Any, Any], None]:
 
 @pytest.fixture(scope="module")
 def tiny(library: Library) -> Callable[[str], tuple[bytes, Attentions]]:
-    """Plan and attentions of a graph of the shipped bundles, such as ``fp16/stack.onnx``."""
+    """Plan and attentions of a graph of the shipped bundles, for example ``fp16/stack.onnx``."""
     built: dict[str, tuple[bytes, Attentions]] = {}
 
     def get(name: str) -> tuple[bytes, Attentions]:
@@ -86,7 +87,7 @@ def tiny(library: Library) -> Callable[[str], tuple[bytes, Attentions]]:
 def write_plain_attention(
     path: Path, *, dtype: str = "FLOAT16", width: int = 64, tokens: int = 256, blocks: int = 4
 ) -> Path:
-    """One attention in blocks of queries, with the names that the plain form gives them."""
+    """One attention in blocks of queries, with the names that the plain form uses."""
     from onnx import TensorProto, numpy_helper, save
     from onnx import helper as h
 
@@ -152,15 +153,15 @@ def test_layers_come_with_kernel_and_precision(tiny: Any) -> None:
     assert norms
     assert all("fp32" in layer.precision for layer in norms)  # the norms' weights are float32
     assert all(layer.kernel for layer in layers)
-    # A runtime fusion is listed once, not once more with each part of it.
+    # A runtime fusion is listed once, not again with each of its parts.
     assert not any(layer.kernel in ("add", "erf") for layer in layers)
 
 
-def test_the_decoder_is_fused_in_part_and_each_attention_is_told_apart(tiny: Any) -> None:
+def test_the_decoder_is_partly_fused_and_each_attention_is_reported(tiny: Any) -> None:
     plan, attentions = tiny("fp16/decoder.onnx")
     reports = fusion.from_plan(plan, attentions)
     assert len(reports[0]) == 7
-    # Few tokens on one side at least: this library fuses only the tokens' attention to themselves.
+    # One side has few tokens. This library fuses only the self-attention of the tokens.
     assert {report.fused for report in reports[0]} == {True, False}
     for report in reports[0]:
         assert ("_gemm_mha_v2" in report.kernel) == report.fused
@@ -192,7 +193,7 @@ def test_blocks_of_queries_count_as_one_attention(
     [{"width": 264}, {"dtype": "FLOAT"}, {"tokens": 64, "blocks": 1}],
     ids=["too wide", "fp32", "whole, straight from the inputs"],
 )
-def test_plain_attention_that_the_library_does_not_fuse(
+def test_plain_attention_that_the_library_does_not_fuse_is_reported(
     library: Library, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     path = write_plain_attention(tmp_path / "a.onnx", **changes)
@@ -202,7 +203,7 @@ def test_plain_attention_that_the_library_does_not_fuse(
 
 
 @pytest.mark.parametrize(("dtype", "width", "fused"), [("HALF", 64, True), ("HALF", 264, False)])
-def test_an_attention_layer_that_may_be_decomposed(
+def test_an_attention_layer_that_may_be_decomposed_is_recognised(
     library: Library, dtype: str, width: int, fused: bool
 ) -> None:
     trt = library.module
@@ -232,7 +233,7 @@ def test_a_softmax_without_matrix_products_is_no_attention(
     assert build(library, fill)[1] == {}
 
 
-def test_a_plan_that_tells_nothing_is_untold_not_fused(tiny: Any) -> None:
+def test_a_plan_without_evidence_is_unknown_not_fused(tiny: Any) -> None:
     plan, attentions = tiny("fp16/stack.onnx")
     for silent in (b"", plan[:20_000], plan.replace(b"main {", b"code {")):
         reports = fusion.from_plan(silent, attentions)
@@ -240,12 +241,11 @@ def test_a_plan_that_tells_nothing_is_untold_not_fused(tiny: Any) -> None:
         assert reports[1] == ()
 
 
-def test_a_kernel_of_an_unknown_name_is_untold(tiny: Any) -> None:
+def test_a_kernel_with_an_unknown_name_is_unknown(tiny: Any) -> None:
     plan, attentions = tiny("fp16/stack.onnx")
     renamed = plan.replace(b"name=_gemm_mha_v2 ", b"name=_flash_whatever ")
     assert states(fusion.from_plan(renamed, attentions)) == dict.fromkeys(attentions)
-    # As long as a name of another kind, and even one that looks like attention, is no evidence
-    # without the nodes.
+    # A kernel's name is no evidence without the nodes, even if it looks like attention.
     elsewhere = plan.replace(b"[ONNX Layer: node_scaled_dot", b"[ONNX Layer: node_another_dot")
     assert states(fusion.from_plan(elsewhere, attentions)) == dict.fromkeys(attentions)
 
@@ -258,7 +258,7 @@ def test_plans_are_read_through_any_buffer(tiny: Any) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.data())
-def test_a_damaged_plan_never_raises_and_reports_fit_a_record(tiny: Any, data: Any) -> None:
+def test_a_damaged_plan_never_raises_and_its_report_fits_a_record(tiny: Any, data: Any) -> None:
     plan, attentions = tiny("fp16/tail.onnx")
     damaged = bytearray(plan)
     main = plan.find(b"\nmain {")
@@ -271,7 +271,7 @@ def test_a_damaged_plan_never_raises_and_reports_fit_a_record(tiny: Any, data: A
     msgspec.json.decode(msgspec.json.encode(layers), type=tuple[LayerReport, ...])
 
 
-# The inspector's answers below are simulated: see the head of this module.
+# The inspector's answers below are simulated: see the module docstring.
 
 PLAIN: Attentions = {
     "attention.0": tuple(
@@ -341,18 +341,18 @@ def test_inspector_all_blocks_fused(release: int) -> None:
     assert [one.precision for one in reports[1]] == ["fp16", "fp16"]
 
 
-def test_inspector_one_block_apart_makes_the_attention_unfused() -> None:
+def test_inspector_one_unfused_block_makes_the_attention_unfused() -> None:
     reports = inspect([fused_block(0), *apart_block(1)], PLAIN)
     assert states(reports) == {"attention.0": False}
     assert "CastMaxrSubExpSumDivMulCast" in reports[0][0].kernel
 
 
-def test_inspector_one_block_missing_is_untold() -> None:
+def test_inspector_one_missing_block_is_unknown() -> None:
     assert states(inspect([fused_block(0)], PLAIN)) == {"attention.0": None}
 
 
 @pytest.mark.parametrize("missing", ["logits", "softmax", "values"])
-def test_inspector_an_attention_kernel_for_part_of_an_attention_is_untold(missing: str) -> None:
+def test_inspector_an_attention_kernel_for_part_of_an_attention_is_unknown(missing: str) -> None:
     names = {step: f"attention.0/block.1/{step}" for step in ("logits", "softmax", "values")}
     rest = names.pop(missing)
     part = layer("_gemm_mha_v2_myl0_18", "kgen", "_gemm_mha_v2_0x95", *names.values())
@@ -379,7 +379,7 @@ def test_inspector_attention_operator() -> None:
     fused = layer("_gemm_mha_v2_myl0_9", "kgen", "_gemm_mha_v2_0xb4", "node_attention", "node_cat")
     around = layer("__myl_ReshMove_myl0_8", "kgen", "__myl_ReshMove_0x1", "node_attention")
     assert states(inspect([around, fused], MAIN)) == {"node_attention": True}
-    # Kernels around it name the node too; without softmax among them they are no evidence.
+    # Kernels around it name the node too. Without softmax among them they are no evidence.
     assert states(inspect([around], MAIN)) == {"node_attention": None}
 
 
@@ -396,7 +396,7 @@ def test_inspector_attention_operator() -> None:
         "[" * 5000,
     ],
 )
-def test_inspector_answers_without_detail_are_untold(text: str) -> None:
+def test_inspector_answers_without_detail_are_unknown(text: str) -> None:
     assert states(fusion.from_inspector(text, PLAIN)) == {"attention.0": None}
 
 

@@ -8,7 +8,7 @@ from engines.geometry import Geometry, resized_shape
 SAM = Geometry(image_size=1024, patch_size=16, window_size=14, embed_dim=1280, out_chans=256)
 
 
-def test_sam_has_the_published_numbers() -> None:
+def test_sam_s_geometry_has_the_published_numbers() -> None:
     assert (SAM.grid, SAM.windows_per_side, SAM.windows) == (64, 5, 25)
     assert (SAM.window_pixels, SAM.tokens_per_window, SAM.low_res) == (224, 196, 256)
 
@@ -32,7 +32,7 @@ def test_rectangles_tile_the_square() -> None:
 
 
 @pytest.mark.parametrize("index", [-1, 25])
-def test_no_window_outside_the_square(index: int) -> None:
+def test_no_window_is_outside_the_square(index: int) -> None:
     with pytest.raises(IndexError):
         SAM.window_rect(index)
 
@@ -46,12 +46,12 @@ def test_no_window_outside_the_square(index: int) -> None:
         ({"embed_dim": 0}, "at least 1"),
     ],
 )
-def test_contradictions_are_refused(change: dict[str, int], reason: str) -> None:
+def test_contradictory_geometries_are_refused(change: dict[str, int], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         Geometry(**{**msgspec.structs.asdict(SAM), **change})
 
 
-def test_resized_shape_never_rounds_a_side_to_nothing() -> None:
+def test_resized_shape_never_rounds_a_side_to_zero() -> None:
     assert resized_shape(1, 10_000, 1024) == (1, 1024)
     assert resized_shape(10_000, 1, 1024) == (1024, 1)
     assert resized_shape(1, 1, 1024) == (1024, 1024)

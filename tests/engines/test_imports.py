@@ -1,4 +1,4 @@
-"""What an edge and a node load: no torch, and nothing else that only exporters or tests need."""
+"""Edge and node load no torch and nothing else that only exporters or tests need."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytestmark = pytest.mark.process
 
 RUNTIME = ("edge_common", "engines", "transport", "cloud_node", "edge_runtime")
 HEAVY = ("torch", "torchvision", "matplotlib", "scipy", "onnx", "onnxscript", "skimage")

@@ -44,7 +44,7 @@ def engine(toy_bundle: Path) -> OrtEngine:
     return OrtEngine(toy_bundle / "stack.onnx", threads=1, device="cpu")
 
 
-def test_it_says_what_it_takes_and_returns(engine: OrtEngine) -> None:
+def test_the_engine_reports_its_inputs_and_outputs(engine: OrtEngine) -> None:
     assert engine.inputs == (
         TensorSpec("pixels", "uint8", ("n", 16, 16, 3)),
         TensorSpec("extent", "int64", ("n", 2)),
@@ -54,14 +54,14 @@ def test_it_says_what_it_takes_and_returns(engine: OrtEngine) -> None:
     assert engine.device == "cpu"
 
 
-def test_it_computes_with_weights_that_lie_beside_the_graph(engine: OrtEngine, toy: Toy) -> None:
+def test_weights_beside_the_graph_are_used(engine: OrtEngine, toy: Toy) -> None:
     feeds = toy_feeds()
-    # Not contiguous, as a row selection in another order may be.
+    # Not contiguous: selecting rows in another order can give such arrays.
     feeds["pixels"] = feeds["pixels"][::-1, :, ::-1]
     np.testing.assert_allclose(engine.run(feeds)["tokens"], toy.stack(**feeds), rtol=1e-5)
 
 
-def test_outputs_go_where_they_are_wanted(engine: OrtEngine) -> None:
+def test_outputs_are_written_to_the_given_arrays(engine: OrtEngine) -> None:
     whole = np.full((4, 16, 8), np.nan, np.float32)
     expected = engine.run(toy_feeds())["tokens"]
     found = engine.run(toy_feeds(), {"tokens": whole[1:3]})
@@ -85,7 +85,7 @@ def test_outputs_go_where_they_are_wanted(engine: OrtEngine) -> None:
         ({"tokens": np.frombuffer(bytes(1024), "f4").reshape(2, 16, 8)}, "is not a writable"),
     ],
 )
-def test_room_that_does_not_fit_is_refused(
+def test_output_arrays_that_do_not_fit_are_refused(
     engine: OrtEngine, out: dict[str, np.ndarray], reason: str
 ) -> None:
     with pytest.raises(EngineError, match=reason):
@@ -121,13 +121,13 @@ def test_checked_feeds_give_the_dynamic_sizes(engine: OrtEngine) -> None:
     assert check_feeds(engine.inputs, toy_feeds(5)) == {"n": 5}
 
 
-def test_what_the_library_refuses_is_one_clear_line(engine: OrtEngine) -> None:
+def test_a_library_error_is_one_clear_line(engine: OrtEngine) -> None:
     with pytest.raises(EngineError, match=r"stack\.onnx failed: ") as caught:
-        engine.run(changed(window=np.array([0, 9])))  # no such window in the position table
+        engine.run(changed(window=np.array([0, 9])))  # the position table has no such window
     assert "\n" not in str(caught.value)
 
 
-def test_after_closing_it_does_not_run(engine: OrtEngine) -> None:
+def test_a_closed_engine_does_not_run(engine: OrtEngine) -> None:
     with engine as opened:
         opened.run(toy_feeds())
     engine.close()
@@ -135,7 +135,7 @@ def test_after_closing_it_does_not_run(engine: OrtEngine) -> None:
         engine.run(toy_feeds())
 
 
-def test_a_missing_and_a_broken_file(tmp_path: Path) -> None:
+def test_missing_and_broken_files_are_reported(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="is missing"):
         OrtEngine(tmp_path / "no.onnx")
     (tmp_path / "bad.onnx").write_bytes(b"not a graph")
@@ -158,7 +158,7 @@ def test_missing_weights_are_one_clear_line(toy_bundle: Path, tmp_path: Path) ->
         ({"device": "tpu"}, "'tpu'"),
     ],
 )
-def test_senseless_settings_are_refused(toy_bundle: Path, arguments: dict, reason: str) -> None:
+def test_invalid_settings_are_refused(toy_bundle: Path, arguments: dict, reason: str) -> None:
     with pytest.raises(EngineError, match=reason):
         OrtEngine(toy_bundle / "stack.onnx", **arguments)
 
@@ -166,7 +166,7 @@ def test_senseless_settings_are_refused(toy_bundle: Path, arguments: dict, reaso
 @pytest.mark.skipif(
     "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="CUDA is here"
 )
-def test_cuda_asked_for_and_absent_says_how_to_get_it(toy_bundle: Path) -> None:
+def test_missing_cuda_gives_a_remedy(toy_bundle: Path) -> None:
     with pytest.raises(EngineError, match="pip install onnxruntime-gpu"):
         OrtEngine(toy_bundle / "stack.onnx", device="cuda")
     assert OrtEngine(toy_bundle / "stack.onnx", device="auto").device == "cpu"
@@ -182,9 +182,10 @@ print(len(os.listdir("/proc/self/task")) - before)
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_it_starts_no_more_threads_than_told(toy_bundle: Path, threads: int) -> None:
+def test_it_starts_no_more_threads_than_requested(toy_bundle: Path, threads: int) -> None:
     done = subprocess.run(
         [sys.executable, "-c", THREADS, str(toy_bundle / "stack.onnx"), str(threads)],
         capture_output=True,
@@ -196,8 +197,8 @@ def test_it_starts_no_more_threads_than_told(toy_bundle: Path, threads: int) -> 
 
 
 def test_idle_threads_sleep(toy_bundle: Path) -> None:
-    # A spinning pool burns processor time between runs; ours must not, or three nodes on one
-    # machine starve one another.
+    # A spinning pool uses processor time between runs. Ours must not spin, or three nodes on one
+    # machine slow one another down.
     engine = OrtEngine(toy_bundle / "stack.onnx", threads=4)
     options = engine._session.get_session_options()
     for pool in ("intra_op", "inter_op"):
@@ -205,7 +206,7 @@ def test_idle_threads_sleep(toy_bundle: Path) -> None:
     assert options.inter_op_num_threads == 1
 
 
-def test_bfloat16_travels_as_its_bits(tmp_path: Path) -> None:
+def test_bfloat16_keeps_its_bits(tmp_path: Path) -> None:
     nodes = [
         h.make_node("Cast", ["x"], ["f"], to=T.FLOAT),
         h.make_node("Add", ["f", "y"], ["s"]),
@@ -232,7 +233,7 @@ def test_bfloat16_arithmetic_is_refused_on_the_cpu(tmp_path: Path) -> None:
         OrtEngine(path, device="cpu")
 
 
-def test_an_unsupported_type_is_named(tmp_path: Path) -> None:
+def test_an_unsupported_type_is_refused_by_name(tmp_path: Path) -> None:
     nodes = [h.make_node("Identity", ["x"], ["z"])]
     spec = [T.STRING, [2]]
     path = save(tmp_path / "s.onnx", nodes, [("x", *spec)], [("z", *spec)])
@@ -241,7 +242,9 @@ def test_an_unsupported_type_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs processor affinity")
-def test_by_default_it_uses_the_cores_it_may_use(engine: OrtEngine, toy_bundle: Path) -> None:
+def test_by_default_the_engine_uses_all_cores_available_to_the_process(
+    engine: OrtEngine, toy_bundle: Path
+) -> None:
     threads = OrtEngine(toy_bundle / "stack.onnx")._session.get_session_options()
     assert threads.intra_op_num_threads == len(os.sched_getaffinity(0))
 

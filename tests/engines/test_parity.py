@@ -36,7 +36,7 @@ ONES = np.ones((2, 8), np.float32)
 # Measures ----------------------------------------------------------------------------------------
 
 
-def test_the_worst_row_counts() -> None:
+def test_the_worst_row_decides() -> None:
     found = ONES.copy()
     found[1, ::2] = -1
     result = compare([(ONES, ONES), (found, ONES)])
@@ -50,7 +50,7 @@ def test_the_worst_row_counts() -> None:
     assert any("relative error 2" in text for text in missed)
 
 
-def test_the_difference_is_a_share_of_the_peak() -> None:
+def test_the_difference_is_relative_to_the_peak() -> None:
     wanted = np.array([[100.0, 1, 1, 1]], np.float32)
     result = compare([(wanted + np.float32(1), wanted)])
     assert result.max_abs == 1
@@ -59,7 +59,7 @@ def test_the_difference_is_a_share_of_the_peak() -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("place", [0, 1])
-def test_a_nan_or_infinity_fails_wherever_it_is(bad: float, place: int) -> None:
+def test_a_nan_or_infinity_fails_at_any_place(bad: float, place: int) -> None:
     spoilt = ONES.copy()
     spoilt[1, 3] = bad
     pairs = [(ONES, ONES), (ONES, ONES)]
@@ -71,7 +71,7 @@ def test_a_nan_or_infinity_fails_wherever_it_is(bad: float, place: int) -> None:
     assert not np.isfinite(result.max_abs)
 
 
-def test_zeros_agree_with_zeros_only() -> None:
+def test_zeros_agree_only_with_zeros() -> None:
     zeros = np.zeros_like(ONES)
     assert compare([(zeros, zeros)]).misses(FP32) == []
     assert compare([(ONES, zeros)]).misses(FP32)
@@ -84,7 +84,7 @@ def square(size: int, shift: int = 0) -> np.ndarray:
     return logits
 
 
-def test_mask_iou_is_of_all_together_the_least_and_the_mean() -> None:
+def test_mask_iou_gives_total_minimum_and_mean() -> None:
     result = compare(
         [(ONES, ONES)],
         [(square(10), square(10)), (square(5, 5), square(5)), (square(3), square(5))],
@@ -96,7 +96,7 @@ def test_mask_iou_is_of_all_together_the_least_and_the_mean() -> None:
     assert kinds == {"mask ", "mean mask ", "least mask "}
 
 
-def test_a_few_pixels_are_left_to_the_logits() -> None:
+def test_a_difference_of_a_few_pixels_is_left_to_the_logits() -> None:
     result = compare([(ONES, ONES)], [(square(2, 2), square(2)), (square(9), square(9))])
     assert (result.mask_iou_min, result.mask_iou_mean) == (1, 1)
     assert result.mask_iou == pytest.approx(81 / 89)
@@ -107,7 +107,7 @@ def test_a_few_pixels_are_left_to_the_logits() -> None:
     assert result.misses(FP32) == []
 
 
-def test_the_mask_threshold_is_the_bundles() -> None:
+def test_the_mask_threshold_comes_from_the_bundle() -> None:
     assert compare([(ONES, ONES)], [(square(9) + 5, square(9))]).mask_iou_min != 1
     assert compare([(ONES, ONES)], [(square(9) + 5, square(9) + 5)], 5.5).mask_iou_min == 1
 
@@ -145,7 +145,7 @@ def fp16(tmp_path: Path) -> Bundle:
 def change_weights(
     bundle: Bundle, stage: str, change: Callable[[np.ndarray], np.ndarray], ending: str = "weight"
 ) -> Bundle:
-    """Change the first weight of a stage whose name ends so; hashes are made to agree."""
+    """Change the first weight of a stage whose name has this ending, and update the hashes."""
     path = bundle.stage_path(stage)
     model = ir.load(path)
     name, value = next((k, v) for k, v in model.graph.initializers.items() if k.endswith(ending))
@@ -187,8 +187,9 @@ def test_the_shipped_bundles_pass(precision: str) -> None:
     assert sorted(bundle.path.rglob("*")) == before, "a pass leaves nothing behind"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"head_blocks": 2}, {"order": "stock"}])
-def test_other_kinds_of_bundle(
+def test_other_kinds_of_bundle_pass(
     random_checkpoint: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     from exporters.export import export
@@ -205,7 +206,7 @@ def test_other_kinds_of_bundle(
 
 
 @pytest.mark.parametrize("stage", ["stack", "tail", "decoder"])
-def test_a_bundle_of_other_weights_fails_and_does_not_serve(fp32: Bundle, stage: str) -> None:
+def test_a_bundle_with_other_weights_fails_and_does_not_serve(fp32: Bundle, stage: str) -> None:
     bundle = change_weights(fp32, stage, lambda w: w * np.float32(1.05))
     report = gate(bundle, threads=1)
     assert not report.passed
@@ -228,12 +229,12 @@ def test_nan_weights_fail(fp16: Bundle) -> None:
     assert verdict.stage == "stack"
     assert "NaN or infinity" in verdict.why
     assert all(row.cosine is None and not row.finite for row in verdict.rows)
-    assert statuses(report)["tail"] == "ok", "the stages after it were fed something finite"
+    assert statuses(report)["tail"] == "ok", "the later stages got finite inputs"
     with pytest.raises(EngineError, match="failed the parity gate"):
         open_stage(bundle, "stack")
 
 
-def test_a_mended_engine_serves_again(fp32: Bundle) -> None:
+def test_a_repaired_engine_serves_again(fp32: Bundle) -> None:
     stack = fp32.stage_path("stack").read_bytes()
     manifest = (fp32.path / "manifest.json").read_bytes()
     wrong = change_weights(fp32, "stack", lambda w: w * np.float32(1.05))
@@ -244,12 +245,12 @@ def test_a_mended_engine_serves_again(fp32: Bundle) -> None:
     fp32.stage_path("stack").write_bytes(stack)
     (fp32.path / "manifest.json").write_bytes(manifest)
     mended = Bundle.load(fp32.path)
-    open_stage(mended, "stack").close()  # another digest: the note is not about it
+    open_stage(mended, "stack").close()  # its digest differs, so the note does not apply
     assert gate(mended, threads=1).passed
     assert not notes[0].exists()
 
 
-def test_selected_stages_alone_are_measured(fp32: Bundle) -> None:
+def test_only_the_selected_stages_are_measured(fp32: Bundle) -> None:
     bundle = change_weights(fp32, "stack", lambda w: w * np.float32(1.05))
     report = gate(bundle, ["tail"], threads=1)
     assert statuses(report) == {"tail": "ok", END_TO_END: "ok"}
@@ -257,12 +258,12 @@ def test_selected_stages_alone_are_measured(fp32: Bundle) -> None:
         gate(bundle, ["encoder"])
 
 
-def test_random_samples_cannot_be_left_out(fp32: Bundle) -> None:
+def test_random_samples_are_required(fp32: Bundle) -> None:
     with pytest.raises(ValueError, match="random is 0"):
         gate(fp32, random=0)
 
 
-def test_a_damaged_bundle_is_no_verdict(fp32: Bundle) -> None:
+def test_a_damaged_bundle_gets_no_verdict(fp32: Bundle) -> None:
     data = bytearray(fp32.stage_path("tail").read_bytes())
     data[len(data) // 2] ^= 1
     fp32.stage_path("tail").write_bytes(data)
@@ -270,12 +271,12 @@ def test_a_damaged_bundle_is_no_verdict(fp32: Bundle) -> None:
         gate(fp32, threads=1)
 
 
-def test_a_read_only_bundle_that_passes_needs_no_writing(fp32: Bundle) -> None:
+def test_a_read_only_bundle_that_passes_is_not_written(fp32: Bundle) -> None:
     (fp32.path / "plans").write_text("in the way: nothing can be written here")
     assert gate(fp32, threads=1).unrecorded == ()
 
 
-def test_a_failure_that_cannot_be_kept_is_told(fp32: Bundle) -> None:
+def test_a_failure_that_cannot_be_saved_is_reported(fp32: Bundle) -> None:
     bundle = change_weights(fp32, "stack", lambda w: w * np.float32(1.05))
     (bundle.path / "plans").write_text("in the way")
     report = gate(bundle, threads=1)
@@ -307,7 +308,7 @@ def scaled(stage: str, factor: float) -> Callable[..., dict[str, np.ndarray]]:
     return spoil
 
 
-def test_plans_that_compute_the_same_pass_and_serve(
+def test_equivalent_plans_pass_and_serve(
     fp16: Bundle, machine: SimulatedMachine, caplog: pytest.LogCaptureFixture
 ) -> None:
     built = machine.build(fp16, "stack", "tail", "decoder")
@@ -340,7 +341,7 @@ def test_plans_that_compute_the_same_pass_and_serve(
 
 
 @pytest.mark.parametrize("stage", ["stack", "tail", "decoder"])
-def test_a_wrong_plan_fails_alone_and_never_serves(
+def test_only_the_wrong_plan_fails_and_it_never_serves(
     fp16: Bundle, machine: SimulatedMachine, stage: str
 ) -> None:
     machine.build(fp16, "stack", "tail", "decoder")
@@ -351,7 +352,7 @@ def test_a_wrong_plan_fails_alone_and_never_serves(
     assert {n: v.status for n, v in verdicts.items()} == {
         **dict.fromkeys(["stack", "tail", "decoder", END_TO_END], "ok"),
         stage: "failed",
-    }, "the others are chained with ONNX Runtime in its stead, and pass"
+    }, "the other plans run in a chain with ONNX Runtime in its place, and pass"
     assert "golden inputs against PyTorch: relative error 0." in verdicts[stage].why
     assert len(verdicts[END_TO_END].why.split(" and ")) == 2
     with open_stage(fp16, stage) as engine:
@@ -364,7 +365,7 @@ def test_a_wrong_plan_fails_alone_and_never_serves(
     assert machine.open == 0
 
 
-def test_a_known_bad_version_serves_only_after_the_gate(
+def test_a_known_bad_version_serves_only_after_a_pass(
     fp16: Bundle, machine: SimulatedMachine
 ) -> None:
     machine.version = (10, 3, 0)
@@ -379,10 +380,10 @@ def test_a_known_bad_version_serves_only_after_the_gate(
         open_stage(fp16, "stack", device="tensorrt")
 
 
-def test_outputs_left_over_from_the_run_before_are_noticed(
+def test_stale_outputs_of_the_run_before_are_noticed(
     fp16: Bundle, machine: SimulatedMachine
 ) -> None:
-    """A CUDA graph that replays with stale inputs: from the fourth run of a shape on."""
+    """Simulates a CUDA graph that replays with stale inputs from the fourth run of a shape on."""
     seen: dict[Any, list[dict[str, np.ndarray]]] = {}
 
     def stale(stage: str, outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -397,8 +398,8 @@ def test_outputs_left_over_from_the_run_before_are_noticed(
     assert END_TO_END not in verdicts
 
 
-def test_a_nan_for_some_windows_only_is_noticed(fp16: Bundle, machine: SimulatedMachine) -> None:
-    """The golden sample has windows 0 to 4; this engine fails at the last corner."""
+def test_a_nan_in_some_windows_is_noticed(fp16: Bundle, machine: SimulatedMachine) -> None:
+    """The golden sample has windows 0 to 4. This engine fails at the last corner."""
     machine.build(fp16, "stack")
     opened = machine.open_plan
 
@@ -420,8 +421,10 @@ def test_a_nan_for_some_windows_only_is_noticed(fp16: Bundle, machine: Simulated
     assert "random inputs" in verdict.why
 
 
-def test_stages_that_pass_alone_but_not_together(fp16: Bundle, machine: SimulatedMachine) -> None:
-    """Only what the tail is fed by the simulated stack brings it down."""
+def test_stages_that_pass_alone_but_not_together_fail(
+    fp16: Bundle, machine: SimulatedMachine
+) -> None:
+    """Only the simulated stack's outputs make the tail fail."""
     machine.build(fp16, "stack", "tail")
     opened = machine.open_plan
     (golden,) = golden_samples(fp16)
@@ -453,7 +456,7 @@ def test_stages_that_pass_alone_but_not_together(fp16: Bundle, machine: Simulate
             open_stage(fp16, stage, device="tensorrt")
 
 
-def test_an_engine_that_breaks_off_fails_and_never_serves(
+def test_an_engine_that_raises_fails_and_never_serves(
     fp16: Bundle, machine: SimulatedMachine
 ) -> None:
     def broken(stage: str, outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -471,7 +474,7 @@ def test_an_engine_that_breaks_off_fails_and_never_serves(
 
 
 class Odd(Exception):
-    """What no library of ours would raise."""
+    """An error that none of our libraries raises."""
 
 
 def without(stage: str, outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -502,7 +505,7 @@ def raising(error: BaseException) -> Callable[..., dict[str, np.ndarray]]:
         (one_row_less, "it returned float16 (1, "),
     ],
 )
-def test_whatever_an_engine_does_instead_of_answering_is_a_failure(
+def test_any_misbehaviour_of_an_engine_is_a_failure(
     fp16: Bundle, machine: SimulatedMachine, spoil: Any, why: str
 ) -> None:
     machine.build(fp16, "stack", "tail")
@@ -513,7 +516,7 @@ def test_whatever_an_engine_does_instead_of_answering_is_a_failure(
     assert not report.passed
     assert verdicts["stack"].status == "failed"
     assert why in verdicts["stack"].why
-    assert verdicts["tail"].status == "ok", "the others are measured all the same"
+    assert verdicts["tail"].status == "ok", "the others are still measured"
     machine.spoil = lambda stage, outputs: outputs
     with pytest.raises(PlanError, match=r"failed the parity gate .* no answer at all\. It does"):
         open_stage(fp16, "stack", device="tensorrt")
@@ -522,7 +525,7 @@ def test_whatever_an_engine_does_instead_of_answering_is_a_failure(
 
 
 @pytest.mark.parametrize("error", [EngineError("no memory"), MemoryError(), OSError(5, "I/O")])
-def test_a_plan_that_opens_no_more_does_not_keep_its_pass(
+def test_a_plan_that_no_longer_opens_loses_its_pass(
     fp16: Bundle, machine: SimulatedMachine, error: Exception
 ) -> None:
     machine.build(fp16, "stack")
@@ -539,7 +542,7 @@ def test_a_plan_that_opens_no_more_does_not_keep_its_pass(
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143)])
-def test_a_stop_is_no_verdict_but_loses_no_failure(
+def test_an_interrupted_run_gives_no_verdict_but_keeps_failures(
     fp16: Bundle, machine: SimulatedMachine, stop: BaseException
 ) -> None:
     machine.build(fp16, "stack", "tail")
@@ -559,10 +562,10 @@ def test_a_stop_is_no_verdict_but_loses_no_failure(
         open_stage(fp16, "stack", device="tensorrt")
 
 
-def test_an_engine_that_breaks_off_in_the_chain_alone_fails(
+def test_an_engine_that_fails_only_in_the_chain_fails(
     fp16: Bundle, machine: SimulatedMachine
 ) -> None:
-    """The decoder's answers to its own inputs are good; of chained ones it leaves some out."""
+    """The decoder answers its own inputs well. For chained inputs it leaves some outputs out."""
     machine.build(fp16, "tail", "decoder")
     assert gate(fp16, threads=1).passed
     opened = machine.open_plan
@@ -595,7 +598,7 @@ def test_an_engine_that_breaks_off_in_the_chain_alone_fails(
         open_stage(fp16, "decoder", device="tensorrt")
 
 
-def test_what_onnx_runtime_raises_is_a_failure_too(
+def test_an_error_of_onnx_runtime_is_a_failure_too(
     fp16: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = OrtEngine.run
@@ -643,7 +646,7 @@ def test_a_stale_plan_is_not_run(fp16: Bundle, machine: SimulatedMachine) -> Non
     assert f"edge-runtime build {fp16.path} --stage stack" in verdict.why
 
 
-def test_a_failing_reference_is_not_what_others_are_compared_with(
+def test_nothing_is_compared_with_a_failing_reference(
     fp16: Bundle, machine: SimulatedMachine
 ) -> None:
     bundle = change_weights(fp16, "stack", lambda w: w * w.dtype.type(1.2))
@@ -655,14 +658,16 @@ def test_a_failing_reference_is_not_what_others_are_compared_with(
     assert verdicts["tail"].status == "ok"
 
 
-def test_kinds(fp16: Bundle, machine: SimulatedMachine) -> None:
+def test_only_engines_of_the_requested_kinds_are_measured(
+    fp16: Bundle, machine: SimulatedMachine
+) -> None:
     machine.build(fp16, "stack")
     assert of_tensorrt(gate(fp16, kinds=("cpu",), threads=1)) == {}
     report = gate(fp16, ["stack"], kinds=("tensorrt",), threads=1)
     assert {v.engine.split(" ")[0] for v in report.verdicts} == {"ONNX", TARGET}
 
 
-# bfloat16: ONNX Runtime on the CPU has no arithmetic for it ---------------------------------------
+# bfloat16: ONNX Runtime has no arithmetic for it on the CPU ---------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -674,7 +679,8 @@ def bf16(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 class Rounded(Engine):
-    """The float32 bundle's stage behind the bf16 bundle's interface: what a good plan computes."""
+    """The float32 bundle's stage behind the bf16 bundle's interface: it computes like a good
+    plan."""
 
     def __init__(self, machine: SimulatedMachine, bundle: Bundle, twin: Bundle, stage: str) -> None:
         spec = bundle.stage(stage)
@@ -698,6 +704,7 @@ class Rounded(Engine):
         self._engine.close()
 
 
+@pytest.mark.slow
 def test_bf16_is_not_run_on_the_cpu(bf16: Path, tmp_path: Path) -> None:
     bundle = Bundle.load(shutil.copytree(bf16, tmp_path / "b"))
     report = gate(bundle, threads=1)
@@ -706,7 +713,8 @@ def test_bf16_is_not_run_on_the_cpu(bf16: Path, tmp_path: Path) -> None:
     assert all("bfloat16" in v.why for v in report.verdicts if v.status == "not run")
 
 
-def test_bf16_plans_are_measured_on_the_golden_sample_and_on_themselves(
+@pytest.mark.slow
+def test_bf16_plans_are_measured_on_the_golden_sample_and_against_themselves(
     bf16: Path, tmp_path: Path, random_bundle: Path, machine: SimulatedMachine
 ) -> None:
     bundle = Bundle.load(shutil.copytree(bf16, tmp_path / "b"))
@@ -742,7 +750,7 @@ def test_bf16_plans_are_measured_on_the_golden_sample_and_on_themselves(
 
 @pytest.mark.gpu
 @pytest.mark.timeout(1800)
-def test_on_a_real_gpu_what_is_built_passes_and_serves(fp16: Bundle) -> None:
+def test_on_a_real_gpu_built_plans_pass_and_serve(fp16: Bundle) -> None:
     from engines.build import BuildOptions, build_stage
     from engines.trt import TrtEngine
 

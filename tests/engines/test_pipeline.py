@@ -22,7 +22,7 @@ from engines.windows import Windows, cut
 
 @pytest.fixture
 def windows(toy: Toy) -> Windows:
-    """Six of the nine windows; the last two rows of pixels end inside a patch."""
+    """Six of the nine windows. The last two rows of pixels end inside a patch."""
     image = np.random.default_rng(1).integers(0, 256, (27, 40, 3), np.uint8)
     return cut(image, toy.geometry)
 
@@ -34,12 +34,12 @@ def pipeline(toy_bundle: Path) -> Iterator[Pipeline]:
 
 
 def expected_embedding(toy: Toy, windows: Windows) -> np.ndarray:
-    tokens = np.full((9, 16, 8), np.nan, np.float32)  # absent windows must not be looked at
+    tokens = np.full((9, 16, 8), np.nan, np.float32)  # absent windows must not be read
     tokens[windows.window] = toy.stack(windows.pixels, windows.extent, windows.window)
     return toy.tail(tokens, windows.present)
 
 
-def test_embed_is_what_the_model_says(pipeline: Pipeline, toy: Toy, windows: Windows) -> None:
+def test_embed_equals_the_model(pipeline: Pipeline, toy: Toy, windows: Windows) -> None:
     embedding = pipeline.embed(windows)
     assert embedding.shape == (1, 4, 10, 10)
     np.testing.assert_allclose(embedding, expected_embedding(toy, windows), rtol=1e-5, atol=1e-5)
@@ -59,7 +59,7 @@ def test_every_kind_of_bundle_gives_the_same_embedding(
         np.testing.assert_allclose(found, expected_embedding(toy, windows), rtol=1e-5, atol=1e-5)
 
 
-def test_what_leaves_home_without_and_with_a_head(
+def test_the_tensors_for_nodes_without_and_with_a_head(
     pipeline: Pipeline,
     make_toy_bundle: Callable[..., Path],
     tmp_path: Path,
@@ -76,14 +76,14 @@ def test_what_leaves_home_without_and_with_a_head(
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4, 5, 6, 99])
-def test_the_batch_changes_nothing(pipeline: Pipeline, windows: Windows, batch: int) -> None:
+def test_the_batch_size_changes_nothing(pipeline: Pipeline, windows: Windows, batch: int) -> None:
     feeds = pipeline.stack_inputs(windows)
     whole, split = pipeline.stack(feeds), pipeline.stack(feeds, batch)
     assert split.keys() == whole.keys()
     np.testing.assert_array_equal(split["tokens"], whole["tokens"])
 
 
-def test_decode(pipeline: Pipeline, toy: Toy, windows: Windows) -> None:
+def test_decode_equals_the_model(pipeline: Pipeline, toy: Toy, windows: Windows) -> None:
     rng = np.random.default_rng(3)
     embedding = pipeline.embed(windows)
     for k in (0, 1, 3):
@@ -107,7 +107,7 @@ def test_rows_that_do_not_fit_the_windows_are_refused(pipeline: Pipeline, window
         pipeline.tail({}, windows)
 
 
-def test_no_windows_and_no_batch_are_refused(pipeline: Pipeline, windows: Windows) -> None:
+def test_zero_windows_or_a_batch_of_zero_are_refused(pipeline: Pipeline, windows: Windows) -> None:
     feeds = pipeline.stack_inputs(windows)
     with pytest.raises(EngineError, match="no windows"):
         pipeline.stack({name: array[:0] for name, array in feeds.items()})
@@ -115,7 +115,7 @@ def test_no_windows_and_no_batch_are_refused(pipeline: Pipeline, windows: Window
         pipeline.stack(feeds, 0)
 
 
-def test_a_node_bundle_runs_the_stack_and_only_that(
+def test_a_node_bundle_runs_only_the_stack(
     toy_bundle: Path, tmp_path: Path, pipeline: Pipeline, windows: Windows
 ) -> None:
     with Pipeline(node_bundle(Bundle.load(toy_bundle), tmp_path / "node")) as node:
@@ -159,16 +159,16 @@ def test_an_embedding_that_is_not_finite_is_refused(
         pipeline.embed(windows)
 
 
-def test_tokens_that_the_tail_cannot_bear_are_refused(pipeline: Pipeline, windows: Windows) -> None:
+def test_tokens_that_overflow_in_the_tail_are_refused(pipeline: Pipeline, windows: Windows) -> None:
     tokens = np.full((len(windows), 16, 8), 3e38, np.float32)  # finite, so a node may return them
     with pytest.raises(EngineError, match=r"not finite.*edge-runtime verify .*bundle.*node"):
         pipeline.tail({"tokens": tokens}, windows)
 
 
 @pytest.mark.parametrize("output", ["low_res_logits", "iou"])
-def test_a_decoder_s_answer_that_is_not_finite_is_refused(pipeline: Pipeline, output: str) -> None:
+def test_a_decoder_output_that_is_not_finite_is_refused(pipeline: Pipeline, output: str) -> None:
     coords, labels = np.zeros((1, 2, 2), np.float32), np.zeros((1, 2), np.float32)
-    (coords[0] if output == "low_res_logits" else labels)[:] = 3e38  # the toy adds them up
+    (coords[0] if output == "low_res_logits" else labels)[:] = 3e38  # the toy model adds them up
     prompts = coords, labels, np.zeros((1, 1, 40, 40), np.float32), np.zeros(1, np.float32)
     with pytest.raises(EngineError, match=rf"the decoder of .* returned {output}.*not finite"):
         pipeline.decode(np.zeros((1, 4, 10, 10), np.float32), *prompts)
@@ -189,7 +189,7 @@ def test_a_graph_that_contradicts_its_manifest_is_refused(toy_bundle: Path, tmp_
         pipeline.engine("stack")
 
 
-def test_a_graph_of_other_shapes_than_its_manifest_is_refused(
+def test_a_graph_with_other_shapes_than_its_manifest_is_refused(
     toy_bundle: Path, tmp_path: Path
 ) -> None:
     import onnx
@@ -222,8 +222,8 @@ def real(random_bundle: Path) -> Bundle:
     return bundle
 
 
-def test_results_are_bit_identical_however_windows_are_batched(real: Bundle) -> None:
-    """What makes "offloaded equals local" checkable: batch, order and threads change no bit."""
+def test_results_are_bit_identical_for_any_batching(real: Bundle) -> None:
+    """This makes "offloaded equals local" checkable: batch, order and threads change no bit."""
     size = real.geometry.image_size
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (size * 3 // 4 + 3, size, 3), dtype=np.uint8)
@@ -242,7 +242,7 @@ def test_results_are_bit_identical_however_windows_are_batched(real: Bundle) -> 
         np.testing.assert_array_equal(two.embed(windows, 4), embedding)
 
 
-def test_a_prompt_does_not_depend_on_the_prompts_beside_it(real: Bundle) -> None:
+def test_a_prompt_does_not_depend_on_the_other_prompts(real: Bundle) -> None:
     g = real.geometry
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (g.image_size, g.image_size // 2, 3), dtype=np.uint8)
@@ -265,7 +265,7 @@ def test_a_prompt_does_not_depend_on_the_prompts_beside_it(real: Bundle) -> None
 
 
 class Meeting:
-    """An engine whose runs wait for each other: they end only if they run at the same time."""
+    """An engine whose runs wait for each other. They end only if they run at the same time."""
 
     def __init__(self, engine: Any, met: threading.Barrier) -> None:
         self.engine, self.met = engine, met
@@ -314,7 +314,7 @@ def test_many_callers_get_their_own_answers_and_open_each_stage_once(
     assert sorted(opened) == ["stack", "tail"]
 
 
-def test_closing_waits_for_what_runs_and_fails_what_waits(
+def test_closing_waits_for_running_calls_and_fails_waiting_ones(
     pipeline: Pipeline, windows: Windows
 ) -> None:
     feeds = pipeline.stack_inputs(windows)
@@ -341,7 +341,7 @@ def test_closing_waits_for_what_runs_and_fails_what_waits(
         engine.run({})
 
 
-def test_an_encoding_says_what_took_how_long(
+def test_an_encoding_reports_the_time_of_each_part(
     pipeline: Pipeline, make_toy_bundle: Callable[..., Path], tmp_path: Path, windows: Windows
 ) -> None:
     encoding = pipeline.encode(windows)

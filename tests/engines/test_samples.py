@@ -38,7 +38,7 @@ def copy(tmp_path: Path) -> Bundle:
 
 
 def rewrite(bundle: Bundle, **changes: Any) -> Bundle:
-    """Change arrays of the golden sample by name (dots as __); None leaves one out."""
+    """Change arrays of the golden sample by name (dots as __). None removes one."""
     (name,) = bundle.manifest.golden
     path = bundle.path / name
     with np.load(path) as stored:
@@ -53,7 +53,7 @@ def rewrite(bundle: Bundle, **changes: Any) -> Bundle:
 
 
 def vouching(bundle: Bundle) -> Bundle:
-    """The bundle with a manifest that vouches for the golden sample as it is."""
+    """The bundle with a manifest that has the golden sample's current hash."""
     (name,) = bundle.manifest.golden
     golden = {name: hash_file(bundle.path / name)}
     return Bundle(bundle.path, msgspec.structs.replace(bundle.manifest, golden=golden))
@@ -117,7 +117,7 @@ def test_a_damaged_file_is_refused(copy: Bundle, kind: str, vouched: bool) -> No
         np.lib.format.write_array_header_1_0(header, shape)
         with zipfile.ZipFile(path, "w") as file:
             file.writestr("stack.pixels.npy", header.getvalue())
-    with pytest.raises(BundleError, match=r"0\.npz is damaged: .+\. Copy the bundle again"):
+    with pytest.raises(BundleError, match=r"0\.npz is damaged: .+: copy the bundle again"):
         golden_samples(vouching(copy) if vouched else copy)
 
 
@@ -141,7 +141,7 @@ def test_the_same_seed_draws_the_same_sample(bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_random_inputs_are_such_as_an_image_gives(bundle: Bundle, seed: int) -> None:
+def test_random_inputs_resemble_those_of_an_image(bundle: Bundle, seed: int) -> None:
     sample, g = draw(bundle, seed), bundle.geometry
     for name, stage in bundle.manifest.stages.items():
         check_feeds(stage.inputs, sample.feeds(name, stage))
@@ -179,14 +179,14 @@ def test_some_random_windows_are_partly_outside_the_image(bundle: Bundle) -> Non
     assert all(0 < number < 32 for number in cut_short)
 
 
-def test_every_window_comes_up_in_time() -> None:
+def test_every_window_is_drawn_sooner_or_later() -> None:
     for geometry in (Geometry(40, 4, 4, 8, 4), Geometry(8, 4, 2, 8, 4)):
         rng = np.random.default_rng(0)
         seen = {int(i) for _ in range(30) for i in _pick_windows(geometry, rng)}
         assert seen == set(range(geometry.windows))
 
 
-def test_other_kinds_of_bundle(make_toy_bundle: Any, tmp_path: Path) -> None:
+def test_samples_of_other_kinds_of_bundle(make_toy_bundle: Any, tmp_path: Path) -> None:
     for flags in ({"head": True}, {"stock": True}):
         bundle = Bundle.load(make_toy_bundle(tmp_path / str(flags), **flags))
         shapes = {"n": 2, "p": 2, "k": 2}
@@ -203,7 +203,7 @@ def test_other_kinds_of_bundle(make_toy_bundle: Any, tmp_path: Path) -> None:
             check_feeds(stage.inputs, sample.feeds(name, stage))
 
 
-def test_absent_windows_do_not_thin_what_is_drawn(bundle: Bundle) -> None:
+def test_absent_windows_do_not_reduce_the_random_sample(bundle: Bundle) -> None:
     like = np.zeros((4, 100, 3), np.float32)
     like[1] = np.random.default_rng(0).normal(5, 2, (100, 3))
     spec = bundle.stage("tail").inputs[0]
@@ -214,7 +214,7 @@ def test_absent_windows_do_not_thin_what_is_drawn(bundle: Bundle) -> None:
     assert abs(drawn.std() - 2) < 0.5
 
 
-def test_linked_feeds_put_windows_in_their_place(bundle: Bundle) -> None:
+def test_linked_feeds_put_windows_at_their_place(bundle: Bundle) -> None:
     (sample,) = golden_samples(bundle)
     sample.arrays["stack.window"] = np.array([3, 0, 1, 2, 4])
     tokens = np.arange(5, dtype=np.float16)[:, None, None] * np.ones((5, 25, 128), np.float16)
@@ -223,7 +223,7 @@ def test_linked_feeds_put_windows_in_their_place(bundle: Bundle) -> None:
     np.testing.assert_array_equal(feeds["present"], sample.arrays["tail.present"])
 
 
-def test_a_synthetic_image_is_its_seeds() -> None:
+def test_a_synthetic_image_follows_from_its_seed() -> None:
     image = synthetic_image(50, 70, 3)
     assert image.shape == (50, 70, 3)
     assert image.dtype == np.uint8

@@ -45,7 +45,7 @@ def texts(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_without_plans_it_is_onnx_runtime_and_nobody_looks_for_a_gpu(
+def test_without_plans_onnx_runtime_is_used_and_no_gpu_is_looked_for(
     bundle: Bundle, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
@@ -58,6 +58,7 @@ def test_without_plans_it_is_onnx_runtime_and_nobody_looks_for_a_gpu(
     assert texts(caplog) == []
 
 
+@pytest.mark.process
 def test_running_without_plans_imports_no_tensorrt(bundle: Bundle) -> None:
     script = (
         "import sys\n"
@@ -76,7 +77,7 @@ def test_running_without_plans_imports_no_tensorrt(bundle: Bundle) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_plan_that_passed_here_serves_in_silence(
+def test_a_plan_that_passed_here_serves_without_a_warning(
     bundle: Bundle, machine: SimulatedMachine, caplog: pytest.LogCaptureFixture
 ) -> None:
     (plan,) = machine.build(bundle, "stack")
@@ -89,7 +90,7 @@ def test_a_plan_that_passed_here_serves_in_silence(
         assert isinstance(engine, OrtEngine)
 
 
-def test_an_unmeasured_plan_serves_with_a_warning_said_once(
+def test_an_unmeasured_plan_serves_with_a_single_warning(
     bundle: Bundle, machine: SimulatedMachine, caplog: pytest.LogCaptureFixture
 ) -> None:
     machine.build(bundle, "stack")
@@ -108,7 +109,7 @@ def test_an_unmeasured_plan_serves_with_a_warning_said_once(
         (OTHER_GPU, True, (10, 4, 0), "was measured elsewhere"),
     ],
 )
-def test_a_plan_that_may_not_serve_is_passed_over_or_refused(
+def test_a_plan_that_may_not_serve_is_skipped_or_refused(
     bundle: Bundle,
     machine: SimulatedMachine,
     caplog: pytest.LogCaptureFixture,
@@ -143,7 +144,7 @@ def test_a_plan_that_may_not_serve_is_passed_over_or_refused(
         ({"gpu": OTHER_GPU}, "built on the GPU Another GPU"),
     ],
 )
-def test_a_plan_of_something_else_is_not_even_read(
+def test_a_plan_for_something_else_is_not_read(
     bundle: Bundle, machine: SimulatedMachine, changes: dict[str, object], reason: str
 ) -> None:
     (plan,) = machine.build(bundle, "stack", **changes)
@@ -156,9 +157,7 @@ def test_a_plan_of_something_else_is_not_even_read(
     assert plan.path.exists()
 
 
-def test_a_damaged_plan_is_passed_over_or_refused(
-    bundle: Bundle, machine: SimulatedMachine
-) -> None:
+def test_a_damaged_plan_is_skipped_or_refused(bundle: Bundle, machine: SimulatedMachine) -> None:
     (plan,) = machine.build(bundle, "stack")
     plan.path.write_bytes(b"?" * plan.record.plan_bytes)
     with pytest.raises(PlanError, match="its sha256 is"):
@@ -167,7 +166,7 @@ def test_a_damaged_plan_is_passed_over_or_refused(
         assert isinstance(engine, OrtEngine)
 
 
-def test_no_gpu(
+def test_a_missing_gpu_is_reported(
     bundle: Bundle, machine: SimulatedMachine, caplog: pytest.LogCaptureFixture
 ) -> None:
     machine.build(bundle, "stack", "tail", "decoder")
@@ -175,13 +174,13 @@ def test_no_gpu(
     with Pipeline(bundle, threads=1) as pipeline:
         for stage in ("stack", "tail", "decoder"):
             assert isinstance(pipeline.engine(stage), OrtEngine)
-    assert len(texts(caplog)) == 1, "one reason, said once"
+    assert len(texts(caplog)) == 1, "one reason, logged once"
     assert "no NVIDIA driver" in texts(caplog)[0]
     with pytest.raises(EngineError, match="no NVIDIA driver"):
         open_stage(bundle, "stack", device="tensorrt")
 
 
-def test_no_tensorrt(
+def test_a_missing_tensorrt_is_reported(
     bundle: Bundle, machine: SimulatedMachine, caplog: pytest.LogCaptureFixture
 ) -> None:
     machine.build(bundle, "stack")
@@ -191,7 +190,7 @@ def test_no_tensorrt(
     assert "neither TensorRT nor TensorRT-RTX is installed" in texts(caplog)[0]
 
 
-def test_no_plan_of_the_stage(bundle: Bundle, machine: SimulatedMachine) -> None:
+def test_a_missing_plan_of_the_stage_is_reported(bundle: Bundle, machine: SimulatedMachine) -> None:
     machine.build(bundle, "tail")
     with pytest.raises(PlanError, match="no TensorRT plan of the stack") as error:
         open_stage(bundle, "stack", device="tensorrt")
@@ -200,7 +199,7 @@ def test_no_plan_of_the_stage(bundle: Bundle, machine: SimulatedMachine) -> None
         assert isinstance(engine, OrtEngine)
 
 
-def test_the_reasons_of_both_libraries_are_told(
+def test_the_reasons_of_both_libraries_are_reported(
     bundle: Bundle, machine: SimulatedMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (plan,) = machine.build(bundle, "stack")
@@ -224,12 +223,12 @@ def test_a_plan_that_contradicts_the_manifest_is_closed_and_refused(
 
     monkeypatch.undo()
     monkeypatch.setattr(engines.trt, "TrtEngine", Wrong)
-    with pytest.raises(PlanError, match=r"stack\.plan has inputs .*, its manifest says .*`edge"):
+    with pytest.raises(PlanError, match=r"stack\.plan has inputs .*, its manifest says .*: edge"):
         selection.open_plan(bundle, plan, machine.library)
     assert machine.open == 0
 
 
-def test_a_graph_of_another_type_than_the_manifest_says_is_refused(bundle: Bundle) -> None:
+def test_a_graph_of_another_type_than_its_manifest_is_refused(bundle: Bundle) -> None:
     path = bundle.path / "manifest.json"
     manifest = json.loads(path.read_text())
     for stage, side in (("stack", "outputs"), ("tail", "inputs")):
@@ -241,14 +240,14 @@ def test_a_graph_of_another_type_than_the_manifest_says_is_refused(bundle: Bundl
         open_stage(Bundle.load(bundle.path), "stack", device="cpu")
 
 
-def test_unknown_devices_and_stages(bundle: Bundle) -> None:
+def test_unknown_devices_and_stages_are_refused(bundle: Bundle) -> None:
     with pytest.raises(EngineError, match="'tpu', expected one of auto, cpu, cuda, tensorrt"):
         open_stage(bundle, "stack", device="tpu")  # type: ignore[arg-type]
     with pytest.raises(BundleError, match="has no encoder"):
         open_stage(bundle, "encoder", device="tensorrt")
 
 
-# What ONNX Runtime failed ------------------------------------------------------------------------
+# Failures of ONNX Runtime ------------------------------------------------------------------------
 
 
 def failure(bundle: Bundle, device: selection.OrtKind, **changes: object) -> Failure:
@@ -258,7 +257,7 @@ def failure(bundle: Bundle, device: selection.OrtKind, **changes: object) -> Fai
     return msgspec.structs.replace(found, **changes)
 
 
-def test_what_failed_on_the_cpu_does_not_serve_there(bundle: Bundle) -> None:
+def test_a_failure_on_the_cpu_stops_serving_there(bundle: Bundle) -> None:
     write_failure(bundle, "stack", "cpu", failure(bundle, "cpu"))
     for device in ("auto", "cpu"):
         with pytest.raises(EngineError, match="failed the parity gate on the stack") as error:
@@ -269,7 +268,7 @@ def test_what_failed_on_the_cpu_does_not_serve_there(bundle: Bundle) -> None:
     open_stage(bundle, "stack").close()
 
 
-def test_what_failed_on_cuda_is_passed_over_or_refused(
+def test_a_failure_on_cuda_is_skipped_or_refused(
     bundle: Bundle, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     selection._warn_once.cache_clear()
@@ -293,7 +292,7 @@ def test_what_failed_on_cuda_is_passed_over_or_refused(
     "changes",
     [{"engine": "ONNX Runtime 0.1 CPU"}, {"machine": "elsewhere"}, {"stage_sha256": "0" * 64}],
 )
-def test_a_failure_of_something_else_binds_nobody(
+def test_a_failure_of_something_else_has_no_effect(
     bundle: Bundle, changes: dict[str, object]
 ) -> None:
     write_failure(bundle, "stack", "cpu", failure(bundle, "cpu", **changes))
@@ -312,21 +311,21 @@ def test_an_unreadable_note_of_failure_counts_as_one(bundle: Bundle, text: bytes
         open_stage(bundle, "stack")
 
 
-def test_a_note_that_cannot_be_written_is_said(bundle: Bundle) -> None:
+def test_a_note_that_cannot_be_written_is_reported(bundle: Bundle) -> None:
     (bundle.path / "plans").write_text("in the way")
     with pytest.raises(EngineError, match="until then this verdict has no effect"):
         write_failure(bundle, "stack", "cpu", failure(bundle, "cpu"))
 
 
-def test_notes_are_no_plans(bundle: Bundle) -> None:
+def test_notes_of_failure_are_no_plans(bundle: Bundle) -> None:
     write_failure(bundle, "stack", "cpu", failure(bundle, "cpu"))
     assert plans.plans(bundle) == []
 
 
-def test_plans_of_another_library_are_found_by_their_own(
+def test_plans_of_another_library_are_found_by_that_library(
     bundle: Bundle, machine: SimulatedMachine
 ) -> None:
-    """Two folders for one stage: the one that fits is taken."""
+    """Two folders for one stage: the matching one is used."""
     machine.build(bundle, "stack")
     old = libraries.Library("tensorrt", (10, 3, 0), None)
     write_plan(bundle, "stack", old)
@@ -334,8 +333,11 @@ def test_plans_of_another_library_are_found_by_their_own(
         assert isinstance(engine, SimulatedTrt)
 
 
-def test_a_real_plan_waits_for_its_gpu(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """TensorRT-RTX builds without a GPU; nothing here is simulated."""
+@pytest.mark.process
+def test_a_real_plan_is_found_and_needs_its_gpu(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """TensorRT-RTX builds without a GPU. Nothing here is simulated."""
     pytest.importorskip("tensorrt_rtx")
     if cuda.device_count():
         pytest.skip("this machine has a GPU")

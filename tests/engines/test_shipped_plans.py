@@ -1,4 +1,4 @@
-"""Plans and verdicts of the bundles that come with the package lie in the user's cache."""
+"""Plans and verdicts of the shipped bundles are kept in the user's cache."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def failure(bundle: Bundle) -> selection.Failure:
     return selection.Failure(engine, machine, bundle.stage("decoder").sha256, "2026-01-01", ())
 
 
-def test_where_they_lie(
+def test_the_folder_follows_the_environment(
     cache: Path, tmp_path: Path, toy_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shipped = shipped_bundle("fp16")
@@ -49,13 +49,13 @@ def test_where_they_lie(
     assert bundle_of(plans_folder(toy_bundle)) == toy_bundle
     copy = shutil.copytree(shipped, tmp_path / "tiny-fp16")
     assert plans_folder(copy) == copy / "plans"
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, says the standard
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # the standard says to ignore relative paths
     monkeypatch.setenv("HOME", str(tmp_path))
     assert plans_folder(shipped).parent.parent == tmp_path / ".cache" / "edge-runtime"
 
 
-def test_without_a_home_they_lie_in_the_bundle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with a service's user. Such a process only looks for plans."""
+def test_without_a_home_folder_they_are_kept_in_the_bundle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user of a service may have no home. Such a process only looks for plans."""
 
     def homeless() -> Path:
         raise RuntimeError("no home")
@@ -71,13 +71,13 @@ def test_verdicts_are_kept_there(cache: Path) -> None:
     selection.write_failure(bundle, "decoder", "cpu", failure(bundle))
     assert sorted(bundle.path.rglob("*")) == before
     (note,) = cache.rglob("*.json")
-    assert "failed the parity gate" in (selection.find_failure(bundle, "decoder", "cpu") or "")
+    assert "failed the parity gate" in str(selection.find_failure(bundle, "decoder", "cpu"))
     assert (cache.stat().st_mode & 0o777) == 0o700
     selection.write_failure(bundle, "decoder", "cpu", None)
     assert not note.exists()
 
 
-def test_a_cache_that_others_may_write_is_not_trusted(cache: Path) -> None:
+def test_a_cache_writable_by_others_is_not_trusted(cache: Path) -> None:
     """Plans contain code."""
     bundle = Bundle.load(shipped_bundle("fp16"))
     assert plans.plans(bundle) == []
@@ -88,12 +88,13 @@ def test_a_cache_that_others_may_write_is_not_trusted(cache: Path) -> None:
 
 
 def read_only(*_: Any) -> None:
-    """Keep root from writing where the permissions forbid it."""
+    """Prevent root from writing where the permissions forbid it."""
     ctypes.CDLL(None).prctl(_PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE, 0, 0, 0)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("environment", [{}, {"XDG_CACHE_HOME": "{}/elsewhere"}])
-def test_a_read_only_package(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_a_read_only_package_works(tmp_path: Path, environment: dict[str, str]) -> None:
     pytest.importorskip("tensorrt_rtx")
     package, home = tmp_path / "package", tmp_path / "home"
     home.mkdir()
@@ -126,7 +127,7 @@ def test_a_read_only_package(tmp_path: Path, environment: dict[str, str]) -> Non
         assert str(plan.parent) in built.stdout
         assert (cache.stat().st_mode & 0o777) == 0o700
         verified = run("verify", bundle, "--stage", "decoder")
-        assert "not run" in verified.stdout  # the plan was found; there may be no GPU
+        assert "not run" in verified.stdout  # the plan was found; a GPU may be missing
         assert sorted(package.rglob("*")) == sorted(places[1:])
     finally:
         for path in places:

@@ -1,7 +1,7 @@
 """The TensorRT engine, on a simulated GPU everywhere and on a real one where there is one.
 
-The simulated CUDA driver must be the only ``libcuda.so.1`` of its process, so its checks
-(``simulated_cuda/check_*.py``) run in a pytest of their own.
+The simulated CUDA driver must be the only ``libcuda.so.1`` of its process. Its checks
+(``simulated_cuda/check_*.py``) therefore run in their own pytest process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SIMULATED = Path(__file__).parent / "simulated_cuda"
 
 
 def build() -> ModuleType:
-    """``simulated_cuda/build.py``."""
+    """The module ``simulated_cuda/build.py``."""
     spec = importlib.util.spec_from_file_location("simulated_build", SIMULATED / "build.py")
     assert spec is not None
     assert spec.loader is not None
@@ -39,8 +39,8 @@ def build() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def simulated_cuda() -> dict[str, str]:
-    """Environment of a process that shall see the simulated GPU; built first, for about a minute,
-    where that was not done before."""
+    """Environment of a process that sees the simulated GPU. The first build takes about a
+    minute."""
     module = build()
     try:
         found = module.environment()
@@ -50,6 +50,7 @@ def simulated_cuda() -> dict[str, str]:
     return {**os.environ, **found, "PYTHONPATH": python_path}
 
 
+@pytest.mark.process
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("checks", ["check_cuda.py", "check_trt.py", "check_parity.py"])
 def test_on_a_simulated_gpu(simulated_cuda: dict[str, str], checks: str) -> None:
@@ -66,6 +67,7 @@ def test_on_a_simulated_gpu(simulated_cuda: dict[str, str], checks: str) -> None
     assert "skipped" not in done.stdout
 
 
+@pytest.mark.process
 def test_importing_the_engine_imports_no_gpu_library() -> None:
     code = (
         "import sys, engines.trt, engines.cuda\n"
@@ -76,8 +78,8 @@ def test_importing_the_engine_imports_no_gpu_library() -> None:
     assert done.stdout == "[]\n"
 
 
-def test_the_real_librarys_first_words_are_kept(caplog: pytest.LogCaptureFixture) -> None:
-    """The real library, without a GPU: it refuses everything, and says why more than once."""
+def test_the_real_library_s_first_message_is_kept(caplog: pytest.LogCaptureFixture) -> None:
+    """Without a GPU the real library refuses everything and logs the reason more than once."""
     pytest.importorskip("tensorrt_rtx")
     from engines.trt import _log
 
@@ -116,7 +118,7 @@ def test_on_a_real_gpu_it_agrees_with_onnx_runtime(stage: str, tmp_path: Path) -
     with TrtEngine(plan, library) as engine, engine.another() as other:
         first = engine.run(feeds)
         compare(first, expected)
-        for _ in range(4):  # the later ones as a CUDA graph
+        for _ in range(4):  # the later runs are CUDA graphs
             compare_bits(engine.run(feeds), first)
         compare_bits(other.run(feeds), first)
         if stage == "decoder":
@@ -130,7 +132,7 @@ def test_on_a_real_gpu_it_agrees_with_onnx_runtime(stage: str, tmp_path: Path) -
 
 
 def golden_feeds(bundle: Bundle, stage: str) -> dict[str, np.ndarray]:
-    """Real inputs of the stage: the decoder takes the tail's embedding."""
+    """Real inputs of the stage. The decoder gets the tail's embedding."""
     with np.load(bundle.path / next(iter(bundle.manifest.golden))) as golden:
         names = {
             spec.name: "tail.embedding" if spec.name == "embedding" else f"{stage}.{spec.name}"
@@ -143,7 +145,7 @@ def golden_feeds(bundle: Bundle, stage: str) -> dict[str, np.ndarray]:
 
 
 def compare_without_points(engine: Engine, bundle: Bundle, feeds: dict[str, np.ndarray]) -> None:
-    """A prompt of no points, only a mask: a tensor without elements."""
+    """Use a prompt without points, only a mask: a tensor without elements."""
     bare = {
         **feeds,
         "point_coords": feeds["point_coords"][:, :0],

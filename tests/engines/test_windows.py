@@ -21,7 +21,7 @@ def images(draw: st.DrawFn) -> tuple[np.ndarray, Geometry]:
     short = draw(st.integers(1, geometry.image_size))
     shape = (short, geometry.image_size) if draw(st.booleans()) else (geometry.image_size, short)
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    # No 0 among the pixels: 0 must mean "outside the image" here.
+    # No pixel is 0 here: 0 must mean "outside the image".
     return rng.integers(1, 256, (*shape, 3), dtype=np.uint8), geometry
 
 
@@ -40,7 +40,7 @@ def reassemble(windows: Windows, geometry: Geometry) -> np.ndarray:
 @example((np.full((1, 40, 3), 9, np.uint8), GEOMETRIES["partly padded"]))
 @example((np.full((40, 17, 3), 9, np.uint8), GEOMETRIES["partly padded"]))
 @example((np.full((40, 40, 3), 9, np.uint8), GEOMETRIES["partly padded"]))
-def test_windows_hold_the_image_and_nothing_else(case: tuple[np.ndarray, Geometry]) -> None:
+def test_windows_hold_exactly_the_image(case: tuple[np.ndarray, Geometry]) -> None:
     image, geometry = case
     windows = cut(image, geometry)
     n, w = len(windows), geometry.window_pixels
@@ -49,7 +49,7 @@ def test_windows_hold_the_image_and_nothing_else(case: tuple[np.ndarray, Geometr
     assert windows.extent.dtype == windows.window.dtype == np.int64
     assert windows.size == image.shape[:2]
     np.testing.assert_array_equal(reassemble(windows, geometry), image)
-    # Everything beyond the extent is 0, everything within is not (no pixel of the image is 0).
+    # Everything beyond the extent is 0 and everything within is not: no pixel of the image is 0.
     rows, cols = np.arange(w)[:, None], np.arange(w)
     inside = (rows < windows.extent[:, :1, None]) & (cols < windows.extent[:, 1:, None])
     np.testing.assert_array_equal(windows.pixels.all(-1), inside)
@@ -59,7 +59,7 @@ def test_windows_hold_the_image_and_nothing_else(case: tuple[np.ndarray, Geometr
 
 @settings(deadline=None)
 @given(images())
-def test_a_window_is_present_where_a_pixel_lies(case: tuple[np.ndarray, Geometry]) -> None:
+def test_a_window_is_present_if_it_has_a_pixel(case: tuple[np.ndarray, Geometry]) -> None:
     image, geometry = case
     windows = cut(image, geometry)
     height, width = image.shape[:2]
@@ -75,14 +75,14 @@ def test_a_wide_photo_needs_15_of_sams_25_windows() -> None:
     sam = Geometry(image_size=1024, patch_size=16, window_size=14, embed_dim=768, out_chans=256)
     windows = cut(np.zeros((576, 1024, 3), np.uint8), sam)
     assert len(windows) == 15
-    # 576 = 2 * 224 + 128: the last row of windows ends inside, at a patch; the last column is the
-    # square's own 128.
+    # 576 = 2 * 224 + 128: the last row of windows ends inside the image, at a patch. The last
+    # column is the square's own 128.
     np.testing.assert_array_equal(windows.extent[-1], [128, 128])
     # 570 ends inside a patch.
     assert cut(np.zeros((570, 1024, 3), np.uint8), sam).extent[-1, 0] == 122
 
 
-def test_the_caller_keeps_its_image() -> None:
+def test_the_caller_s_image_is_not_changed() -> None:
     image = np.full((40, 40, 3), 7, np.uint8)
     cut(image, GEOMETRIES["partly padded"]).pixels[:] = 0
     assert (image == 7).all()
@@ -99,6 +99,6 @@ def test_the_caller_keeps_its_image() -> None:
         (np.zeros((0, 40, 3), np.uint8), "longest side"),
     ],
 )
-def test_other_images_are_refused(image: np.ndarray, reason: str) -> None:
+def test_images_of_other_shapes_are_refused(image: np.ndarray, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         cut(image, GEOMETRIES["partly padded"])

@@ -21,8 +21,8 @@ from exporters.stages import geometry_of
 def known_exports() -> Iterator[dict[str, bytes]]:
     """Graphs by the digest of the module they were exported from.
 
-    PyTorch takes seconds to export a stage. A module equal to an earlier one gets the earlier
-    graph; a test that compares two real exports clears this first.
+    PyTorch takes seconds to export a stage. A module that equals an earlier one gets the earlier
+    graph. A test that compares two real exports clears this cache first.
     """
     known: dict[str, bytes] = {}
     export = onnx_export._to_onnx
@@ -42,7 +42,8 @@ def known_exports() -> Iterator[dict[str, bytes]]:
 
 
 def digest_of(module: nn.Module, sides: Any) -> str:
-    """Of everything that an export depends on: structure, plain attributes, weights, signature."""
+    """Digest of everything that an export depends on: structure, plain attributes, weights,
+    signature."""
     digest = hashlib.sha256(f"{module!r}{sides!r}".encode())
     for name, part in module.named_modules():
         plain = {
@@ -76,7 +77,8 @@ def tiny_sam() -> Any:
 
 @pytest.fixture(scope="session")
 def example() -> Callable[[Any, str, int], tuple[Windows, torch.Tensor, torch.Tensor]]:
-    """``example(sam, case, after)``: the image cut, and what :func:`upstream` says of it."""
+    """``example(sam, case, after)``: the image cut into windows, and the results of
+    :func:`upstream`."""
     known: dict[Any, Any] = {}
 
     def get(sam: Any, case: str, after: int) -> tuple[Windows, torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Small SAMs whose every weight matters, and what the untouched upstream modules make of images."""
+"""Small SAMs in which every weight matters, and the results of the unchanged upstream modules."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from exporters.stages import geometry_of, to_windows
 SMALL = {"depth": 5, "dim": 48, "heads": 2, "global_blocks": (1, 4), "out_chans": 32}
 DECODER = {"decoder_mlp": 64, "iou_hidden": 32}
 SPECS: dict[str, ModelSpec] = {
-    # The geometries of the shipped and of the published models; width and depth are cut.
+    # The geometries of the shipped and the published models, with reduced width and depth.
     "tiny": replace(MODELS["tiny"], **SMALL, **DECODER),
     "vit_b": replace(MODELS["vit_b"], **SMALL, **DECODER),
-    # No grid padding at all: 20 tokens are four windows of five.
+    # No grid padding: 20 tokens are four windows of five.
     "even": replace(MODELS["tiny"], image_size=160, **SMALL, **DECODER),
 }
 
@@ -31,7 +31,7 @@ def make_sam(spec: ModelSpec, order: str = "reordered") -> Any:
 
 
 def sizes(geometry: Any) -> dict[str, tuple[int, int]]:
-    """(h, w) of images that bring about every kind of padding."""
+    """(h, w) of images that cause every kind of padding."""
     s, p, w = geometry.image_size, geometry.patch_size, geometry.window_pixels
     return {
         "square": (s, s),
@@ -62,7 +62,7 @@ def make_image(sam: Any, case: str) -> np.ndarray:
 
 @torch.no_grad()
 def upstream(sam: Any, image: np.ndarray, after: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens [windows, t, c] after so many blocks, and the embedding, from upstream's modules."""
+    """Upstream's tokens [windows, t, c] after the given number of blocks, and its embedding."""
     encoder = sam.image_encoder
     square = sam.preprocess(torch.from_numpy(image).permute(2, 0, 1)[None].float())
     x = encoder.patch_embed(square) + encoder.pos_embed

@@ -1,4 +1,5 @@
-"""Distillation: what it learns, exact resume, folders of images, several processes, the command."""
+"""Distillation: what the student learns, exact resume, folders of images, several processes, the
+command."""
 
 from __future__ import annotations
 
@@ -69,6 +70,7 @@ def photos(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_it_learns_the_stock_embeddings_and_leaves_the_decoder_alone():
     run = Adaptation(stock(), AdaptConfig("tiny", steps=20, batch=2, lr_warmup=2), Scenes(1, 96))
     images = torch.stack(
@@ -113,7 +115,7 @@ def test_two_and_two_steps_equal_four(tmp_path, photos):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_state_of_other_weights_or_settings_is_refused(tmp_path, photos):
+def test_a_checkpoint_of_other_weights_or_settings_is_refused(tmp_path, photos):
     run = Adaptation(stock(), CONFIG, Folder(photos, 1))
     run.save(tmp_path / "state")
     other = stock()
@@ -139,7 +141,7 @@ def test_recomputing_blocks_changes_nothing():
     assert torch.equal(a, b)
 
 
-def test_relative_error():
+def test_relative_error_values():
     wanted = torch.randn(2, 8, 4, 4)
     mean = wanted.mean((2, 3), keepdim=True).expand_as(wanted)
     assert float(relative_error(wanted, wanted)) == 0
@@ -165,7 +167,7 @@ def test_each_epoch_shows_every_image_once_in_a_new_order(photos):
     assert len({tuple(e) for e in epochs}) > 1
 
 
-def test_folders_without_readable_images(tmp_path, photos):
+def test_folders_without_readable_images_are_refused(tmp_path, photos):
     with pytest.raises(ImageError, match="not a directory"):
         Folder(tmp_path / "nowhere", 1)
     (tmp_path / "empty").mkdir()
@@ -176,13 +178,13 @@ def test_folders_without_readable_images(tmp_path, photos):
         Folder(tmp_path / "empty", 1)
 
 
-def test_damaged_images_are_passed_over(photos):
+def test_damaged_images_are_skipped(photos):
     (photos / "bad.jpg").write_bytes(b"no image")
     whole = (photos / "0.png").read_bytes()
     (photos / "cut.png").write_bytes(whole[: len(whole) // 2])
     folder = Folder(photos, 1)
     assert [p.name for p in folder.unreadable] == ["bad.jpg"]
-    assert len(folder) == 4  # the cut one opens, and fails only when decoded
+    assert len(folder) == 4  # the truncated file opens and fails only when decoded
     shapes = {folder.image(i).shape[:2] for i in range(4)}
     assert shapes == {(40, 60), (64, 30), (50, 50)}
 
@@ -195,7 +197,8 @@ def run_cli(*args):
     return subprocess.run(cli(*args), capture_output=True, text=True, timeout=240, check=False)
 
 
-def test_the_command_is_interrupted_continued_and_done(tmp_path, photos):
+@pytest.mark.process
+def test_the_command_can_be_interrupted_and_resumed(tmp_path, photos):
     weights, out = tmp_path / "stock.pt", tmp_path / "adapted.pt"
     save_checkpoint(stock(), weights)
     options = ["--checkpoint", weights, "--images", photos, "--out", out, "--batch", 1]
@@ -226,6 +229,7 @@ def test_the_command_is_interrupted_continued_and_done(tmp_path, photos):
     assert "--force" in again.stderr
 
 
+@pytest.mark.process
 def test_the_command_as_json(tmp_path, photos):
     weights, out = tmp_path / "stock.pt", tmp_path / "adapted.pt"
     save_checkpoint(stock(), weights)
@@ -238,6 +242,7 @@ def test_the_command_as_json(tmp_path, photos):
     assert told["next"].startswith("edge-runtime export ")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -267,8 +272,10 @@ def test_paths_are_checked_before_pytorch_is_loaded(tmp_path, photos, changes, m
     assert message in done.stderr
 
 
-def test_reordered_weights_are_refused_unread(tmp_path, photos, monkeypatch, capsys):
-    """Before the images are looked into, which may be thousands."""
+def test_reordered_weights_are_refused_before_anything_is_read(
+    tmp_path, photos, monkeypatch, capsys
+):
+    """There may be thousands of images to read."""
     weights = tmp_path / "reordered.pt"
     save_checkpoint(reorder(stock()), weights)
     monkeypatch.setattr(Checkpoint, "load", lambda _: pytest.fail("the weights were read"))
@@ -278,8 +285,9 @@ def test_reordered_weights_are_refused_unread(tmp_path, photos, monkeypatch, cap
     assert "reordered already" in capsys.readouterr().err
 
 
-def test_two_processes_do_what_one_does(tmp_path, photos):
-    """torchrun with gloo: the same images, halved, give the same weights up to rounding."""
+@pytest.mark.process
+def test_two_processes_give_the_result_of_one(tmp_path, photos):
+    """torchrun with gloo: half of the images each give the same weights up to rounding."""
     weights = tmp_path / "stock.pt"
     save_checkpoint(stock(), weights)
     common = ["--checkpoint", weights, "--images", photos, "--batch", 2, "--steps", 3]

@@ -24,7 +24,7 @@ from exporters.coco import (
 
 @given(arrays(bool, array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=24)))
 @settings(max_examples=60, deadline=None)
-def test_masks_survive_run_lengths_and_their_compression(mask):
+def test_masks_survive_run_length_encoding_and_compression(mask):
     counts = counts_from_mask(mask)
     assert sum(counts) == mask.size
     assert np.array_equal(mask_from_counts(counts, *mask.shape), mask)
@@ -33,12 +33,12 @@ def test_masks_survive_run_lengths_and_their_compression(mask):
 
 @given(st.lists(st.integers(0, 2_000_000), min_size=1, max_size=30))
 @settings(max_examples=60, deadline=None)
-def test_compressed_counts_round_trip(counts):
+def test_compressed_counts_survive_a_round_trip(counts):
     assert decode_counts(encode_counts(counts)) == counts
 
 
 def test_a_string_made_by_pycocotools_decodes():
-    """`pycocotools.mask.encode` gives this for 5 x 6 with rows 1..2, columns 2..4 set."""
+    """`pycocotools.mask.encode` returns this for 5 x 6 with rows 1..2, columns 2..4 set."""
     mask = np.zeros((5, 6), bool)
     mask[1:3, 2:5] = True
     assert counts_from_mask(mask) == [11, 2, 3, 2, 3, 2, 7]
@@ -46,7 +46,7 @@ def test_a_string_made_by_pycocotools_decodes():
     assert np.array_equal(decode({"size": [5, 6], "counts": ";230004"}, 5, 6), mask)
 
 
-def test_polygons_fill_their_inside():
+def test_polygons_fill_their_interior():
     mask = decode([[10, 5, 30, 5, 30, 25, 10, 25]], 40, 50)
     wanted = np.zeros((40, 50), bool)
     wanted[5:25, 10:30] = True
@@ -56,7 +56,7 @@ def test_polygons_fill_their_inside():
     assert two[22, 28]
 
 
-def test_a_slanted_polygon_has_the_pixels_pycocotools_gives_it():
+def test_a_slanted_polygon_gives_pycocotools_s_pixels():
     """`frPyObjects([[2.5, 1.2, 8.7, 3.3, 5.1, 8.8, 0.4, 6]], 10, 10)`, decoded."""
     rows = [
         "..........",
@@ -117,7 +117,7 @@ def test_a_file_yields_images_with_their_masks_and_no_crowds(tmp_path):
     assert sample.masks[0].sum() == 16
 
 
-def test_errors_name_what_is_wrong(tmp_path):
+def test_errors_name_the_defect(tmp_path):
     square = {"size": [8, 10], "counts": [0, 16, 64]}
     with pytest.raises(ConfigError, match="cannot read"):
         CocoFile(tmp_path / "none.json", tmp_path)

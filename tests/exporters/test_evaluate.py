@@ -27,7 +27,7 @@ def weights(tmp_path):
     return tmp_path
 
 
-def test_iou():
+def test_iou_values():
     a = np.zeros((4, 4), bool)
     a[:2] = True
     assert iou(a, a) == 1
@@ -37,7 +37,7 @@ def test_iou():
 
 
 @pytest.mark.parametrize("honest", [True, False])
-def test_the_mask_with_the_highest_predicted_iou_counts(monkeypatch, honest):
+def test_the_mask_with_the_highest_predicted_iou_is_scored(monkeypatch, honest):
     truth = np.zeros((32, 32), bool)
     truth[4:20, 6:20] = True
     wrong = ~truth
@@ -61,8 +61,8 @@ def test_the_mask_with_the_highest_predicted_iou_counts(monkeypatch, honest):
     assert one_click.large == 1.0 - right
 
 
-def test_a_correction_clicks_the_largest_error_and_hands_back_the_chosen_logits(monkeypatch):
-    """Three answers: the object half found, then with a piece of the ground, then complete."""
+def test_a_correction_clicks_the_largest_error_and_feeds_back_the_chosen_logits(monkeypatch):
+    """Three answers: half of the object, then with some background, then complete."""
     truth = np.zeros((32, 32), bool)
     truth[8:24, 4:28] = True
     half = truth & (np.arange(32) < 16)
@@ -93,7 +93,7 @@ def test_a_correction_clicks_the_largest_error_and_hands_back_the_chosen_logits(
     assert asked[4][0][-1].tolist() == asked[1][0][0].tolist()
 
 
-def test_prompts_of_many_objects_are_those_of_the_predictor_one_by_one():
+def test_batched_prompts_equal_the_predictor_one_by_one():
     from segment_anything import SamPredictor
 
     torch.manual_seed(0)
@@ -152,7 +152,8 @@ def test_the_coins_have_the_reference_of_scikit_images_recipe():
     assert np.array_equal(same, masks)
 
 
-def test_the_table(weights, capsys):
+@pytest.mark.slow
+def test_the_table_is_complete(weights, capsys):
     files = ["--stock", str(weights / "stock.pt"), "--adapted", str(weights / "adapted.pt")]
     assert main(["evaluate", *files, "--scenes", "1", "--only", "scenes", "--threads", "1"]) == 0
     out = capsys.readouterr().out
@@ -179,7 +180,7 @@ def test_the_table(weights, capsys):
     assert set(stock["corrected"]) == {"1", "2", "3"}
 
 
-def test_annotated_images(weights, tmp_path, capsys):
+def test_annotated_images_are_evaluated(weights, tmp_path, capsys):
     from PIL import Image
 
     Image.fromarray(np.full((40, 50, 3), 90, np.uint8)).save(tmp_path / "a.png")
@@ -202,7 +203,7 @@ def test_annotated_images(weights, tmp_path, capsys):
     ("args", "said"),
     [
         (["--annotations", "x.json"], "go together"),
-        (["--annotations", "x.json", "--images", ".", "--only", "coins"], "choose one"),
+        (["--annotations", "x.json", "--images", ".", "--only", "coins"], "exclude each other"),
         (["--stock", "none.pt"], "does not exist"),
     ],
 )
@@ -211,10 +212,10 @@ def test_errors_are_one_line(args, said, capsys):
     err = capsys.readouterr().err
     assert err.startswith("error: ")
     assert said in err
-    assert err.count("\n") == 1
+    assert err.count("\n") == 1 + err.count("\n  -> ")
 
 
-def test_weights_in_the_wrong_place_are_refused_unread(weights, capsys, monkeypatch):
+def test_weights_in_the_wrong_option_are_refused_unread(weights, capsys, monkeypatch):
     monkeypatch.setattr(Checkpoint, "load", lambda _: pytest.fail("the weights were read"))
     assert main(["evaluate", "--stock", str(weights / "adapted.pt")]) == 1
     assert "give it as --adapted" in capsys.readouterr().err

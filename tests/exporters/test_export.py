@@ -1,4 +1,4 @@
-"""Exports through the library and the command: what is written, and that failures leave nothing."""
+"""Exports through the library and the command: the files, and that failures leave none behind."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from exporters.golden import synthetic_image
 from exporters.models import Checkpoint, load_checkpoint, reorder, save_checkpoint, weights_hash
 from exporters.verify import TOLERANCES, Tolerance
 
-OPERATORS = {  # what TensorRT's parser is known to take; OneHot, Tile, If, Loop and NonZero are not
+OPERATORS = {  # TensorRT's parser supports these; it lacks OneHot, Tile, If, Loop and NonZero
     *("Add", "And", "Attention", "Cast", "Concat", "Conv", "Cos", "Div", "Equal", "Expand"),
     *("Gather", "Gelu", "Gemm", "Greater", "LayerNormalization", "Less", "MatMul", "Mul", "Pad"),
     *("Relu", "Reshape", "Shape", "Sin", "Slice", "Softmax", "Squeeze", "Sub", "Transpose"),
@@ -45,7 +45,7 @@ OPERATORS = {  # what TensorRT's parser is known to take; OneHot, Tile, If, Loop
 
 @pytest.fixture
 def room(tmp_path: Path) -> Iterator[Path]:
-    """A directory in which a failed export has to leave nothing."""
+    """A directory that must be empty after a failed export."""
     room = tmp_path / "room"
     room.mkdir()
     yield room
@@ -54,7 +54,7 @@ def room(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def adapted(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that says it was reordered and adapted."""
+    """A checkpoint marked as reordered and adapted."""
     sam = reorder(load_checkpoint(random_checkpoint))
     sam.adapted = True
     path = tmp_path_factory.mktemp("adapted") / "adapted.pt"
@@ -62,10 +62,11 @@ def adapted(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
     return path
 
 
-# What is written
+# The written files
 
 
-def test_manifest(random_bundle: Path, random_checkpoint: Path) -> None:
+@pytest.mark.slow
+def test_manifest_content(random_bundle: Path, random_checkpoint: Path) -> None:
     bundle = Bundle.load(random_bundle)
     bundle.verify_hashes()
     manifest = bundle.manifest
@@ -84,7 +85,7 @@ def _umask() -> int:
     return umask
 
 
-def test_nothing_tells_of_the_machine(random_bundle: Path) -> None:
+def test_nothing_identifies_the_machine(random_bundle: Path) -> None:
     places = [str(Path.cwd()), str(Path.home()), str(random_bundle.parent), "site-packages"]
     for file in random_bundle.rglob("*"):
         if file.is_file():
@@ -92,7 +93,7 @@ def test_nothing_tells_of_the_machine(random_bundle: Path) -> None:
             assert [p for p in places if p.encode() in content] == [], file
 
 
-def test_graphs_hold_what_engines_take(random_bundle: Path) -> None:
+def test_graphs_use_only_supported_operators(random_bundle: Path) -> None:
     bundle = Bundle.load(random_bundle)
     for name in bundle.manifest.stages:
         model = ir.load(bundle.stage_path(name))
@@ -103,12 +104,12 @@ def test_graphs_hold_what_engines_take(random_bundle: Path) -> None:
             assert len(fused) == 4
             for node in fused:
                 shapes = {tuple(v.shape or ())[-1] for v in node.inputs}
-                assert len(shapes) == 1, "q, k and v of one width"
+                assert len(shapes) == 1, "q, k and v have the same width"
                 assert shapes.pop() % 8 == 0
 
 
 def test_pixels_go_into_a_cast_and_nothing_else(random_bundle: Path) -> None:
-    """TensorRT takes uint8 nowhere else; the shipped bundles are what Jetsons will try first."""
+    """TensorRT accepts uint8 nowhere else, and Jetsons will try the shipped bundles first."""
     for bundle in (random_bundle, shipped_bundle("fp32"), shipped_bundle("fp16")):
         for file in ("stack.onnx", "stack.plain.onnx"):
             graph = ir.load(bundle / file).graph
@@ -132,7 +133,7 @@ def test_golden_sample_can_be_replayed(random_bundle: Path) -> None:
 
 
 def test_tokens_do_not_depend_on_batch_or_threads(random_bundle: Path) -> None:
-    """Bit for bit: what makes an offloaded result equal to a local one."""
+    """Bit for bit: this makes an offloaded result equal to a local one."""
     bundle = Bundle.load(random_bundle)
     windows = cut(synthetic_image(192, 192, seed=8), bundle.geometry)
     assert len(windows) == 25
@@ -147,7 +148,7 @@ def test_tokens_do_not_depend_on_batch_or_threads(random_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(("p", "k"), [(1, 0), (1, 1), (4, 0), (5, 7)])
-def test_decoder_takes_any_number_of_prompts(random_bundle: Path, p: int, k: int) -> None:
+def test_the_decoder_accepts_any_number_of_prompts(random_bundle: Path, p: int, k: int) -> None:
     bundle = Bundle.load(random_bundle)
     g, rng = bundle.geometry, np.random.default_rng(p + k)
     with Pipeline(bundle, threads=1, device="cpu") as pipeline:
@@ -163,7 +164,10 @@ def test_decoder_takes_any_number_of_prompts(random_bundle: Path, p: int, k: int
     assert np.isfinite(logits).all()
 
 
-def test_stock_order_is_the_original_function(random_checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_stock_order_computes_the_original_function(
+    random_checkpoint: Path, tmp_path: Path
+) -> None:
     result = export(random_checkpoint, tmp_path / "stock", order="stock")
     assert list(result.bundle.manifest.stages) == ["encoder", "decoder"]
     rows = ["encoder", "decoder", "encoder (plain)", "decoder (plain)", "end to end"]
@@ -179,13 +183,14 @@ def test_stock_order_is_the_original_function(random_checkpoint: Path, tmp_path:
     np.testing.assert_allclose(found, wanted, atol=3e-5)
 
 
+@pytest.mark.slow
 def test_node_bundle_has_the_same_stack(
     random_checkpoint: Path,
     random_bundle: Path,
     tmp_path: Path,
     known_exports: dict[str, bytes],
 ) -> None:
-    """Exported twice, the stack is the same byte for byte, so edge and node agree on its hash."""
+    """Two exports give the same stack byte for byte, so edge and node agree on its hash."""
     known_exports.clear()
     node = export(random_checkpoint, tmp_path / "node", node_only=True).bundle
     assert list(node.manifest.stages) == ["stack"]
@@ -205,7 +210,7 @@ def test_weights_lie_beside_the_graph(random_bundle: Path) -> None:
     bundle.verify_hashes()
 
 
-def test_a_plain_form_that_misses_its_tolerance(
+def test_a_plain_form_outside_its_tolerance_fails(
     random_checkpoint: Path, room: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong(*_: Any) -> list[ir.Node]:
@@ -219,7 +224,8 @@ def test_a_plain_form_that_misses_its_tolerance(
         export(random_checkpoint, room / "b", node_only=True)
 
 
-def test_bf16_with_a_head(adapted: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_bf16_with_a_head_is_exported(adapted: Path, tmp_path: Path) -> None:
     steps: list[str] = []
     shares: list[float] = []
 
@@ -241,7 +247,7 @@ def test_bf16_with_a_head(adapted: Path, tmp_path: Path) -> None:
     assert (hidden.name, hidden.dtype) == ("hidden", "bfloat16")
     result.bundle.verify_hashes()
     assert [row.stage for row in result.rows][-1] == "end to end"
-    assert result.rows[1].max_abs > 1e-4, "rounded weights must show"
+    assert result.rows[1].max_abs > 1e-4, "the effect of rounded weights must be visible"
     assert any("float32 graphs" in note for note in result.notes)
     assert UNADAPTED not in result.notes
     assert len(steps) - 1 == int(steps[0])
@@ -252,6 +258,7 @@ def test_bf16_with_a_head(adapted: Path, tmp_path: Path) -> None:
         assert golden["stack.tokens"].dtype == np.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "finished"),
     [({}, 1), ({"node_only": True}, 3), ({"order": "stock"}, 0), ({"head_blocks": 1}, 2)],
@@ -263,7 +270,7 @@ def test_everything_is_verified_and_nothing_large_twice(
     options: dict[str, Any],
     finished: int,
 ) -> None:
-    """Every graph runs on every sample once; both forms; letting PyTorch finish takes longest."""
+    """Every graph and both forms run on every sample once. PyTorch's own part takes longest."""
     runs: collections.Counter[str] = collections.Counter()
     answers: set[tuple[str, bytes]] = set()
     finishes: list[int] = []
@@ -296,7 +303,8 @@ def test_everything_is_verified_and_nothing_large_twice(
 # The command
 
 
-def test_command_prints_parity_and_what_to_do_next(
+@pytest.mark.slow
+def test_the_command_prints_parity_and_the_next_step(
     random_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "fp16"
@@ -311,16 +319,15 @@ def test_command_prints_parity_and_what_to_do_next(
     bundle = Bundle.load(out)
     assert bundle.manifest.stages["stack"].outputs[0].dtype == "float16"
     assert main(["export", *arguments]) == 1
-    assert (
-        capsys.readouterr()
-        .err.strip()
-        .endswith(
-            f"error: {out} exists and is never overwritten: move it away, or choose another --out"
-        )
+    said = (
+        f"error: {out} exists and is never overwritten\n  -> move it away, or choose another --out"
     )
+    assert capsys.readouterr().err.strip().endswith(said)
 
 
-def test_command_as_json(adapted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_with_json(
+    adapted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "node"
     arguments = ["--checkpoint", str(adapted), "--out", str(out), "--for", "node", "--json"]
     assert main(["export", *arguments]) == 0
@@ -335,7 +342,8 @@ def test_command_as_json(adapted: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert facts["peak_rss_mib"] > 100
 
 
-def test_help_teaches_without_torch() -> None:
+@pytest.mark.process
+def test_help_has_an_example_and_needs_no_torch() -> None:
     code = (
         "import sys; from edge_runtime.cli import main; main(['export', '--help']); "
         "assert 'torch' not in sys.modules"
@@ -346,7 +354,7 @@ def test_help_teaches_without_torch() -> None:
     assert max(map(len, done.stdout.splitlines())) <= 100
 
 
-# Refusals: one clear line and nothing left
+# Refusals: one clear line and no files
 
 
 @pytest.mark.parametrize(
@@ -358,7 +366,7 @@ def test_help_teaches_without_torch() -> None:
         ({"head_blocks": -1}, "give 0 to 3"),
     ],
 )
-def test_contradictory_requests(
+def test_contradictory_requests_are_refused(
     random_checkpoint: Path, room: Path, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ExportError, match=message):
@@ -370,10 +378,10 @@ def test_adapted_weights_in_stock_order_are_refused(adapted: Path, room: Path) -
         export(adapted, room / "b", order="stock")
 
 
-def test_wrong_model_and_truncated_checkpoint(
+def test_a_wrong_model_or_truncated_checkpoint_is_refused(
     random_checkpoint: Path, room: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(CheckpointError, match="looks like tiny, not vit_b; use --model tiny"):
+    with pytest.raises(CheckpointError, match="looks like tiny, not vit_b: use --model tiny"):
         export(random_checkpoint, room / "b", model="vit_b")
     cropped = tmp_path / "cropped.pt"
     cropped.write_bytes(random_checkpoint.read_bytes()[:300_000])
@@ -384,7 +392,7 @@ def test_wrong_model_and_truncated_checkpoint(
 
 
 @pytest.mark.parametrize("kind", ["directory", "file", "dangling link"])
-def test_existing_output_is_left_alone(random_checkpoint: Path, tmp_path: Path, kind: str) -> None:
+def test_an_existing_output_is_kept(random_checkpoint: Path, tmp_path: Path, kind: str) -> None:
     out = tmp_path / "b"
     if kind == "directory":
         out.mkdir()
@@ -398,16 +406,17 @@ def test_existing_output_is_left_alone(random_checkpoint: Path, tmp_path: Path, 
     assert kind != "file" or out.read_text() == "mine"
 
 
-def test_missing_parent_directory(random_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_missing_parent_directory_is_refused(random_checkpoint: Path, tmp_path: Path) -> None:
     export(random_checkpoint, tmp_path / "new" / "folder" / "b", node_only=True)
     assert [p.name for p in (tmp_path / "new" / "folder").iterdir()] == ["b"]
 
 
-def test_a_folder_that_cannot_be_written_to(random_checkpoint: Path, tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_refused(random_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"cannot write /proc/none/b: .*choose another --out"):
         export(random_checkpoint, Path("/proc/none/b"), node_only=True)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -445,14 +454,14 @@ def without_torch(*words: str, at: Path) -> subprocess.CompletedProcess[str]:
 def test_a_checkpoint_of_the_wrong_kind_is_refused_unread(
     adapted: Path, room: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A large one would take minutes to read."""
+    """Reading a large one would take minutes."""
     monkeypatch.setattr(Checkpoint, "load", lambda _: pytest.fail("the weights were read"))
     for options in ({"order": "stock"}, {"head_blocks": 9}, {"model": "vit_b"}):
         with pytest.raises((ExportError, CheckpointError)):
             export(adapted, room / "b", **options)  # type: ignore[arg-type]
 
 
-def test_stage_that_misses_its_tolerance(
+def test_a_stage_outside_its_tolerance_fails(
     random_checkpoint: Path, room: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(TOLERANCES, "fp32", Tolerance(cosine=0.9, error=1e-12, mask_iou=0.9))
@@ -467,16 +476,17 @@ def test_stage_that_misses_its_tolerance(
     assert [(row.stage, row.passed) for row in seen] == [("stack", False)]
 
 
-def test_fp16_that_overflows(random_checkpoint: Path, room: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_an_fp16_overflow_fails(random_checkpoint: Path, room: Path, tmp_path: Path) -> None:
     sam = load_checkpoint(random_checkpoint)
     with torch.no_grad():
         sam.image_encoder.blocks[2].mlp.lin2.bias.fill_(1e5)
     save_checkpoint(sam, tmp_path / "huge.pt")
-    with pytest.raises(ExportError, match=r"stack gives NaN or Inf in fp16; .* --precision bf16"):
+    with pytest.raises(ExportError, match=r"stack gives NaN or Inf in fp16: .* --precision bf16"):
         export(tmp_path / "huge.pt", room / "b", precision="fp16", node_only=True)
 
 
-def test_disk_too_small(
+def test_a_disk_too_small_is_reported_first(
     random_checkpoint: Path, room: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export_module, "_bytes_needed", lambda *_: 1 << 60)
@@ -484,32 +494,38 @@ def test_disk_too_small(
         export(random_checkpoint, room / "b")
 
 
-def test_disk_fills_up(random_checkpoint: Path, room: Path) -> None:
-    """A limit on file size stands in for a full disk: both fail in the middle of a write."""
+def test_a_disk_that_fills_up_leaves_nothing(random_checkpoint: Path, room: Path) -> None:
+    """A file size limit acts like a full disk: both fail in the middle of a write."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
-        with pytest.raises(ExportError, match=r"cannot write .*b: .*; .*choose another --out"):
+        with pytest.raises(ExportError, match=r"cannot write .*b: .*: .*choose another --out"):
             export(random_checkpoint, room / "b", node_only=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted(random_checkpoint: Path, room: Path, stop: int, code: int) -> None:
+def test_an_interrupted_export_leaves_nothing(
+    random_checkpoint: Path, room: Path, stop: int, code: int
+) -> None:
     command = [sys.executable, "-m", "edge_runtime.cli", "export"]
     command += ["--checkpoint", str(random_checkpoint), "--out", str(room / "b")]
-    # A test run started in the background hands down SIGINT as ignored.
+    # A background test run passes on SIGINT as ignored.
     heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     assert process.stderr is not None
     for line in process.stderr:
         if "writing and verifying tail" in line:  # the stack has been written
             break
-    assert list(room.glob(".b.*/bundle/stack.onnx")), "nothing to clean up: test proves nothing"
+    assert list(room.glob(".b.*/bundle/stack.onnx")), (
+        "there was nothing to clean up, so the test proves nothing"
+    )
     process.send_signal(stop)
     time.sleep(0.2)
-    process.send_signal(stop)  # impatience must not break the clean-up
+    process.send_signal(stop)  # a second signal must not break the clean-up
     _, rest = process.communicate(timeout=200)
-    assert process.returncode in (code, -stop), rest  # -stop: hit again when all was done
+    # -stop: the second signal came when all was done
+    assert process.returncode in (code, -stop), rest
     assert "Traceback" not in rest

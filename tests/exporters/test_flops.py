@@ -1,4 +1,5 @@
-"""The formulas against PyTorch's own counter, run over upstream's modules without any data."""
+"""The formulas compared with PyTorch's own counter, run over upstream's modules without any
+data."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from exporters.models import MODELS, build_sam, is_window_block, reorder
 
 @pytest.fixture(scope="module", params=["tiny", "vit_b"])
 def sam(request: pytest.FixtureRequest) -> Any:
-    """Upstream's modules, window blocks first, on the device that holds shapes alone."""
+    """Upstream's modules with window blocks first, on PyTorch's meta device, which holds only
+    shapes."""
     with torch.device("meta"):
         return reorder(build_sam(request.param))
 
@@ -26,7 +28,7 @@ def counted(function: Any) -> int:
     return counter.get_total_flops()
 
 
-def test_stack_and_tail_are_what_pytorch_counts(sam: Any) -> None:
+def test_stack_and_tail_equal_pytorch_s_count(sam: Any) -> None:
     spec, encoder = MODELS[sam.model_name], sam.image_encoder
     image = torch.empty(1, 3, spec.image_size, spec.image_size, device="meta")
     tokens = torch.empty(1, spec.grid, spec.grid, spec.dim, device="meta")
@@ -50,13 +52,13 @@ def test_stack_and_tail_are_what_pytorch_counts(sam: Any) -> None:
 
 
 @pytest.mark.parametrize(("prompts", "points"), [(1, 2), (16, 2), (3, 5)])
-def test_decoder_is_what_pytorch_counts(sam: Any, prompts: int, points: int) -> None:
+def test_decoder_equals_pytorch_s_count(sam: Any, prompts: int, points: int) -> None:
     spec = MODELS[sam.model_name]
     embedding = torch.empty(1, spec.out_chans, spec.grid, spec.grid, device="meta")
     coords = torch.empty(prompts, points - 1, 2, device="meta")
 
     def decoder() -> None:
-        # Points are encoded one layer down: where labels index, shapes would depend on data.
+        # Points are encoded one layer down: indexing by labels would make shapes depend on data.
         prompt = sam.prompt_encoder
         prompt.pe_layer.forward_with_coords(
             torch.cat([coords, coords[:, :1]], 1), prompt.input_image_size
@@ -72,7 +74,7 @@ def test_decoder_is_what_pytorch_counts(sam: Any, prompts: int, points: int) -> 
     assert counted(decoder) == flops.decoder(spec, prompts, points)
 
 
-def test_a_share_of_the_windows_is_counted_by_its_own_tokens() -> None:
+def test_a_share_of_the_windows_counts_its_own_tokens() -> None:
     spec = MODELS["vit_b"]
     g = Geometry(spec.image_size, spec.patch_size, spec.window_size, spec.dim, spec.out_chans)
     inside, corner = flops.stack(spec, [0]), flops.stack(spec, [g.windows - 1])

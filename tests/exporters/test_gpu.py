@@ -1,7 +1,7 @@
-"""The benchmark's control flow with a worker of the test's own; its rows, rehearsed on the CPU.
+"""The benchmark's control flow with a fake worker, and its rows rehearsed on the CPU.
 
-What takes a GPU is marked so. ``FAKE_WORKER`` stands in for :mod:`exporters.gpu_worker` where the
-matter is what happens to the file when engines are absent, crash, hang or run out of time.
+Tests that need a GPU are marked. ``FAKE_WORKER`` replaces :mod:`exporters.gpu_worker` in tests
+about the results file when engines are absent, crash, hang or run out of time.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ emit("done")
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The fake worker in place of the real one; returns the log of what it was asked."""
+    """Replace the real worker by the fake one. Returns the log of its requests."""
     (tmp_path / "fake_worker.py").write_text(FAKE_WORKER)
     monkeypatch.setattr(gpu, "WORKER", "fake_worker")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -89,22 +89,23 @@ def rows(content: dict[str, Any], engine: str) -> dict[tuple[str, int], str]:
     }
 
 
-def test_every_engine_has_its_rows_or_says_why_not(fake: Path, tmp_path: Path) -> None:
+@pytest.mark.process
+def test_every_engine_has_its_rows_or_the_reason_why_not(fake: Path, tmp_path: Path) -> None:
     code, content = run(tmp_path, "--engine-seconds", "4")
     assert code == 0
     assert set(rows(content, "pytorch-eager").values()) == {"ok"}
     assert len(rows(content, "pytorch-eager")) == len(gpu.CASES)
-    # The crash costs its own row: those after it come from another process.
+    # The crash costs its own row: another process computed those after it.
     crashed = rows(content, "pytorch-compiled")
     assert crashed.pop(("tail", 25)) == "failed: the process was ended by SIGKILL"
     assert set(crashed.values()) == {"ok"}
     assert len(crashed) == len(gpu.CASES) - 1
-    # The hang used up what the engine had.
+    # The hang used up the engine's time.
     hung = rows(content, "pytorch-tuned")
     assert hung[("stack", 25)] == "ok"
     assert hung[("decoder", 1)].startswith("failed: no end within")
     assert hung[("stack", 1)].startswith("not run: the time was up")
-    # Wrong numbers count as failed; a split bundle has no encoder.
+    # Wrong numbers count as failed. A split bundle has no encoder.
     assert set(rows(content, "pytorch-folded").values()) == {
         "failed: the output differs from upstream's beyond the tolerance"
     }
@@ -122,7 +123,8 @@ def test_every_engine_has_its_rows_or_says_why_not(fake: Path, tmp_path: Path) -
     assert "exporters.gpu --out" in content["command"]
 
 
-def test_targets_come_from_rows(fake: Path, tmp_path: Path) -> None:
+@pytest.mark.process
+def test_targets_are_computed_from_rows(fake: Path, tmp_path: Path) -> None:
     _, content = run(tmp_path, "--engines", "pytorch-eager", "onnxruntime")
     assert [target["status"] for target in content["targets"]] == ["met", "met", "missed"]
     share, speed, tail = content["targets"]
@@ -132,7 +134,8 @@ def test_targets_come_from_rows(fake: Path, tmp_path: Path) -> None:
     assert tail["engine"] == "onnxruntime"
 
 
-def test_without_a_baseline_there_is_nothing_to_compare_with(fake: Path, tmp_path: Path) -> None:
+@pytest.mark.process
+def test_without_a_baseline_nothing_is_compared(fake: Path, tmp_path: Path) -> None:
     _, content = run(tmp_path, "--engines", "onnxruntime")
     share, speed, tail = content["targets"]
     assert share["status"] == "met"
@@ -141,12 +144,16 @@ def test_without_a_baseline_there_is_nothing_to_compare_with(fake: Path, tmp_pat
         assert "speedup" not in target
 
 
-def test_wrong_output_and_the_baseline_meet_no_target(fake: Path, tmp_path: Path) -> None:
+@pytest.mark.process
+def test_wrong_output_and_the_baseline_itself_meet_no_target(fake: Path, tmp_path: Path) -> None:
     _, content = run(tmp_path, "--engines", "pytorch-eager", "pytorch-folded")
     assert all(target["status"].startswith("not measurable") for target in content["targets"])
 
 
-def test_out_of_time_leaves_a_file_that_resume_completes(fake: Path, tmp_path: Path) -> None:
+@pytest.mark.process
+def test_running_out_of_time_leaves_a_file_that_resume_completes(
+    fake: Path, tmp_path: Path
+) -> None:
     engines = ["--engines", "pytorch-eager", "pytorch-compiled"]
     code, content = run(tmp_path, *engines, "--seconds", "3")
     assert code == 1  # nothing was measured
@@ -164,6 +171,7 @@ def test_out_of_time_leaves_a_file_that_resume_completes(fake: Path, tmp_path: P
     assert len(times[0]) == len(times[1])
 
 
+@pytest.mark.process
 def test_resume_refuses_another_machine_and_another_file(fake: Path, tmp_path: Path) -> None:
     run(tmp_path, "--engines", "pytorch-eager")
     out = tmp_path / "gpu-pretend.json"
@@ -178,13 +186,14 @@ def test_resume_refuses_another_machine_and_another_file(fake: Path, tmp_path: P
     assert out.read_text() == "{}"
 
 
-def test_a_rehearsal_stays_out_of_the_results(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_rehearsal_does_not_change_the_results(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ([], ["--out", str(gpu.RESULTS / "gpu-x.json")]):
         with pytest.raises(SystemExit):
             gpu.main(["--cpu-rehearsal", *arguments])
         assert "outside docs/results" in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_without_a_gpu_nothing_is_written(tmp_path: Path) -> None:
     if cuda.device_count():
         pytest.skip("there is an NVIDIA GPU here")
@@ -207,7 +216,8 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         gpu.main([])
 
 
-def test_the_parent_imports_nothing_that_needs_installing() -> None:
+@pytest.mark.process
+def test_the_parent_imports_no_installed_package() -> None:
     code = (
         "import sys, exporters.gpu\n"
         "print([m for m in sys.modules if m.split('.')[0] in "
@@ -241,7 +251,7 @@ def test_comparison_sees_each_kind_of_difference() -> None:
 
 
 def check_rows(content: dict[str, Any], engines: list[str], cases: Any) -> None:
-    """Every row is there, agrees with upstream's modules and holds what the docs promise."""
+    """Check that every row exists, agrees with upstream's modules and has what the docs promise."""
     for engine in engines:
         found = [row for row in content["rows"] if row["engine"] == engine]
         for row in found:
@@ -257,9 +267,11 @@ def check_rows(content: dict[str, Any], engines: list[str], cases: Any) -> None:
     assert len(cases) == len([r for r in content["rows"] if r["engine"] == engines[0]])
 
 
+@pytest.mark.process
 @pytest.mark.timeout(900)
-def test_rehearsal(tmp_path: Path) -> None:
-    """The real worker on the CPU, tiny: upstream's modules, this project's, and ONNX Runtime."""
+def test_a_rehearsal_on_the_cpu(tmp_path: Path) -> None:
+    """The real worker on the CPU with tiny: upstream's modules, this project's, and ONNX
+    Runtime."""
     engines = ["pytorch-eager", "pytorch-folded", "onnxruntime"]
     out = tmp_path / "rehearsal.json"
     arguments = ["--cpu-rehearsal", "--out", str(out), "--row-seconds", "0.01"]

@@ -46,7 +46,7 @@ def test_tiny_splits_into_five_by_five_windows_partly_padded():
 @pytest.mark.parametrize(
     ("name", "window_blocks"), [("vit_b", 8), ("vit_l", 20), ("vit_h", 28), ("tiny", 4)]
 )
-def test_block_counts(name, window_blocks):
+def test_block_counts_per_model(name, window_blocks):
     spec = MODELS[name]
     assert len(spec.window_blocks) == window_blocks
     assert sorted(spec.reordered_permutation) == list(range(spec.depth))
@@ -87,7 +87,7 @@ def test_a_bare_state_dict_is_a_stock_checkpoint(sam, tmp_path):
     assert torch.equal(embed(loaded), embed(sam))
 
 
-def test_the_hash_tells_weights_apart(sam):
+def test_the_hash_distinguishes_weights(sam):
     before = weights_hash(sam)
     with torch.no_grad():
         sam.image_encoder.pos_embed[0, 0, 0, 0] += 1e-3
@@ -95,7 +95,7 @@ def test_the_hash_tells_weights_apart(sam):
 
 
 @pytest.mark.parametrize("name", ["vit_b", "vit_l", "vit_h"])
-def test_sizes_agree_with_upstreams_builders(name):
+def test_sizes_equal_those_of_upstream_s_builders(name):
     from segment_anything import sam_model_registry
 
     with torch.device("meta"):
@@ -108,7 +108,7 @@ def test_sizes_agree_with_upstreams_builders(name):
     assert [b.window_size for b in ours.image_encoder.blocks] == kinds
 
 
-def test_missing_file(tmp_path):
+def test_a_missing_file_is_reported(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         load_checkpoint(tmp_path / "nothing.pt")
     with pytest.raises(CheckpointError, match="is a directory"):
@@ -116,7 +116,7 @@ def test_missing_file(tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
-def test_truncated_file(sam, tmp_path, share):
+def test_a_truncated_file_is_reported(sam, tmp_path, share):
     path = tmp_path / "w.pt"
     save_checkpoint(sam, path)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
@@ -126,14 +126,14 @@ def test_truncated_file(sam, tmp_path, share):
 
 
 @pytest.mark.parametrize("content", [b"not a checkpoint at all", b"\x89PNG\r\n\x1a\n" * 40])
-def test_a_file_of_another_kind(tmp_path, content):
+def test_a_file_of_another_kind_is_reported(tmp_path, content):
     path = tmp_path / "w.pt"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="not a SAM checkpoint"):
         load_checkpoint(path)
 
 
-def test_code_in_a_checkpoint_is_refused_not_run(tmp_path):
+def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
     import pickle
 
     class Trap:
@@ -146,13 +146,13 @@ def test_code_in_a_checkpoint_is_refused_not_run(tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_wrong_model_says_which_it_looks_like(sam, tmp_path):
+def test_a_wrong_model_error_names_the_likely_one(sam, tmp_path):
     save_checkpoint(sam, tmp_path / "w.pt")
-    with pytest.raises(CheckpointError, match=r"looks like tiny, not vit_b; use --model tiny"):
+    with pytest.raises(CheckpointError, match=r"looks like tiny, not vit_b: use --model tiny"):
         load_checkpoint(tmp_path / "w.pt", "vit_b")
 
 
-def test_foreign_and_incomplete_state_dicts(sam, tmp_path):
+def test_foreign_and_incomplete_state_dicts_are_refused(sam, tmp_path):
     torch.save({"layer.weight": torch.zeros(3)}, tmp_path / "foreign.pt")
     with pytest.raises(CheckpointError, match="no weights of a SAM"):
         load_checkpoint(tmp_path / "foreign.pt")

@@ -1,4 +1,4 @@
-"""The packed stack is the stack."""
+"""The packed stack computes the same as the stack."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from exporters.packed_stack import PackedStack
 from exporters.precision import cast
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_packed_is_the_stack(sam: Any, example: Callable[..., Any], case: str) -> None:
+def test_packed_equals_the_stack(sam: Any, example: Callable[..., Any], case: str) -> None:
     after = len(stages.window_blocks(sam.image_encoder))
     windows, tokens, _ = example(sam, case, after)
     stack = stages.make_stack(sam, None)
@@ -26,7 +27,7 @@ def test_packed_is_the_stack(sam: Any, example: Callable[..., Any], case: str) -
         torch.testing.assert_close(got, tokens[windows.present], rtol=1e-4, atol=1e-4)
 
 
-def test_it_computes_tokens_of_the_grid_alone(tiny_sam: Any) -> None:
+def test_the_packed_stack_computes_only_tokens_of_the_grid(tiny_sam: Any) -> None:
     geometry = stages.geometry_of(tiny_sam)
     every = torch.arange(geometry.windows)
     packed = PackedStack(stages.make_stack(tiny_sam, None), every)
@@ -34,7 +35,9 @@ def test_it_computes_tokens_of_the_grid_alone(tiny_sam: Any) -> None:
     assert len(packed.inside) < geometry.windows * geometry.tokens_per_window
 
 
-def test_it_can_be_cast_like_a_stage(tiny_sam: Any, example: Callable[..., Any]) -> None:
+def test_the_packed_stack_can_be_cast_like_a_stage(
+    tiny_sam: Any, example: Callable[..., Any]
+) -> None:
     after = len(stages.window_blocks(tiny_sam.image_encoder))
     windows, tokens, _ = example(tiny_sam, "square", after)
     fed = as_tensors(windows)

@@ -1,4 +1,4 @@
-"""The plain form: the same function, the same weights, operators that older parsers know."""
+"""The plain form: the same function and weights, with operators that older parsers support."""
 
 from __future__ import annotations
 
@@ -83,8 +83,9 @@ def nodes(path: Path) -> list[ir.Node]:
 # The same function
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 4, 25])
-def test_stack_for_any_number_of_windows(random_bundle: Path, n: int) -> None:
+def test_the_stack_for_any_number_of_windows(random_bundle: Path, n: int) -> None:
     bundle = Bundle.load(random_bundle)
     fed = feeds(bundle, STACK, n=n)
     main, other = (run(p(STACK), fed) for p in (bundle.stage_path, bundle.plain_path))
@@ -93,8 +94,8 @@ def test_stack_for_any_number_of_windows(random_bundle: Path, n: int) -> None:
 
 
 @pytest.mark.parametrize("queries", [576, 192, 100, 1])
-def test_tail_for_any_size_of_blocks(random_bundle: Path, tmp_path: Path, queries: int) -> None:
-    """Also blocks that do not divide the queries evenly, and (in the stack) blocks of one."""
+def test_the_tail_for_any_block_size(random_bundle: Path, tmp_path: Path, queries: int) -> None:
+    """Also with blocks that do not divide the queries evenly and, in the stack, blocks of one."""
     source = Bundle.load(random_bundle)
     name = TAIL if queries > 1 else STACK
     copy_stage(random_bundle, name, tmp_path)
@@ -112,7 +113,7 @@ def test_tail_for_any_size_of_blocks(random_bundle: Path, tmp_path: Path, querie
 
 
 @pytest.mark.parametrize(("p", "k"), [(1, 0), (3, 5)])
-def test_decoder_for_any_number_of_prompts(random_bundle: Path, p: int, k: int) -> None:
+def test_the_decoder_for_any_number_of_prompts(random_bundle: Path, p: int, k: int) -> None:
     bundle = Bundle.load(random_bundle)
     fed = feeds(bundle, DECODER, p=p, k=k)
     main, other = (run(path(DECODER), fed) for path in (bundle.stage_path, bundle.plain_path))
@@ -120,8 +121,9 @@ def test_decoder_for_any_number_of_prompts(random_bundle: Path, p: int, k: int) 
         np.testing.assert_allclose(other[output], values, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [STACK, TAIL])
-def test_half_precision(half: Path, random_bundle: Path, name: str) -> None:
+def test_half_precision_stays_within_tolerance(half: Path, random_bundle: Path, name: str) -> None:
     fed = feeds(Bundle.load(random_bundle), name)
     with OrtEngine(half / f"{name}.onnx", threads=1, device="cpu") as engine:
         wanted = {s.name: s.numpy_dtype for s in engine.inputs}
@@ -153,8 +155,8 @@ def test_shipped_bundles_give_their_golden_answers(precision: str) -> None:
             np.testing.assert_allclose(other[output], values, rtol=0, atol=share * peak)
 
 
-def test_bf16_goes_through_its_float32_twin(tmp_path: Path) -> None:
-    """The twin of the plain form as written, not a plain form of the twin."""
+def test_bf16_is_verified_through_its_float32_twin(tmp_path: Path) -> None:
+    """The twin of the written plain form, not a plain form of the twin."""
     work, scratch = tmp_path / "work", tmp_path / "scratch"
     work.mkdir()
     scratch.mkdir()
@@ -175,7 +177,7 @@ def test_bf16_goes_through_its_float32_twin(tmp_path: Path) -> None:
     shape = (g.windows, g.tokens_per_window, g.embed_dim)
     fed = {"tokens": rng.normal(size=shape).astype(np.float32), "present": np.ones(25, bool)}
     main, other = run(scratch / twin.file, fed), run(path, fed)
-    # Only the constants of the spelt-out Gelu differ: the root of 2 is 1.4140625 in bfloat16.
+    # Only the constants of the expanded Gelu differ: the root of 2 is 1.4140625 in bfloat16.
     np.testing.assert_allclose(other["embedding"], main["embedding"], atol=3e-4)
 
 
@@ -184,12 +186,12 @@ def test_bf16_goes_through_its_float32_twin(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def every_stage(random_bundle: Path, half: Path) -> list[tuple[Path, Path]]:
-    """Main and plain form of every stage, fp32 and fp16."""
+    """Main and plain form of every stage, in fp32 and fp16."""
     names = (STACK, TAIL, DECODER)
     return [(d / f"{n}.onnx", d / f"{n}.plain.onnx") for d in (random_bundle, half) for n in names]
 
 
-def test_every_weight_is_read_from_the_main_forms_data(
+def test_every_weight_is_read_from_the_main_form_s_data(
     every_stage: list[tuple[Path, Path]],
 ) -> None:
     for main, other in every_stage:
@@ -201,7 +203,7 @@ def test_every_weight_is_read_from_the_main_forms_data(
             assert tensor is not None
             if isinstance(tensor, ir.ExternalTensor):
                 assert tensor.location == f"{main.name}.data"
-                assert tensor.dtype.is_floating_point(), "masks and indices lie in the graph"
+                assert tensor.dtype.is_floating_point(), "masks and indices are in the graph"
                 original = originals[name].const_value
                 assert original is not None
                 assert tensor.tobytes() == original.tobytes(), name
@@ -225,7 +227,7 @@ def test_equal_main_forms_give_equal_bytes(random_bundle: Path, tmp_path: Path) 
 # Operators that TensorRT 10.3 knows
 
 
-def test_operators_and_opset(every_stage: list[tuple[Path, Path]]) -> None:
+def test_only_known_operators_and_opset(every_stage: list[tuple[Path, Path]]) -> None:
     for main, other in every_stage:
         model = onnx.load(other, load_external_data=False)
         assert [(o.domain, o.version) for o in model.opset_import] == [("", 17)]
@@ -246,7 +248,7 @@ def test_softmax_is_float32_and_scale_is_one(half: Path) -> None:
                 assert {node.inputs[0].dtype, node.outputs[0].dtype} == {ir.DataType.FLOAT}  # type: ignore[union-attr]
 
 
-def test_nodes_of_an_attention_can_be_put_together_again(
+def test_nodes_of_an_attention_can_be_regrouped_by_name(
     random_bundle: Path, tmp_path: Path
 ) -> None:
     copy_stage(random_bundle, TAIL, tmp_path)
@@ -288,7 +290,7 @@ def change(model: ir.Model, kind: str) -> None:
         ("shape", "without type and shape"),
     ],
 )
-def test_what_has_no_plain_form_is_refused(
+def test_graphs_without_a_plain_form_are_refused(
     random_bundle: Path, tmp_path: Path, kind: str, reason: str
 ) -> None:
     model = ir.load(random_bundle / "tail.onnx")
@@ -306,14 +308,14 @@ def test_what_has_no_plain_form_is_refused(
     ("tokens", "bytes_per_query", "queries"),
     [
         (4096, 16 * 4096 * 4, 192),  # a global block of ViT-H
-        (4096, 12 * 4096 * 4, 320),  # of ViT-B
+        (4096, 12 * 4096 * 4, 320),  # a global block of ViT-B
         (196, 25 * 16 * 196 * 4, 196),  # all windows of ViT-H at once: whole
         (576, 4 * 576 * 4, 576),
         (4096, 64_000_000 // 50, 50),  # fewer than a tile
         (4096, 100_000_000, 1),
     ],
 )
-def test_queries_per_block(tokens: int, bytes_per_query: int, queries: int) -> None:
+def test_queries_per_block_fit_the_memory(tokens: int, bytes_per_query: int, queries: int) -> None:
     assert queries_per_block(tokens, bytes_per_query) == queries
     if queries > 1:
         assert queries * bytes_per_query <= 64_000_000
@@ -351,6 +353,7 @@ def vit_h(
     shutil.rmtree(directory)  # 100 MB
 
 
+@pytest.mark.slow
 def test_no_tensor_of_vit_h_exceeds_64_mb(vit_h: tuple[Path, dict[str, Any]]) -> None:
     directory, written = vit_h
     for name, stage in written.items():
@@ -360,7 +363,7 @@ def test_no_tensor_of_vit_h_exceeds_64_mb(vit_h: tuple[Path, dict[str, Any]]) ->
         assert 40e6 < found.largest <= 64e6
         main = tensor_sizes.report(directory / f"{name}.onnx", {"n": 25})
         assert main.operators["Attention"] == 1
-    # Larger blocks exceed it, so the promise is the blocks' doing.
+    # Larger blocks exceed it, so the block size is what keeps the limit.
     write_plain(written[TAIL], directory, 25, 200_000_000)
     assert tensor_sizes.report(directory / "tail.plain.onnx", {}).largest > 64e6
     write_plain(written[TAIL], directory, 25, 10**12)
@@ -371,7 +374,7 @@ def test_no_tensor_of_vit_h_exceeds_64_mb(vit_h: tuple[Path, dict[str, Any]]) ->
 
 
 def build(path: Path) -> bytes | str:
-    """The plan, or what the parser or builder said."""
+    """Build a plan. Returns it, or the error of the parser or builder."""
     trt = pytest.importorskip("tensorrt_rtx")
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
@@ -391,22 +394,23 @@ def build(path: Path) -> bytes | str:
     return "not built" if plan is None else bytes(plan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [STACK, TAIL, DECODER])
-def test_rtx_builds_every_stage_and_reads_weights_out_of_the_main_form(
+def test_rtx_builds_every_stage_and_reads_weights_from_the_main_form(
     half: Path, random_bundle: Path, tmp_path: Path, name: str
 ) -> None:
     fused = build(half / f"{name}.plain.onnx")
     assert isinstance(fused, bytes), fused
-    if name != DECODER:  # whose attention, here of 4 channels a head, need not fuse
+    if name != DECODER:  # the decoder's attention, here with 4 channels per head, may stay unfused
         assert b"name=_gemm_mha_v2" in fused
     assert isinstance(build(random_bundle / f"{name}.plain.onnx"), bytes), "fp32 builds unfused"
-    # Without the main form beside it there is nothing to read.
+    # Without the main form beside it there are no weights to read.
     shutil.copyfile(half / f"{name}.plain.onnx", tmp_path / "alone.onnx")
     assert isinstance(build(tmp_path / "alone.onnx"), str)
 
 
 def test_rtx_builds_bf16(tmp_path: Path) -> None:
-    """Also its convolution, which ONNX itself allows in bfloat16 from opset 22 only."""
+    """Also its convolution, which ONNX itself allows in bfloat16 only from opset 22 on."""
     sam = reorder(randomise(build_from_spec(SPECS["tiny"]), seed=1)).requires_grad_(False)
     specs = stage_specs(TAIL, stages.geometry_of(sam), "bf16")
     write_plain(write_stage(TAIL, cast(stages.Tail(sam), "bf16"), *specs, tmp_path), tmp_path, 25)

@@ -27,7 +27,7 @@ def write(name: str, sam: Any, precision: Any, directory: Path) -> Any:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_cast_leaves_the_original_and_what_is_fragile(tiny_sam: Any, precision: Any) -> None:
+def test_cast_changes_neither_the_original_nor_fragile_parts(tiny_sam: Any, precision: Any) -> None:
     before = {k: v.clone() for k, v in tiny_sam.state_dict().items()}
     stage = Decoder(tiny_sam)
     twin = cast(stage, precision)
@@ -43,7 +43,7 @@ def test_cast_leaves_the_original_and_what_is_fragile(tiny_sam: Any, precision: 
     assert found["iou.layers.0.weight"] == found["hyper.3.layers.2.bias"] == torch.float32
 
 
-def test_cast_shares_what_needs_no_conversion(tiny_sam: Any) -> None:
+def test_cast_shares_tensors_that_need_no_conversion(tiny_sam: Any) -> None:
     twin = cast(make_stack(tiny_sam, None), "fp32")
     lin1 = tiny_sam.image_encoder.blocks[0].mlp.lin1.weight
     assert twin.blocks[0].mlp.lin1.weight.data_ptr() == lin1.data_ptr()
@@ -57,6 +57,7 @@ def half(request: pytest.FixtureRequest, tiny_sam: Any, tmp_path_factory: Any) -
     return directory, {n: write(n, tiny_sam, request.param, directory) for n in names}
 
 
+@pytest.mark.slow
 def test_fragile_parts_of_the_graphs_are_float32(half: Any) -> None:
     directory, written = half
     small = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
@@ -78,7 +79,7 @@ def test_fragile_parts_of_the_graphs_are_float32(half: Any) -> None:
         assert {s.dtype for s in written[name].outputs} == {"float32"}
 
 
-def test_weights_take_half_the_room(half: Any, tiny_sam: Any, tmp_path: Path) -> None:
+def test_weights_take_half_the_space(half: Any, tiny_sam: Any, tmp_path: Path) -> None:
     directory, written = half
     whole = write("stack", tiny_sam, "fp32", tmp_path)
 
@@ -88,7 +89,9 @@ def test_weights_take_half_the_room(half: Any, tiny_sam: Any, tmp_path: Path) ->
     assert size(directory, written["stack"]) < 0.62 * size(tmp_path, whole)
 
 
-def test_float32_twin_is_the_same_graph_with_rounded_weights(tiny_sam: Any, tmp_path: Path) -> None:
+def test_the_float32_twin_is_the_same_graph_with_rounded_weights(
+    tiny_sam: Any, tmp_path: Path
+) -> None:
     source, target = tmp_path / "bf16", tmp_path / "twin"
     source.mkdir()
     target.mkdir()

@@ -1,4 +1,4 @@
-"""Procedural scenes: the same for the same seed, with exact masks."""
+"""Procedural scenes: equal for equal seeds, with exact masks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from exporters.scenes import (
 
 
 @pytest.mark.parametrize("kind", [*KINDS, PHOTO_LIKE])
-def test_a_scene_is_a_function_of_its_seed(kind):
+def test_a_scene_follows_from_its_seed(kind):
     a, b, c = make_scene(5, 96, kind), make_scene(5, 96, kind), make_scene(6, 96, kind)
     assert np.array_equal(a.image, b.image)
     assert np.array_equal(a.labels, b.labels)
@@ -41,7 +41,7 @@ def test_partitions_leave_no_common_background():
     assert np.median([s.max() / s.sum() for s in sizes]) < 0.5
 
 
-def test_alike_scenes_repeat_one_look_that_differs_from_the_background():
+def test_alike_scenes_repeat_one_texture_that_differs_from_the_background():
     found = 0
     for seed in range(12):
         scene = make_scene(seed, 192, "alike")
@@ -57,7 +57,7 @@ def test_alike_scenes_repeat_one_look_that_differs_from_the_background():
 
 
 def test_masks_follow_the_picture_exactly():
-    """The strongest edges of a plain scene lie on the borders between labels."""
+    """The strongest edges of a plain scene are on the borders between labels."""
     scene = make_scene(3, 192, "partition")
     border = depth_of(scene.labels) <= 2
     image = scene.image.astype(float)
@@ -85,8 +85,8 @@ def test_small_objects_are_left_out():
     assert objects_of(labels, 0.005) == [0, 2]
 
 
-def test_the_held_out_scenes_stay_the_scenes_of_the_published_figures():
-    """Figures of different versions are comparable only on the same pictures."""
+def test_the_held_out_scenes_are_those_of_the_published_figures():
+    """Figures of different versions can be compared only on the same pictures."""
     scenes = [make_scene(seed) for seed in range(HELD_OUT, HELD_OUT + 12)]
     digest = hashlib.sha256(b"".join(scene.labels.tobytes() for scene in scenes))
     assert digest.hexdigest() == (
@@ -96,7 +96,7 @@ def test_the_held_out_scenes_stay_the_scenes_of_the_published_figures():
     assert np.allclose([scene.image.mean() for scene in scenes], brightness, atol=0.1)
 
 
-def test_photo_like_scenes_hold_large_objects_and_wholes_made_of_parts():
+def test_photo_like_scenes_have_large_objects_and_wholes_made_of_parts():
     scenes = [make_scene(seed, 96, PHOTO_LIKE) for seed in range(40)]
     largest = [
         np.bincount(s.labels[s.labels > 0]).max() / s.labels.size for s in scenes if s.labels.any()

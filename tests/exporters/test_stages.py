@@ -1,4 +1,4 @@
-"""Every stage against upstream's modules, with weights of which none may be forgotten."""
+"""Every stage compared with upstream's modules. The weights are such that each one matters."""
 
 from __future__ import annotations
 
@@ -44,14 +44,15 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def scattered(tokens: torch.Tensor, windows: Windows) -> torch.Tensor:
-    """Tokens of every window; NaN where the tail must not look."""
+    """Tokens of every window, with NaN where the tail must not read."""
     every = torch.full((len(windows.present), *tokens.shape[1:]), torch.nan)
     every[torch.from_numpy(windows.present)] = tokens
     return every
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_stack_and_tail(sam: Any, case: str, example: Example) -> None:
+def test_stack_and_tail_equal_upstream(sam: Any, case: str, example: Example) -> None:
     windows, tokens, embedding = example(sam, case, len(window_blocks(sam.image_encoder)))
     present = torch.from_numpy(windows.present)
     found = make_stack(sam, None)(*as_tensors(windows))
@@ -61,7 +62,9 @@ def test_stack_and_tail(sam: Any, case: str, example: Example) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_encoder_in_stock_order(stock_sam: Any, case: str, example: Example) -> None:
+def test_encoder_in_stock_order_equals_upstream(
+    stock_sam: Any, case: str, example: Example
+) -> None:
     windows, _, embedding = example(stock_sam, case, 0)
     pixels, extent, window = as_tensors(windows)
     count = len(windows.present)
@@ -73,7 +76,9 @@ def test_encoder_in_stock_order(stock_sam: Any, case: str, example: Example) -> 
 
 @pytest.mark.parametrize("head_blocks", [0, 1, 2])
 @pytest.mark.parametrize("case", ["ends inside a patch", "portrait strip"])
-def test_head_and_stack(tiny_sam: Any, case: str, head_blocks: int, example: Example) -> None:
+def test_head_and_stack_equal_upstream(
+    tiny_sam: Any, case: str, head_blocks: int, example: Example
+) -> None:
     windows, hidden, _ = example(tiny_sam, case, head_blocks)
     tokens = example(tiny_sam, case, 3)[1]
     present = torch.from_numpy(windows.present)
@@ -93,7 +98,7 @@ def test_a_window_does_not_depend_on_its_batch(tiny_sam: Any, example: Example) 
     assert difference(together[24:], alone) < TOLERANCE
 
 
-def test_what_lies_beyond_the_image_is_not_looked_at(tiny_sam: Any, example: Example) -> None:
+def test_pixels_beyond_the_image_are_not_read(tiny_sam: Any, example: Example) -> None:
     windows = example(tiny_sam, "ends inside a patch", 3)[0]
     pixels, extent, window = as_tensors(windows)
     side = torch.arange(pixels.shape[1])
@@ -104,7 +109,7 @@ def test_what_lies_beyond_the_image_is_not_looked_at(tiny_sam: Any, example: Exa
     assert torch.equal(stack(other, extent, window), stack(pixels, extent, window))
 
 
-def test_grid_padding_comes_out_as_zero_and_is_not_looked_at(sam: Any, example: Example) -> None:
+def test_grid_padding_comes_out_as_zero_and_is_not_read(sam: Any, example: Example) -> None:
     windows = example(sam, "square", 3)[0]
     valid = stages.valid_tokens(geometry_of(sam))
     hidden = make_head(sam, 1)(*as_tensors(windows))
@@ -125,7 +130,7 @@ def test_windows_and_grid_are_inverses(sam: Any) -> None:
     assert torch.equal(windows[geometry.windows_per_side, 0], grid[geometry.window_size, 0])
 
 
-def test_widths_suit_fused_kernels(sam: Any) -> None:
+def test_widths_fit_fused_kernels(sam: Any) -> None:
     for block in [*make_stack(sam, None).blocks, *Tail(sam).blocks]:
         attention = block.attn
         wanted = attention.head_dim + 2 * attention.side
@@ -133,7 +138,7 @@ def test_widths_suit_fused_kernels(sam: Any) -> None:
         assert wanted <= attention.width < wanted + 8
 
 
-# What is easy to get wrong, done wrongly: the comparisons above have to notice each.
+# Likely mistakes, made on purpose: the comparisons above must notice each.
 
 
 def grid_padding_left_alone(stack: Any, inputs: list[torch.Tensor]) -> None:
@@ -184,7 +189,7 @@ def channels_reversed(stack: Any, inputs: list[torch.Tensor]) -> None:
         channels_reversed,
     ],
 )
-def test_mistakes_would_be_noticed(
+def test_deliberate_mistakes_are_noticed(
     tiny_sam: Any, mistake: Callable[[Stack, list[torch.Tensor]], None], example: Example
 ) -> None:
     windows, tokens, _ = example(tiny_sam, "ends inside a patch", 3)
@@ -217,7 +222,7 @@ PROMPTS: dict[str, Prompt] = {  # points, their labels, box, mask (in thousandth
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_decoder(sam: Any, prompt: str) -> None:
+def test_decoder_equals_upstream(sam: Any, prompt: str) -> None:
     """Through upstream's public prompt encoder, so that its conventions are tested too."""
     points, labels, box, with_mask = PROMPTS[prompt]
     geometry = geometry_of(sam)
@@ -269,8 +274,9 @@ def test_prompts_of_a_batch_are_independent(tiny_sam: Any) -> None:
     assert difference(together[0][0], together[0][1]) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # 40 s of two free cores
-def test_vit_b_in_full_size() -> None:
+def test_vit_b_at_full_size() -> None:
     torch.manual_seed(0)
     sam = reorder(randomise(build_sam("vit_b")).requires_grad_(False))
     image = synthetic_image(619, 1024, seed=3)
@@ -288,7 +294,7 @@ def test_vit_b_in_full_size() -> None:
 
 
 def test_order_of_blocks_matters() -> None:
-    """Otherwise comparing with the reordered original would not show a wrong order."""
+    """Otherwise comparing with the reordered original would not reveal a wrong order."""
     stock, reordered = make_sam(SPECS["tiny"], "stock"), make_sam(SPECS["tiny"])
     image = make_image(stock, "square")
     assert difference(upstream(stock, image, 0)[1], upstream(reordered, image, 0)[1]) > 0.1

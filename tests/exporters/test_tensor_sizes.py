@@ -31,10 +31,10 @@ def save(
 
 @pytest.mark.parametrize("form", ["main", "plain"])
 @pytest.mark.parametrize("name", ["stack", "tail", "decoder"])
-def test_shapes_are_those_that_onnx_runtime_sees(
+def test_shapes_equal_those_of_onnx_runtime(
     random_bundle: Path, tmp_path: Path, name: str, form: str
 ) -> None:
-    """Every result becomes an output of the graph; what comes out is what the report said."""
+    """Every intermediate result becomes an output. Its real shape must equal the report's."""
     bundle = Bundle.load(random_bundle)
     path = bundle.plain_path(name) if form == "plain" else bundle.stage_path(name)
     found = report(path, SIZES)
@@ -66,7 +66,7 @@ def test_shapes_are_those_that_onnx_runtime_sees(
     assert found.largest == max(array.nbytes for array in answers.values())
 
 
-def test_dimensions_follow_what_was_asked(random_bundle: Path) -> None:
+def test_dimensions_follow_the_given_sizes(random_bundle: Path) -> None:
     stack = Bundle.load(random_bundle).stage_path("stack")
     assert report(stack, {"n": 10}).largest == 2 * report(stack, {"n": 5}).largest
 
@@ -87,7 +87,7 @@ def test_weights_outside_the_file_are_not_read(tmp_path: Path) -> None:
     ]
 
 
-def test_sizes_of_types(tmp_path: Path) -> None:
+def test_sizes_of_all_types(tmp_path: Path) -> None:
     for kind, name, size in (
         (T.BFLOAT16, "bfloat16", 2),
         (T.FLOAT16, "float16", 2),
@@ -100,9 +100,9 @@ def test_sizes_of_types(tmp_path: Path) -> None:
         assert (group.dtype, group.bytes) == (name, 7 * size)
 
 
-def test_what_cannot_be_inferred_is_counted(tmp_path: Path) -> None:
+def test_shapes_that_cannot_be_inferred_are_counted(tmp_path: Path) -> None:
     nodes = [
-        h.make_node("NonZero", ["x"], ["places"]),  # as many as there are: not known before
+        h.make_node("NonZero", ["x"], ["places"]),  # the number of results depends on the data
         h.make_node("Cast", ["places"], ["y"], to=T.FLOAT),
     ]
     path = save(tmp_path / "g.onnx", nodes, [info("x", T.FLOAT, 7)], [info("y", T.FLOAT, 1, None)])
@@ -119,7 +119,7 @@ def test_branches_are_counted_as_unknown(tmp_path: Path) -> None:
     assert sorted(found.unknown) == ["choice/else_branch", "choice/then_branch"]
 
 
-def test_a_dimension_of_another_name_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_dimension_name_is_refused(tmp_path: Path) -> None:
     node = h.make_node("Relu", ["x"], ["y"])
     path = save(
         tmp_path / "g.onnx", [node], [info("x", T.FLOAT, "batch")], [info("y", T.FLOAT, "batch")]

@@ -15,7 +15,7 @@ pytest.importorskip("onnx")
 BUNDLE = str(shipped_bundle("fp16"))
 
 
-def test_logits_show_in_the_plain_form_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_logits_appear_only_in_the_plain_form(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tensors", BUNDLE, "--stage", "tail", "--top", "3"]) == 0
     said = capsys.readouterr().out
     assert "576 x 576" not in said
@@ -26,7 +26,7 @@ def test_logits_show_in_the_plain_form_alone(capsys: pytest.CaptureFixture[str])
     assert "alike ones share a row" in said
 
 
-def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_output_of_tensors(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--windows", "7", "--prompts", "2", "--points", "0", "--top", "2", "--json"]
     assert main(["tensors", BUNDLE, *options]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -43,7 +43,9 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(("limit", "code"), [("5.31", 0), ("5.3", 1)])
-def test_limit(limit: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_limit_decides_the_exit_code(
+    limit: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["tensors", BUNDLE, "--plain", "--limit", limit]) == code
     said = " ".join(capsys.readouterr().out.split())
     if code:
@@ -52,7 +54,7 @@ def test_limit(limit: str, code: int, capsys: pytest.CaptureFixture[str]) -> Non
         assert "none exceeds 5.31 MB" in said
 
 
-def test_any_graph(capsys: pytest.CaptureFixture[str]) -> None:
+def test_any_onnx_graph_is_accepted(capsys: pytest.CaptureFixture[str]) -> None:
     graph = f"{BUNDLE}/stack.plain.onnx"
     assert main(["tensors", graph, "--top", "1", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -73,14 +75,13 @@ def test_errors_are_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["tensors", *arguments]) == 1
-    said = capsys.readouterr().err
-    assert message in said
-    assert said.count("\n") == 1
+    found, *mend = capsys.readouterr().err.splitlines()
+    assert message in found
+    assert all(line.startswith("  -> ") for line in mend)
+    assert len(mend) <= 1
 
 
-def test_a_shape_that_is_not_known_fails_a_limit(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unknown_shape_fails_a_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from onnx import TensorProto, helper, save
 
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [7])
@@ -92,13 +93,14 @@ def test_a_shape_that_is_not_known_fails_a_limit(
     assert main(["tensors", str(tmp_path / "g.onnx"), "--limit", "1"]) == 1
 
 
-def test_weights_need_not_be_there(tmp_path: Path) -> None:
+def test_the_weights_file_is_not_required(tmp_path: Path) -> None:
     graph = tmp_path / "tail.plain.onnx"
     shutil.copyfile(f"{BUNDLE}/tail.plain.onnx", graph)
     assert main(["tensors", str(graph)]) == 0
 
 
-def test_help_teaches_and_loads_nothing_heavy() -> None:
+@pytest.mark.process
+def test_help_has_an_example_and_loads_nothing_heavy() -> None:
     code = (
         "import sys; from edge_runtime.cli import main; main(['tensors', '--help']); "
         "assert not {'torch', 'onnx', 'rich'} & set(sys.modules)"
@@ -119,6 +121,8 @@ def test_help_teaches_and_loads_nothing_heavy() -> None:
         ("--top=-1", "not '-1'"),
     ],
 )
-def test_numbers_that_are_none(option: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_malformed_numbers_are_refused(
+    option: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["tensors", BUNDLE, option]) == 2
     assert says in capsys.readouterr().err

@@ -44,6 +44,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_two_and_two_steps_equal_four(tmp_path):
     """Bit for bit, across a checkpoint, the warm-up and the change of resolution."""
     whole = Trainer(MINUTE)
@@ -75,7 +76,7 @@ def test_steps_change_the_weights_and_another_seed_gives_others():
     )
 
 
-def test_a_run_may_begin_from_weights():
+def test_a_run_may_start_from_weights():
     torch.manual_seed(5)
     sam = build_sam("tiny")
     trainer = Trainer(replace(MINUTE, steps=100, offset=0.8, warmup_steps=0))
@@ -87,13 +88,13 @@ def test_a_run_may_begin_from_weights():
     assert trainer.learning_rate() < 0.2 * MINUTE.lr
 
 
-def test_a_state_of_another_kind_is_refused(tmp_path):
+def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
     torch.save({"format": "something"}, tmp_path / "state.pt")
     with pytest.raises(CheckpointError, match="not the state of a training run"):
         Trainer.resume(tmp_path / "state.pt")
 
 
-def test_batches_follow_the_step_and_their_prompts_lie_on_their_masks():
+def test_batches_follow_the_step_and_prompts_are_on_their_masks():
     config = replace(MINUTE, images=4, clicks=3)
     spec = MODELS["tiny"]
     pool, fresh = (ScenePool(1, 192, 100, photo_like=0.5) for _ in range(2))
@@ -128,7 +129,7 @@ def test_points_on_parts_and_wholes_count_as_ambiguous():
     assert not (ambiguous & boxes).any()
 
 
-def test_a_pool_mixes_the_two_sorts_of_scenes_by_number():
+def test_a_pool_mixes_both_kinds_of_scenes_in_the_given_number():
     pool, other = ScenePool(3, 48, 100, photo_like=0.5), ScenePool(3, 48, 4, photo_like=0.5)
     kinds = [pool.get(n)[0].kind for n in range(40)]
     assert 8 < kinds.count(PHOTO_LIKE) < 32
@@ -163,7 +164,7 @@ def test_every_round_trains_decoder_and_encoder(monkeypatch):
         assert not torch.equal(before[name], after[name]), name
 
 
-def test_decoding_in_batches_is_upstreams_decoder():
+def test_decoding_in_batches_equals_upstream_s_decoder():
     torch.manual_seed(0)
     sam = build_sam("tiny")
     embeddings = torch.randn(2, 128, 24, 24)
@@ -188,7 +189,7 @@ def test_decoding_in_batches_is_upstreams_decoder():
             assert torch.allclose(logits[part], wanted[0], atol=1e-5)
 
 
-def test_tied_attention_looks_at_the_place_of_the_click():
+def test_tied_attention_reads_the_place_of_the_click():
     torch.manual_seed(0)
     sam = build_sam("tiny")
     tie_cross_attention(sam)
@@ -199,7 +200,7 @@ def test_tied_attention_looks_at_the_place_of_the_click():
     assert int(scores.argmax()) == 300
 
 
-def test_losses_prefer_the_right_mask():
+def test_losses_prefer_the_correct_mask():
     target = torch.zeros(1, 16, 16)
     target[:, 4:9, 5:12] = 1
     valid = torch.ones_like(target)
@@ -211,7 +212,7 @@ def test_losses_prefer_the_right_mask():
     assert iou_of(logits, target, valid)[0].tolist() == [1.0, 0.0, 0.0]
 
 
-def test_padding_has_no_say_in_the_loss():
+def test_padding_does_not_count_in_the_loss():
     target, valid = torch.zeros(1, 8, 8), torch.ones(1, 8, 8)
     target[:, 2:5, 2:5] = 1
     valid[:, :, 6:] = 0
@@ -224,7 +225,7 @@ def test_padding_has_no_say_in_the_loss():
     assert torch.isclose(one, two)
 
 
-def test_position_tables_keep_their_course_at_another_resolution():
+def test_position_tables_keep_their_slope_at_another_resolution():
     low = build_from_spec(MODELS["tiny"].at(144, 4))
     with torch.no_grad():
         line = torch.linspace(-1, 1, 18)
@@ -242,7 +243,8 @@ def run_cli(*args, **kw):
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, **kw)
 
 
-def test_the_command_is_interrupted_continued_and_done(tmp_path):
+@pytest.mark.process
+def test_the_command_can_be_interrupted_and_resumed(tmp_path):
     out = tmp_path / "run"
     options = ["--out", str(out), "--images", "1", "--clicks", "1", "--threads", "1"]
     options += ["--held-out", "1", "--save-every", "1000"]
@@ -288,8 +290,8 @@ def test_the_learning_rate_warms_up_and_decays():
     assert rates[-1] < 0.05 * max(rates)
 
 
-def test_the_encoders_gradient_is_that_of_the_whole_loss(monkeypatch):
-    """Two rounds: against one backward pass through everything."""
+def test_the_encoder_s_gradient_is_that_of_the_whole_loss(monkeypatch):
+    """Two rounds, compared with one backward pass through everything."""
     config = replace(MINUTE, warmup_steps=0, low_size=0, rounds=2, amp=False, seed=4)
     trainer, plain = Trainer(config), Trainer(config)
     asked = []

@@ -39,7 +39,7 @@ def sample(original: Any) -> Sample:
     return make_sample(original, sample_images(geometry_of(original))[0])
 
 
-def test_samples_cover_the_paddings(original: Any) -> None:
+def test_samples_cover_all_kinds_of_padding(original: Any) -> None:
     geometry = geometry_of(original)
     strip, square = (make_sample(original, i).windows for i in sample_images(geometry))
     assert 0 < strip.present.sum() < len(strip.present)
@@ -48,7 +48,7 @@ def test_samples_cover_the_paddings(original: Any) -> None:
         assert (windows.extent % geometry.patch_size != 0).any()
 
 
-def test_a_row_for_what_was_exported(random_bundle: Path, original: Any, sample: Sample) -> None:
+def test_every_exported_stage_has_a_row(random_bundle: Path, original: Any, sample: Sample) -> None:
     bundle = Bundle.load(random_bundle)
     for name, stage in bundle.manifest.stages.items():
         row = verify_stage(name, stage, bundle.stage_path(name), [sample], original, FP32)
@@ -61,7 +61,7 @@ def test_a_row_for_what_was_exported(random_bundle: Path, original: Any, sample:
 
 
 def nudge(stage: str, name: str) -> Callable[[ir.Model], None]:
-    """Change the first initialiser whose name ends so, a little."""
+    """Change the first initialiser whose name has this ending, by a little."""
 
     def change(model: ir.Model) -> None:
         value = next(v for k, v in model.graph.initializers.items() if k.endswith(name))
@@ -120,7 +120,7 @@ def test_plain_forms_pass(random_bundle: Path, original: Any, sample: Sample) ->
 def test_a_weight_of_a_plain_form_off_by_two_percent_is_noticed(
     random_bundle: Path, original: Any, sample: Sample, tmp_path: Path, name: str, weight: str
 ) -> None:
-    """In the row of that stage, and nothing before it."""
+    """In the row of this stage, and in no row before it."""
     bundle = Bundle.load(random_bundle)
     graphs = {stage: (bundle.stage(stage), bundle.plain_path(stage)) for stage in STAGES}
     model = ir.external_data.load_to_model(ir.load(bundle.plain_path(name)))
@@ -135,7 +135,7 @@ def test_a_weight_of_a_plain_form_off_by_two_percent_is_noticed(
     assert all(values[s].error < FP32.error for s in STAGES[: STAGES.index(name)])
     if name == "decoder":
         assert values["tail"].passed
-    else:  # the masks at the end are its own too
+    else:  # the masks at the end come from the plain form too
         assert values["tail"].mask_iou == values["stack"].mask_iou
 
 
@@ -171,7 +171,7 @@ def row(**changes: Any) -> Row:
         ({"finite": False}, "NaN or Inf"),
     ],
 )
-def test_what_was_missed_is_said(changes: dict[str, Any], message: str) -> None:
+def test_missed_tolerances_are_reported(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ExportError, match=message):
         require(row(**changes), "fp32", FP32)
 
@@ -182,7 +182,7 @@ def test_bf16_is_recommended_where_fp16_overflows() -> None:
     require(row(passed=True), "fp16", TOLERANCES["fp16"])
 
 
-def test_the_worst_of_all_outputs_counts() -> None:
+def test_the_worst_of_all_outputs_decides() -> None:
     ones, masks = np.ones((2, 8), np.float32), np.ones((1, 4, 2, 2), np.float32)
     bad = ones.copy()
     bad[1, ::2] = -1  # the second window only
@@ -198,7 +198,7 @@ def test_the_worst_of_all_outputs_counts() -> None:
     assert not result.passed
 
 
-def test_no_masks_at_all_agree() -> None:
+def test_two_empty_sets_of_masks_agree() -> None:
     ones, nothing = np.ones((1, 8), np.float32), -np.ones((1, 4, 2, 2), np.float32)
     assert verify._row("stack", [(ones, ones)], [(nothing, nothing)], FP32).mask_iou == 1
     zeros = np.zeros_like(ones)

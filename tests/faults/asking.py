@@ -1,4 +1,4 @@
-"""A real client of one node, and a small request to ask it with."""
+"""A real client of one node, and a small request to send."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WINDOWS = [0, 4]
 
 
 def feeds(bundle: Bundle, seed: int = 0, windows: Sequence[int] = WINDOWS) -> dict[str, np.ndarray]:
-    """These windows of a random picture."""
+    """The given windows of a random picture."""
     side, count = bundle.geometry.window_pixels, len(windows)
     rng = np.random.default_rng(seed)
     return {
@@ -31,7 +31,7 @@ def feeds(bundle: Bundle, seed: int = 0, windows: Sequence[int] = WINDOWS) -> di
 
 
 async def ask(client: Connection, fed: dict[str, np.ndarray], seconds: float = 20.0) -> Reply:
-    """Have the node run the stack, with a permit for it."""
+    """Send a request for the stack, with a permit for it."""
     ledger = ExposureLedger(place([1] * 9, range(9), 3, [client.name], 1.0, bytes(32), b""))
     until = asyncio.get_running_loop().time() + seconds
     return await client.infer(fed, ledger.reserve(client.name, WINDOWS), until)
@@ -39,7 +39,7 @@ async def ask(client: Connection, fed: dict[str, np.ndarray], seconds: float = 2
 
 @asynccontextmanager
 async def connected(node: Node, bundle: Bundle) -> AsyncIterator[Connection]:
-    """A real client of `node`, which serves the bundle's stack; its link is up."""
+    """A real client of `node`, connected to the bundle's stack."""
     ctx, stage = zmq.asyncio.Context(), bundle.stage("stack")
     limits = stage_limits(stage.inputs, stage.outputs, bundle.geometry.windows)
     client = Connection(ctx, node, stage, limits)

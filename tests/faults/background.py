@@ -1,8 +1,7 @@
-"""An event loop in a thread of its own, so that a fault can run beside a test that blocks.
+"""An event loop in its own thread, so that a fault can run beside a blocking test.
 
-Promises that `Background.close` ends everything it was given to do: tasks are cancelled and
-awaited, the loop closed and the thread joined. `Service` is what runs either there or in the
-caller's own loop.
+`Background.close` cancels and awaits all tasks, closes the loop and joins the thread. A `Service`
+runs either there or in the caller's own loop.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ T = TypeVar("T")
 async def cancel_all(tasks: Iterable[asyncio.Task[Any]]) -> None:
     """Cancel tasks and wait until they have ended.
 
-    Again and again: before Python 3.12, `asyncio.wait_for` swallows a cancellation that comes in
+    Repeats, because before Python 3.12 `asyncio.wait_for` swallows a cancellation that arrives in
     the same turn as its result.
     """
     left = {task for task in tasks if not task.done()}
@@ -36,7 +35,7 @@ async def cancel_all(tasks: Iterable[asyncio.Task[Any]]) -> None:
 
 
 class Background:
-    """A running event loop, from being made to `close`; also a context manager."""
+    """A running event loop, from its creation to `close`. Also a context manager."""
 
     def __init__(self, name: str = "faults") -> None:
         self.loop = asyncio.new_event_loop()
@@ -44,7 +43,7 @@ class Background:
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, T], timeout_s: float | None = 60.0) -> T:
-        """Run `work` in the loop and wait for its result; past `timeout_s` it is cancelled."""
+        """Run `work` in the loop and wait for its result. It is cancelled after `timeout_s`."""
         future = self.start(work)
         try:
             return future.result(timeout_s)
@@ -53,11 +52,11 @@ class Background:
             raise
 
     def start(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        """Begin `work`; its future can be cancelled from any thread."""
+        """Start `work`. Any thread may cancel its future."""
         return asyncio.run_coroutine_threadsafe(work, self.loop)
 
     def call(self, function: Callable[[], T]) -> T:
-        """Call `function` in the loop's thread and return what it returns."""
+        """Call `function` in the loop's thread and return its result."""
 
         async def work() -> T:
             return function()
@@ -87,10 +86,11 @@ class Background:
 
 
 class Service:
-    """What lives in an event loop: ``async with`` in the caller's, ``with`` in its own thread.
+    """An object that lives in an event loop: ``async with`` uses the caller's, ``with`` its own
+    thread.
 
-    Subclasses say how to `_start` and `_stop`, and pass what their other methods do through
-    `_call`, so that these may be called from any thread and have acted when they return.
+    Subclasses define `_start` and `_stop`. Their other methods go through `_call`, so any thread
+    may call them, and they have acted when they return.
     """
 
     _background: Background | None = None
@@ -104,7 +104,7 @@ class Service:
         raise NotImplementedError
 
     def _call(self, function: Callable[[], T]) -> T:
-        """Call in the service's thread, from whichever."""
+        """Call in the service's thread, from any thread."""
         if self._loop is None or threading.get_ident() == self._thread:
             return function()
 

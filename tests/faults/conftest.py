@@ -1,4 +1,4 @@
-"""What the kit's own tests share: victims, and an edge to set on them."""
+"""Fixtures of the fault kit's own tests: victims, and an edge that attacks them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def bundle(toy_bundle: Path) -> Bundle:
 
 @pytest.fixture
 def faulty(bundle: Bundle, tmp_path: Path) -> Callable[..., FaultyNode]:
-    """Faulty nodes, each with a folder of its own; start them with ``with``."""
+    """Faulty nodes, each with its own folder. Start them with ``with``."""
     names = iter(range(99))
 
     def make(*arguments: Any, **options: Any) -> FaultyNode:
@@ -39,7 +39,7 @@ def victim(toy_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture
 def hostile(victim: NodeProcess) -> HostileEdge:
-    """An edge that the victim has let in."""
+    """An edge that the victim has authorised."""
     pair = victim.authorise(f"edge-{os.urandom(4).hex()}")
     stage = victim.bundle.stage("stack").sha256
     return HostileEdge(victim.endpoint, victim.keypair.public, pair, stage)

@@ -1,8 +1,8 @@
-"""Edges that a node has let in and that then turn on it.
+"""Hostile edges: authorised edges that attack their node.
 
-Each is a `HostileEdge`: a CURVE connection with an authorised key on `zmtp.Peer`, so that it can
-send anything, as much as it likes and without ever reading. Every attack ends with its budget,
-closes what it opened and returns a `zmtp.Tally`; ``notes`` counts what the node answered.
+A `HostileEdge` uses an authorised key on a `zmtp.Peer`, so it can send anything, at any speed,
+without ever reading. Every attack ends with its budget, closes what it opened and returns a
+`zmtp.Tally`, whose ``notes`` count the node's answers.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ server.Server._on_connection_ended = lambda *_: None
 from cloud_node.cli import main
 sys.exit(main(sys.argv[1:]))
 """
-"""A node that does not notice when an edge leaves: a result goes to whichever connection has
-its routing id."""
+"""Program of a node that does not notice when an edge leaves. A result goes to the connection that
+has the routing id."""
 
 Feeds = dict[str, np.ndarray]
 _BYTES = Budget()
@@ -54,11 +54,11 @@ class HostileEdge:
     """An authorised edge of one node.
 
     Args:
-        endpoint: the node's, or a proxy's before it.
+        endpoint: of the node, or of a proxy before it.
         server_key: the node's public key, Z85.
-        pair: a key that it lets in.
+        pair: an authorised key.
         stage: hash of the stack it serves.
-        seed: of what is random.
+        seed: of random choices.
     """
 
     def __init__(
@@ -70,10 +70,10 @@ class HostileEdge:
         self.seed = seed
 
     async def connect(self, *, receive_buffer: int | None = None, identity: bytes = b"") -> Peer:
-        """A connection ready for messages, with a routing id of its own choice if one is given.
+        """A connection ready for messages, with the given routing id if there is one.
 
         Raises:
-            PeerError: the node did not let it in.
+            PeerError: the node refused it.
         """
         peer = await Peer.connect(self.address, receive_buffer=receive_buffer)
         try:
@@ -86,14 +86,14 @@ class HostileEdge:
     def request(
         self, feeds: Feeds, *, id: bytes | None = None, deadline_ms: int = 60_000
     ) -> list[bytes]:
-        """Frames of a good request."""
+        """The frames of a valid request."""
         message = Request(id or new_id(), self.stage, deadline_ms, new_seal())
         return [bytes(encode(message, feeds))]
 
     async def endless_multipart(
         self, feeds: Feeds | None = None, *, part_bytes: int = 1 << 16, budget: Budget = _BYTES
     ) -> Tally:
-        """A message that begins well and never ends; then the connection is dropped."""
+        """Send a valid beginning of a message that never ends, then drop the connection."""
         async with await self.connect() as peer:
             opening = self.request(feeds) if feeds else ()
             return await zmtp.endless_multipart(
@@ -101,7 +101,7 @@ class HostileEdge:
             )
 
     async def giant_part(self, *, declared: int = 1 << 30, budget: Budget = _BYTES) -> Tally:
-        """A frame over the node's limit."""
+        """Send a frame over the node's limit."""
         async with await self.connect() as peer:
             return await zmtp.giant_part(peer, declared=declared, budget=budget)
 
@@ -110,20 +110,20 @@ class HostileEdge:
             return await zmtp.heartbeat_abuse(peer, budget=budget)
 
     async def flood(self, feeds: Feeds, *, budget: Budget = _HUNDREDS) -> Tally:
-        """Good requests as fast as they go, replies read and counted by kind."""
+        """Send valid requests as fast as possible. Replies are read and counted by kind."""
         return await self._say(lambda number: self.request(feeds), budget)
 
     async def never_read(self, feeds: Feeds, *, budget: Budget = _HUNDREDS) -> Tally:
-        """Good requests as fast as they go, and no byte of the replies is ever read."""
+        """Send valid requests as fast as possible and never read a byte of the replies."""
         return await self._say(lambda number: self.request(feeds), budget, read=False)
 
     async def duplicate_ids(self, feeds: Feeds, *, budget: Budget = _FEW) -> Tally:
-        """Different requests, all of one id."""
+        """Send different requests with the same id."""
         id = new_id()
         return await self._say(lambda number: self.request(feeds, id=id), budget)
 
     async def wrong(self, feeds: Feeds, *, budget: Budget = _HUNDREDS) -> Tally:
-        """Requests each with one defect (`defects`), and mutated frames; no two alike."""
+        """Send requests with one defect each (`defects`), and mutated frames. No two are equal."""
         kinds = list(self.defects(feeds).values())
 
         def say(number: int) -> list[bytes]:
@@ -140,7 +140,7 @@ class HostileEdge:
         return await self._say(say, budget)
 
     def defects(self, feeds: Feeds) -> dict[str, Callable[[], list[bytes]]]:
-        """Requests that a node must refuse, by what is wrong with them."""
+        """Builders of requests that a node must refuse, by defect."""
 
         def spoilt(**changes: np.ndarray | None) -> Callable[[], list[bytes]]:
             changed = {**feeds, **changes}
@@ -178,11 +178,10 @@ class HostileEdge:
         }
 
     async def stolen_by(self, thief: HostileEdge, feeds: Feeds, number: int) -> list[bytes]:
-        """Ask for something, leave, and have `thief` connect with our routing id at once.
+        """Send a request and leave. `thief` then connects with our routing id at once.
 
         Returns:
-            the results that the thief was sent; it tries for a second if its routing id is not
-            free yet.
+            the thief's results. It tries again for a second while the routing id is taken.
         """
         route = b"\0" + number.to_bytes(4, "big")
         peer = await self.connect(identity=route)
@@ -196,7 +195,7 @@ class HostileEdge:
             async with await thief.connect(identity=route) as taken:
                 with contextlib.suppress(*_ENDED):
                     await taken.send_message(info_request())
-                    while True:  # libzmq never answers a routing id that is not free
+                    while True:  # libzmq never answers a routing id that is in use
                         (frame,) = await asyncio.wait_for(taken.read_message(), 0.3)
                         if _kind(frame) == "info":
                             give_up = 0
@@ -205,8 +204,8 @@ class HostileEdge:
         return found
 
     async def cancelled(self, feeds: Feeds, *, budget: Budget = _FEW) -> Tally:
-        """Requests whose edge is gone at once: half of them before all was sent. One connection
-        each; ``messages`` counts them."""
+        """Send requests and leave at once, half of the time before all bytes were sent. Each uses
+        its own connection. ``messages`` counts them."""
         meter = zmtp._Meter(budget)
         while meter.may():
             rng = random.Random(f"{self.seed}/{meter.tally.messages}")
@@ -227,7 +226,7 @@ class HostileEdge:
         return meter.end()
 
     async def answer_to(self, parts: Sequence[bytes], timeout_s: float = 10.0) -> Message:
-        """Send one message on a connection of its own and return the header of what comes first."""
+        """Send one message on a new connection and return the header of the first reply."""
         async with await self.connect() as peer:
             await peer.send_message(parts)
             frames = await asyncio.wait_for(peer.read_message(), timeout_s)
@@ -236,7 +235,7 @@ class HostileEdge:
     async def _say(
         self, say: Callable[[int], list[bytes]], budget: Budget, *, read: bool = True
     ) -> Tally:
-        """Messages 0, 1, 2 … on one connection (a new one where the node closes it)."""
+        """Send messages 0, 1, 2 … on one connection, or on a new one when the node closes it."""
         meter = zmtp._Meter(budget)
         tally = meter.tally
 
@@ -258,8 +257,8 @@ class HostileEdge:
                         await peer.send_message(parts)
                         tally.sent = sent + peer.sent
                         await meter.pace()
-                    if listening:  # a last chance for what is on its way
-                        # wait, not wait_for: the listener's end is not an error
+                    if listening:  # a last chance for replies under way
+                        # wait, not wait_for: the listener's end is no error here
                         await asyncio.wait({listening}, timeout=min(0.5, meter.left_s))
                         if listening.done():
                             tally.closed += 1
@@ -280,12 +279,12 @@ class HostileEdge:
 
 
 def info_request() -> list[bytes]:
-    """Frames of a question that every node answers: a sign of life."""
+    """Frames of a question that every node answers. Shows that the node is alive."""
     return [bytes(encode(InfoRequest(new_id())))]
 
 
 def with_header(message: bytes, **changes: Any) -> bytes:
-    """A message whose header has other fields, its tensors as they are; None leaves a field out."""
+    """A message with some header fields changed and the same tensors. None removes a field."""
     end = 8 + int.from_bytes(message[4:8], "little")
     fields = {**msgspec.msgpack.decode(message[8:end]), **changes}
     packed = msgspec.msgpack.encode({k: v for k, v in fields.items() if v is not None})

@@ -1,7 +1,7 @@
-"""Floods from a process of their own: messages of an authorised key, and connections of strangers.
+"""Floods from separate processes: messages of an authorised key, and connections of strangers.
 
-Each is a `Child`, so that it can be stopped and continued, and sends until it is killed. What it
-has done so far is in `told`.
+Each is a `Child`, so it can be stopped and continued. It sends until it is killed. `told` has its
+progress.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _TELL_S = 0.2
 
 class _Flood(Child):
     def __init__(self, folder: Path, name: str, told: Mapping[str, Any]) -> None:
-        """Run the function of that name here, in a process of its own."""
+        """Run the function of that name in its own process."""
         asked = folder / f"{name}.json"
         make_directory(folder)
         asked.touch(0o600)
@@ -46,23 +46,23 @@ class _Flood(Child):
         )
 
     def told(self) -> dict[str, Any]:
-        """What it has done, as of a fifth of a second ago; empty before that."""
+        """Its counts, at most a fifth of a second old. Empty before the first ones."""
         lines = self.log.read_text().splitlines()
         whole = [line for line in lines if line.endswith("}")]
         return dict(json.loads(whole[-1])) if whole else {}
 
 
 class MessageFlood(_Flood):
-    """Messages of one key as fast as libzmq sends them; replies are read and thrown away. A
-    connection that takes nothing for a while is made anew.
+    """Send messages of one key as fast as libzmq does. Replies are read and discarded. A connection
+    that accepts nothing for a while is replaced.
 
     Args:
-        folder: for its settings and what it tells.
-        endpoint: the node's. server_key: its public key.
-        pair: a key that the node lets in.
-        kind: of message. bundle: what a request asks for. windows: of each request.
-        connections: at once.
-        stuck_s: how long a connection may take nothing.
+        folder: for its settings and its counts.
+        endpoint: of the node. server_key: its public key.
+        pair: an authorised key.
+        kind: of message. bundle: of the requests. windows: per request.
+        connections: how many at once.
+        stuck_s: how long a connection may accept nothing.
     """
 
     def __init__(
@@ -92,15 +92,15 @@ class MessageFlood(_Flood):
 
 
 class ConnectionFlood(_Flood):
-    """Connections that never finish their handshake, so many a second, each left open until the
-    node ends it.
+    """Open connections that never finish their handshake, at a fixed rate. Each stays open until
+    the node closes it.
 
     Args:
-        folder: for its settings and what it tells.
-        endpoint: the node's. server_key: its public key.
-        rate: connections a second.
-        addresses: first address to connect from, and how many.
-        say: what each of them says.
+        folder: for its settings and its counts.
+        endpoint: of the node.
+        rate: connections per second.
+        addresses: the first source address, and how many.
+        say: the bytes that each connection sends.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ def send_messages(path: str) -> None:
             print(json.dumps({"sent": sent, "connections": connections}), flush=True)
             tell_at = now + _TELL_S
         if sent == before:
-            time.sleep(0.02)  # its own work must not weigh on the machine
+            time.sleep(0.02)  # its own work must not load the machine
 
 
 def open_connections(path: str) -> None:
@@ -205,7 +205,7 @@ def open_connections(path: str) -> None:
             end.setblocking(False)
             try:
                 end.bind((sources[made % count], 0))
-                if end.connect_ex(target):  # under way
+                if end.connect_ex(target):  # the connection is under way
                     made += 1
                 poller.register(end.fileno(), select.EPOLLIN | (select.EPOLLOUT if data else 0))
                 open_[end.fileno()] = end

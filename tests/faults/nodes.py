@@ -1,12 +1,11 @@
-"""Nodes that lie: they speak the real protocol over CURVE, and misbehave as a policy tells them.
+"""Faulty nodes: they speak the real protocol over CURVE and misbehave as a policy says.
 
 A `FaultyNode` runs the stack of a real bundle, so its honest answers are bit-equal to a real
-node's, and asks its policy about every request: a policy is any function from an `Ask` to an `Act`.
-On the ``router`` wire it is a real ROUTER made by :func:`transport.sockets.server`; on the ``raw``
-wire it is a `zmtp.Peer` per connection, which can do what libzmq can't (messages that never end,
-connections closed in the middle of a message). Promises that whatever it does is counted, that
-random choices follow from the seed and the request's number, and that the effort of any act is
-bounded.
+node's. It asks its policy about every request; a policy is any function from an `Ask` to an `Act`.
+The ``router`` wire is a real ROUTER made by :func:`transport.sockets.server`. The ``raw`` wire is a
+`zmtp.Peer` per connection and can do more than libzmq: messages that never end, connections closed
+in the middle of a message. Every act is counted and its effort bounded. Random choices follow from
+the seed and the request's number.
 """
 
 from __future__ import annotations
@@ -68,9 +67,8 @@ Arrays = dict[str, np.ndarray]
 Wire = Literal["router", "raw"]
 
 Value = Literal["nan", "inf", "zeros", "norm", "shape", "dtype", "name", "batch", "forge"]
-"""Lies in the numbers: a NaN or an infinity somewhere; zeros; `factor` times the norm; a dimension,
-the type, the name or the number of windows wrong; `share` of the windows replaced by numbers with
-exactly the honest ones' statistics."""
+"""Wrong numbers: a NaN or an infinity; zeros; `factor` times the norm; a wrong dimension, type,
+name or number of windows; `share` of the windows replaced by numbers with the same statistics."""
 Shape = Literal[
     "wrong_id",
     "wrong_stage",
@@ -83,18 +81,18 @@ Shape = Literal[
     "info",
     "frames",
 ]
-"""Lies in the message: an id nobody asked for; a refusal as if another bundle were asked for; a
-result sealed with another key; a refusal as overloaded; a message shorter than declared; a header
-that is none; an unknown version; a result without tensors; an answer of another type; a message of
+"""Wrong messages: an id that was not requested; a refusal because of another bundle; a result
+sealed with another key; a refusal because of overload; a message shorter than declared; an invalid
+header; an unknown version; a result without tensors; an answer of another type; a message of
 several frames."""
 Order = Literal["replay", "cross_frame", "cross_node", "duplicate", "reordered"]
-"""Lies in time and place: an earlier answer word for word; an earlier answer's numbers, or another
-node's, under this id; the same answer twice; the result before its `accepted`."""
+"""Wrong time or place: an exact copy of an earlier answer; the numbers of an earlier answer, or of
+another node's, under this id; the same answer twice; the result before its `accepted`."""
 Pace = Literal["slow", "late", "stall", "accepted_only", "not_accepted", "never_read"]
-"""`factor` times as slow; after the deadline; no answer at all; `accepted` and nothing more; a
-result without it; no further reading for `delay_s` (0: ever)."""
+"""Wrong speed: `factor` times as slow; after the deadline; no answer at all; only `accepted`; only
+the result; no further reading for `delay_s` (0: forever)."""
 Bytes = Literal["endless", "giant", "close_mid", "half"]
-"""Of the wire: a result that never ends (raw); a frame of `size` bytes; RST in the middle of the
+"""Wrong bytes: a result that never ends (raw); a frame of `size` bytes; RST in the middle of the
 result (raw); half the result and then silence (raw)."""
 Kind = Literal["honest"] | Value | Shape | Order | Pace | Bytes
 KINDS: tuple[str, ...] = (
@@ -106,15 +104,15 @@ RAW_ONLY = frozenset({"endless", "close_mid", "half"})
 
 @dataclass(frozen=True)
 class Act:
-    """What to do about one request.
+    """The answer to one request.
 
     Args:
         kind: one of `KINDS`.
-        delay_s: wait so long before the result; with ``late``, after the deadline.
-        factor: of ``norm`` and ``slow``.
-        share: of windows, with ``forge``.
+        delay_s: wait this long before the result; with ``late``, after the deadline.
+        factor: for ``norm`` and ``slow``.
+        share: of windows, for ``forge``.
         size: bytes that ``giant`` sends or ``endless`` may send.
-        seconds: most that ``endless`` and ``half`` may last.
+        seconds: time limit for ``endless`` and ``half``.
     """
 
     kind: Kind = "honest"
@@ -134,7 +132,7 @@ HONEST = Act()
 
 @dataclass(frozen=True)
 class Ask:
-    """A request as a policy sees it. `number` counts this node's requests from 0."""
+    """A request as the policy sees it. `number` counts this node's requests from 0."""
 
     number: int
     request: Request
@@ -145,7 +143,7 @@ Policy = Callable[[Ask], Act]
 
 
 class Script:
-    """The acts one by one, then `then` for ever."""
+    """The acts one by one, then `then` forever."""
 
     def __init__(self, *acts: Act | Kind, then: Act | Kind = HONEST) -> None:
         self._acts = [_act(act) for act in acts]
@@ -156,7 +154,7 @@ class Script:
 
 
 class Mix:
-    """An act drawn for each request, with the weights given; the rest of 1 is honest."""
+    """A random act per request, with the given weights. The rest of 1 is honest."""
 
     def __init__(self, weights: Mapping[Act | Kind, float], *, seed: int = 0) -> None:
         self._acts = [_act(act) for act in weights]
@@ -177,8 +175,8 @@ def _act(act: Act | str) -> Act:
 
 
 def policy_from(spec: Any) -> Policy:
-    """A policy from JSON: ``"nan"``; ``{"kind": "forge", "share": 0.04}``; a list of these, the
-    last of which repeats; ``{"mix": [[act, weight], ...], "seed": 1}``."""
+    """A policy from JSON: ``"nan"``; ``{"kind": "forge", "share": 0.04}``; a list of these, whose
+    last one repeats; ``{"mix": [[act, weight], ...], "seed": 1}``."""
     if isinstance(spec, Mapping) and "mix" in spec:
         return Mix({_parse(act): weight for act, weight in spec["mix"]}, seed=spec.get("seed", 0))
     listed = spec if isinstance(spec, list) else [spec]
@@ -191,7 +189,7 @@ def _parse(spec: Any) -> Act:
 
 
 class Pool:
-    """Results that colluding nodes lend one another; give the same one to all of them."""
+    """Results that colluding nodes share. Give the same pool to all of them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -210,39 +208,39 @@ class Channel(Protocol):
     """The way back to one edge."""
 
     async def send(self, frames: Sequence[Any]) -> bool:
-        """False if the edge is gone or takes nothing."""
+        """Send a message. False if the edge has left or accepts nothing."""
 
     async def bytes(self, act: Act, frames: Sequence[Any]) -> None:
-        """Do an act of `Bytes`."""
+        """Perform an act of `Bytes`."""
 
     def stop_reading(self, seconds: float) -> None:
-        """Read nothing from now on; 0 seconds is for ever."""
+        """Stop reading. 0 seconds means forever."""
 
 
 class FaultyNode(Service):
-    """A node of the real protocol, in the caller's loop (``async with``) or its own thread.
+    """A node with the real protocol, in the caller's loop (``async with``) or its own thread.
 
     Args:
-        bundle: whose stack to serve.
-        folder: where its keys go (made) or are (found): ``node.key`` and ``authorized/``.
-        policy: asked about every request; may be replaced at any time.
+        bundle: the bundle whose stack it serves.
+        folder: of its keys, ``node.key`` and ``authorized/``. Missing keys are made.
+        policy: asked about every request. It may be replaced at any time.
         name: for the pool.
-        wire: ``router`` (a real ROUTER) or ``raw`` (see the module).
-        bind: endpoint; port 0 is any free one.
-        service_s: added to the time of computing, for ``slow`` to multiply.
-        seed: of what is random in the lies.
+        wire: ``router`` (a real ROUTER) or ``raw`` (see the module docstring).
+        bind: endpoint. Port 0 is any free port.
+        service_s: added to the computing time. ``slow`` multiplies both.
+        seed: of random choices.
         pool: shared with other nodes, for ``cross_node``.
-        info_stage: the stage hash to claim in Info; None is the true one.
-        model: what to compute instead of the bundle's stack.
+        info_stage: the stage hash that Info claims. None is the true one.
+        model: computed instead of the bundle's stack.
 
     Attributes:
-        cancels: how often an edge gave a request up.
-        told: how often an edge told which versions it speaks.
-        did: acts done, by kind; also ``garbage`` (unreadable messages) and ``fallback`` (honest
-            because there was nothing to replay).
+        cancels: how often an edge cancelled a request.
+        told: how often an edge sent its protocol versions.
+        did: acts performed, by kind. Also ``garbage`` (unreadable messages) and ``fallback``
+            (honest because there was nothing to replay).
         log: the last (request id, kind), oldest first.
-        forged: windows forged. undelivered: messages that an edge did not take.
-        requests: ever arrived. connections: with ``raw``.
+        forged: windows forged. undelivered: messages that an edge did not accept.
+        requests: number received. connections: number accepted, with ``raw``.
     """
 
     def __init__(
@@ -287,11 +285,11 @@ class FaultyNode(Service):
         return host, int(port)
 
     def authorise(self, name: str = "edge", folder: Path | None = None) -> KeyPair:
-        """A new key pair that this node lets in, written to `folder` (default: beside its own)."""
+        """A new authorised key pair, written to `folder` (default: beside the node's own keys)."""
         return _authorise(self.allowed, name, folder or self.folder / "edges")
 
     def node(self, pair: KeyPair, *, endpoint: str | None = None) -> Node:
-        """This node as an edge's client wants it; `endpoint` is a proxy's before it."""
+        """This node in an edge's configuration. `endpoint` is that of a proxy before it."""
         return Node(self.name, endpoint or self.endpoint, self.keypair.public, pair)
 
     async def _start(self) -> None:
@@ -355,13 +353,13 @@ class FaultyNode(Service):
                     self.take(channel, await peer.read_message())
 
     def take(self, channel: Channel, frames: Sequence[Any]) -> None:
-        """One message of an edge's."""
+        """Handle one message of an edge."""
         try:
             message = decode_header(frames[0])
             if isinstance(message, InfoRequest):
                 self._spawn(self._send(channel, [encode(self.info(message))]))
                 return
-            if isinstance(message, Cancel):  # a node may answer nonetheless, and this one does
+            if isinstance(message, Cancel):  # a node may still answer, and this one does
                 self.cancels += 1
                 return
             if isinstance(message, VersionsSpoken):
@@ -411,7 +409,8 @@ class FaultyNode(Service):
             took = loop.time() - started
         times = (round((started - arrived) * 1e6), round(took * 1e6))
         if kind == "late":
-            # Whole milliseconds were sent, rounded down: with some to spare it is late for sure.
+            # The deadline was rounded down to whole milliseconds. Wait a little longer to be late
+            # for sure.
             due = arrived + request.deadline_ms / 1000 + 0.05
             await asyncio.sleep(max(0.0, due - loop.time()))
         if act.delay_s:
@@ -438,7 +437,7 @@ class FaultyNode(Service):
         earlier: tuple[list[Any], Arrays] | None,
         rng: np.random.Generator,
     ) -> list[Any]:
-        """The result's frames, true or false."""
+        """The frames of the result, true or false."""
         kind, result = act.kind, Result(ask.request.id, *times)
         if kind in get_args(Value):
             outputs, forged = falsify(outputs, self.stage.outputs, act, rng)
@@ -486,7 +485,7 @@ class FaultyNode(Service):
 
 
 class _Router:
-    """The real ROUTER's reader, and the channels to its peers."""
+    """The reader of the real ROUTER, and the channels to its peers."""
 
     def __init__(self, node: FaultyNode, socket: Any) -> None:
         self.node, self.socket = node, socket
@@ -514,7 +513,7 @@ class _RouterChannel:
         return True
 
     async def bytes(self, act: Act, frames: Sequence[Any]) -> None:
-        assert act.kind == "giant"  # the others need the raw wire
+        assert act.kind == "giant"  # the other acts need the raw wire
         await self.send([bytes(act.size)])
 
     def stop_reading(self, seconds: float) -> None:
@@ -552,7 +551,7 @@ class _Raw:
                 sealed = peer.seal(parts[0])
                 await peer.send(sealed[: len(sealed) // 2])
                 if act.kind == "close_mid":
-                    await asyncio.sleep(0.01)  # let it arrive: RST overtakes
+                    await asyncio.sleep(0.01)  # wait for the bytes to arrive: RST overtakes them
                     peer.abort()
                 else:
                     await asyncio.sleep(act.seconds)
@@ -566,13 +565,13 @@ class _Raw:
 def falsify(
     outputs: Arrays, specs: Sequence[TensorSpec], act: Act, rng: np.random.Generator
 ) -> tuple[Arrays, int]:
-    """Outputs changed by an act of `Value`, and how many windows were forged.
+    """Outputs changed by an act of `Value`, and the number of forged windows.
 
     Args:
-        outputs: honest ones, leading dimension n; left as they are.
-        specs: of the stage, to tell bfloat16 from uint16.
+        outputs: honest ones with leading dimension n. They are not modified.
+        specs: of the stage, which distinguish bfloat16 from uint16.
         act: see `Value`.
-        rng: of the places and windows chosen.
+        rng: chooses places and windows.
     """
     dtypes = {spec.name: spec.dtype for spec in specs}
     name, honest = next(iter(outputs.items()))
@@ -590,7 +589,7 @@ def falsify(
     elif act.kind == "batch":
         values = np.concatenate([values, values[:1]])
     elif act.kind == "forge":
-        # The same numbers in another order of tokens: no statistic of a window tells.
+        # The same numbers with tokens in another order: no statistic of a window shows it.
         chosen = np.flatnonzero(rng.random(len(values)) < act.share)
         shift = int(rng.integers(1, values.shape[1]))
         values[chosen] = np.roll(values[chosen], shift, axis=1)
@@ -613,19 +612,19 @@ def _narrow(values: np.ndarray) -> np.ndarray:
 
 
 class NodeProcess(Child):
-    """A node in a process of its own, to be killed, frozen and restarted on the same port.
+    """A node in its own process, which can be killed, frozen and restarted on the same port.
 
     Args:
         bundle: folder of the bundle to serve.
-        folder: for its keys, ready file and log; made, or found as an earlier one left it.
-        policy: as `policy_from` takes it, for a `FaultyNode`; None is a real ``cloud-node serve``.
-        bind: endpoint; port 0 is any free one, kept by restarts.
+        folder: of its keys, ready file and log. An earlier node's folder can be reused.
+        policy: as in `policy_from`, for a `FaultyNode`. None starts a real ``cloud-node serve``.
+        bind: endpoint. Port 0 is any free port. Restarts keep the port.
         options: more arguments of the command.
-        program: what to run in place of ``cloud-node``.
+        program: replaces ``cloud-node``.
         wait, popen: see `Child`.
 
     Attributes:
-        ready: what it wrote once it was ready.
+        ready: the content of its ready file.
     """
 
     def __init__(
@@ -678,11 +677,11 @@ class NodeProcess(Child):
         return stage_limits(self.stage.inputs, self.stage.outputs, self.bundle.geometry.windows)
 
     def authorise(self, name: str = "edge", folder: Path | None = None) -> KeyPair:
-        """A new key pair that this node lets in, written to `folder` (default: beside its own)."""
+        """A new authorised key pair, written to `folder` (default: beside the node's own keys)."""
         return _authorise(self.allowed, name, folder or self.folder / "edges")
 
     def workers(self) -> list[int]:
-        """Processes that it has started."""
+        """The pids of its child processes."""
         found: list[int] = []
         for task in Path(f"/proc/{self.pid}/task").iterdir():
             with contextlib.suppress(OSError):
@@ -691,7 +690,7 @@ class NodeProcess(Child):
 
     @contextlib.contextmanager
     def stopped(self) -> Iterator[int]:
-        """Its one worker computes nothing meanwhile, unless it is killed."""
+        """Freeze its only worker inside the block, unless the worker is killed."""
         give_up = time.monotonic() + 60
         while len(found := self.workers()) != 1:
             assert time.monotonic() < give_up, found
@@ -704,12 +703,12 @@ class NodeProcess(Child):
                 os.kill(found[0], signal.SIGCONT)
 
     def node(self, pair: KeyPair, *, name: str = "node", endpoint: str | None = None) -> Node:
-        """This node as an edge's client wants it; `endpoint` is a proxy's before it."""
+        """This node in an edge's configuration. `endpoint` is that of a proxy before it."""
         return Node(name, endpoint or self.endpoint, self.keypair.public, pair)
 
     def start(self, *, wait: bool = True) -> None:
         if not self.running:
-            self.ready_file.unlink(missing_ok=True)  # of one that was killed
+            self.ready_file.unlink(missing_ok=True)  # left by a killed process
         super().start(wait=wait)
 
     def _is_ready(self) -> bool:
@@ -728,7 +727,7 @@ def _authorise(allowed: Path, name: str, folder: Path) -> KeyPair:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """``python -m faults.nodes``: one node as a process of its own, to be killed and frozen."""
+    """``python -m faults.nodes``: one node in its own process, which can be killed and frozen."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--bundle", required=True)
     parser.add_argument("--folder", required=True, type=Path, help="its keys")

@@ -1,10 +1,10 @@
-"""Processes and links to break: signals at chosen instants, /proc samples, network namespaces.
+"""Faults of processes and links: signals at chosen instants, /proc samples, network namespaces.
 
-A `Child` is a process that can be killed, frozen, thawed and restarted; a `Plan` is a reproducible
-list of what to do when, and `run_plan` does it. `Sampler` follows a process's memory, descriptors
-and threads. `Netns` is two namespaces of its own joined by a veth pair, with a rate limit and a
-cable that can be pulled; it needs root (`Netns.unavailable` says why not). Whatever is made here is
-gone at the end of its ``with``, and of the program at the latest.
+A `Child` can be killed, frozen, thawed and restarted. A `Plan` is a reproducible list of actions
+with times, run by `run_plan`. `Sampler` follows a process's memory, descriptors and threads.
+`Netns` is two namespaces joined by a veth pair, with a rate limit and a cable that can be pulled;
+it needs root (`Netns.unavailable` says why it can't run). All of them clean up at the end of their
+``with``, or at the latest with the program.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ Action = Literal["kill", "stop", "cont", "term", "restart"]
 
 
 class Child:
-    """A process, running from being made to the end of its ``with``.
+    """A process that runs from its creation to the end of its ``with``.
 
     Args:
         command: to run.
-        log: file for what it prints; appended to by restarts.
-        ready: called until it returns True, before the constructor and `restart` return.
-        wait: False: the constructor does not wait for that; call `wait_ready`.
-        timeout_s: for becoming ready.
-        popen: what to start it with; a `Netns` offers one.
-        environment: its environment; None is this process's.
+        log: file for its output. Restarts append to it.
+        ready: called until it returns True. The constructor and `restart` wait for that.
+        wait: if False, the constructor does not wait. Call `wait_ready`.
+        timeout_s: time to become ready.
+        popen: starts it, for example in a `Netns`.
+        environment: None is this process's environment.
 
     Attributes:
-        starts: how often it was started. pid: of the one running now.
+        starts: how often it was started. pid: of the current process.
     """
 
     def __init__(
@@ -79,11 +79,11 @@ class Child:
         return self.process.pid
 
     def logged(self) -> str:
-        """What it has printed, since `forget_log` if that was called."""
+        """Its output, since `forget_log` if that was called."""
         return self.log.read_bytes()[self._forgotten :].decode(errors="replace")
 
     def forget_log(self) -> None:
-        """Have `logged` leave out what has been printed so far."""
+        """Make `logged` skip the output so far."""
         self._forgotten = self.log.stat().st_size
 
     @property
@@ -91,7 +91,7 @@ class Child:
         return self._process is not None and self._process.poll() is None
 
     def start(self, *, wait: bool = True) -> None:
-        """Start it, and `wait_ready` unless told not to."""
+        """Start it, and `wait_ready` unless `wait` is False."""
         with self._lock, self.log.open("ab") as out:
             if self.running:
                 return
@@ -121,12 +121,12 @@ class Child:
             time.sleep(0.01)
 
     def end(self, number: int = signal.SIGTERM) -> int:
-        """Send a signal and wait; its exit status."""
+        """Send a signal and wait. Returns the exit status."""
         self.signal(number)
         return self.process.wait(60)
 
     def signal(self, number: int) -> bool:
-        """Send a signal; False if it runs no more. Never to another process of the same pid."""
+        """Send a signal. False if it has ended. A reused pid is never hit."""
         with self._lock:
             if not self.running:
                 return False
@@ -135,7 +135,7 @@ class Child:
             return True
 
     def stop(self) -> bool:
-        """Freeze it (SIGSTOP), and wait until it is."""
+        """Freeze it (SIGSTOP) and wait until it has stopped."""
         sent = self.signal(signal.SIGSTOP)
         give_up = time.monotonic() + 5
         while sent and self.running and state(self.pid) != "T" and time.monotonic() < give_up:
@@ -147,16 +147,16 @@ class Child:
         return self.signal(signal.SIGCONT)
 
     def kill(self) -> int | None:
-        """SIGKILL, and wait; its exit status."""
+        """Send SIGKILL and wait. Returns the exit status."""
         self.signal(signal.SIGKILL)
         return self._process.wait(30) if self._process else None
 
     def term(self) -> bool:
-        """SIGTERM."""
+        """Send SIGTERM."""
         return self.signal(signal.SIGTERM)
 
     def restart(self) -> None:
-        """Kill it if it runs, and start it anew."""
+        """Kill it if it runs, and start it again."""
         self.kill()
         self.start()
 
@@ -172,7 +172,7 @@ class Child:
 
 @dataclass(frozen=True)
 class Step:
-    """At `at_s` seconds from the start, do `action` to the child of that name."""
+    """At `at_s` seconds from the start, apply `action` to the named child."""
 
     at_s: float
     child: str
@@ -191,8 +191,8 @@ def random_plan(
     actions: Sequence[Action] = ("kill", "stop"),
     down_s: tuple[float, float] = (0.1, 1.0),
 ) -> list[Step]:
-    """Faults at random instants, on average every `every_s`, each undone after a time in `down_s`
-    (a kill by a restart, a stop by a cont). A child has one fault at a time; all are undone."""
+    """Random faults, on average every `every_s`. Each is undone after a time in `down_s`: a kill by
+    a restart, a stop by a cont. A child has one fault at a time, and all are undone."""
     rng = random.Random(f"{seed}/plan")
     busy = dict.fromkeys(children, 0.0)
     steps: list[Step] = []
@@ -211,7 +211,7 @@ def random_plan(
 
 @dataclass(frozen=True)
 class Done:
-    """A step as it came about: `at_s` is when it was done."""
+    """A performed step. `at_s` is the time at which it was done."""
 
     step: Step
     at_s: float
@@ -219,10 +219,10 @@ class Done:
 
 @contextlib.contextmanager
 def run_plan(plan: Plan, children: Mapping[str, Child]) -> Iterator[list[Done]]:
-    """Do the steps in a thread while the body runs; the list fills as they are done.
+    """Run the steps in a thread while the body runs. The list fills with performed steps.
 
-    Leaving the body ends the plan and thaws every child; those killed stay so. A step that fails
-    ends it too, and its error is raised on leaving.
+    Leaving the body ends the plan and thaws every child. Killed children stay dead. An error in a
+    step ends the plan and is raised on leaving.
     """
     done: list[Done] = []
     ended = threading.Event()
@@ -253,7 +253,7 @@ def run_plan(plan: Plan, children: Mapping[str, Child]) -> Iterator[list[Done]]:
 
 
 def state(pid: int) -> str:
-    """Its state as in ``ps``: R, S, D, T (stopped), Z; empty if it is gone."""
+    """The state as in ``ps``: R, S, D, T (stopped) or Z. Empty if the process has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -262,8 +262,8 @@ def state(pid: int) -> str:
 
 @dataclass(frozen=True)
 class Sample:
-    """Of a process: `at_s` on the monotonic clock, `rss` and `peak` (its highest) in bytes, open
-    descriptors, threads, and processor seconds used."""
+    """Values of a process: `at_s` on the monotonic clock, `rss` and `peak` (the highest) in bytes,
+    open descriptors, threads, and processor seconds."""
 
     at_s: float
     rss: int
@@ -274,10 +274,10 @@ class Sample:
 
 
 def sample(pid: int) -> Sample:
-    """What /proc says of a process now.
+    """Read a process's current values from /proc.
 
     Raises:
-        ProcessLookupError: it is gone.
+        ProcessLookupError: it has ended.
     """
     try:
         status = Path(f"/proc/{pid}/status").read_text()
@@ -294,10 +294,10 @@ def sample(pid: int) -> Sample:
 
 
 class Sampler:
-    """Samples of a process every `every_s`, in a thread, for as long as the ``with`` lasts.
+    """Samples of a process every `every_s`, taken in a thread inside the ``with``.
 
-    Keeps at most `most`: then it drops every other one and samples half as often. A process that
-    is gone ends it.
+    Keeps at most `most` samples: it then drops every other one and samples half as often. The end
+    of the process ends the sampling.
     """
 
     def __init__(self, pid: int, *, every_s: float = 0.1, most: int = 10_000) -> None:
@@ -312,11 +312,11 @@ class Sampler:
         return max(one.rss for one in self.samples)
 
     def growth(self, field: str = "rss") -> float:
-        """Last minus first sample."""
+        """The last sample minus the first."""
         return float(getattr(self.samples[-1], field) - getattr(self.samples[0], field))
 
     def slope(self, field: str = "rss", *, skip: float = 0.2) -> float:
-        """Least-squares growth per hour, without the first share `skip` of the samples."""
+        """Least-squares growth per hour, without the first `skip` (a share) of the samples."""
         kept = self.samples[int(len(self.samples) * skip) :]
         times = [one.at_s for one in kept]
         values = [float(getattr(one, field)) for one in kept]
@@ -356,12 +356,12 @@ _PREFIX = "faults"
 
 
 class Netns:
-    """Two namespaces, ``near`` and ``far``, with a link between them and nothing else.
+    """Two namespaces, ``near`` and ``far``, connected by one link only.
 
     Start children with `popen`, or work in one with `enter`. Addresses: `NEAR` and `FAR`.
 
     Args:
-        rate: as ``tc`` writes it (``8mbit``), of either direction; None is unlimited.
+        rate: of either direction, as ``tc`` writes it (``8mbit``). None is unlimited.
         mtu: of the link.
     """
 
@@ -376,7 +376,7 @@ class Netns:
     @staticmethod
     @functools.cache
     def unavailable() -> str | None:
-        """Why there can be no namespaces here; None if there can."""
+        """Why namespaces can't be used here. None if they can."""
         if not sys.platform.startswith("linux") or os.geteuid() != 0:
             return "network namespaces need Linux and root"
         if missing := [tool for tool in ("ip", "tc") if not shutil.which(tool)]:
@@ -391,18 +391,19 @@ class Netns:
     def popen(
         self, command: Sequence[str], *, side: Literal["near", "far"] = "far", **options: Any
     ) -> subprocess.Popen[bytes]:
-        """`subprocess.Popen` in one of the namespaces; killed with them."""
-        whole = ["ip", "netns", "exec", self.names[side], *command]  # becomes the command: same pid
+        """`subprocess.Popen` in one of the namespaces. Leaving the ``with`` kills the process."""
+        # becomes the command, with the same pid
+        whole = ["ip", "netns", "exec", self.names[side], *command]
         process = subprocess.Popen(whole, **options)
         self._children.append(process)
         return process
 
     @contextlib.contextmanager
     def enter(self, side: Literal["near", "far"] = "near") -> Iterator[None]:
-        """This thread in one of the namespaces: its sockets, and the threads it starts, stay there.
+        """Move this thread into a namespace. New sockets and threads stay there.
 
-        A `zmq.Context` opens its sockets in threads it starts with its first socket: make both
-        within.
+        A `zmq.Context` starts threads with its first socket and opens all sockets in them. Create
+        both inside.
         """
         libc = ctypes.CDLL(None, use_errno=True)
         new_net = 0x40000000
@@ -423,22 +424,24 @@ class Netns:
             os.close(home)
 
     def rate(self, rate: str | None, *, side: Literal["near", "far", "both"] = "both") -> None:
-        """Limit what leaves a side (token bucket, no ``netem``); None lifts the limit."""
+        """Limit the outgoing rate of a side (token bucket, no ``netem``). None removes the
+        limit."""
         for name in self._sides(side):
-            # There may be none to take away.
+            # There may be no limit to remove.
             _quiet("tc", "-n", name, "qdisc", "del", "dev", "eth0", "root")
             if rate:
-                # A queue of 200 ms and a bucket of some frames: an ordinary home router.
+                # A queue of 200 ms and a bucket of a few frames, like an ordinary home router.
                 shape = ["tbf", "rate", rate, "burst", "16kb", "latency", "200ms"]
                 _run("tc", "-n", name, "qdisc", "add", "dev", "eth0", "root", *shape)
 
     def down(self) -> None:
-        """Pull the cable: both ends lose it, and nobody is told."""
-        # Only the far end, whose fall takes the carrier of both: the near address keeps its routes.
+        """Pull the cable. Neither end is notified."""
+        # Only the far end goes down. That takes the carrier of both, and the near address keeps its
+        # routes.
         _run("ip", "-n", self.names["far"], "link", "set", "eth0", "down")
 
     def up(self) -> None:
-        """Plug it in again."""
+        """Plug the cable in again."""
         _run("ip", "-n", self.names["far"], "link", "set", "eth0", "up")
 
     def _sides(self, side: str) -> list[str]:
@@ -478,7 +481,7 @@ class Netns:
 
 
 def _sweep() -> None:
-    """Remove namespaces of this kind whose maker is gone, as after a SIGKILL."""
+    """Remove such namespaces whose creator has ended, for example by SIGKILL."""
     with contextlib.suppress(OSError):
         for name in os.listdir("/run/netns"):
             match = re.fullmatch(rf"{_PREFIX}-(\d+)-\d+-(near|far)", name)

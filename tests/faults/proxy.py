@@ -1,11 +1,11 @@
-"""A TCP proxy that maltreats what passes through it: the network as an edge may meet it.
+"""A TCP proxy that simulates network faults between an edge and a node.
 
 Each direction (`Proxy.up` from client to server, `Proxy.down` back) is a `Flow` with its own
-latency, jitter, rate, slicing, black hole and cut; any of them may change while bytes pass.
-Promises that bytes which do arrive arrive whole and in order, that random choices follow from the
-seed and the byte's place in its stream (never from how the kernel chunked it), that at most
-``buffer_bytes`` wait per connection and direction (then the sender is held back, as TCP does), and
-that leaving the context closes every socket and task. It knows nothing of what it carries.
+latency, jitter, rate, slicing, black hole and cut. They may change while bytes pass. Bytes that
+arrive are complete and in order. Random choices follow from the seed and the byte's position in its
+stream, never from the kernel's chunks. At most ``buffer_bytes`` wait per connection and direction;
+then the proxy stops reading, so TCP slows down the sender. Leaving the context closes every socket
+and task.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _CONNECT_S = 5.0
 
 @dataclass(frozen=True)
 class Cut:
-    """End a connection at a byte of one direction.
+    """Ends a connection at a byte of one direction.
 
     Args:
-        after: exactly so many bytes of the direction are passed on, counted from the connection's
-            start; a connection already past that is cut at its next byte.
-        how: ``reset`` (RST to both ends) or ``fin`` (FIN to the receiver; the other direction
-            stays, and what else the sender sends is discarded).
-        times: connections to cut, then no more; None is all of them.
+        after: the number of bytes of the direction that are passed on, counted from the
+            connection's start. A connection beyond it is cut at its next byte.
+        how: ``reset`` (RST to both ends) or ``fin`` (FIN to the receiver). After ``fin`` the other
+            direction works on and further bytes of the sender are discarded.
+        times: how many connections are cut. None is all of them.
     """
 
     after: int
@@ -47,16 +47,16 @@ class Cut:
 
 @dataclass(frozen=True)
 class Faults:
-    """What one direction does to its bytes; the default is nothing.
+    """Faults of one direction. The default has none.
 
     Args:
-        latency_s: from being read to being written.
-        jitter_s: up to this much more, drawn anew for each chunk; order is kept.
-        rate: bytes per second, all connections together; None is unlimited.
-        burst: bytes that may go at once after a pause.
-        slices: write pieces of 1 to this many bytes; None leaves them as they come.
-        slice_gap_s: pause after each piece, without which the receiver's kernel may join them.
-        black_hole: read and discard. A stream with a hole is no stream: see `Proxy.black_hole`.
+        latency_s: from reading to writing.
+        jitter_s: a random extra latency up to this, per chunk. Order is kept.
+        rate: bytes per second of all connections together. None is unlimited.
+        burst: bytes that may pass at once after a pause.
+        slices: write pieces of 1 to this many bytes. None keeps the chunks.
+        slice_gap_s: pause after each piece. Without it the receiver's kernel may join them.
+        black_hole: read and discard. Such a stream can't continue: see `Proxy.black_hole`.
         cut: see `Cut`.
     """
 
@@ -79,13 +79,13 @@ class Faults:
 
 
 class Flow:
-    """One direction of all connections: its faults, and what it did.
+    """One direction of all connections: its faults and its counts.
 
     Attributes:
-        read: bytes taken from senders.
-        passed: bytes given to receivers.
-        dropped: bytes discarded, by a black hole or after a cut.
-        pieces: writes made.
+        read: bytes read from senders.
+        passed: bytes written to receivers.
+        dropped: bytes discarded by a black hole or after a cut.
+        pieces: number of writes.
         cuts: connections cut at a byte.
     """
 
@@ -102,7 +102,7 @@ class Flow:
         self._put(dataclasses.replace(self.faults, **changes))
 
     def clear(self) -> None:
-        """No faults any more."""
+        """Remove all faults."""
         self._put(Faults())
 
     def _put(self, faults: Faults) -> None:
@@ -116,7 +116,7 @@ class Flow:
         self._run(put)
 
     def _cut_at(self) -> int | None:
-        """The byte at which a connection is to be cut, if any."""
+        """The byte at which a connection is cut, if any."""
         return self.faults.cut.after if self.faults.cut and self._cuts_left != 0 else None
 
     def _count_cut(self) -> None:
@@ -125,7 +125,8 @@ class Flow:
             self._cuts_left -= 1
 
     def _reserve(self, size: int, now: float) -> float:
-        """When a piece of `size` bytes may go: a token bucket, kept as the time it is full."""
+        """When a piece of `size` bytes may pass. A token bucket, stored as the time at which it is
+        full."""
         faults = self.faults
         if faults.rate is None:
             return now
@@ -142,7 +143,7 @@ class _Pipe:
     ) -> None:
         self.link, self.flow, self.source, self.sink = link, flow, source, sink
         self.sent = 0
-        self.deaf = False  # half-closed on command or by a cut: what else comes is discarded
+        self.deaf = False  # half-closed by a call or a cut: discard further bytes
         self.holed = False  # a black hole took bytes: nothing may follow them
         self._jitter = random.Random(f"{seed}/jitter")
         self._sizes = random.Random(f"{seed}/slices")
@@ -154,7 +155,7 @@ class _Pipe:
         self._changed = asyncio.Event()
 
     async def run(self) -> None:
-        """Until the source has ended and everything of it is passed on."""
+        """Run until the source has ended and all of its bytes were passed on."""
         reading = asyncio.create_task(self._read())
         try:
             await self._write()
@@ -162,7 +163,7 @@ class _Pipe:
             await cancel_all([reading])
 
     def half_close(self) -> None:
-        """FIN to the receiver, now; what waits is discarded."""
+        """Send FIN to the receiver now and discard the waiting bytes."""
         if not self.deaf:
             self.deaf = True
             with contextlib.suppress(OSError):
@@ -238,7 +239,7 @@ class _Pipe:
                     self._boundary += self._sizes.randint(1, faults.slices)
                 size = min(size, self._boundary - self.sent)
             if faults.rate is not None:
-                # Short waits, so that a change of the rate is soon felt.
+                # Short waits, so that a change of the rate soon takes effect.
                 size = min(size, faults.burst, max(1, int(faults.rate / 20)))
             cut = flow._cut_at()
             if cut is not None:
@@ -258,13 +259,13 @@ class _Pipe:
                     self.half_close()
                 else:
                     self.link.reset()
-                    await asyncio.sleep(3600)  # until cancelled, in the next turn
+                    await asyncio.sleep(3600)  # until the cancellation in the next turn
             elif faults.slices:
                 await asyncio.sleep(faults.slice_gap_s)
 
 
 class _Link:
-    """One client's connection and the one made for it."""
+    """One client's connection and the matching one to the target."""
 
     def __init__(self, proxy: Proxy, number: int, near: socket.socket) -> None:
         self.proxy, self.number, self.near = proxy, number, near
@@ -275,7 +276,7 @@ class _Link:
         self.task.add_done_callback(self._close)
 
     def reset(self) -> None:
-        """RST to both ends, as soon as the loop has its turn."""
+        """Send RST to both ends in the loop's next turn."""
         self.was_reset = True
         self.task.cancel()
 
@@ -295,10 +296,10 @@ class _Link:
             finally:
                 await cancel_all(tasks)
         except OSError:
-            self.was_reset = True  # an end broke off: so does the other
+            self.was_reset = True  # one end broke off: break off the other too
 
     def _close(self, task: asyncio.Task[None]) -> None:
-        # Not in the task: one that is cancelled before its first step runs no line of it.
+        # Not in the task: a task that is cancelled before its first step runs no code.
         self.proxy.resets += self.was_reset
         for end in (self.near, self.far):
             if end is not None:
@@ -318,7 +319,7 @@ class _Link:
             far.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connecting = asyncio.create_task(loop.sock_connect(far, proxy.target))
             try:
-                # Not wait_for: before Python 3.12 it may swallow a reset's cancellation.
+                # Not wait_for: before Python 3.12 it may swallow the cancellation by a reset.
                 if not (await asyncio.wait({connecting}, timeout=_CONNECT_S))[0]:
                     raise TimeoutError(f"{proxy.target} does not answer")
                 connecting.result()
@@ -331,21 +332,21 @@ class _Link:
 
 
 class Proxy(Service):
-    """Listens on a free port of ``127.0.0.1`` and passes on to `target`, with faults.
+    """Listens on a free port of ``127.0.0.1`` and forwards to `target`, with faults.
 
-    ``async with Proxy(target)`` runs in the caller's loop, ``with Proxy(target)`` in a thread of
-    its own; either way every method may be called from any thread, and acts before it returns.
+    ``async with Proxy(target)`` runs in the caller's loop, ``with Proxy(target)`` in its own
+    thread. In both cases any thread may call the methods, and they have acted when they return.
 
     Args:
-        target: ``(host, port)``, or an endpoint as ``tcp://127.0.0.1:5555``.
-        seed: of everything random in here.
-        buffer_bytes: most bytes waiting per connection and direction (one chunk of 16 KiB more may
-            pass it). It bounds what latency can hold: rate times latency.
-        max_connections: more than this at once are reset on arrival.
+        target: ``(host, port)``, or an endpoint like ``tcp://127.0.0.1:5555``.
+        seed: of all random choices.
+        buffer_bytes: limit on waiting bytes per connection and direction, exceeded by at most one
+            chunk of 16 KiB. It must hold rate times latency.
+        max_connections: further connections are reset on arrival.
 
     Attributes:
         up, down: the two directions.
-        connections: ever accepted. resets: connections ended by RST. shed: beyond the most.
+        connections: number accepted. resets: ended by RST. shed: beyond the limit.
     """
 
     def __init__(
@@ -372,26 +373,26 @@ class Proxy(Service):
 
     @property
     def endpoint(self) -> str:
-        """Where to connect instead of to the target: ``tcp://127.0.0.1:PORT``."""
+        """The endpoint to use instead of the target's: ``tcp://127.0.0.1:PORT``."""
         return f"tcp://{self.address[0]}:{self.address[1]}"
 
     @property
     def open(self) -> int:
-        """Connections there are now."""
+        """The number of open connections."""
         return len(self._links)
 
     def freeze(self) -> None:
-        """Nothing moves until `thaw`; all of it arrives then, as after a route that came back."""
+        """Hold all bytes until `thaw`, when they all arrive, as after a restored route."""
         self._call(lambda: self.thawed.clear())
 
     def thaw(self) -> None:
         self._call(lambda: self.thawed.set())
 
     def black_hole(self, on: bool, *, then: Literal["reset", "silent"] = "reset") -> None:
-        """Accept everything, connections too, and pass nothing on in either direction.
+        """Accept everything, including connections, and pass nothing on in either direction.
 
-        Once it ends, new connections work; those which lost bytes are reset, or with
-        ``then="silent"`` stay as dead as they are.
+        After the end, new connections work. Connections that lost bytes are reset or, with
+        ``then="silent"``, stay dead.
         """
 
         def switch() -> None:
@@ -408,11 +409,11 @@ class Proxy(Service):
         self._call(switch)
 
     def refuse(self, on: bool) -> None:
-        """Refuse new connections (ECONNREFUSED), or listen again, on the same port."""
+        """Refuse new connections (ECONNREFUSED) or listen again on the same port."""
         self._call(self._unlisten if on else self._listen)
 
     def reset_all(self) -> int:
-        """RST to both ends of every connection; how many there were."""
+        """Send RST to both ends of every connection. Returns how many there were."""
 
         def reset() -> int:
             links = list(self._links)
@@ -423,8 +424,8 @@ class Proxy(Service):
         return self._call(reset)
 
     def half_close(self, direction: Literal["up", "down"]) -> int:
-        """FIN in one direction of every connection: its receiver sees the end of the stream, while
-        the other direction goes on. How many there were."""
+        """Send FIN in one direction of every connection. The receiver sees the end of the stream
+        and the other direction continues. Returns how many connections there were."""
 
         def close() -> int:
             pipes = [link.pipes[direction] for link in self._links if direction in link.pipes]
@@ -459,7 +460,7 @@ class Proxy(Service):
         while True:
             try:
                 near, _ = await loop.sock_accept(listener)
-            except OSError:  # no descriptors left: they come back
+            except OSError:  # no descriptors left: some will be freed
                 await asyncio.sleep(0.05)
                 continue
             self.connections += 1
@@ -491,7 +492,7 @@ def _linger_zero(end: socket.socket) -> None:
 def random_cuts(
     seed: int, count: int, most: int, how: Literal["reset", "fin"] = "reset"
 ) -> Iterator[tuple[Literal["up", "down"], Cut]]:
-    """`count` cuts at random bytes below `most` of a random direction, one after the other."""
+    """`count` cuts at random bytes below `most` of a random direction, one after another."""
     rng = random.Random(f"{seed}/cuts")
     for _ in range(count):
         side: Literal["up", "down"] = "up" if rng.random() < 0.5 else "down"

@@ -1,8 +1,8 @@
-"""The five functions of libsodium that CurveZMQ needs, from the copy that comes with pyzmq.
+"""The five libsodium functions that CurveZMQ needs, from the copy in pyzmq's wheels.
 
-pyzmq's wheels carry a whole libsodium (ISC licence), so a CURVE peer that isn't libzmq costs no
-dependency. Where there is neither that copy nor the system's, `MISSING` says so and the tests that
-need it are skipped.
+The wheels carry a whole libsodium (ISC licence), so a CURVE peer without libzmq needs no new
+dependency. Without that copy and the system's, `MISSING` says so and the tests that need it are
+skipped.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def keypair() -> tuple[bytes, bytes]:
 
 
 def shared(public: bytes, secret: bytes) -> bytes:
-    """The key that the holders of the two pairs share."""
+    """The shared key of the two pairs."""
     if len(public) != 32 or len(secret) != 32:
         raise ValueError("a CURVE key has 32 bytes")
     key = ctypes.create_string_buffer(32)
@@ -51,7 +51,7 @@ def shared(public: bytes, secret: bytes) -> bytes:
 
 
 def box(plain: bytes, nonce: bytes, key: bytes) -> bytes:
-    """`plain`, encrypted and authenticated; 16 bytes longer. `nonce`: 24 bytes, never reused."""
+    """Encrypt and authenticate `plain`. Adds 16 bytes. `nonce`: 24 bytes, never reused."""
     assert len(nonce) == 24
     out = ctypes.create_string_buffer(len(plain) + MAC_BYTES)
     _call("crypto_box_easy_afternm", out, plain, ctypes.c_ulonglong(len(plain)), nonce, key)
@@ -59,10 +59,10 @@ def box(plain: bytes, nonce: bytes, key: bytes) -> bytes:
 
 
 def unbox(sealed: bytes, nonce: bytes, key: bytes) -> bytes:
-    """What `box` was given.
+    """Open a `box`.
 
     Raises:
-        ValueError: it is another key's, or was changed on the way.
+        ValueError: another key, or altered data.
     """
     assert len(nonce) == 24
     if len(sealed) < MAC_BYTES:

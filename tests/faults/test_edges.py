@@ -1,4 +1,5 @@
-"""Hostile edges against a real node: what they send arrives, and the node says what it is."""
+"""Hostile edges against a real node: their messages arrive, and the node's answers name the
+defect."""
 
 from __future__ import annotations
 
@@ -16,7 +17,10 @@ from faults.nodes import FaultyNode, NodeProcess
 from faults.zmtp import Budget
 from transport.messages import Info, Refused
 
-pytestmark = pytest.mark.skipif(sodium.MISSING is not None, reason=str(sodium.MISSING))
+pytestmark = [
+    pytest.mark.skipif(sodium.MISSING is not None, reason=str(sodium.MISSING)),
+    pytest.mark.process,
+]
 
 REFUSALS = {
     "shape": "invalid",
@@ -41,12 +45,12 @@ REFUSALS = {
 
 @pytest.fixture(autouse=True)
 def _alive(hostile: HostileEdge) -> object:
-    """The node answers after each."""
+    """Check after each test that the node answers."""
     yield
     assert isinstance(asyncio.run(hostile.answer_to(info_request())), Info)
 
 
-def test_each_defect_is_refused_for_what_it_is(hostile: HostileEdge, victim: NodeProcess) -> None:
+def test_each_defect_is_refused_with_its_reason(hostile: HostileEdge, victim: NodeProcess) -> None:
     defects = hostile.defects(feeds(victim.bundle))
     assert defects.keys() == {*REFUSALS, "version"}
 
@@ -74,7 +78,7 @@ def test_wrong_requests_never_get_a_wrong_result(hostile: HostileEdge, victim: N
     assert "unreadable" not in tally.notes
 
 
-def test_replies_that_are_never_read_stay_with_the_node(faulty: Callable[..., FaultyNode]) -> None:
+def test_unread_replies_stay_at_the_node(faulty: Callable[..., FaultyNode]) -> None:
     with faulty("not_accepted") as node:
         pair = node.authorise()
         edge = HostileEdge(node.endpoint, node.keypair.public, pair, node.stage.sha256)
@@ -91,13 +95,13 @@ def test_replies_that_are_never_read_stay_with_the_node(faulty: Callable[..., Fa
         assert asyncio.run(work()) > 0
 
 
-def test_one_id_for_many_requests(hostile: HostileEdge, victim: NodeProcess) -> None:
+def test_many_requests_with_one_id(hostile: HostileEdge, victim: NodeProcess) -> None:
     budget = Budget(count=20, seconds=10)
     tally = asyncio.run(hostile.duplicate_ids(feeds(victim.bundle), budget=budget))
     assert tally.messages == 20
 
 
-def test_cancelled_requests(hostile: HostileEdge, victim: NodeProcess) -> None:
+def test_cancelled_requests_of_edges_that_left(hostile: HostileEdge, victim: NodeProcess) -> None:
     budget = Budget(count=20, seconds=10)
     tally = asyncio.run(hostile.cancelled(feeds(victim.bundle), budget=budget))
     assert tally.messages == tally.connections == 20

@@ -1,4 +1,4 @@
-"""Every act of a faulty node, seen by a real client: what arrives is the lie that was ordered."""
+"""Every act of a faulty node, as a real client sees it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WIRES = ["router", pytest.param("raw", marks=raw)]
 
 
 def run(node: FaultyNode, work: Callable[[Connection], Awaitable[T]]) -> T:
-    """Start the node and do `work` with a client of it, in one loop."""
+    """Start the node and run `work` with a client of it, in one loop."""
 
     async def whole() -> T:
         async with node, connected(node.node(node.authorise()), node.bundle) as client:
@@ -37,7 +37,7 @@ def run(node: FaultyNode, work: Callable[[Connection], Awaitable[T]]) -> T:
 
 @pytest.fixture(scope="module")
 def truth(bundle: Bundle) -> Callable[[int], np.ndarray]:
-    """What the stack gives in this process, by the seed of its `feeds`."""
+    """The outputs of the stack in this process, by the seed of its `feeds`."""
 
     def tokens(seed: int = 0) -> np.ndarray:
         with OrtEngine(bundle.stage_path("stack"), threads=1, device="cpu") as engine:
@@ -91,7 +91,7 @@ REFUSED = {
     "close_mid": "connection lost",
     "half": SILENT,
 }
-"""What the client says of an act that it can tell. The others are in the tests below."""
+"""The client's error for each act that it can detect. The tests below have the other acts."""
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,9 @@ REFUSED = {
         *(pytest.param(kind, "raw", marks=raw) for kind in REFUSED),
     ],
 )
-def test_lies_that_show(kind: Any, wire: Any, faulty: Callable[..., FaultyNode]) -> None:
+def test_detectable_lies_are_detected(
+    kind: Any, wire: Any, faulty: Callable[..., FaultyNode]
+) -> None:
     act = Act(kind, size=1 << 20, seconds=2)
     node = faulty(Script(act), wire=wire)
     patient = REFUSED[kind] != SILENT
@@ -118,7 +120,7 @@ def test_lies_that_show(kind: Any, wire: Any, faulty: Callable[..., FaultyNode])
 
 
 @pytest.mark.parametrize("kind", ["zeros", "norm", "forge", "cross_frame", "cross_node"])
-def test_lies_that_pass_for_the_truth(
+def test_plausible_lies_arrive_as_results(
     kind: Any, faulty: Callable[..., FaultyNode], truth: Callable[[int], np.ndarray]
 ) -> None:
     pool = Pool()
@@ -151,7 +153,7 @@ def test_lies_that_pass_for_the_truth(
     ("kind", "strays"),
     [("duplicate", 1), ("replay", 1), ("reordered", 1), ("wrong_id", 1), ("not_accepted", 0)],
 )
-def test_strays_are_as_many_as_were_sent(
+def test_unexpected_messages_are_counted_as_sent(
     kind: Any, strays: int, faulty: Callable[..., FaultyNode], truth: Callable[[int], np.ndarray]
 ) -> None:
     node = faulty(Script("honest", kind))
@@ -172,7 +174,7 @@ def test_strays_are_as_many_as_were_sent(
     run(node, work)
 
 
-def test_slow_and_late_answers_come_when_they_should(faulty: Callable[..., FaultyNode]) -> None:
+def test_slow_and_late_answers_arrive_as_ordered(faulty: Callable[..., FaultyNode]) -> None:
     node = faulty(Script("honest", Act("slow", factor=20), "late"), service_s=0.01)
 
     async def work(client: Connection) -> None:
@@ -187,7 +189,7 @@ def test_slow_and_late_answers_come_when_they_should(faulty: Callable[..., Fault
     run(node, work)
 
 
-def test_a_claimed_stage_travels_in_the_info(faulty: Callable[..., FaultyNode]) -> None:
+def test_the_claimed_stage_appears_in_info(faulty: Callable[..., FaultyNode]) -> None:
     node = faulty(info_stage="f" * 64)
 
     async def work(client: Connection) -> str:
@@ -197,7 +199,7 @@ def test_a_claimed_stage_travels_in_the_info(faulty: Callable[..., FaultyNode]) 
     assert run(node, work) == "f" * 64
 
 
-def test_acts_of_the_wire_need_the_raw_one(
+def test_acts_on_bytes_need_the_raw_wire(
     faulty: Callable[..., FaultyNode], capfd: pytest.CaptureFixture[str]
 ) -> None:
     node = faulty("close_mid")
@@ -211,7 +213,7 @@ def test_acts_of_the_wire_need_the_raw_one(
     assert node.did["defect"] == 1
 
 
-def test_a_share_of_windows_is_forged_and_the_seed_decides_which(bundle: Bundle) -> None:
+def test_the_seed_decides_which_share_of_windows_is_forged(bundle: Bundle) -> None:
     honest = {"tokens": np.random.default_rng(0).normal(size=(5000, 16, 8)).astype(np.float32)}
     specs = bundle.stage("stack").outputs
     lies = [
@@ -262,6 +264,7 @@ def test_policies_are_reproducible_and_come_from_json() -> None:
         Mix({"nan": 0.7, "inf": 0.7})
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("policy", [None, "norm"])
 def test_a_node_process_keeps_its_port_and_keys_when_restarted(
     policy: Any, bundle: Bundle, tmp_path: Path, truth: Callable[[int], np.ndarray]

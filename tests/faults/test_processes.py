@@ -1,4 +1,4 @@
-"""Signals, samples and namespaces: each is seen from outside the process it was done to."""
+"""Signals, samples and namespaces, each observed from outside the affected process."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def child(tmp_path: Path) -> Iterator[Child]:
         yield made
 
 
+@pytest.mark.process
 def test_a_child_is_frozen_thawed_killed_and_restarted(child: Child) -> None:
     assert child.stop()
     assert state(child.pid) == "T"
@@ -43,20 +44,21 @@ def test_a_child_is_frozen_thawed_killed_and_restarted(child: Child) -> None:
     assert child.kill() == -9
     assert not child.running
     assert state(first) == ""
-    assert not child.stop()  # nobody else is hit
+    assert not child.stop()  # no other process is hit
     child.restart()
     assert child.running
     assert child.pid != first
     assert child.starts == 2
 
 
-def test_a_child_that_never_gets_ready_says_why(tmp_path: Path) -> None:
+@pytest.mark.process
+def test_a_child_that_never_becomes_ready_says_why(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "print('no good', flush=True); raise SystemExit(3)"]
     with pytest.raises(RuntimeError, match="no good"):
         Child(command, log=tmp_path / "log", ready=lambda: False)
 
 
-def test_plans_are_reproducible_and_undo_what_they_do() -> None:
+def test_plans_are_reproducible_and_undo_their_faults() -> None:
     children = ["alpha", "beta", "gamma"]
     plan = random_plan(7, children, seconds=60, every_s=1)
     assert plan == random_plan(7, children, seconds=60, every_s=1)
@@ -70,7 +72,8 @@ def test_plans_are_reproducible_and_undo_what_they_do() -> None:
     assert set(last.values()) <= {"restart", "cont"}
 
 
-def test_a_plan_is_done_in_order_and_thaws_at_the_end(tmp_path: Path) -> None:
+@pytest.mark.process
+def test_a_plan_runs_in_order_and_thaws_at_the_end(tmp_path: Path) -> None:
     with Child(SLEEP, log=tmp_path / "a") as a, Child(SLEEP, log=tmp_path / "b") as b:
         plan = [Step(0.0, "a", "kill"), Step(0.01, "b", "stop"), Step(0.02, "a", "restart")]
         late = Step(600.0, "a", "kill")
@@ -85,7 +88,8 @@ def test_a_plan_is_done_in_order_and_thaws_at_the_end(tmp_path: Path) -> None:
             time.sleep(0.001)
 
 
-def test_growth_shows_in_samples(tmp_path: Path) -> None:
+@pytest.mark.process
+def test_samples_show_growth(tmp_path: Path) -> None:
     program = (
         "import sys, threading, time\n"
         "time.sleep(0.2)\n"
@@ -112,7 +116,7 @@ def test_growth_shows_in_samples(tmp_path: Path) -> None:
         sample(child.pid)
 
 
-def test_a_sampler_keeps_a_bounded_number() -> None:
+def test_a_sampler_keeps_a_limited_number_of_samples() -> None:
     sampler = Sampler(os.getpid(), every_s=0.001, most=10)
     for _ in range(100):
         sampler._take()
@@ -134,6 +138,7 @@ def serve(net: Netns, tmp_path: Path) -> Child:
     return Child(command, log=log, popen=net.popen, ready=lambda: "ready" in log.read_text())
 
 
+@pytest.mark.process
 def test_a_namespace_has_a_rate_and_a_cable(net: Netns, tmp_path: Path) -> None:
     with serve(net, tmp_path):
         net.rate("8mbit")
@@ -142,7 +147,7 @@ def test_a_namespace_has_a_rate_and_a_cable(net: Netns, tmp_path: Path) -> None:
             end.sendall(bytes(size))
             end.shutdown(socket.SHUT_WR)
             while end.recv(65536):
-                pass  # until the far end has had it all
+                pass  # until the far end has received everything
             assert time.monotonic() - begun >= (size - burst) / 1_000_000
         net.rate(None)
         with net.enter("near"), socket.create_connection((net.FAR, 7000), timeout=10) as end:
@@ -158,7 +163,8 @@ def test_a_namespace_has_a_rate_and_a_cable(net: Netns, tmp_path: Path) -> None:
             assert end.recv(1) == b"x"
 
 
-def test_namespaces_are_gone_afterwards(tmp_path: Path) -> None:
+@pytest.mark.process
+def test_namespaces_are_removed_afterwards(tmp_path: Path) -> None:
     if reason := Netns.unavailable():
         pytest.skip(reason)
     with Netns(rate="8mbit") as net:

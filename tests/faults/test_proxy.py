@@ -1,4 +1,4 @@
-"""Every fault of the proxy, on plain TCP: it happens, exactly where it was asked to."""
+"""Every fault of the proxy on plain TCP happens exactly where it was requested."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.002)
 
 
-def test_without_faults_everything_passes_and_is_counted() -> None:
+def test_without_faults_all_bytes_pass_and_are_counted() -> None:
     async def work(proxy: Proxy) -> None:
         data = noise(1_000_000)
         assert await there_and_back(proxy, data) == data
@@ -86,7 +86,7 @@ def test_without_faults_everything_passes_and_is_counted() -> None:
     run(work)
 
 
-def test_nothing_is_left_behind() -> None:
+def test_nothing_remains_after_the_proxy() -> None:
     async def work(proxy: Proxy) -> None:
         held = [await asyncio.open_connection(*proxy.address) for _ in range(20)]
         await until(lambda: proxy.open == 20)
@@ -110,7 +110,7 @@ def test_latency_and_jitter_keep_the_order() -> None:
     run(work)
 
 
-def test_a_rate_is_shared_by_all_connections_and_can_be_lifted() -> None:
+def test_a_rate_is_shared_by_all_connections_and_can_be_removed() -> None:
     async def work(proxy: Proxy) -> None:
         proxy.up.set(rate=400_000, burst=10_000)
         data, begun = noise(60_000), time.monotonic()
@@ -126,7 +126,7 @@ def test_a_rate_is_shared_by_all_connections_and_can_be_lifted() -> None:
     run(work)
 
 
-def test_slices_are_the_same_however_the_bytes_come() -> None:
+def test_slices_do_not_depend_on_the_chunks() -> None:
     async def work(proxy: Proxy, chunk: int) -> int:
         proxy.up.set(slices=7)
         data = noise(20_000)
@@ -134,14 +134,14 @@ def test_slices_are_the_same_however_the_bytes_come() -> None:
         assert proxy.up.pieces >= len(data) / 7
         return proxy.up.pieces
 
-    # A chunk's end that falls into a piece makes two of it, nothing else differs.
+    # The end of a chunk inside a piece splits the piece. Nothing else differs.
     whole = run(lambda proxy: work(proxy, 1 << 16), seed=3)
     parts = run(lambda proxy: work(proxy, 999), seed=3)
     assert abs(parts - whole) <= 20_000 // 999 + 2
 
 
 @pytest.mark.parametrize("how", ["reset", "fin"])
-def test_a_cut_comes_at_its_byte_and_only_as_often_as_asked(how: Any) -> None:
+def test_a_cut_happens_at_its_byte_and_only_as_often_as_requested(how: Any) -> None:
     async def work(proxy: Proxy) -> None:
         for side, cut in random_cuts(seed=1, count=20, most=40_000, how=how):
             flow = getattr(proxy, side)
@@ -185,7 +185,7 @@ def test_a_half_close_ends_one_direction() -> None:
         assert proxy.half_close("down") == 1
         assert await reader.read() == b""  # FIN, not RST
         writer.write(b"two")
-        await until(lambda: proxy.up.passed == 6)  # the other direction goes on
+        await until(lambda: proxy.up.passed == 6)  # the other direction still works
         writer.close()
         await until(lambda: proxy.open == 0)
         assert proxy.resets == 0
@@ -193,14 +193,14 @@ def test_a_half_close_ends_one_direction() -> None:
     run(work)
 
 
-def test_a_black_hole_takes_everything_and_then_lets_go() -> None:
+def test_a_black_hole_discards_everything_and_then_ends() -> None:
     async def work(proxy: Proxy) -> None:
         reader, writer = await asyncio.open_connection(*proxy.address)
         writer.write(b"one")
         assert await reader.readexactly(3) == b"one"
         proxy.black_hole(True)
         writer.write(b"lost")
-        late = await asyncio.open_connection(*proxy.address)  # accepted all the same
+        late = await asyncio.open_connection(*proxy.address)  # accepted during the black hole too
         await until(lambda: proxy.up.dropped == 4 and proxy.connections == 2)
         assert proxy.up.passed == 3
         proxy.black_hole(False)
@@ -262,7 +262,7 @@ def test_too_many_connections_are_shed() -> None:
     run(work, max_connections=1)
 
 
-def test_buffers_are_bounded() -> None:
+def test_buffers_are_limited() -> None:
     async def deaf(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         end = writer.get_extra_info("socket")
         end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -280,7 +280,7 @@ def test_buffers_are_bounded() -> None:
     run(work, deaf, buffer_bytes=100_000)
 
 
-def test_many_faults_changing_under_way_spoil_no_byte() -> None:
+def test_many_changing_faults_corrupt_no_byte() -> None:
     async def work(proxy: Proxy) -> None:
         data = noise(400_000)
         tasks = [asyncio.create_task(there_and_back(proxy, data, 7000)) for _ in range(4)]
@@ -300,7 +300,7 @@ def test_many_faults_changing_under_way_spoil_no_byte() -> None:
     run(work)
 
 
-def test_it_runs_in_a_thread_too() -> None:
+def test_the_proxy_runs_in_a_thread_too() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         host, port = listener.getsockname()
         with Proxy(f"tcp://{host}:{port}") as proxy:
@@ -316,7 +316,7 @@ def test_it_runs_in_a_thread_too() -> None:
             socket.create_connection(proxy.address)
 
 
-def test_nonsense_is_refused() -> None:
+def test_invalid_proxy_settings_are_refused() -> None:
     for wrong in ({"latency_s": -1}, {"rate": 0}, {"slices": 0}, {"cut": Cut(-1)}):
         with pytest.raises(ValueError, match=r"must|least"):
             Faults(**wrong)

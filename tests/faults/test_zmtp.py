@@ -1,4 +1,4 @@
-"""Raw peers against real libzmq ends: the handshakes are right, and every attack arrives."""
+"""Raw peers against real libzmq: the handshakes are correct, and every attack arrives."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ pytestmark = pytest.mark.skipif(sodium.MISSING is not None, reason=str(sodium.MI
 
 
 def alive(hostile: HostileEdge) -> None:
-    """A legitimate client is answered."""
+    """Check that a legitimate client gets an answer."""
     assert isinstance(asyncio.run(hostile.answer_to(info_request())), Info)
 
 
-def test_boxes_open_with_the_right_key_and_unspoilt_only() -> None:
+def test_boxes_open_only_with_the_right_key_and_unaltered() -> None:
     (mine, my_secret), (theirs, their_secret) = sodium.keypair(), sodium.keypair()
     key = sodium.shared(theirs, my_secret)
     sealed = sodium.box(b"window", bytes(24), key)
@@ -39,7 +39,7 @@ def test_boxes_open_with_the_right_key_and_unspoilt_only() -> None:
             sodium.unbox(bad, bytes(24), key)
 
 
-def test_frames_say_what_they_are_told_to() -> None:
+def test_frames_have_the_requested_fields() -> None:
     assert zmtp.frame(b"ab", more=True) == b"\x01\x02ab"
     assert zmtp.frame(b"", command=True, declared=1 << 63) == b"\x06" + struct.pack(">Q", 1 << 63)
     assert zmtp.frame(bytes(300))[:9] == b"\x02" + struct.pack(">Q", 300)
@@ -61,8 +61,9 @@ def test_broken_openings_follow_from_the_seed() -> None:
     assert len(kinds) == 10
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("keys", ["good", "unknown", "wrong server"])
-def test_a_curve_client_is_let_in_with_the_right_keys_only(
+def test_a_curve_client_is_admitted_only_with_the_right_keys(
     keys: str, hostile: HostileEdge, victim: NodeProcess
 ) -> None:
     used = {
@@ -84,8 +85,9 @@ def test_a_curve_client_is_let_in_with_the_right_keys_only(
             asyncio.run(work())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("mechanism", ["NULL", "PLAIN"])
-def test_other_mechanisms_are_spoken_and_refused(mechanism: Any, hostile: HostileEdge) -> None:
+def test_other_mechanisms_are_refused(mechanism: Any, hostile: HostileEdge) -> None:
     async def work() -> bool:
         async with await Peer.connect(hostile.address) as peer:
             try:
@@ -109,7 +111,7 @@ def test_null_peers_talk_to_a_null_socket() -> None:
                 await peer.send(zmtp.frame(ready, command=True))
                 await peer.send_message([b"a", bytes(1000)])
                 assert (await router.recv_multipart())[1:] == [b"a", bytes(1000)]
-                # A heartbeat's context comes back.
+                # The node returns the heartbeat's context.
                 await peer.read_frame()
                 await peer.send_part(zmtp.ping(100, b"context"), is_command=True)
                 assert await peer.read_frame() == (zmtp.COMMAND, b"\x04PONGcontext")
@@ -117,6 +119,7 @@ def test_null_peers_talk_to_a_null_socket() -> None:
     asyncio.run(work())
 
 
+@pytest.mark.process
 def test_broken_openings_reach_the_victim(victim: NodeProcess, hostile: HostileEdge) -> None:
     budget = Budget(count=200, seconds=10)
     key = victim.keypair.public
@@ -128,13 +131,17 @@ def test_broken_openings_reach_the_victim(victim: NodeProcess, hostile: HostileE
     alive(hostile)
 
 
-def test_commands_out_of_order_are_seen(victim: NodeProcess, hostile: HostileEdge) -> None:
+@pytest.mark.process
+def test_the_reaction_to_commands_out_of_order_is_recorded(
+    victim: NodeProcess, hostile: HostileEdge
+) -> None:
     tally = asyncio.run(zmtp.wrong_order(hostile.address, victim.keypair.public, wait_s=0.3))
     assert tally.messages == sum(tally.notes.values()) == 13
     assert tally.notes["closed initiate first"] == tally.notes["closed hello twice"] == 1
     alive(hostile)
 
 
+@pytest.mark.process
 def test_half_open_and_slow_connections_are_held(victim: NodeProcess, hostile: HostileEdge) -> None:
     before = sample(victim.pid).fds
 
@@ -159,14 +166,16 @@ def test_half_open_and_slow_connections_are_held(victim: NodeProcess, hostile: H
     alive(hostile)
 
 
+@pytest.mark.process
 def test_giant_frames_before_authentication_are_cut(hostile: HostileEdge) -> None:
     tally = asyncio.run(zmtp.giant_frames(hostile.address, budget=Budget(count=20)))
     assert tally.connections == tally.closed == 20
     alive(hostile)
 
 
+@pytest.mark.process
 def test_an_endless_message_reaches_the_node_and_is_cut_off(bundle: Bundle, tmp_path: Path) -> None:
-    """That it would fill a node which does not meter is shown in ``tests/transport``."""
+    """``tests/transport`` shows that the message would fill a node without byte accounting."""
     size = 48 << 20
     with NodeProcess(Path(bundle.path), tmp_path / "node") as victim:
         pair, stage = victim.authorise(), bundle.stage("stack").sha256
@@ -187,6 +196,7 @@ def test_an_endless_message_reaches_the_node_and_is_cut_off(bundle: Bundle, tmp_
         alive(hostile)
 
 
+@pytest.mark.process
 def test_giant_parts_and_heartbeats_after_the_handshake(hostile: HostileEdge) -> None:
     tally = asyncio.run(hostile.giant_part(declared=1 << 40))
     assert tally.closed == 1
@@ -196,6 +206,7 @@ def test_giant_parts_and_heartbeats_after_the_handshake(hostile: HostileEdge) ->
     alive(hostile)
 
 
+@pytest.mark.process
 def test_attacks_end_with_their_budget(hostile: HostileEdge) -> None:
     async def work() -> zmtp.Tally:
         limits = {"bytes": 100_000, "count": 10, "seconds": 0.2}
@@ -209,7 +220,7 @@ def test_attacks_end_with_their_budget(hostile: HostileEdge) -> None:
     alive(hostile)
 
 
-def test_a_victim_that_reads_nothing_holds_the_attack_only_for_its_time(
+def test_a_victim_that_reads_nothing_holds_an_attack_only_for_its_time(
     faulty: Callable[..., FaultyNode],
 ) -> None:
     with faulty("never_read") as node:

@@ -1,10 +1,10 @@
-"""Peers at the level of ZMTP's bytes, without libzmq: they can say what no ZeroMQ socket would.
+"""Peers that write ZMTP's bytes without libzmq, so they can send what no ZeroMQ socket would.
 
-`Peer` speaks ZMTP 3.1 (https://rfc.zeromq.org/spec/37/) over asyncio TCP, as client or as server,
-in the clear or with CURVE (https://rfc.zeromq.org/spec/26/), and sends any frame at any time:
-libzmq itself can't, for it passes no frame of a message on before the last. The attacks below are
-built on it. Each takes a `Budget` (bytes, count, seconds) that ends it whatever the victim does,
-and returns a `Tally`. Random choices follow from the seed and the attempt's number.
+`Peer` speaks ZMTP 3.1 (https://rfc.zeromq.org/spec/37/) over asyncio TCP, as client or server,
+unencrypted or with CURVE (https://rfc.zeromq.org/spec/26/). It sends any frame at any time; libzmq
+passes no frame of a message on before the last. The attacks below use it. Each has a `Budget`
+(bytes, count, seconds) that ends it in any case and returns a `Tally`. Random choices follow from
+the seed and the attempt's number.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ _READ_LIMIT = 64 << 20
 
 
 class PeerError(Exception):
-    """The other end did not answer as ZMTP says: it refused us, or is no such peer."""
+    """The other end did not answer as ZMTP requires: it refused us or speaks another protocol."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What an attack may spend; whichever ends first ends it."""
+    """The resources of an attack. The first one used up ends it."""
 
     bytes: int = 64 << 20
     count: int = 1_000_000
     seconds: float = 30.0
-    rate: float = math.inf  # messages a second, where the attack paces itself
+    rate: float = math.inf  # messages per second, if the attack has a pace
 
 
 @dataclass
 class Tally:
-    """What an attack did.
+    """The counts of an attack.
 
-    `sent`: bytes written to the kernel. `messages`: frames, messages or attempts, as the attack
-    says. `connections`: made. `closed`: ended by the victim. `unconnected`: never came about.
-    `seconds`: it took.
+    `sent`: bytes written to the kernel. `messages`: frames, messages or attempts, depending on the
+    attack. `connections`: opened. `closed`: ended by the victim. `unconnected`: failed to open.
+    `seconds`: the duration.
     """
 
     sent: int = 0
@@ -79,7 +79,7 @@ class Tally:
 
 
 class _Meter:
-    """Counts an attack's spending against its budget."""
+    """Counts the use of an attack's budget."""
 
     def __init__(self, budget: Budget) -> None:
         self.budget, self.tally = budget, Tally()
@@ -90,14 +90,14 @@ class _Meter:
         return max(0.0, self._begun + self.budget.seconds - time.monotonic())
 
     def may(self, size: int = 0) -> bool:
-        """Whether one more of `size` bytes is within the budget."""
+        """True if `size` more bytes are within the budget."""
         tally, budget = self.tally, self.budget
         return (
             tally.messages < budget.count and tally.sent + size <= budget.bytes and self.left_s > 0
         )
 
     async def pace(self) -> None:
-        """Yield, and wait for as long as the attack is ahead of its rate."""
+        """Yield, and wait while the attack is ahead of its rate."""
         due = self._begun + self.tally.messages / self.budget.rate
         await asyncio.sleep(max(0.0, due - time.monotonic()))
 
@@ -115,7 +115,7 @@ def address_of(endpoint: str) -> Address:
 def greeting(
     mechanism: str | bytes = "CURVE", *, as_server: bool = False, version: tuple[int, int] = (3, 1)
 ) -> bytes:
-    """The 64 bytes either end opens with."""
+    """The 64 bytes with which either end opens."""
     name = mechanism.encode() if isinstance(mechanism, str) else mechanism
     head = b"\xff" + bytes(7) + b"\x01" + b"\x7f" + bytes(version)
     return head + name[:20].ljust(20, b"\0") + bytes([as_server]) + bytes(31)
@@ -132,11 +132,11 @@ def frame(
     """One ZMTP frame.
 
     Args:
-        body: what follows the header, honest or not.
+        body: the content after the header.
         more: another frame of the message follows.
-        command: a command frame.
-        declared: length the header claims, up to 2**64 - 1; None is the body's own.
-        long: eight bytes of length even for a short one; None as the length needs.
+        command: whether it is a command frame.
+        declared: the length in the header, up to 2**64 - 1. None is the body's length.
+        long: use eight bytes for the length. None uses as many as the length needs.
     """
     size = len(body) if declared is None else declared
     wide = size > 255 if long is None else long
@@ -145,12 +145,12 @@ def frame(
 
 
 def command(name: bytes, data: bytes = b"") -> bytes:
-    """The body of a command frame: its name with a length before it, and data."""
+    """The body of a command frame: the length of its name, the name, and data."""
     return bytes([len(name)]) + name + data
 
 
 def metadata(socket_type: str = "DEALER", **others: bytes) -> bytes:
-    """Properties of a READY or INITIATE command."""
+    """The properties of a READY or INITIATE command."""
     out = b""
     for name, value in {"Socket-Type": socket_type.encode(), "Identity": b"", **others}.items():
         out += bytes([len(name)]) + name.encode() + struct.pack(">I", len(value)) + value
@@ -158,8 +158,8 @@ def metadata(socket_type: str = "DEALER", **others: bytes) -> bytes:
 
 
 def ping(ttl_ds: int = 0, context: bytes = b"") -> bytes:
-    """Body of a PING: `ttl_ds` in tenths of a second (0 to 65535), `context` legally up to 16
-    bytes."""
+    """The body of a PING: `ttl_ds` in tenths of a second (0 to 65535), `context` of at most 16
+    bytes if legal."""
     return command(b"PING", struct.pack(">H", ttl_ds) + context)
 
 
@@ -173,13 +173,13 @@ class Curve:
 
     @staticmethod
     def throwaway(server: str = "") -> Curve:
-        """With a key that nobody has authorised."""
+        """Keys that no node has authorised."""
         public, secret = sodium.keypair()
         return Curve(z85.encode(public).decode(), z85.encode(secret).decode(), server)
 
 
 class _Session:
-    """Keys and nonces after a CURVE handshake. `mine` and `theirs` are the nonces' prefixes."""
+    """Keys and nonces after a CURVE handshake. `mine` and `theirs` are the nonce prefixes."""
 
     def __init__(self, key: bytes, server: bool, nonce: int) -> None:
         self.key, self.nonce = key, nonce
@@ -194,7 +194,7 @@ class _Session:
         return b"\x07MESSAGE" + counter + sodium.box(plain, self.mine + counter, self.key)
 
     def open(self, body: bytes) -> tuple[int, bytes]:
-        """(MORE and COMMAND flags, content)."""
+        """Decrypt. Returns (MORE and COMMAND flags, content)."""
         if body[:8] != b"\x07MESSAGE" or len(body) < 16 + sodium.MAC_BYTES + 1:
             raise PeerError(f"no CURVE message: {body[:16]!r}")
         counter = body[8:16]
@@ -203,11 +203,11 @@ class _Session:
 
 
 class Peer:
-    """One TCP connection. Nothing is sent or read but by the methods called.
+    """One TCP connection. Only the called methods send or read.
 
     Attributes:
-        sent: bytes written. received: bytes read. session: after a CURVE handshake.
-        client_key: as a server, the client's public key (32 bytes).
+        sent: bytes written. received: bytes read. session: set after a CURVE handshake.
+        client_key: the client's public key (32 bytes), on a server.
     """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -221,7 +221,7 @@ class Peer:
     async def connect(
         cls, address: Address, *, timeout_s: float = 10.0, receive_buffer: int | None = None
     ) -> Peer:
-        """Connect; `receive_buffer` makes the kernel take in no more than about so many bytes."""
+        """Connect. `receive_buffer` limits the bytes that the kernel accepts, roughly."""
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         end = socket.socket(family, socket.SOCK_STREAM)
         try:
@@ -231,7 +231,8 @@ class Peer:
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             loop = asyncio.get_running_loop()
             await asyncio.wait_for(loop.sock_connect(end, address), timeout_s)
-            # The stream reads ahead up to twice its limit: small, so that not reading is felt.
+            # The stream reads ahead up to twice its limit. A small limit makes a pause in reading
+            # effective.
             reader, writer = await asyncio.open_connection(sock=end, limit=4096)
         except BaseException:
             end.close()
@@ -239,7 +240,7 @@ class Peer:
         return cls(reader, writer)
 
     async def send(self, data: bytes) -> None:
-        """Raw bytes, all of them accepted by the kernel or nearly so."""
+        """Send raw bytes. Returns when the kernel has accepted nearly all of them."""
         async with self._sending:
             self.writer.write(data)
             self.sent += len(data)
@@ -253,7 +254,7 @@ class Peer:
         return data
 
     async def read_frame(self) -> tuple[int, bytes]:
-        """(flags MORE and COMMAND, body) of the next frame, decrypted if there is a session."""
+        """(flags MORE and COMMAND, body) of the next frame, decrypted in a session."""
         flags = (await self.read(1))[0]
         length = (
             struct.unpack(">Q", await self.read(8))[0] if flags & LONG else (await self.read(1))[0]
@@ -264,7 +265,7 @@ class Peer:
         return flags & (MORE | COMMAND), body
 
     async def read_message(self, *, most: int = 64, pong: bool = True) -> list[bytes]:
-        """The next message's frames; pings before or within it are answered if `pong`."""
+        """The next message's frames. With `pong`, pings before or inside it are answered."""
         parts: list[bytes] = []
         while True:
             flags, body = await self.read_frame()
@@ -279,24 +280,24 @@ class Peer:
                 raise PeerError(f"a message of more than {most} frames")
 
     async def send_part(self, body: bytes, *, more: bool = False, is_command: bool = False) -> None:
-        """One frame, legal but for what it makes of the message it is in."""
+        """Send one frame. It is legal by itself, whatever message it belongs to."""
         await self.send(self.seal(body, more=more, is_command=is_command))
 
     def seal(self, body: bytes, *, more: bool = False, is_command: bool = False) -> bytes:
-        """The bytes of one frame, encrypted if there is a session."""
+        """The bytes of one frame, encrypted in a session."""
         if self.session:
             return frame(self.session.seal(body, more=more, command=is_command))
         return frame(body, more=more, command=is_command)
 
     async def send_message(self, parts: Iterable[bytes]) -> None:
-        """A whole message."""
+        """Send a whole message."""
         listed = [bytes(part) for part in parts]
-        # Sealed in one breath: nonces must arrive in order.
+        # Seal all frames without a pause: nonces must arrive in order.
         data = b"".join(self.seal(part, more=i + 1 < len(listed)) for i, part in enumerate(listed))
         await self.send(data)
 
     async def greet(self, mechanism: Mechanism = "CURVE", *, as_server: bool = False) -> bytes:
-        """Exchange greetings; the other end's."""
+        """Exchange greetings. Returns the other end's."""
         await self.send(greeting(mechanism, as_server=as_server))
         other = await self.read(GREETING_BYTES)
         if other[0] != 0xFF or other[9] != 0x7F:
@@ -311,11 +312,11 @@ class Peer:
         identity: bytes = b"",
         timeout_s: float = 10.0,
     ) -> None:
-        """Greeting and CURVE handshake as a client; messages can be sent after it. `identity`: the
-        routing id it gives itself; none if empty.
+        """Perform greeting and CURVE handshake as a client. `identity` is the routing id it claims;
+        empty is none.
 
         Raises:
-            PeerError: the server is another one, refuses the key, or closed the connection.
+            PeerError: another server, a refused key, or a closed connection.
         """
         try:
             await asyncio.wait_for(self._curve_client(keys, socket_type, identity), timeout_s)
@@ -334,10 +335,11 @@ class Peer:
     async def curve_server(
         self, keys: Curve, *, socket_type: str = "ROUTER", timeout_s: float = 10.0
     ) -> None:
-        """Greeting and CURVE handshake as a server that lets anybody in; see `client_key`.
+        """Perform greeting and CURVE handshake as a server that admits every client; see
+        `client_key`.
 
         Raises:
-            PeerError: the client does not speak CURVE, or not to this key.
+            PeerError: the client does not speak CURVE, or uses another server key.
         """
         try:
             await asyncio.wait_for(self._curve_server(keys, socket_type), timeout_s)
@@ -381,7 +383,7 @@ class Peer:
         return body[len(prefix) :]
 
     async def wait_closed(self, timeout_s: float) -> bool:
-        """Read and forget until the other end closes; False if it didn't within the time."""
+        """Read and discard until the other end closes. False if it didn't within the time."""
 
         async def drain() -> None:
             with contextlib.suppress(ConnectionError):
@@ -403,7 +405,7 @@ class Peer:
         self.writer.transport.abort()
 
     async def close(self) -> None:
-        """Close at once: what the other end won't take is thrown away."""
+        """Close at once and discard unsent bytes."""
         self.writer.transport.abort()
         with contextlib.suppress(OSError):
             await self.writer.wait_closed()
@@ -416,8 +418,8 @@ class Peer:
 
 
 class ClientHandshake:
-    """The commands of a CURVE client, one by one, to be sent as they are or spoilt. `identity`: the
-    routing id it gives itself; none if empty."""
+    """The commands of a CURVE client, one by one, to send as they are or damaged. `identity` is the
+    routing id it claims; empty is none."""
 
     def __init__(self, keys: Curve, identity: bytes = b"") -> None:
         self.keys, self.identity = keys, identity
@@ -432,7 +434,7 @@ class ClientHandshake:
         return command(b"HELLO", b"\x01\x00" + bytes(72) + self._public + counter + sealed)
 
     def initiate(self, welcome: bytes, socket_type: str = "DEALER") -> bytes:
-        """From the data of the server's WELCOME."""
+        """The INITIATE command for the data of the server's WELCOME."""
         key = sodium.shared(self._server, self._secret)
         plain = sodium.unbox(welcome[16:], b"WELCOME-" + welcome[:16], key)
         self._server_transient, cookie = plain[:32], plain[32:]
@@ -446,14 +448,14 @@ class ClientHandshake:
         return command(b"INITIATE", cookie + counter + sealed)
 
     def ready(self, data: bytes) -> _Session:
-        """From the data of the server's READY."""
+        """Check the data of the server's READY."""
         key = sodium.shared(self._server_transient, self._secret)
         sodium.unbox(data[8:], b"CurveZMQREADY---" + data[:8], key)
         return _Session(key, False, 2)
 
 
 def mutate(rng: random.Random, data: bytes) -> bytes:
-    """`data` with one to four defects: bytes changed, left out, doubled, or cut short."""
+    """`data` with one to four defects: bytes changed, removed, doubled or truncated."""
     out = bytearray(data)
     for _ in range(rng.randint(1, 4)):
         if not out:
@@ -474,9 +476,9 @@ def mutate(rng: random.Random, data: bytes) -> bytes:
 
 
 def broken_opening(rng: random.Random, keys: Curve) -> tuple[str, list[bytes]]:
-    """What a defective or hostile client might open with: (its kind, writes to make).
+    """The first writes of a defective or hostile client: (kind, writes).
 
-    Needs no answer of the server's, so INITIATE carries an invented cookie.
+    Needs no answer from the server, so INITIATE has an invented cookie.
     """
     hello = frame(ClientHandshake(keys).hello(), command=True)
     kinds: dict[str, Callable[[], list[bytes]]] = {
@@ -507,7 +509,7 @@ def broken_opening(rng: random.Random, keys: Curve) -> tuple[str, list[bytes]]:
 
 @contextlib.asynccontextmanager
 async def _attempt(address: Address, tally: Tally) -> AsyncIterator[Peer | None]:
-    """A connection of an attack, counted; the victim's closing it is no error."""
+    """One counted connection of an attack. It is no error if the victim closes it."""
     try:
         peer = await Peer.connect(address)
     except (OSError, asyncio.TimeoutError):
@@ -533,8 +535,9 @@ async def broken_openings(
     linger_s: float = 0.05,
     budget: Budget = Budget(count=1000),
 ) -> Tally:
-    """Broken greetings and handshakes, each on its own connection, left after `linger_s` or when
-    the victim closes it. ``notes`` counts the kinds; ``closed`` those that the victim ended."""
+    """Broken greetings and handshakes, each on its own connection, which is left after `linger_s`
+    or when the victim closes it. ``notes`` counts the kinds, ``closed`` the connections that the
+    victim ended."""
     meter = _Meter(budget)
     keys = Curve.throwaway(server_key)
 
@@ -555,7 +558,7 @@ async def broken_openings(
 
 
 async def _many(meter: _Meter, parallel: int, one: Callable[[int], Awaitable[None]]) -> None:
-    """``one(0)``, ``one(1)`` … within the budget, `parallel` at a time."""
+    """Run ``one(0)``, ``one(1)`` … within the budget, `parallel` at a time."""
 
     async def worker() -> None:
         while meter.may():
@@ -570,9 +573,9 @@ async def _many(meter: _Meter, parallel: int, one: Callable[[int], Awaitable[Non
 async def half_open(
     address: Address, *, hold_s: float = 5.0, keep: bool = True, budget: Budget = Budget(count=100)
 ) -> Tally:
-    """``budget.count`` connections that never say a word, held at once for `hold_s`.
+    """Hold ``budget.count`` connections that never send a byte, all at once for `hold_s`.
 
-    With `keep`, those that the victim closes are made anew. Each takes a descriptor here too.
+    With `keep`, connections closed by the victim are replaced. Each needs a descriptor here too.
     """
     meter = _Meter(budget)
 
@@ -594,7 +597,7 @@ async def half_open(
 async def slow_loris(
     address: Address, *, every_s: float = 0.1, budget: Budget = Budget(count=20, seconds=10)
 ) -> Tally:
-    """``budget.count`` connections at once that send a good opening one byte every `every_s`."""
+    """``budget.count`` connections at once that send a valid opening, one byte every `every_s`."""
     meter = _Meter(budget)
     opening = greeting() + frame(command(b"HELLO", bytes(194)), command=True)
 
@@ -621,8 +624,8 @@ async def giant_frames(
     mechanism: Mechanism = "CURVE",
     budget: Budget = Budget(count=50),
 ) -> Tally:
-    """``budget.count`` connections at once that, before any authentication, declare a frame of
-    `declared` bytes, send `fill` of them and wait."""
+    """``budget.count`` connections at once that declare a frame of `declared` bytes before any
+    authentication, send `fill` of them and wait."""
     meter = _Meter(budget)
 
     async def one(number: int) -> None:
@@ -641,8 +644,8 @@ async def giant_frames(
 async def wrong_order(
     address: Address, server_key: str, *, wait_s: float = 2.0, budget: Budget = Budget()
 ) -> Tally:
-    """Every command at a time that is not its own; ``notes`` says what the victim did of each:
-    ``closed NAME`` or ``kept NAME``."""
+    """Send every command at a wrong time. ``notes`` has the victim's reaction to each: ``closed
+    NAME`` or ``kept NAME``."""
     meter = _Meter(budget)
     hand = ClientHandshake(Curve.throwaway(server_key))
     hello = frame(hand.hello(), command=True)
@@ -688,9 +691,9 @@ async def endless_multipart(
     opening: Iterable[bytes] = (),
     budget: Budget = Budget(),
 ) -> Tally:
-    """Parts of a legal size that never end their message, after those of `opening`.
+    """Send parts of legal size after those of `opening`, in a message that never ends.
 
-    ``messages`` counts parts. Ends by itself only with the budget; the connection is left open.
+    ``messages`` counts parts. Only the budget ends it. The connection stays open.
     """
     meter = _Meter(budget)
     part = bytes(part_bytes)
@@ -712,8 +715,8 @@ async def endless_multipart(
 async def giant_part(
     peer: Peer, *, declared: int = 1 << 30, hold_s: float = 2.0, budget: Budget = Budget()
 ) -> Tally:
-    """After the handshake: one frame that declares `declared` bytes and delivers them, as far as
-    the budget and the victim allow; then waits `hold_s` for it to close."""
+    """After the handshake, send one frame that declares `declared` bytes, as far as the budget and
+    the victim allow. Then wait `hold_s` for the victim to close."""
     meter = _Meter(budget)
     started = peer.sent
 
@@ -734,10 +737,10 @@ async def giant_part(
 async def heartbeat_abuse(
     peer: Peer, *, every_s: float = 0.0, budget: Budget = Budget(count=1000, seconds=10)
 ) -> Tally:
-    """Heartbeats no honest peer sends, over and over: the longest time to live, none at all, a
-    context over the limit, cut-off pings, pongs nobody asked for. Nothing is read back.
+    """Send heartbeats that no honest peer sends, again and again: the longest time to live, none, a
+    context over the limit, truncated pings, unrequested pongs. Nothing is read.
 
-    ``messages`` counts them; the connection is left open.
+    ``messages`` counts them. The connection stays open.
     """
     meter = _Meter(budget)
     bodies = [
@@ -764,7 +767,7 @@ async def heartbeat_abuse(
 
 
 async def _bounded(meter: _Meter, work: Awaitable[None]) -> None:
-    """`work`, ended by the budget's seconds; a victim that closes the connection is counted."""
+    """Run `work` within the budget's seconds. Count it if the victim closes the connection."""
     try:
         await asyncio.wait_for(work, meter.left_s)
     except asyncio.TimeoutError:
@@ -774,7 +777,7 @@ async def _bounded(meter: _Meter, work: Awaitable[None]) -> None:
 
 
 async def in_parallel(attacks: Iterable[Awaitable[Tally]]) -> Tally:
-    """Several attacks at once; their sum."""
+    """Run several attacks at once. Returns their sum."""
     total = Tally()
     for tally in await asyncio.gather(*attacks):
         total.add(tally)

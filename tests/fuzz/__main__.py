@@ -1,9 +1,9 @@
-"""Fuzz for as long as you like: ``python -m fuzz --seconds 600`` with `tests` on ``PYTHONPATH``.
+"""Fuzz for any time: ``python -m fuzz --seconds 600`` with `tests` on ``PYTHONPATH``.
 
-Each target gets an equal share of the time, in a process of its own. With atheris (``pip install
-atheris``; Linux) the mutations follow the code they reach; without it hypothesis makes them, and
-this says so. Ends with one JSON object on the last line: inputs, failures and memory of each
-target. An input that fails is written to ``out/fuzz``; ``--replay FILE`` runs it again.
+Each target gets an equal share of the time in its own process. With atheris (``pip install
+atheris``; Linux) mutations follow code coverage; otherwise hypothesis makes them, and the output
+says so. The last line is one JSON object with inputs, failures and memory of each target. Failing
+inputs are written to ``out/fuzz``; ``--replay FILE`` runs one again.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _SETTLED = 0.2  # of the time: caches and the engine's corpus fill at first
 
 
 class Record:
-    """Counts a target's inputs and this process's memory, and keeps both in a file: atheris ends
-    the process without a farewell."""
+    """Counts a target's inputs and this process's memory and keeps both in a file, because atheris
+    ends the process without any clean-up."""
 
     def __init__(self, path: Path, seconds: float) -> None:
         self.inputs = 0
@@ -58,7 +58,7 @@ class Record:
 
 
 def with_atheris(name: str, seconds: float, folder: Path, record: Record) -> None:
-    """Never returns."""
+    """Fuzz with atheris. Never returns."""
     import atheris  # type: ignore[import-not-found,unused-ignore]
 
     with atheris.instrument_imports(
@@ -78,7 +78,7 @@ def with_atheris(name: str, seconds: float, folder: Path, record: Record) -> Non
 
 
 def with_hypothesis(name: str, seconds: float, folder: Path, record: Record) -> None:
-    """Rounds of examples, each with another seed, until the time is up."""
+    """Run rounds of examples, each with another seed, until the time is up."""
     from hypothesis import HealthCheck, given, settings
     from hypothesis import seed as seeded
     from hypothesis import strategies as st
@@ -105,7 +105,7 @@ def with_hypothesis(name: str, seconds: float, folder: Path, record: Record) -> 
 
 
 def run(name: str, engine: str, seconds: float, folder: Path) -> dict[str, Any]:
-    """One target in a process of its own, and what became of it."""
+    """Run one target in its own process and return its outcome."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "record.json"
         command = [sys.executable, "-m", "fuzz", "--engine", engine, "--one", name]
@@ -120,7 +120,7 @@ def run(name: str, engine: str, seconds: float, folder: Path) -> dict[str, Any]:
 
 
 def choose(engine: str | None, say: Callable[[str], None]) -> str:
-    """The engine asked for, or the best there is."""
+    """The requested engine, or the best available one."""
     if engine:
         return engine
     if importlib.util.find_spec("atheris"):

@@ -1,9 +1,9 @@
-"""Messages made from a string of bytes, so that any fuzzing engine can drive them.
+"""Messages made from a byte string, so that any fuzzing engine can drive them.
 
-`Choices` reads numbers off the string; `message` builds a message of every type from them and
-damages it where its structure is: a field, a tensor's header, a length, the order of tensors. A
-result is sealed after that, as a lying node would. One input in four is nothing but bytes. The same
-string always gives the same message, and an empty one gives a sound one.
+`Choices` reads numbers off the string. `message` builds a message of any type from them and damages
+its structure: a field, a tensor's header, a length, the order of tensors. A result is sealed after
+that, as a hostile node would do. One input in four is plain bytes. The same string always gives the
+same message, and an empty string gives a valid one.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ STAGE = Stage(
 LIMITS = stage_limits(STAGE.inputs, STAGE.outputs, GEOMETRY.windows)
 NODE = Node("node", "tcp://127.0.0.1:5555", "a" * 40, KeyPair("edge", "b" * 40, "c" * 40))
 WINDOWS = 2
-"""As many as the sound request asks for, and the sound result holds."""
+"""The number of windows in the valid request and in the valid result."""
 
 FEEDS = {
     "pixels": np.arange(WINDOWS * 192, dtype=np.uint8).reshape(WINDOWS, 8, 8, 3),
@@ -78,7 +78,7 @@ KINDS = tuple(MESSAGES)
 
 
 def _parts(made: Message, arrays: dict[str, np.ndarray] | None) -> list[bytes]:
-    """Header and tensors of a sound message, one by one."""
+    """Header and tensors of a valid message, one by one."""
     whole = bytes(encode(made, arrays, SEAL))
     if not arrays:
         return [whole]
@@ -95,13 +95,13 @@ _CLAIMS = (b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xc6\xff\xff\xff\
 
 
 class Choices:
-    """Decisions read off `data`; once it is used up, each is the first there is."""
+    """Decisions read from `data`. After its end, every decision is the first option."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self._at = data, 0
 
     def below(self, most: int) -> int:
-        """0 to `most` - 1."""
+        """A number from 0 to `most` - 1."""
         size = 1 if most <= 256 else 4
         piece = self._data[self._at : self._at + size]
         self._at += size
@@ -117,7 +117,7 @@ class Choices:
         return piece
 
     def value(self, depth: int = 0) -> Any:
-        """Anything that msgpack can say, most of it where it does harm."""
+        """Any value that msgpack can encode, mostly harmful ones."""
         kinds = (
             lambda: None,
             lambda: self.of(_NUMBERS),
@@ -167,7 +167,7 @@ def message(data: bytes, kinds: Sequence[str] = KINDS) -> bytes:
 
 
 def _structural(choices: Choices, header: bytes, changes: int) -> bytes:
-    """The header with fields replaced, added or left out."""
+    """The header with fields replaced, added or removed."""
     if not changes or header[3] == 0:
         return header
     fields: dict[str, Any] = msgspec.msgpack.decode(header[8:])
@@ -192,12 +192,12 @@ def _structural(choices: Choices, header: bytes, changes: int) -> bytes:
             fields.pop(choices.of(_FIELDS), None)
     try:
         return header[:8] + msgspec.msgpack.encode(fields)
-    except (OverflowError, ValueError, msgspec.MsgspecError):  # of what can't be written
+    except (OverflowError, ValueError, msgspec.MsgspecError):  # of values that can't be encoded
         return header
 
 
 def damage(choices: Choices, sound: list[bytes]) -> None:
-    """One defect of bytes or of frames."""
+    """Add one defect to the bytes or the frames."""
     if not sound:
         return
     place = choices.below(len(sound))
@@ -220,7 +220,7 @@ def damage(choices: Choices, sound: list[bytes]) -> None:
     elif what == 6:
         sound.insert(place, sound[choices.below(len(sound))])
         return
-    elif what == 7 and place:  # numbers that are none, and indices beyond every table
+    elif what == 7 and place:  # NaN and infinity, and indices beyond every table
         size = struct.calcsize("<q")
         whole = struct.pack("<q", choices.of((-1, 1 << 40, 2**63 - 1, 0x7FC00000)))
         part[at : at + size] = whole[: max(0, len(part) - at)]

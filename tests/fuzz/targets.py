@@ -1,8 +1,8 @@
-"""What is fuzzed: everything that reads what a peer wrote, each as a function of one string.
+"""Fuzz targets: every function that reads a peer's bytes, each as a function of one string.
 
-A target raises nothing if only the typed errors came out, and returns what did: ``ok`` or the
-error's name. Both roles are the code that runs there: at the node, header, tensors and admission;
-at the edge, `Connection._handle` and what `infer` does with a result. ``zap`` is the authenticator,
+A target lets only unexpected errors through. It returns ``ok`` or the name of the typed error. Both
+roles run their real code: at the node, header, tensors and admission; at the edge,
+`Connection._handle` and the part of `infer` that handles a result. ``zap`` is the authenticator,
 ``keys`` the key files that people send one another.
 """
 
@@ -43,20 +43,20 @@ Target = Callable[[bytes], str]
 
 
 def decoding(data: bytes) -> str:
-    """`decode`, by the limits of either direction."""
+    """`decode`, with the limits of either direction."""
     limits = LIMITS.result if data[-1:] > b"\x7f" else LIMITS.request
     made = message(data)
     try:
         _, arrays = decode(made, limits, SEAL)
     except ProtocolError as error:
         return type(error).__name__
-    # Nothing decoded is larger than what arrived.
+    # Decoded data is never larger than the received bytes.
     assert sum(array.nbytes for array in arrays.values()) <= len(made)
     return "ok"
 
 
 def node(data: bytes) -> str:
-    """What a node does with a message before it computes."""
+    """The node's handling of a message before it computes."""
     made = message(data)
     try:
         request = decode_header(made)
@@ -67,7 +67,7 @@ def node(data: bytes) -> str:
         windows = check_windows(feeds, STAGE, GEOMETRY)
     except (ProtocolError, Refusal) as error:
         return type(error).__name__
-    # An engine gathers by these: whatever gets so far lies within its tables.
+    # An engine uses these as indices: here they must be within its tables.
     assert feeds.keys() == FEEDS.keys()
     assert 1 <= windows <= GEOMETRY.windows
     assert 0 <= feeds["window"].min() <= feeds["window"].max() < GEOMETRY.windows
@@ -81,7 +81,7 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 
 def edge(data: bytes) -> str:
-    """What an edge does with a message while it waits for a result."""
+    """The edge's handling of a message while it waits for a result."""
     made: Any = message(data)
 
     async def work() -> str:
@@ -122,7 +122,7 @@ def _authenticator() -> Authenticator:
 
 
 def zap(data: bytes) -> str:
-    """The authenticator's answer to any question: never yes, for nobody is authorised."""
+    """The authenticator's answer to any question. It is never yes, because no key is authorised."""
     choices = Choices(data)
     sound = [b"1.0", b"7", b"edge-runtime", b"127.0.0.1", b"", b"CURVE", bytes(32)]
     for _ in range(choices.below(4)):
@@ -137,7 +137,8 @@ def zap(data: bytes) -> str:
 
 
 def key_files(data: bytes) -> str:
-    """Key files, private and public, the damaged one of a sound pair: a key or a `KeyFileError`."""
+    """Key files, private and public, made by damaging a valid pair: the result is a key or a
+    `KeyFileError`."""
     choices = Choices(data)
     name = choices.of(("some.pub", "some.key"))
     body = [_sound_pair()[name]]

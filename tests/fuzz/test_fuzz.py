@@ -1,4 +1,4 @@
-"""Every target for a moment: nothing but the typed errors, all kinds of outcome, no growth."""
+"""Every target for a moment: only typed errors, all kinds of outcome, no growth."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EXPECTED = {
 @settings(max_examples=150, deadline=None)
 @given(data=st.binary(max_size=120))
 @example(data=b"")
-def test_only_typed_errors(name: str, data: bytes) -> None:
+def test_targets_raise_only_typed_errors(name: str, data: bytes) -> None:
     TARGETS[name](data)
 
 
@@ -46,13 +46,14 @@ def test_every_outcome_is_reached(name: str) -> None:
     assert seen.keys() >= EXPECTED[name]
 
 
-def test_every_message_is_sound_until_damaged() -> None:
+def test_every_undamaged_message_is_valid() -> None:
     for kind in KINDS:
         decode_header(message(b"", [kind]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["decode", "node", "edge", "zap"])
-def test_nothing_is_kept(name: str) -> None:
+def test_fuzzing_keeps_no_memory(name: str) -> None:
     rng = random.Random(2)
     inputs = [rng.randbytes(rng.randrange(120)) for _ in range(1_000)]
     target = TARGETS[name]
@@ -60,9 +61,7 @@ def test_nothing_is_kept(name: str) -> None:
         target(data)
     growth, rise = [], []
     tracemalloc.start()
-    for _ in range(
-        3
-    ):  # what is kept is kept every time; other tests' threads allocate now and then
+    for _ in range(3):  # a leak would show every time; threads of other tests allocate now and then
         gc.collect()
         before, _ = tracemalloc.get_traced_memory()
         tracemalloc.reset_peak()
@@ -77,7 +76,8 @@ def test_nothing_is_kept(name: str) -> None:
     assert min(rise) < 1 << 20
 
 
-def test_the_command_says_what_it_did(tmp_path: Path) -> None:
+@pytest.mark.process
+def test_the_command_reports_its_work(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fuzz", "--engine", "hypothesis", "--seconds", "1"]
     done = subprocess.run(
         [*command, "--target", "decode", "--out", str(tmp_path)],
@@ -92,7 +92,7 @@ def test_the_command_says_what_it_did(tmp_path: Path) -> None:
     assert not told["targets"]["decode"]["failed"]
 
 
-def test_a_missing_engine_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_engine_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     said: list[str] = []
     assert choose(None, said.append) == "hypothesis"

@@ -1,9 +1,9 @@
-"""Measure the rows of the bar: ``python -m reliability``, with `tests` on ``PYTHONPATH``.
+"""Measure the rows of the reliability bar: ``python -m reliability``, with `tests` on
+``PYTHONPATH``.
 
-Every row runs in a process of its own, so that one that crashes or hangs costs no other, and one
-row's memory is not another's. ``--out`` takes each row's results as soon as it has run: others that
-it holds already stay, and Ctrl-C loses none. ``--doc`` writes the page that quotes them, and its
-figure, instead.
+Every row runs in its own process, so a crash or a hang costs no other row, and memory is measured
+per row. ``--out`` saves each row's results as soon as it has run, keeps the other rows in the file
+and loses none to Ctrl-C. ``--doc`` instead writes the page that quotes the results, and its figure.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def load_rows() -> dict[str, Row]:
 
 
 def measure(row: Row, bench: Bench) -> dict[str, Any]:
-    """Run a row here and now."""
+    """Run a row in this process."""
     told: dict[str, Any] = {"row": row.name, "bar": row.bar, "form": bench.form}
     begun = time.monotonic()
     try:
@@ -61,7 +61,7 @@ def measure(row: Row, bench: Bench) -> dict[str, Any]:
 
 
 def apart(row: Row, form: Form, toy: Path, folder: Path) -> dict[str, Any]:
-    """Run a row in a process of its own, and end it when its time is up."""
+    """Run a row in its own process, and kill it when its time is up."""
     folder.mkdir()
     out = folder / "told.json"
     command = [sys.executable, "-m", "reliability", "--one", row.name, "--form", form]
@@ -79,7 +79,7 @@ def apart(row: Row, form: Form, toy: Path, folder: Path) -> dict[str, Any]:
             end = f"still ran after {row.seconds[form]:.0f} s"
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and whatever it left behind
+                os.killpg(process.pid, signal.SIGKILL)  # and any processes it left behind
             process.wait()
     if out.exists():
         told: dict[str, Any] = json.loads(out.read_text())
@@ -96,7 +96,7 @@ def apart(row: Row, form: Form, toy: Path, folder: Path) -> dict[str, Any]:
 
 
 def about(arguments: list[str], machine: str) -> dict[str, Any]:
-    """What these numbers belong to."""
+    """The facts about these numbers: command, commit, machine."""
     import msgspec
     import numpy
     import onnxruntime
@@ -136,7 +136,7 @@ def about(arguments: list[str], machine: str) -> dict[str, Any]:
 
 
 def merge(path: Path, told: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
-    """The results with these rows new and the others kept, each with what it belongs to."""
+    """The results with the new rows, the other rows unchanged, each with its facts."""
     kept: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
     fresh = {(one["row"], one["form"]) for one in told}
     rows = [one for one in kept if (one["row"], one["form"]) not in fresh]
@@ -147,14 +147,14 @@ def merge(path: Path, told: list[dict[str, Any]], facts: dict[str, Any]) -> dict
 
 
 def write(path: Path, text: str) -> None:
-    """All of it or nothing, whenever this process is ended."""
+    """Write the file completely or not at all, even if this process is killed."""
     scratch = path.with_name(f"{path.name}.new")
     scratch.write_text(text)
     scratch.replace(path)
 
 
 def write_page(results: dict[str, Any], to: Path) -> None:
-    """The page, and its figure where there is anything to draw."""
+    """Write the page, and its figure if there is anything to draw."""
     write(to, page(results))
     drawn, place = figure(results["rows"]), to.parent / FIGURE
     if drawn is None:
@@ -164,13 +164,13 @@ def write_page(results: dict[str, Any], to: Path) -> None:
 
 
 def recorded(form: Form, *paths: Path) -> dict[str, float]:
-    """Seconds that rows took when their results were written, by name; later paths win."""
+    """Seconds that each row took according to its results, by name. Later paths win."""
     found = [json.loads(path.read_text())["rows"] for path in paths if path.exists()]
     return {one["row"]: one["seconds"] for ones in found for one in ones if one["form"] == form}
 
 
 def left(rows: Sequence[Row], seconds: dict[str, float]) -> str:
-    """How long these rows will take, as far as that is known."""
+    """The expected time for these rows, as far as it is known."""
     known = [seconds[row.name] for row in rows if row.name in seconds]
     if not known:
         return "nobody knows how long is left: none of these rows was measured before"
@@ -181,7 +181,7 @@ def left(rows: Sequence[Row], seconds: dict[str, float]) -> str:
 
 
 def shown(told: dict[str, Any], which: str) -> str:
-    """A row's results for the terminal; all the numbers are in the file."""
+    """A row's results for the terminal. The file has all the numbers."""
     first = f"{which:>6}  {VERDICTS[told['held']]:8}{told['seconds']:7.1f} s  {told['row']}"
     width, indent = min(shutil.get_terminal_size().columns, 110), " " * 8
     rest = textwrap.fill(brief(told), width, initial_indent=indent, subsequent_indent=indent)
@@ -189,7 +189,7 @@ def shown(told: dict[str, Any], which: str) -> str:
 
 
 def run_rows(chosen: Sequence[Row], form: Form, out: Path, facts: dict[str, Any]) -> int:
-    """Measure them one after another, writing down each; returns the exit status."""
+    """Measure the rows one after another and save each. Returns the exit status."""
     found: list[dict[str, Any]] = []
     seconds = recorded(form, OUT, out)
     status = "\r\033[K" if sys.stdout.isatty() else None  # a line that the next one replaces

@@ -1,4 +1,4 @@
-"""Rows of floods: messages of one key, and connections that never finish their handshake."""
+"""Rows about floods: messages of one key, and connections that never finish their handshake."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ def message_flood(
     limit: int | None = None,
 ) -> Seen:
     """One key floods a node while honest edges load it. After its first second the flood is stopped
-    and continued in turns, so that a busy machine changes both sides of each comparison.
+    and continued in turns, so that a busy machine affects both sides of each comparison.
 
     Args:
-        bundle: to serve, without an engine.
+        bundle: served without an engine.
         kind, connections, windows: see `MessageFlood`.
-        rounds: of the flood stopped and continued, for so many `seconds` each.
-        limit: bytes of the node's data.
+        rounds: of the flood stopped and continued, each for `seconds`.
+        limit: on the node's data, in bytes.
     """
     with sided(bench, bundle, "serve", EDGES, limit=limit) as side:
         node = side.node
         pair = node.authorise("hostile")
         side.measure(0.5, keep=False)
         before = sample(node.pid).rss
-        # Of each round: honest requests a second, and milliseconds of the front for each of them.
+        # Per round: honest requests per second, and the front's milliseconds per request.
         calm: list[tuple[float, float]] = []
         flooded: list[tuple[float, float]] = []
 
@@ -172,8 +172,8 @@ async def newcomers(bench: Bench) -> Seen:
 
 
 async def edges_join(bench: Bench, case: tuple[str, int, float], times: int) -> dict[str, Any]:
-    """New edges far away connect and ask, so many times, while half-open connections pour in as
-    one of `CASES` says and another edge goes on asking."""
+    """`times` new edges with a long network delay connect and ask, while half-open connections
+    arrive as in one of `CASES` and another edge keeps asking."""
     first, addresses, rate = case
     old, new = Questions(bench), Questions(bench)
     took: list[float] = []
@@ -201,7 +201,7 @@ async def edges_join(bench: Bench, case: tuple[str, int, float], times: int) -> 
                     addresses=(first, addresses),
                 ) as flood,
             ):
-                await asyncio.sleep(4)  # until libzmq gives up the first of them
+                await asyncio.sleep(4)  # by now libzmq gives up the first of them
                 async with old.going_on(edge):
                     for _ in range(times):
                         tasks = []

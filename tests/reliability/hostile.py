@@ -1,4 +1,4 @@
-"""Rows of peers that mean harm, before and after authentication."""
+"""Rows about hostile peers, before and after authentication."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def decoders(bench: Bench) -> Seen:
     count = bench.pick(100_000, 1_000_000) // len(names)
     seen: dict[str, Any] = {}
     rng = random.Random(3)
-    for name in names:  # caches fill
+    for name in names:  # this fills the caches
         for _ in range(2_000):
             TARGETS[name](rng.randbytes(rng.randrange(160)))
     before = sample(os.getpid()).rss
@@ -118,7 +118,7 @@ async def fuzz_node(bench: Bench) -> Seen:
         async with connected(bench.edge(node), bench.bundle) as client:
             fed = questions.fed[0]
             async with questions.going_on(client):
-                # Faster, the node would keep this edge out after a moment.
+                # A faster edge would be banned by the node after a moment.
                 budget = Budget(count=count, seconds=80, rate=500)
                 tally = await hostile.wrong(fed, budget=budget)
         alive = node.running and node.starts == 1
@@ -129,8 +129,8 @@ async def fuzz_node(bench: Bench) -> Seen:
 
 
 class _Mutator:
-    """A node whose every answer is preceded by damaged copies of it: headers and frames changed,
-    payloads not, so that whatever is accepted must be right."""
+    """A node that sends damaged copies before every answer. Only headers and frames are changed,
+    not payloads, so every accepted result must be correct."""
 
     def __init__(self, node: FaultyNode, count: int, each: int) -> None:
         self.node, self.left, self.each = node, count, each
@@ -158,7 +158,7 @@ class _Mutator:
                         damaged = damaged[: rng.randrange(len(damaged) + 1)]
                     try:
                         await socket.send_multipart([peer, damaged])
-                    except zmq.ZMQError:  # it has left
+                    except zmq.ZMQError:  # the edge has left
                         break
                     self.sent += 1
                     self.left -= 1
@@ -175,7 +175,7 @@ class _Mutator:
 async def fuzz_edge(bench: Bench) -> Seen:
     spoilt, others = Questions(bench), Questions(bench)
     honest = FaultyNode(bench.bundle, bench.fresh())
-    keys = FaultyNode(bench.bundle, bench.fresh())  # for its keys and what it says it serves
+    keys = FaultyNode(bench.bundle, bench.fresh())  # for its keys and its Info
     mutator = _Mutator(keys, 10_000, 20)
     ctx = zmq.asyncio.Context()
     authenticator = Authenticator(ctx, AllowList(keys.allowed))
@@ -192,7 +192,7 @@ async def fuzz_edge(bench: Bench) -> Seen:
         ):
             until = time.monotonic() + 80
             while mutator.left and time.monotonic() < until and not serving.done():
-                # An edge that has had enough of the node asks it no more: the next one then.
+                # An edge stops asking a node that it has quarantined, so the next edge asks.
                 async with connected(edge, bench.bundle) as client:
                     while mutator.left and not client.quarantine and time.monotonic() < until:
                         await spoilt.ask(client, 2.0)
@@ -258,7 +258,7 @@ async def raw_zmtp(bench: Bench) -> Seen:
 
 
 async def _newcomer(bench: Bench, node: Any, questions: Questions, most_s: float = 30) -> float:
-    """Seconds from a new edge's first step to its first right answer."""
+    """Seconds from a new edge's first step to its first correct answer."""
     edge = bench.edge(node)
     begun = time.monotonic()
 
@@ -294,7 +294,8 @@ async def endless_node(bench: Bench) -> Seen:
 
                     async def attack() -> None:
                         while total.sent < want and time.monotonic() < until and node.running:
-                            # Cut off, it may not notice: its kernel tries on. So a second at most.
+                            # An edge that was cut off may not notice, because its kernel keeps
+                            # trying. Wait a second at most.
                             budget = Budget(bytes=want, seconds=1)
                             try:
                                 tally = await hostile.endless_multipart(
@@ -484,8 +485,8 @@ async def replays(bench: Bench) -> Seen:
             for kind in kinds:
                 node.policy = lambda ask, kind=kind: Act(kind)
                 before, right, tardy = client.strays, questions.right, 0
-                # One after the other, or a replayed answer is that to a question still open.
-                # The others wait long enough that hardly an `accepted` comes too late.
+                # Ask one after another: otherwise a replayed answer could match a question that is
+                # still open. The other kinds wait long enough that an `accepted` is rarely late.
                 width = 1 if kind == "replay" else 200
                 seconds = {"duplicate": 20, "replay": 0.05}.get(kind, 2.0)
                 await _volley(questions, client, each, seconds, width)
@@ -493,13 +494,14 @@ async def replays(bench: Bench) -> Seen:
                 while client.strays - before < each and time.monotonic() < until:
                     await asyncio.sleep(0.02)
                 await asyncio.sleep(0.1)
-                strays[kind] = client.strays - before - tardy  # an `accepted` too late is one too
+                strays[kind] = client.strays - before - tardy  # a late `accepted` counts as one too
                 in_time[kind] = questions.right - right
             node.policy = lambda ask: Act()
             await questions.until_right(client, 20)
         did = {kind: node.did[kind] for kind in kinds}
     seen = {**questions.told(), "strays": strays, "right answers in time": in_time}
-    # What is late is late by a millisecond's rounding: some make it, and then are right.
+    # Late answers miss the deadline by a millisecond's rounding. Some arrive in time and are
+    # correct.
     exact = all(
         strays[kind] + (in_time[kind] if kind != "duplicate" else 0) == did[kind] for kind in did
     )
@@ -511,7 +513,7 @@ async def replays(bench: Bench) -> Seen:
 async def _volley(
     questions: Questions, client: Connection, count: int, seconds: float, width: int
 ) -> None:
-    """`count` questions, `width` at once."""
+    """`count` questions, `width` at a time."""
 
     async def work(number: int) -> None:
         for _ in range(number, count, width):

@@ -1,4 +1,4 @@
-"""Rows of too much work and too little memory."""
+"""Rows about too much work and too little memory."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ from transport.messages import (
 from transport.sockets import client
 
 _EDGES = 8
-_AT_ONCE = 16  # as many as a node takes from one edge
+_AT_ONCE = 16  # the node's limit for one edge
 _PATIENCE_S = 8.0
 
 
 class Load:
-    """Requests of one edge, sent without waiting for one another.
+    """Requests of one edge that do not wait for one another.
 
     Attributes:
-        results: in time, with the seconds each took. late: results after their deadline. refused:
-            by code. ages: of refusals after `accepted`, seconds.
+        results: in time, with the seconds that each took. late: results after their deadline.
+        refused: by code. ages: of refusals after `accepted`, in seconds.
     """
 
     def __init__(self, ctx: Any, node: Node, bundle: Bundle, windows: int) -> None:
@@ -80,7 +80,7 @@ class Load:
         return len(self._due)
 
     async def send(self, deadline_s: float) -> None:
-        if self._heard is None:  # as an edge does, before it sends anything large
+        if self._heard is None:  # an edge asks this before it sends anything large
             self._heard = asyncio.Event()
             await self.socket.send(encode(InfoRequest(new_id())))
         await self._heard.wait()
@@ -110,10 +110,10 @@ class Load:
             self._room.set()
 
     async def closed(self, seconds: float, most: int, *, deadline_s: float = 10.0) -> float:
-        """Keep `most` requests open, then wait for the last; results a second.
+        """Keep `most` requests open, then wait for the last one. Returns results per second.
 
         Raises:
-            asyncio.TimeoutError: some are never answered.
+            asyncio.TimeoutError: some requests were never answered.
         """
         until, before = time.monotonic() + seconds, len(self.results)
         while time.monotonic() < until:
@@ -131,8 +131,8 @@ class Load:
     async def at(
         self, rate: float, seconds: float, deadline_s: float, *, wait: bool = True
     ) -> float:
-        """Send `rate` requests a second, come what may; results in time a second. Then `wait` for
-        what is still open."""
+        """Send `rate` requests per second regardless of the answers, and return timely results per
+        second. Then `wait` seconds for the open requests."""
         begun, before, number = time.monotonic(), len(self.results), 0
         while (now := time.monotonic()) < begun + seconds:
             due = int((now - begun) * rate)
@@ -195,7 +195,8 @@ async def overload(bench: Bench) -> Seen:
             await asyncio.gather(*readers, return_exceptions=True)
             ctx.destroy(linger=0)
         alive = node.running and node.starts == 1
-    share = 2 * goodput / (peak + after)  # of before and after: a shared machine has its moods
+    # of before and after, because the speed of a shared machine varies
+    share = 2 * goodput / (peak + after)
     grown = sampler.peak_rss - before
     seen = {
         "peak, requests/s": round(peak, 1),
@@ -223,7 +224,7 @@ def data_bytes(pid: int) -> int:
 def write_sized_bundle(
     directory: Path, dim: int, graph: bytes = b"not a graph", *, model: str = "sized"
 ) -> Path:
-    """A bundle of one stack with the shapes of SAM, tokens of `dim` numbers. Unless `graph` is one,
+    """A bundle with one stack, the shapes of SAM and tokens of `dim` numbers. Without a `graph`,
     its engine must never be opened."""
     geometry = Geometry(
         image_size=1024, patch_size=16, window_size=14, embed_dim=dim, out_chans=256
@@ -253,8 +254,8 @@ def write_sized_bundle(
 
 
 def write_echoing_bundle(directory: Path) -> Path:
-    """A bundle with the sizes of SAM ViT-B whose stack gives the pixels back as tokens: answers
-    that can be told right from wrong, and cost next to nothing."""
+    """A bundle with the sizes of SAM ViT-B whose stack returns the pixels as tokens. Its answers
+    are cheap and can be checked."""
     side, shape = 224, (196, 768)
     value = helper.make_tensor_value_info
     graph = helper.make_graph(
@@ -279,7 +280,7 @@ def write_echoing_bundle(directory: Path) -> Path:
 def limited(
     most: int | None, kind: int = resource.RLIMIT_DATA
 ) -> Callable[..., subprocess.Popen[Any]]:
-    """What starts a process with a limit of so many bytes, None for none."""
+    """A command prefix that starts a process with a limit in bytes. None is no limit."""
     if most is None:
         return subprocess.Popen
     limit = functools.partial(resource.setrlimit, kind, (most, most))
@@ -327,13 +328,13 @@ def no_memory(bench: Bench) -> Seen:
             _, text = started.communicate(timeout=40)
         finally:
             started.kill()
-    last = (text.strip().splitlines() or [""])[-1]
-    clear = started.returncode > 0 and last.startswith("error: ")
-    return Seen({"RLIMIT_DATA MB": mb(limit)}, {"status": started.returncode, "said": last}, clear)
+    said = next((line for line in text.splitlines() if line.startswith("error: ")), "")
+    clear = started.returncode > 0 and said != ""
+    return Seen({"RLIMIT_DATA MB": mb(limit)}, {"status": started.returncode, "said": said}, clear)
 
 
 class _Edge:
-    """Asks for all windows of an image and compares what comes back."""
+    """Asks for all windows of an image and compares the answers."""
 
     def __init__(self, ctx: Any, node: NodeProcess, name: str, seed: int) -> None:
         stage, geometry = node.bundle.stage("stack"), node.bundle.geometry
@@ -352,16 +353,16 @@ class _Edge:
         self.right = self.wrong = self.sent = 0
         self.refused: collections.Counter[str] = collections.Counter()
         self._open: dict[bytes, asyncio.Future[None]] = {}
-        self._seal = new_seal()  # nobody listens here
+        self._seal = new_seal()  # nothing listens there
         self._heard: asyncio.Event | None = None
 
     async def ask(self, seconds: float) -> None:
-        """One request; its outcome is counted, and so is that there was none (``lost``)."""
+        """Send one request and count its outcome, also if there was none (``lost``)."""
         id = new_id()
         self._open[id] = done = asyncio.get_running_loop().create_future()
         self.sent += 1
         try:
-            if self._heard is None:  # as an edge does, before it sends anything large
+            if self._heard is None:  # an edge asks this before it sends anything large
                 self._heard = asyncio.Event()
                 await self._socket.send(encode(InfoRequest(new_id())))
             await asyncio.wait_for(self._heard.wait(), seconds)
@@ -397,13 +398,13 @@ class _Edge:
 async def under_load(
     bundle: Path, folder: Path, seconds: float, limit: int | None, *, edges: int = _EDGES
 ) -> dict[str, Any]:
-    """A node of its own and many requests at once; what its front used and did.
+    """Load a new node with many requests at once. Returns what its front used and did.
 
     Args:
-        bundle: of `write_echoing_bundle`. folder: for the node.
-        seconds: how long to load it.
-        limit: on its data; None for none.
-        edges: how many, each with as many requests at once as a node takes.
+        bundle: from `write_echoing_bundle`. folder: for the node.
+        seconds: duration of the load.
+        limit: on the node's data. None is no limit.
+        edges: how many, each with as many requests at once as a node accepts.
     """
     ctx = zmq.asyncio.Context()
     tasks = []

@@ -1,4 +1,4 @@
-"""Rows of the network and of processes that come and go."""
+"""Rows about the network, and about processes that start and end."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MOST_BACKOFF_S = 10.0
 
 
 async def _lost(client: Connection, within_s: float) -> float | None:
-    """Seconds until the client knows that its link is gone."""
+    """Seconds until the client knows that its link is down."""
     begun = time.monotonic()
     while time.monotonic() - begun < within_s:
         if client.link is not None and client.link.state != "up":
@@ -307,7 +307,7 @@ async def soak(bench: Bench) -> Seen:
             before, node_before = await _settled(), sample(left.pid)
             with (
                 run_plan(plan, nodes) as done,
-                # Few samples: they are kept by the very process that is measured.
+                # Few samples: the measured process itself stores them.
                 Sampler(os.getpid(), every_s=0.5, most=200) as sampler,
                 Sampler(left.pid, every_s=0.5, most=200) as node_sampler,
             ):
@@ -336,7 +336,8 @@ async def soak(bench: Bench) -> Seen:
             "slope MB/h": mb(node_sampler.slope("rss")),
         },
     }
-    # Of a minute, a slope of 1 MB/h is 17 kB: less than a page cache's whim. Then growth is judged.
+    # In one minute, a slope of 1 MB/h is 17 kB, less than the page cache varies. So growth is
+    # judged.
     grown = max(after.rss - before.rss, node_after.rss - node_before.rss)
     slope = max(one.slope("rss") for one in (sampler, node_sampler))
     flat = grown < 2e6 if bench.form == "short" else slope < 1e6
@@ -351,6 +352,6 @@ async def soak(bench: Bench) -> Seen:
 
 
 async def _visit(questions: Questions, edge: Node, bench: Bench) -> None:
-    """An edge comes, asks, and is gone."""
+    """An edge connects, asks, and leaves."""
     async with connected(edge, bench.bundle) as client:
         await questions.until_right(client, 30)

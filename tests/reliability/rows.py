@@ -1,9 +1,9 @@
-"""Rows of the reliability bar: how one is written, and what all of them work with.
+"""Rows of the reliability bar: how to write one, and the tools that all of them use.
 
-A row is a function of a `Bench` that injects its fault, watches, and returns a `Seen`: the numbers
-injected, those seen, and whether they meet the bar. It is registered by `row` under its name, with
-the bar in words. A row judges by numbers alone and is free to raise: that is "not held", with the
-error. One that can't be run here raises `Skip` and says why.
+A row is a function of a `Bench` that injects a fault, observes, and returns a `Seen`: the injected
+and observed numbers, and whether they meet the bar. `row` registers it under its name, with the bar
+in words. A row judges by numbers alone. An exception counts as "not held" and is recorded. A row
+that can't run here raises `Skip` with the reason.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ T = TypeVar("T")
 Form = Literal["short", "long"]
 Numbers = Mapping[str, Any]
 SEEDS = 8
-"""Different pictures asked about, so that an answer to another question shows."""
+"""The number of different pictures, so that an answer to another question is noticed."""
 
 
 class Skip(Exception):
-    """This row can't be run here; says why."""
+    """This row can't run here. The text says why."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a row injected and saw, and whether that meets its bar."""
+    """The injected and observed numbers, and whether they meet the bar."""
 
     injected: Numbers
     seen: Numbers
@@ -53,7 +53,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the bar. `seconds` is the most that each form may take."""
+    """A row of the bar. `seconds` is the time limit of each form."""
 
     name: str
     bar: str
@@ -78,7 +78,7 @@ def row(
 
 
 def running(work: Callable[[Bench], Awaitable[Seen]]) -> Callable[[Bench], Seen]:
-    """A row written as a coroutine."""
+    """Turn a coroutine into a row."""
 
     @functools.wraps(work)
     def run(bench: Bench) -> Seen:
@@ -89,10 +89,10 @@ def running(work: Callable[[Bench], Awaitable[Seen]]) -> Callable[[Bench], Seen]
 
 @dataclass
 class Bench:
-    """What a row works with.
+    """The tools of a row.
 
     Args:
-        folder: of its own, empty.
+        folder: an empty folder for this row alone.
         toy: a bundle whose stack takes no time.
         form: short or long.
     """
@@ -103,7 +103,7 @@ class Bench:
     _names: Any = field(default_factory=lambda: iter(range(10_000)))
 
     def pick(self, short: T, long: T) -> T:
-        """By the form."""
+        """The value for this form."""
         return short if self.form == "short" else long
 
     @functools.cached_property
@@ -117,7 +117,7 @@ class Bench:
 
     @functools.cached_property
     def truth(self) -> list[dict[str, np.ndarray]]:
-        """What a single process gives, by seed."""
+        """The results of a single process, by seed."""
         with OrtEngine(self.bundle.stage_path("stack"), threads=1, device="cpu") as engine:
             return [engine.run(feeds(self.bundle, seed)) for seed in range(SEEDS)]
 
@@ -125,33 +125,33 @@ class Bench:
         return self.folder / f"{name}{next(self._names)}"
 
     def node(self, **options: Any) -> NodeProcess:
-        """A real ``cloud-node serve``, or with `policy` one that lies; start it with ``with``."""
+        """A real ``cloud-node serve``, or with `policy` a faulty node. Start it with ``with``."""
         return NodeProcess(options.pop("bundle", self.toy), self.fresh(), **options)
 
     def idle_client(self) -> Connection:
-        """A client that has no connection, to be given messages by hand."""
+        """A client without a connection. The row feeds it messages."""
         pair = KeyPair("edge", "b" * 40, "c" * 40)
         node = Node("node", "tcp://127.0.0.1:1", "a" * 40, pair)
         return Connection(None, node, self.bundle.stage("stack"), self.limits)  # type: ignore[arg-type]
 
     def hostile(self, node: NodeProcess, seed: int = 0) -> HostileEdge:
-        """An edge that `node` has let in."""
+        """A hostile edge that `node` has authorised."""
         pair = node.authorise(f"hostile{next(self._names)}")
         stage = self.bundle.stage("stack").sha256
         return HostileEdge(node.endpoint, node.keypair.public, pair, stage, seed=seed)
 
     def edge(self, node: NodeProcess, *, name: str = "node", endpoint: str | None = None) -> Node:
-        """`node` as a newly authorised edge wants it."""
+        """`node` in the configuration of a newly authorised edge."""
         pair = node.authorise(f"edge{next(self._names)}")
         return node.node(pair, name=name, endpoint=endpoint)
 
 
 class Questions:
-    """Asks, and compares every answer with the truth, bit by bit.
+    """Asks, and compares every answer with the true one, bit by bit.
 
     Attributes:
-        right, wrong: answers. failed: typed errors, by the reason's first words. worst_s: longest
-            that any question took. over_s: longest beyond its deadline.
+        right, wrong: answers. failed: typed errors, by the first words of the reason. worst_s: the
+            longest time of a question. over_s: the longest time beyond its deadline.
     """
 
     def __init__(self, bench: Bench) -> None:
@@ -164,7 +164,7 @@ class Questions:
         self.fed = [feeds(bench.bundle, seed) for seed in range(SEEDS)]
 
     async def ask(self, client: Connection, seconds: float = 10.0) -> bool:
-        """One question; whether it was answered rightly."""
+        """Ask one question. True if the answer was correct."""
         seed = self.asked % SEEDS
         self.asked += 1
         begun = time.monotonic()
@@ -189,10 +189,10 @@ class Questions:
             self.over_s = max(self.over_s, took - seconds)
 
     async def until_right(self, client: Connection, within_s: float) -> float:
-        """Ask until an answer is right; seconds that took.
+        """Ask until an answer is correct. Returns the seconds that took.
 
         Raises:
-            AssertionError: none was within the time.
+            AssertionError: no answer was correct within the time.
         """
         begun = time.monotonic()
         while time.monotonic() - begun < within_s:
@@ -205,7 +205,7 @@ class Questions:
     async def going_on(
         self, *clients: Connection, seconds: float = 10.0, pause_s: float = 0.01
     ) -> AsyncIterator[None]:
-        """Ask all of them, over and over, while the body runs."""
+        """Ask all questions again and again while the body runs."""
 
         async def work(client: Connection) -> None:
             while not ended:
@@ -222,7 +222,7 @@ class Questions:
             await asyncio.gather(*tasks)
 
     def told(self) -> dict[str, Any]:
-        """For a row's numbers."""
+        """The counts, for a row's numbers."""
         return {
             "asked": self.asked,
             "identical": self.right,
@@ -232,7 +232,7 @@ class Questions:
 
 
 def quantile(values: list[float], share: float) -> float:
-    """By rank; 0 of none."""
+    """The quantile by rank. 0 for no values."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
 
@@ -246,7 +246,7 @@ def mb(size: float) -> float:
 
 
 def workers_of(front: int) -> list[int]:
-    """Pids of the processes that a node's front has started."""
+    """Pids of the processes started by a node's front."""
     try:
         listed = Path(f"/proc/{front}/task/{front}/children").read_text().split()
     except OSError:

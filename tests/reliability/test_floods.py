@@ -1,4 +1,4 @@
-"""What the rows of floods count, whatever their rates: nothing of an honest edge is lost, and every
+"""The counts in the rows about floods, independent of speed: honest edges lose nothing, and every
 newcomer is served."""
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from faults.floods import Kind
 from reliability.floods import CASES, edges_join, message_flood
 from reliability.rows import Bench
 
+pytestmark = pytest.mark.process
+
 
 @pytest.mark.parametrize(
     ("kind", "connections", "limit"), [("cancel", 1, None), ("request", 16, 250 << 20)]
 )
-def test_a_key_that_floods_is_kept_out_and_costs_no_request(
+def test_a_flooding_key_is_banned_and_costs_no_honest_request(
     tmp_path: Path, toy_bundle: Path, kind: Kind, connections: int, limit: int | None
 ) -> None:
     seen = message_flood(
@@ -37,7 +39,7 @@ def test_a_key_that_floods_is_kept_out_and_costs_no_request(
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name.startswith("1,000")])
-def test_newcomers_are_served_while_half_open_connections_pour_in(
+def test_newcomers_are_served_during_a_flood_of_half_open_connections(
     tmp_path: Path, toy_bundle: Path, case: str
 ) -> None:
     if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 16_384:

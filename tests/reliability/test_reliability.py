@@ -1,7 +1,6 @@
-"""The harness itself, with a few rows that take no time; and the page and figure of its results.
+"""The harness itself, with a few quick rows, and the page and figure of its results.
 
-The rows judge times and belong to ``make reliability``: what they count is asserted in the tests of
-the modules they are about.
+The rows judge times and belong to ``make reliability``. The tests of the modules assert the counts.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def bench(tmp_path: Path, toy_bundle: Path) -> Bench:
     return Bench(tmp_path, toy_bundle)
 
 
-def test_what_a_row_sees_is_told(bench: Bench) -> None:
+def test_the_numbers_of_a_row_are_reported(bench: Bench) -> None:
     told = measure(made(lambda _: Seen({"faults": 3}, {"wrong": 0}, True)), bench)
     assert told.pop("seconds") >= 0
     assert told == {
@@ -71,7 +70,7 @@ def test_a_row_that_raises_is_not_held(bench: Bench) -> None:
     assert "test_reliability.py" in told["error"]
 
 
-def test_a_row_that_cannot_be_run_says_why(bench: Bench) -> None:
+def test_a_row_that_cannot_run_says_why(bench: Bench) -> None:
     def work(_: Bench) -> Seen:
         raise Skip("no such kernel")
 
@@ -80,14 +79,15 @@ def test_a_row_that_cannot_be_run_says_why(bench: Bench) -> None:
     assert told["skipped"] == "no such kernel"
 
 
-def test_a_row_that_hangs_is_ended(tmp_path: Path, toy_bundle: Path) -> None:
+@pytest.mark.process
+def test_a_row_that_hangs_is_killed(tmp_path: Path, toy_bundle: Path) -> None:
     frozen = dataclasses.replace(load_rows()["node frozen"], seconds={"short": 0.5, "long": 1})
     told = apart(frozen, "short", toy_bundle, tmp_path / "row")
     assert told["held"] is False
     assert "still ran" in told["error"]
 
 
-def test_rows_that_were_not_run_keep_their_results(tmp_path: Path) -> None:
+def test_rows_that_did_not_run_keep_their_results(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     old = [{"row": name, "form": "short", "held": True, "run": {}} for name in ("keys", "soak")]
     path.write_text(json.dumps({"rows": old}))
@@ -111,7 +111,8 @@ def command(out: Path, rows: list[str]) -> dict[str, Any]:
     }
 
 
-def test_the_command(tmp_path: Path) -> None:
+@pytest.mark.process
+def test_the_command_runs_rows(tmp_path: Path) -> None:
     out = tmp_path / "results.json"
     rows = ["schema skew", "no pickle", "values and messages that show at once"]
     done = subprocess.run(**command(out, rows), capture_output=True, check=False)
@@ -128,18 +129,19 @@ def test_the_command(tmp_path: Path) -> None:
         assert {"python", "libzmq", "kernel"} <= one["run"]["versions"].keys()
 
 
-def test_interrupted_it_keeps_what_was_measured(tmp_path: Path) -> None:
+@pytest.mark.process
+def test_an_interrupt_keeps_the_rows_measured_so_far(tmp_path: Path) -> None:
     out = tmp_path / "results.json"
     with subprocess.Popen(
         **command(out, ["replay, duplicate, late, wrong id", "endless multipart: edge"]),
         stdout=subprocess.PIPE,
-        # Whoever started us in the background may have had SIGINT ignored, which is inherited.
+        # A background process has SIGINT ignored, and children inherit that.
         preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout
         lines = iter(process.stdout.readline, "")
         assert any("endless multipart: edge" in line and "held" in line for line in lines)
-        process.send_signal(signal.SIGINT)  # to it alone: the row must be ended too
+        process.send_signal(signal.SIGINT)  # only to this process, which must then end the row
         rest = "".join(lines)
     assert process.returncode == 130
     assert f"stopped; what was measured is in {out}; not run: replay, duplicate" in rest
@@ -148,7 +150,7 @@ def test_interrupted_it_keeps_what_was_measured(tmp_path: Path) -> None:
     ]
 
 
-def test_what_is_left_is_what_the_rows_took(tmp_path: Path) -> None:
+def test_the_remaining_time_is_estimated_from_earlier_runs(tmp_path: Path) -> None:
     rows = [made(lambda _: Seen({}, {}, True)), *load_rows().values()][:2]
     known = {rows[1].name: 130.0}
     assert left(rows[1:], known) == "about 2 min left, by the rows' recorded seconds"
@@ -162,10 +164,10 @@ def test_what_is_left_is_what_the_rows_took(tmp_path: Path) -> None:
     assert recorded("short", tmp_path / "none.json", path) == {"soak": 60}
 
 
-# What is told of a row
+# The summary of a row
 
 
-def test_every_row_has_a_theme_and_says_in_short_what_its_bar_says() -> None:
+def test_every_row_has_a_theme_and_a_short_form_of_its_bar() -> None:
     told = {name: telling for rows in THEMES.values() for name, telling in rows.items()}
     assert told.keys() == load_rows().keys()
     for name, telling in told.items():
@@ -173,7 +175,7 @@ def test_every_row_has_a_theme_and_says_in_short_what_its_bar_says() -> None:
         assert set(numbers) <= set(re.findall(r"\d[\d.]*", load_rows()[name].bar)), name
 
 
-def test_a_line_tells_the_numbers_that_decide() -> None:
+def test_a_summary_line_has_the_deciding_numbers() -> None:
     told: dict[str, Any] = {
         "row": "node killed in the middle of a request",
         "bar": "",
@@ -196,11 +198,13 @@ def test_a_line_tells_the_numbers_that_decide() -> None:
         ("of each", True, ("of each", "yes")),
     ],
 )
-def test_units_go_with_the_numbers(name: str, value: Any, expected: tuple[str, str]) -> None:
+def test_numbers_are_shown_with_their_units(
+    name: str, value: Any, expected: tuple[str, str]
+) -> None:
     assert as_read(name, value) == expected
 
 
-def test_what_is_the_same_of_many_is_told_once() -> None:
+def test_equal_values_are_shown_once() -> None:
     assert flat({"nan": 5, "inf": 5, "shape": 5}) == {"each of nan, inf, shape": 5}
     assert flat({"a": {"x": 1, "y": 2}, "b": {}}) == {"a: x": 1, "a: y": 2, "b": {}}
 
@@ -250,7 +254,7 @@ EVERY = [
 ]
 
 
-def test_what_is_not_held_stands_first_with_the_reason() -> None:
+def test_rows_not_held_come_first_with_the_reason() -> None:
     made_of = page({"rows": EVERY})
     top, _, rest = made_of.partition("## All rows")
     assert "**3 of 6 rows hold; 2 do not.**" in top
@@ -261,14 +265,14 @@ def test_what_is_not_held_stands_first_with_the_reason() -> None:
     assert "| soak | nothing wrong; memory and descriptors flat | wrong: 0 | held | ❌" in rest
 
 
-def test_when_all_hold_nothing_else_is_said() -> None:
+def test_a_page_without_failures_has_no_section_about_them() -> None:
     made_of = page({"rows": [result("keys"), result("soak")]})
     assert "**2 of 2 rows hold.**" in made_of
     assert "Not held" not in made_of
     assert "❌" not in made_of
 
 
-def test_rows_stand_under_their_themes() -> None:
+def test_rows_are_grouped_by_theme() -> None:
     made_of = page({"rows": EVERY})
     headings = re.findall(r"^##+ (.*)", made_of, re.MULTILINE)
     assert headings == [
@@ -294,7 +298,7 @@ def test_throughput_is_a_table_and_a_figure() -> None:
     assert FIGURE not in page({"rows": EVERY[:-1]})
 
 
-def test_where_it_was_measured_is_said_once() -> None:
+def test_the_machine_is_named_once() -> None:
     other = {**RUN, "commit": "d" * 40 + "+changes", "date": "2030-01-02"}
     made_of = page({"rows": [*EVERY, result("no pickle", run=other)]})
     assert made_of.count("a box") == 1
@@ -303,7 +307,7 @@ def test_where_it_was_measured_is_said_once() -> None:
 
 
 @pytest.mark.parametrize("measured", [False, True])
-def test_the_page_is_whole_markdown(measured: bool) -> None:
+def test_the_page_is_valid_markdown(measured: bool) -> None:
     if measured and not OUT.exists():
         pytest.skip("nothing has been measured yet")
     made_of = page(json.loads(OUT.read_text()) if measured else {"rows": EVERY})
@@ -333,7 +337,7 @@ def test_without_throughput_there_is_no_figure(tmp_path: Path) -> None:
     assert not (tmp_path / FIGURE).exists()
 
 
-def test_the_page_is_made_from_the_results() -> None:
+def test_the_committed_page_matches_the_results() -> None:
     if not OUT.exists():
         pytest.skip("nothing has been measured yet")
     results = json.loads(OUT.read_text())

@@ -1,15 +1,19 @@
-"""What the rows of throughput count, whatever their rates: nothing of an honest edge is lost."""
+"""The counts in the rows about throughput, independent of speed: honest edges lose nothing."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from reliability.load import write_sized_bundle
 from reliability.rows import Bench
 from reliability.throughput import sided
 
+pytestmark = pytest.mark.process
 
-def test_edges_that_ask_for_more_than_the_node_may_hold_lose_nothing(tmp_path: Path) -> None:
+
+def test_edges_that_ask_for_more_than_the_node_may_hold_lose_no_request(tmp_path: Path) -> None:
     # 48 results of 12.5 MB are more than twice the 256 MiB that may wait in libzmq.
     bundle = write_sized_bundle(tmp_path / "bundle", 1280)
     with sided(Bench(tmp_path, bundle), bundle, "serve", 16) as side:

@@ -1,12 +1,12 @@
-"""Rows of throughput: a node whose engine does nothing, beside two bare sockets with the same
+"""Rows about throughput: a node whose engine does nothing, beside two bare sockets with the same
 security.
 
-What is left of a request without its engine is what the node costs: metering, admission, queue, the
-copy into memory shared with the worker, the worker's turn, the result. `main` is the processes
-this takes: ``serve``, a real node but for its engine; ``bare``, a ROUTER with the same options,
-keys and authenticator that answers every message with frames of a result's sizes and looks at
-nothing; ``edge``, which loads either with the same requests. Node and bare take turns in short
-windows, since machines are shared and drift.
+Without an engine, the cost of a request is the node's own: byte accounting, admission, queue, the
+copy into shared memory, the worker's turn, the result. `main` runs the processes. ``serve`` is a
+real node without the engine. ``bare`` is a ROUTER with the same options, keys and authenticator
+that answers every message with frames of a result's sizes, unread. ``edge`` loads either one with
+the same requests. Node and bare ROUTER take turns in short windows, because the speed of a shared
+machine varies.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ from transport.sockets import client, server
 
 EDGES = (1, 16)
 IN_FLIGHT = 3
-"""Requests of one edge at a time, each of all windows of an image."""
+"""Concurrent requests of one edge, each with all windows of an image."""
 _RAMP_S = 0.4
 _LOST_S = 8.0
 _SHARE, _KEPT = 80.0, 90.0  # percent
@@ -74,7 +74,7 @@ _MAIN = (
 
 
 def _whole(specs: Sequence[TensorSpec], geometry: Geometry) -> dict[str, np.ndarray]:
-    """All windows of an image, of noise: nothing on the way may gain from zeros."""
+    """All windows of an image, made of noise: compressible zeros would distort the result."""
     rng = np.random.default_rng(0)
     arrays = {}
     for spec in specs:
@@ -90,7 +90,7 @@ def _whole(specs: Sequence[TensorSpec], geometry: Geometry) -> dict[str, np.ndar
 
 
 async def _serve(options: argparse.Namespace) -> None:
-    """A node, as ``cloud-node serve`` makes it, but for the engine."""
+    """A node as ``cloud-node serve`` makes it, without the engine."""
     settings = {"bundle": options.bundle, "keys": options.keys, "bind": options.bind}
     prepared = prepare(load(None, {**settings, "ready_file": options.ready_file}).config)
     stop = asyncio.Event()
@@ -99,7 +99,7 @@ async def _serve(options: argparse.Namespace) -> None:
 
 
 def _bare(options: argparse.Namespace) -> None:
-    """A ROUTER in a plain loop; only ZAP has a thread of its own."""
+    """A ROUTER in a plain loop. Only ZAP has its own thread."""
     prepared = prepare(load(None, {"bundle": options.bundle, "keys": options.keys}).config)
     ctx = zmq.asyncio.Context()
     started = threading.Event()
@@ -125,7 +125,7 @@ def _bare(options: argparse.Namespace) -> None:
 
 
 class _Load:
-    """Edges in one process, each with a key and a connection of its own."""
+    """Edges in one process, each with its own key and connection."""
 
     def __init__(self, told: dict[str, Any]) -> None:
         bundle = Bundle.load(told["bundle"])
@@ -140,14 +140,14 @@ class _Load:
         told, pair = self._told, KeyPair("edge", public, secret)
         socket = client(self._ctx, told["endpoint"], told["public"], pair, self._limits)
         socket.set(zmq.SNDTIMEO, round(_LOST_S * 1000))
-        if told["asks"]:  # as an edge does, before it sends anything large
+        if told["asks"]:  # an edge asks this before it sends anything large
             socket.send(encode(InfoRequest(new_id())))
             socket.recv()
         self._poller.register(socket, zmq.POLLIN)
         return socket
 
     def run(self, seconds: float) -> dict[str, Any]:
-        """Load for so long, after a ramp; what came back within."""
+        """Load for `seconds`, after a ramp. Returns the results that arrived in that time."""
         began = time.monotonic()
         begin, end = began + _RAMP_S, began + _RAMP_S + seconds
         open_ = dict.fromkeys(self._sockets, 0)
@@ -163,7 +163,7 @@ class _Load:
             for socket, _ in ready:
                 frame = socket.recv(copy=False)
                 now = time.monotonic()
-                if len(frame) >= self._size:  # nothing else is as long
+                if len(frame) >= self._size:  # no other message is as long
                     assert len(frame) - self._size < HEADER_BYTES
                     results += begin <= now < end
                     every += 1
@@ -178,7 +178,7 @@ class _Load:
                     open_[socket] -= 1
         lost = sum(open_.values())
         for number, socket in enumerate(self._sockets):
-            if open_[socket]:  # what comes late is of no run that follows
+            if open_[socket]:  # late answers belong to no later run
                 self._poller.unregister(socket)
                 socket.close()
                 self._sockets[number] = self._connect(*self._told["keys"][number])
@@ -190,7 +190,8 @@ class _Load:
 
 
 def _edge() -> None:
-    """Whom to load comes as the first line of stdin, seconds to do so as each that follows."""
+    """Read the node to load from the first line of stdin, and the seconds from each following
+    line."""
     load_ = _Load(json.loads(sys.stdin.readline()))
     for line in sys.stdin:
         print(json.dumps(load_.run(float(line))), flush=True)
@@ -203,9 +204,9 @@ class _Side:
     """A node, real or bare, and the edges that load it.
 
     Attributes:
-        rates: results a second, by window. cpu_ms: of the processes for each request, likewise.
+        rates: results per second, by window. cpu_ms: of the processes per request, by window.
         refused, lost: requests without a result.
-        node: it.
+        node: the node's process.
     """
 
     def __init__(self, node: NodeProcess, edge: subprocess.Popen[str]) -> None:
@@ -231,7 +232,7 @@ class _Side:
         self.lost += told["lost"]
 
     def logged(self) -> str:
-        """What the node has said so far."""
+        """The node's output so far."""
         return self.node.log.read_text(errors="replace")
 
     def _cpu_s(self) -> dict[str, float]:
@@ -252,7 +253,7 @@ class _Side:
 
 
 def _command(role: str) -> list[str]:
-    # Who started this may have the tests on its path in a way that children do not inherit.
+    # The parent may have the tests on its path in a way that children do not inherit.
     return [sys.executable, "-c", _MAIN, str(Path(__file__).parents[1]), role]
 
 
@@ -267,8 +268,8 @@ def _in_this_role(role: str, limit: int | None = None) -> Callable[..., subproce
 def sided(
     bench: Bench, bundle: Path, role: str, edges: int, *, limit: int | None = None
 ) -> Iterator[_Side]:
-    """A node (``serve`` or ``bare``) of `bundle` and so many edges, in one process, to load it.
-    `limit`: bytes of the node's data."""
+    """A node (``serve`` or ``bare``) of `bundle` and one process with the given number of edges to
+    load it. `limit`: on the node's data, in bytes."""
     with bench.node(bundle=bundle, popen=_in_this_role(role, limit)) as node:
         pairs = [node.authorise(f"edge{number}") for number in range(edges)]
         edge = subprocess.Popen(
@@ -294,7 +295,7 @@ def sided(
 
 
 def _shares(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Percent, of what was measured in the same round."""
+    """Percentages of values measured in the same round."""
     return [100 * a / b if b else 0.0 for a, b in zip(ours, theirs, strict=True)]
 
 
@@ -369,7 +370,7 @@ def vit_h(bench: Bench) -> Seen:
 @row(
     "slow readers",
     "edges that read 20 kB/s and ask for more than the node may hold: its memory is bounded, none "
-    "of an honest edge's requests is lost and none takes 10 s, two windows of the least pace",
+    "of an honest edge's requests is lost and none takes 10 s",
     short_s=120,
     long_s=900,
 )
@@ -433,9 +434,9 @@ def main() -> None:
     for name in ("bundle", "keys", "ready-file"):
         parser.add_argument(f"--{name}", type=Path)
     parser.add_argument("--bind")
-    options, _ = parser.parse_known_args()  # the others are cloud-node's
+    options, _ = parser.parse_known_args()  # the others are options of cloud-node
     logging.basicConfig(level=logging.INFO)
-    keep_freed_memory()  # as cloud-node does
+    keep_freed_memory()  # like cloud-node
     if options.role == "serve":
         asyncio.run(_serve(options))
     elif options.role == "bare":

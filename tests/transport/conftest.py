@@ -21,7 +21,7 @@ def limits() -> StageLimits:
 
 @pytest.fixture
 def new_pair() -> Callable[[str], KeyPair]:
-    """Key pairs in memory."""
+    """Make key pairs in memory."""
 
     def make(name: str = "x") -> KeyPair:
         public, secret = zmq.curve_keypair()
@@ -60,7 +60,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., EchoNode]]:
 
 @pytest.fixture
 def behave(start: Callable[..., EchoNode]) -> Iterator[Callable[..., Honest]]:
-    """Edges that behave, stopped before their nodes."""
+    """Well-behaved edges, stopped before their nodes."""
     made: list[Honest] = []
 
     def make(node: EchoNode) -> Honest:

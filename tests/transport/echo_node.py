@@ -1,8 +1,8 @@
-"""A server of `transport` alone, as a process: authenticator, connection limits and an echo.
+"""A server made of `transport` alone, as a process: authenticator, connection limits and an echo.
 
-`EchoNode` starts it and asks for its counts; `Honest` is an edge of it that behaves. Run by path,
-it takes one argument, JSON: keys (folder), limits of messages, and connection limits that
-differ. It prints its endpoint, then its counts for every line on standard input.
+`EchoNode` starts it and asks for its counts. `Honest` is a well-behaved edge of it. Run by path, it
+takes one argument, a JSON object: keys (folder), limits of messages, and changed connection limits.
+It prints its endpoint, then its counts for every line on standard input.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ async def serve(options: dict[str, Any]) -> None:
             events["messages"] += 1
             events["surplus frames"] += surplus
             if authenticator.admits(*(str(frame.get(name)) for name in ("User-Id", KEY))):
-                # What is asked for, as often as is asked: "3 1000" is three messages of 1000 bytes
-                # after the question.
+                # Send the requested replies after the question: "3 1000" means three messages of
+                # 1000 bytes.
                 times, size = (int(n) for n in frame.bytes[:64].split()[:2])
                 for _ in range(times):
                     answer = frame.bytes[:64] + bytes(size)
@@ -144,7 +144,7 @@ async def serve(options: dict[str, Any]) -> None:
 
 
 class EchoNode:
-    """A process of `echo_node`."""
+    """A process that runs `echo_node`."""
 
     def __init__(self, folder: Path, files: int | None = None, **options: Any) -> None:
         self.folder = make_directory(folder)
@@ -198,7 +198,7 @@ class EchoNode:
         return pair
 
     async def peer(self, pair: KeyPair, **options: Any) -> Peer:
-        """An edge that says what it likes."""
+        """An edge that can send any bytes."""
         peer = await Peer.connect(self.address, **options)
         await peer.curve_client(Curve(pair.public, pair.secret, self.key.public))
         return peer
@@ -209,7 +209,7 @@ class EchoNode:
 
 
 class Honest:
-    """An edge that asks again and again, in a thread; `answers` counts."""
+    """An edge that sends question after question in a thread. `answers` counts."""
 
     def __init__(self, node: EchoNode, name: str = "honest") -> None:
         self.answers = 0
@@ -236,7 +236,7 @@ class Honest:
                 client.close()
 
     def more(self, count: int) -> None:
-        """Wait until it got so many more answers."""
+        """Wait for this many more answers."""
         wanted = self.answers + count
         while self.answers < wanted:
             assert self.failed is None, self.failed
@@ -247,7 +247,7 @@ class Honest:
         self._thread.join(10)
 
     def close(self) -> None:
-        """Stop, and check that nothing has gone wrong."""
+        """Stop, and check that there was no error."""
         self.stop()
         assert self.failed is None, self.failed
         assert not self._thread.is_alive()

@@ -21,14 +21,14 @@ from transport.keys import KeyPair, make_directory, write_public
 NewPair = Callable[[str], KeyPair]
 
 
-def test_the_command_that_lets_an_edge_in_fits_the_folder(authorized: Path, tmp_path: Path) -> None:
+def test_keys_authorize_writes_to_the_allow_list_s_folder(authorized: Path, tmp_path: Path) -> None:
     told = AllowList(authorized).command("k.pub")
     assert told == f"edge-runtime keys authorize --dir {tmp_path} k.pub"
     elsewhere = authorized.rename(tmp_path / "edges")
     assert AllowList(elsewhere).command("k.pub") == f"cp k.pub {elsewhere}"
 
 
-def test_folder_must_exist_and_be_closed_to_others(
+def test_the_folder_must_exist_and_be_closed_to_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -44,8 +44,8 @@ def test_folder_must_exist_and_be_closed_to_others(
             AllowList(folder)
 
 
-def test_a_folder_above_that_others_may_change(tmp_path: Path, new_pair: NewPair) -> None:
-    """Anybody who may write to the folder above can put another one in its place."""
+def test_a_parent_folder_writable_by_others_is_refused(tmp_path: Path, new_pair: NewPair) -> None:
+    """Anybody who may write to the parent folder can replace the folder itself."""
     above = tmp_path / "above"
     folder = make_directory(above / "authorized")
     write_public(folder / "edge.pub", new_pair("edge").public, "edge")
@@ -63,7 +63,7 @@ def test_a_folder_above_that_others_may_change(tmp_path: Path, new_pair: NewPair
     assert len(allowed.reload()) == 1
 
 
-def test_a_key_file_that_others_may_write_shuts_out_its_holder_alone(
+def test_a_key_file_writable_by_others_excludes_only_its_holder(
     authorized: Path,
     authorise: Any,
     new_pair: NewPair,
@@ -77,7 +77,7 @@ def test_a_key_file_that_others_may_write_shuts_out_its_holder_alone(
     target = make_directory(tmp_path / "elsewhere") / "linked"
     write_public(target, linked.public, "linked")
     (authorized / "linked.pub").symlink_to(target)
-    later = time.time_ns() + 3_000_000_000  # no file is read again for being new
+    later = time.time_ns() + 3_000_000_000  # no file is read again for being recent
     monkeypatch.setattr(time, "time_ns", lambda: later)
     allowed = AllowList(authorized)
     assert sorted(allowed.reload().values()) == ["kept", "linked", "loose"]
@@ -95,11 +95,11 @@ def test_a_key_file_that_others_may_write_shuts_out_its_holder_alone(
     assert len(allowed.reload()) == 3
 
 
-def test_another_users_key_file_lets_in_nobody(
+def test_another_user_s_key_file_admits_no_edge(
     authorized: Path, authorise: Any, new_pair: NewPair
 ) -> None:
     if os.geteuid():
-        pytest.skip("only root can give files away")
+        pytest.skip("only root can change the owner of a file")
     pair = new_pair("edge")
     authorise(pair)
     os.chown(authorized / "edge.pub", 12_345, -1)
@@ -111,7 +111,7 @@ def test_another_users_key_file_lets_in_nobody(
 
 
 def _replace_in_place(file: Path, public: str) -> None:
-    """Write another key over a file and keep its size and time."""
+    """Write another key into a file and keep its size and time."""
     before = file.stat()
     file.write_text(file.read_text().splitlines()[0] + f"\npublic-key {public}\n")
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -123,26 +123,26 @@ def _replace_in_place(file: Path, public: str) -> None:
     )
 
 
-def test_a_key_replaced_in_place_with_size_and_time_kept_is_noticed(
+def test_a_key_replaced_in_place_with_equal_size_and_time_is_noticed(
     authorized: Path, authorise: Any, new_pair: NewPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, new = new_pair("edge"), new_pair("edge")
     authorise(old)
-    later = time.time_ns() + 3_000_000_000  # the file is not read again for being new
+    later = time.time_ns() + 3_000_000_000  # the file is not read again for being recent
     monkeypatch.setattr(time, "time_ns", lambda: later)
     file = authorized / "edge.pub"
     allowed = AllowList(authorized)
     before = file.stat().st_ctime_ns
-    while file.stat().st_ctime_ns == before:  # the clock of files may tick slowly
+    while file.stat().st_ctime_ns == before:  # the file system's clock may tick slowly
         _replace_in_place(file, new.public)
     assert allowed.reload() == {new.public: "edge"}
     assert allowed.name_of(old.public) is None
 
 
-def test_a_key_replaced_within_one_tick_of_the_clock_of_files_is_noticed(
+def test_a_key_replaced_within_one_tick_of_the_file_system_s_clock_is_noticed(
     authorized: Path, authorise: Any, new_pair: NewPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing about the file has changed but its content."""
+    """Only the content of the file has changed."""
     stamp = allow_list._stamp
     second = 1_000_000_000
     monkeypatch.setattr(
@@ -212,7 +212,7 @@ def test_a_key_in_two_files_has_the_first_name(
     assert allowed.name_of(pair.public) == "edge"
 
 
-def test_a_link_to_nowhere_is_skipped_until_it_leads_somewhere(
+def test_a_dangling_link_is_skipped_until_its_target_exists(
     authorized: Path,
     authorise: Any,
     new_pair: NewPair,
@@ -236,7 +236,7 @@ def test_a_link_to_nowhere_is_skipped_until_it_leads_somewhere(
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
-def test_a_shortage_shuts_out_nobody(
+def test_a_shortage_of_descriptors_or_memory_excludes_no_edge(
     authorized: Path,
     authorise: Any,
     new_pair: NewPair,
@@ -255,5 +255,5 @@ def test_a_shortage_shuts_out_nobody(
         authorise(other)
         assert allowed.reload() == {pair.public: "edge"}
         with pytest.raises(KeyFileError):
-            AllowList(authorized)  # without anything read before, there is nothing to go by
+            AllowList(authorized)  # nothing was read before, so there is no list to keep
     assert allowed.reload()[other.public] == "other"

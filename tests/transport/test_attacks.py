@@ -1,4 +1,4 @@
-"""Attacks by authenticated peers, and half-open floods, on a real process."""
+"""Attacks by authenticated peers, and floods of half-open connections, on a real process."""
 
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ asyncio.run(half_open({}, hold_s=120, budget=Budget(count=2000, seconds=120)))
 """
 
 
+@pytest.mark.process
 @linux
 @pytest.mark.parametrize("part", [MIB, 64])
-def test_an_endless_message_costs_its_sender_the_connection(
+def test_an_endless_message_ends_its_sender_s_connection(
     start: Callable[..., EchoNode], behave: Callable[..., Honest], part: int
 ) -> None:
     node = start()
@@ -53,26 +54,28 @@ def test_an_endless_message_costs_its_sender_the_connection(
             return await zmtp.endless_multipart(peer, part_bytes=part, budget=budget)
 
     tally = asyncio.run(attack())
-    assert tally.closed == 1, "it was let do as it liked"
+    assert tally.closed == 1, "the connection was not closed"
     stats = node.wait_for(lambda s: s["dropped"].get("endless"))
     most = connection_limits(LIMITS.request, LIMITS.result, backlog=sockets.BACKLOG)
     allowed = most.undelivered
     assert allowed < 30 * MIB
-    assert tally.sent < allowed + 256 * MIB  # what a busy machine let pass between two looks
+    # a busy machine may accept this much between two checks
+    assert tally.sent < allowed + 256 * MIB
     honest.more(20)
     after = node.wait_for(lambda s: s["connections"] == 1)
-    # The allocator may keep what was freed. Small frames take twice what they are on the wire.
+    # The allocator may keep freed memory. Small frames take twice their size on the wire.
     assert after["rss"] < before["rss"] + 3 * allowed
     assert stats["dropped"] == {"endless": 1}
     assert "without ending a message" in node.log
     honest.close()
 
 
+@pytest.mark.process
 @linux
-def test_without_metering_the_same_attack_fills_the_memory(
+def test_without_byte_accounting_the_same_attack_fills_the_memory(
     start: Callable[..., EchoNode],
 ) -> None:
-    """The attack works, else the test before proves nothing."""
+    """Otherwise the test before this one would prove nothing."""
     node = start(metered=False)
     before = node.stats()["rss"]
 
@@ -87,11 +90,12 @@ def test_without_metering_the_same_attack_fills_the_memory(
     asyncio.run(attack())
 
 
+@pytest.mark.process
 @linux
-def test_a_connection_that_breaks_while_its_inbox_is_full_stops_nothing(
+def test_a_connection_that_breaks_with_a_full_inbox_stops_nothing(
     start: Callable[..., EchoNode],
 ) -> None:
-    """libzmq would abort, had it a mark at which to stop reading, at the next heartbeat."""
+    """With a receive high-water mark, libzmq would abort at the next heartbeat."""
     node = start(deaf=True, limits={"undelivered": 1 << 30})
     mark = 4
     with zmq.Context() as ctx:
@@ -102,7 +106,7 @@ def test_a_connection_that_breaks_while_its_inbox_is_full_stops_nothing(
             client.send(bytes(3 * MIB))
         node.wait_for(lambda s: s["held"] > (mark - 1) * 3 * MIB)
         client.close()
-    time.sleep(3.5)  # in which some heartbeats would be due
+    time.sleep(3.5)  # long enough for some heartbeats
     node.stats()
 
 
@@ -120,6 +124,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.process
 @linux
 def test_an_edge_that_freezes_loses_its_connection(start: Callable[..., EchoNode]) -> None:
     node = start()
@@ -133,7 +138,7 @@ def test_an_edge_that_freezes_loses_its_connection(start: Callable[..., EchoNode
         try:
             assert edge.stdout
             assert edge.stdout.readline() == b"\n"
-            time.sleep(1.5)  # a heartbeat
+            time.sleep(1.5)  # long enough for a heartbeat
             assert node.stats()["connections"] == 1
             edge.send_signal(signal.SIGSTOP)
             node.wait_for(lambda s: s["connections"] == 0)
@@ -141,6 +146,7 @@ def test_an_edge_that_freezes_loses_its_connection(start: Callable[..., EchoNode
             edge.kill()
 
 
+@pytest.mark.process
 @linux
 def test_many_endless_messages_together_are_bounded(
     start: Callable[..., EchoNode], behave: Callable[..., Honest]
@@ -168,8 +174,9 @@ def test_many_endless_messages_together_are_bounded(
     honest.close()
 
 
+@pytest.mark.process
 @linux
-def test_a_peer_that_does_not_read_costs_its_connection(
+def test_a_peer_that_does_not_read_loses_its_connection(
     start: Callable[..., EchoNode], behave: Callable[..., Honest]
 ) -> None:
     node = start()
@@ -185,7 +192,7 @@ def test_a_peer_that_does_not_read_costs_its_connection(
                 while time.monotonic() < give_up:
                     await peer.send_message([b"4 1000000"])
                     await asyncio.sleep(0.02)
-                pytest.fail("it was let do as it liked")
+                pytest.fail("the connection was not closed")
 
     asyncio.run(attack())
     stats = node.wait_for(lambda s: s["dropped"].get("slow"))
@@ -195,6 +202,7 @@ def test_a_peer_that_does_not_read_costs_its_connection(
     honest.close()
 
 
+@pytest.mark.process
 @linux
 def test_a_peer_that_stops_reading_is_dropped_in_time(
     start: Callable[..., EchoNode], behave: Callable[..., Honest]
@@ -215,8 +223,9 @@ def test_a_peer_that_stops_reading_is_dropped_in_time(
     honest.close()
 
 
+@pytest.mark.process
 @linux
-def test_a_flood_of_half_open_connections_keeps_nobody_out(
+def test_a_flood_of_half_open_connections_locks_out_no_edge(
     start: Callable[..., EchoNode],
 ) -> None:
     node = start(files=1024)
@@ -226,13 +235,13 @@ def test_a_flood_of_half_open_connections_keeps_nobody_out(
         with zmq.Context() as ctx:
             client = sockets.client(ctx, node.endpoint, node.key.public, pair, LIMITS)
             client.rcvtimeo, client.sndtimeo = 5_000, 60_000
-            for _ in range(12):  # a connection that is cut takes its messages along
+            for _ in range(12):  # a closed connection loses its messages
                 client.send(b"1 1000")
                 with contextlib.suppress(zmq.Again):
                     client.recv()
                     break
             else:
-                pytest.fail("nobody was served within a minute")
+                pytest.fail("no edge was served within a minute")
             client.close()
 
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -243,18 +252,19 @@ def test_a_flood_of_half_open_connections_keeps_nobody_out(
         node.wait_for(lambda s: s["dropped"].get("crowd", 0) >= 2000)
         for _ in range(3):
             ask()
-            assert flood.poll() is None, "the flood was over before anybody was served"
+            assert flood.poll() is None, "the flood ended before any edge was served"
     finally:
         flood.kill()
         flood.wait()
     node.wait_for(lambda s: s["connections"] == 0)
 
 
+@pytest.mark.process
 @linux
 def test_an_honest_edge_is_not_charged(
     start: Callable[..., EchoNode], behave: Callable[..., Honest]
 ) -> None:
-    """After hundreds of messages, what is counted in agrees with what was delivered."""
+    """After hundreds of messages, the counted bytes agree with the delivered ones."""
     node = start()
     honest = behave(node)
     honest.more(1)
@@ -266,8 +276,9 @@ def test_an_honest_edge_is_not_charged(
     node.wait_for(lambda s: s["connections"] == 0 and s["held"] == 0)
 
 
+@pytest.mark.process
 @linux
-def test_one_key_has_only_so_many_connections(
+def test_the_connections_of_one_key_are_limited(
     start: Callable[..., EchoNode], behave: Callable[..., Honest]
 ) -> None:
     node = start()
@@ -276,7 +287,7 @@ def test_one_key_has_only_so_many_connections(
     pair = node.authorise("many")
 
     async def scene() -> None:
-        peers = [await node.peer(pair) for _ in range(70)]  # of which none says anything
+        peers = [await node.peer(pair) for _ in range(70)]  # none of them sends anything
         node.wait_for(lambda s: s["dropped"].get("crowd", 0) >= 6 and s["connections"] == 1 + 64)
         for peer in peers[-64:]:
             await peer.send_message([b"1 10"])

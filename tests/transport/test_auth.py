@@ -1,4 +1,4 @@
-"""The authenticator lets in whom the folder names, nobody else, and survives its own failures."""
+"""The authenticator admits exactly the keys in the folder and survives its own failures."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ async def _revoked(*args: Any) -> None:
 
 
 async def _admitted(ctx: Any, server: Any, node: KeyPair, pair: KeyPair, limits: Any) -> str | None:
-    """The name a client was let in under, None if its handshake was refused."""
+    """The name under which a client was admitted. None if its handshake was refused."""
     endpoint = server.last_endpoint.decode()
     client = sockets.client(ctx, endpoint, node.public, pair, limits, connect=False)
     watcher = link.watch(client, endpoint, first_retry_s=0.1)
     try:
         event = await asyncio.wait_for(anext(watcher), 30)
-        while event.reason == link.NO_ANSWER:  # this machine was too slow: tried again
+        while event.reason == link.NO_ANSWER:  # this machine was too slow: try again
             event = await asyncio.wait_for(anext(watcher), 30)
         if event.state != "up":
             assert event.state == "refused"
@@ -75,7 +75,7 @@ async def _admitted(ctx: Any, server: Any, node: KeyPair, pair: KeyPair, limits:
         client.close()
 
 
-def test_only_authorised_keys_get_in_under_their_name(
+def test_only_authorised_keys_are_admitted_under_their_name(
     authorized: Path, authorise: Any, new_pair: NewPair, limits: StageLimits
 ) -> None:
     node, kitchen, stranger = new_pair("node"), new_pair("kitchen"), new_pair("stranger")
@@ -94,7 +94,9 @@ def test_only_authorised_keys_get_in_under_their_name(
     asyncio.run(scene())
 
 
-def test_without_an_authenticator_nobody_gets_in(new_pair: NewPair, limits: StageLimits) -> None:
+def test_without_an_authenticator_every_client_is_refused(
+    new_pair: NewPair, limits: StageLimits
+) -> None:
     node, pair = new_pair("node"), new_pair("kitchen")
 
     async def scene() -> None:
@@ -104,7 +106,7 @@ def test_without_an_authenticator_nobody_gets_in(new_pair: NewPair, limits: Stag
     asyncio.run(scene())
 
 
-def test_an_exception_refuses_and_the_next_client_gets_in(
+def test_an_exception_refuses_one_client_and_the_next_is_admitted(
     authorized: Path, authorise: Any, new_pair: NewPair, limits: StageLimits
 ) -> None:
     node, pair = new_pair("node"), new_pair("kitchen")
@@ -124,7 +126,7 @@ def test_an_exception_refuses_and_the_next_client_gets_in(
             allowed.broken = True
             for _ in range(3):
                 assert await _admitted(ctx, server, node, pair, limits) is None
-            allowed.broken, allowed.odd = False, True  # a name that can't be told
+            allowed.broken, allowed.odd = False, True  # a name that can't be encoded
             assert await _admitted(ctx, server, node, pair, limits) is None
             allowed.odd = False
             assert await _admitted(ctx, server, node, pair, limits) == "kitchen"
@@ -132,7 +134,7 @@ def test_an_exception_refuses_and_the_next_client_gets_in(
     asyncio.run(scene())
 
 
-def test_a_file_name_that_cannot_be_told_shuts_out_its_holder_alone(
+def test_an_unencodable_file_name_excludes_only_its_holder(
     authorized: Path,
     authorise: Any,
     new_pair: NewPair,
@@ -146,7 +148,7 @@ def test_a_file_name_that_cannot_be_told_shuts_out_its_holder_alone(
     try:
         os.rename(authorized / "cellar.pub", os.fsencode(authorized) + b"/k\xfcche.pub")
     except OSError:
-        pytest.skip("this file system takes UTF-8 alone")
+        pytest.skip("this file system accepts only UTF-8")
 
     async def scene() -> None:
         async with _serving(AllowList(authorized), node, limits) as (ctx, server):
@@ -159,7 +161,7 @@ def test_a_file_name_that_cannot_be_told_shuts_out_its_holder_alone(
     assert "is not UTF-8: rename it" in caplog.text
 
 
-def test_a_folder_that_becomes_unsafe_or_vanishes_lets_in_nobody(
+def test_an_unsafe_or_missing_folder_admits_no_edge(
     authorized: Path, authorise: Any, new_pair: NewPair, limits: StageLimits
 ) -> None:
     node, pair = new_pair("node"), new_pair("kitchen")
@@ -206,7 +208,7 @@ def _question(pair: KeyPair, **changes: bytes) -> list[bytes]:
     return list({**sound, **changes}.values())
 
 
-def test_a_sound_question_of_an_authorised_key_is_answered_yes(
+def test_a_valid_question_of_an_authorised_key_is_accepted(
     authorized: Path, authorise: Any, new_pair: NewPair
 ) -> None:
     pair = new_pair("edge")
@@ -230,7 +232,7 @@ def test_a_sound_question_of_an_authorised_key_is_answered_yes(
         {"more": b""},
     ],
 )
-def test_a_question_with_one_defect_is_answered_no(
+def test_a_question_with_one_defect_is_refused(
     authorized: Path, authorise: Any, new_pair: NewPair, change: dict[str, bytes]
 ) -> None:
     pair = new_pair("edge")
@@ -247,15 +249,13 @@ def test_a_question_with_one_defect_is_answered_no(
 @pytest.mark.parametrize(
     "question", [[b"1.0"], [], _NULL, [b"1.0", b"1", b"edge-runtime", b"", b"", b"PLAIN", b"", b""]]
 )
-def test_a_question_of_another_length_is_answered_no(
-    authorized: Path, question: list[bytes]
-) -> None:
+def test_a_question_of_another_length_is_refused(authorized: Path, question: list[bytes]) -> None:
     answer = asyncio.run(_ask(AllowList(authorized), question or [b""]))
     assert answer[:3] == [b"1.0", question[1] if len(question) > 1 else b"", b"400"]
     assert answer[4:] == [b"", b""]
 
 
-def test_strangers_make_it_read_the_folder_only_so_often(
+def test_unknown_keys_cause_only_a_limited_number_of_folder_scans(
     authorized: Path, new_pair: NewPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     authenticator = Authenticator(zmq.Context.instance(), AllowList(authorized))
@@ -264,7 +264,7 @@ def test_strangers_make_it_read_the_folder_only_so_often(
 
     def slow(path: Any) -> Any:
         scans.append(path)
-        clock[0] += 0.02  # as with 5,000 keys
+        clock[0] += 0.02  # the duration of a scan with 5,000 keys
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", slow)
@@ -273,10 +273,10 @@ def test_strangers_make_it_read_the_folder_only_so_often(
     while clock[0] < 102.0:
         assert authenticator._answer(question)[2] == b"400"
         clock[0] += 0.001
-    assert 5 < len(scans) < 20  # a tenth of the time, and a second's share at once
+    assert 5 < len(scans) < 20  # a tenth of the time, plus a burst of one second's worth
 
 
-def test_a_key_that_was_revoked_and_authorised_again_starts_anew(
+def test_a_key_revoked_and_authorised_again_has_a_fresh_state(
     authorized: Path, authorise: Any, new_pair: NewPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(auth, "_HANDSHAKES", 2)
@@ -296,7 +296,7 @@ def test_a_key_that_was_revoked_and_authorised_again_starts_anew(
     assert answers() == [b"200", b"200", b"500"]
 
 
-def test_refusals_are_logged_once_a_minute_and_key(
+def test_refusals_are_logged_once_per_minute_and_key(
     authorized: Path, new_pair: NewPair, limits: StageLimits, caplog: pytest.LogCaptureFixture
 ) -> None:
     node, stranger = new_pair("node"), new_pair("stranger")
@@ -312,7 +312,7 @@ def test_refusals_are_logged_once_a_minute_and_key(
     assert "edge-runtime keys authorize" in line
 
 
-def test_a_name_that_is_no_text_lets_in_nobody_and_stops_nothing(
+def test_an_undecodable_name_admits_no_edge_and_stops_nothing(
     authorized: Path, authorise: Any, new_pair: NewPair, limits: StageLimits
 ) -> None:
     node, odd, kitchen = new_pair("node"), new_pair("odd"), new_pair("kitchen")
@@ -336,7 +336,8 @@ async def _answered(peer: Peer) -> bool:
     return bool(await asyncio.wait_for(peer.read_message(), 60))
 
 
-def test_a_revoked_key_is_cut_off_and_nobody_else(
+@pytest.mark.process
+def test_only_a_revoked_key_is_disconnected(
     start: Callable[..., EchoNode], behave: Callable[..., Honest]
 ) -> None:
     node = start()
@@ -349,7 +350,7 @@ def test_a_revoked_key_is_cut_off_and_nobody_else(
         assert await _answered(peer)
         (node.folder / "authorized" / "revoked.pub").unlink()
         assert await peer.wait_closed(60)
-        assert await silent.wait_closed(60)  # let in, and has not said yet whose it is
+        assert await silent.wait_closed(60)  # admitted, but its first message is still missing
         with pytest.raises(PeerError):
             await node.peer(pair)
         await peer.close()
@@ -365,7 +366,8 @@ def test_a_revoked_key_is_cut_off_and_nobody_else(
     honest.close()
 
 
-def test_another_key_under_the_same_name_cuts_off_the_old_one(
+@pytest.mark.process
+def test_replacing_a_key_under_the_same_name_disconnects_the_old_one(
     start: Callable[..., EchoNode], new_pair: NewPair
 ) -> None:
     node = start()
@@ -387,7 +389,8 @@ def test_another_key_under_the_same_name_cuts_off_the_old_one(
     asyncio.run(scene())
 
 
-def test_a_folder_not_to_be_trusted_any_more_cuts_off_everybody(
+@pytest.mark.process
+def test_a_folder_that_becomes_unsafe_disconnects_every_edge(
     start: Callable[..., EchoNode],
 ) -> None:
     node = start()
@@ -409,12 +412,12 @@ def test_a_folder_not_to_be_trusted_any_more_cuts_off_everybody(
             assert await _answered(peer)
 
     asyncio.run(scene())
-    assert "nobody is authorised any more" in node.log
+    assert "no key is authorised any more" in node.log
     assert "chmod go-w" in node.log
     assert node.stats()["refused"]["folder"] == 1
 
 
-def test_a_failing_callback_does_not_end_the_watch_and_is_told_again(
+def test_a_failing_callback_does_not_end_the_watch_and_is_called_again(
     authorized: Path, authorise: Any, new_pair: NewPair
 ) -> None:
     pairs = [new_pair(name) for name in ("first", "second")]
@@ -440,7 +443,7 @@ def test_a_failing_callback_does_not_end_the_watch_and_is_told_again(
                 assert not authenticator.admits(pair.name, pair.public)
             while len(told) < 3:
                 await asyncio.sleep(0.01)
-            await asyncio.sleep(0.6)  # long enough to be told once more, if it were
+            await asyncio.sleep(0.6)  # long enough for another call, if there were one
         finally:
             await authenticator.stop()
             ctx.destroy(linger=0)
@@ -451,7 +454,7 @@ def test_a_failing_callback_does_not_end_the_watch_and_is_told_again(
     assert len(told) == 3
 
 
-def test_a_banned_edge_gets_in_again_and_another_meanwhile(
+def test_a_banned_edge_is_admitted_again_and_another_key_meanwhile(
     authorized: Path,
     authorise: Any,
     new_pair: NewPair,
@@ -492,7 +495,8 @@ def test_a_banned_edge_gets_in_again_and_another_meanwhile(
     asyncio.run(asyncio.wait_for(scene(), 60))
 
 
-def test_a_key_that_comes_too_often_is_paced_and_another_gets_in_meanwhile(
+@pytest.mark.process
+def test_a_key_that_connects_too_often_is_paced_and_another_is_admitted_meanwhile(
     start: Callable[..., EchoNode],
 ) -> None:
     node = start()
@@ -513,11 +517,11 @@ def test_a_key_that_comes_too_often_is_paced_and_another_gets_in_meanwhile(
 
     asyncio.run(asyncio.wait_for(scene(), 60))
     stats = node.wait_for(lambda s: not s["connections"])
-    # Whoever gives up in the middle of its handshake may look like many things, but that is rare.
+    # A peer that gives up during its handshake may be counted under other reasons, but rarely.
     assert sum(n for what, n in stats["events"].items() if what.startswith("refused")) <= 40
     assert set(stats["refused"]) == {"too_often"}
     assert node.log.count("stormy connects too often") == 1
-    # Once it has calmed down, it gets in.
+    # Once it has slowed down, it is admitted.
     with zmq.Context() as ctx:
         client = sockets.client(ctx, node.endpoint, node.key.public, stormy, LIMITS)
         client.rcvtimeo = client.sndtimeo = 60_000
@@ -526,7 +530,8 @@ def test_a_key_that_comes_too_often_is_paced_and_another_gets_in_meanwhile(
         client.close()
 
 
-def test_an_edge_that_loses_its_connection_again_and_again_is_never_refused(
+@pytest.mark.process
+def test_an_edge_that_keeps_losing_its_connection_is_never_refused(
     start: Callable[..., EchoNode],
 ) -> None:
     node = start(limits={"unacked": 50_000})
@@ -535,7 +540,8 @@ def test_an_edge_that_loses_its_connection_again_and_again_is_never_refused(
         client = sockets.client(ctx, node.endpoint, node.key.public, pair, LIMITS)
         client.sndtimeo = 60_000
         while node.stats()["dropped"].get("slow", 0) < 30:
-            client.send(b"1 1000000")  # more than it may be owed: cut off, it comes back
+            # exceeds the limit on unread bytes: the edge is disconnected and reconnects
+            client.send(b"1 1000000")
         client.close()
     assert not node.stats()["refused"]
     assert node.log.count("does not read its replies") == 1

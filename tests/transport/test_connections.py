@@ -1,4 +1,4 @@
-"""Connections followed by their descriptors."""
+"""Connections are followed by their descriptors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def pairs() -> Iterator[Callable[..., Pair]]:
 
 @pytest.fixture
 def make() -> Iterator[Callable[..., Connections]]:
-    """Connections with `LIMITS`, but for what is said, closed after the test."""
+    """Connections with `LIMITS` and the given changes, closed after the test."""
     with contextlib.ExitStack() as stack:
 
         def made(**limits: Any) -> Connections:
@@ -80,17 +80,20 @@ def test_bytes_are_those_that_the_kernel_counts(make: Any, pairs: Any) -> None:
     connections.opened(served.fileno(), 0.0)
     connection = connections._open[served.fileno()]
     assert connection.address == "127.0.0.1"
-    served.sendall(bytes(300))  # the server's part of a handshake
+    served.sendall(bytes(300))  # the size of the server's part of a handshake
     client.sendall(bytes(50_000))
     while connection.received < 50_000:
         assert not connections.check(0.0)
     assert connection.authenticated
+    assert connection.undelivered == 0, "all of it is in the kernel's queue"
+    assert len(served.recv(50_000, socket.MSG_WAITALL)) == 50_000  # as libzmq does
+    assert not connections.check(0.0)
     assert connection.undelivered == 50_000
     client.sendall(bytes(20_000))
-    while not (dropped := connections.check(0.0)):
-        pass
-    assert [each.reason for each in dropped] == ["endless"]
-    served.recv(70_000, socket.MSG_WAITALL)
+    while connection.received < 70_000:
+        assert not connections.check(0.0)
+    served.recv(20_000, socket.MSG_WAITALL)
+    assert [each.reason for each in connections.check(0.0)] == ["endless"]
     assert client.recv(300, socket.MSG_WAITALL) == bytes(300)
     with contextlib.suppress(ConnectionResetError):
         assert client.recv(1) == b""  # shut down
@@ -106,7 +109,7 @@ def test_a_reused_number_is_another_connection(make: Any, pairs: Any) -> None:
     number = first.fileno()
     deliver(connections, number, b"first", "one")
     second, second_client = pairs()
-    os.dup2(second.fileno(), number)  # closed, and its number given to another one
+    os.dup2(second.fileno(), number)  # closes it and gives its number to another connection
     connections.opened(number, 1.0)
     assert not routes(connections)
     assert first_client.recv(1) == b""  # the duplicate of the first is closed too
@@ -119,7 +122,7 @@ def test_a_reused_number_is_another_connection(make: Any, pairs: Any) -> None:
 
 
 class Frame:
-    """Of a message that came by this descriptor, from this user, let in at this time."""
+    """A frame of a message from this descriptor and user, admitted at this time."""
 
     def __init__(self, fd: int, user: str = "", since: float = 9.0) -> None:
         self._told = {zmq.SRCFD: fd, "User-Id": user, LET_IN_AT: str(since)}
@@ -178,7 +181,7 @@ def test_a_late_message_is_not_charged_to_the_next_connection_of_the_number(
 
 
 @linux
-def test_a_connection_that_had_ended_before_its_event_was_read(make: Any, pairs: Any) -> None:
+def test_a_connection_that_ended_before_its_event_was_read(make: Any, pairs: Any) -> None:
     first, _ = pairs()
     number = first.fileno()
     connections = make()
@@ -191,7 +194,7 @@ def test_a_connection_that_had_ended_before_its_event_was_read(make: Any, pairs:
 
 @linux
 @pytest.mark.parametrize("now", ["nothing", "a pipe", "a file"])
-def test_a_number_that_is_no_connection_now(make: Any, pairs: Any, now: str) -> None:
+def test_a_descriptor_that_is_no_connection_now_is_ignored(make: Any, pairs: Any, now: str) -> None:
     served, _ = pairs()
     number = served.fileno()
     read, write = os.pipe()
@@ -211,14 +214,14 @@ def test_a_number_that_is_no_connection_now(make: Any, pairs: Any, now: str) -> 
 
 
 @linux
-def test_a_connection_is_not_ended_with_its_predecessor(make: Any, pairs: Any) -> None:
-    """ACCEPTED is read late, when the number is another connection's already."""
+def test_a_connection_does_not_end_with_its_predecessor(make: Any, pairs: Any) -> None:
+    """ACCEPTED is read late: the number already belongs to another connection."""
     first, _ = pairs()
     number = first.fileno()
     second, second_client = pairs()
     os.dup2(second.fileno(), number)
     connections = make()
-    connections.opened(number, 0.0)  # the first's event, the second's descriptor
+    connections.opened(number, 0.0)  # the event of the first, the descriptor of the second
     connections.closed(number)
     connections.opened(number, 0.0)
     connections.drop({""}, "revoked")  # it has sent no message yet
@@ -228,7 +231,7 @@ def test_a_connection_is_not_ended_with_its_predecessor(make: Any, pairs: Any) -
 
 @pytest.fixture
 def no_descriptors(pairs: Any) -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """A context in which this process has no descriptor left."""
+    """A context in which this process has no free descriptor."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 
     @contextlib.contextmanager
@@ -245,7 +248,7 @@ def no_descriptors(pairs: Any) -> Callable[[], contextlib.AbstractContextManager
 
 
 @linux
-def test_without_descriptors_newcomers_are_reset(
+def test_without_descriptors_new_connections_are_reset(
     make: Any, pairs: Any, no_descriptors: Any
 ) -> None:
     connections = make()
@@ -260,7 +263,7 @@ def test_without_descriptors_newcomers_are_reset(
 
 
 @linux
-def test_without_descriptors_a_number_that_is_another_port_s_now_is_left_alone(
+def test_without_descriptors_a_connection_of_another_port_is_left_alone(
     make: Any, pairs: Any, no_descriptors: Any
 ) -> None:
     connections = make()
@@ -274,14 +277,14 @@ def test_without_descriptors_a_number_that_is_another_port_s_now_is_left_alone(
 
 
 @linux
-def test_a_dropped_connection_is_reset_so_that_the_kernel_forgets_it(make: Any, pairs: Any) -> None:
+def test_a_dropped_connection_is_reset_and_leaves_the_kernel(make: Any, pairs: Any) -> None:
     served, client = pairs()
     connections = make()
     connections.opened(served.fileno(), 0.0)
     connections.drop({""}, "revoked")
     served.close()  # as libzmq does
     connections.close()
-    closed = 7  # TCP_CLOSE; after FIN it would be TCP_CLOSE_WAIT, and FIN_WAIT2 at the other end
+    closed = 7  # TCP_CLOSE. After FIN it would be TCP_CLOSE_WAIT, and FIN_WAIT2 at the other end.
     give_up = time.monotonic() + 10
     while (state := client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]) != closed:
         assert time.monotonic() < give_up, state
@@ -289,10 +292,10 @@ def test_a_dropped_connection_is_reset_so_that_the_kernel_forgets_it(make: Any, 
 
 
 @linux
-def test_an_old_kernel_counts_nothing(
+def test_an_old_kernel_reports_no_byte_counts(
     make: Any, pairs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tcp, "_TCP_INFO_BYTES", 1000)  # more than any kernel tells
+    monkeypatch.setattr(tcp, "_TCP_INFO_BYTES", 1000)  # more than any kernel returns
     served, _ = pairs()
     connections = make()
     connections.opened(served.fileno(), 0.0)
@@ -302,9 +305,7 @@ def test_an_old_kernel_counts_nothing(
     assert connections.closed(served.fileno()).authenticated, "nothing is known of its handshake"
 
 
-def test_where_the_kernel_counts_nothing_connections_are_still_counted(
-    make: Any, pairs: Any
-) -> None:
+def test_without_byte_counts_connections_are_still_counted(make: Any, pairs: Any) -> None:
     connections = make(handshakes=20, connections=3)
     connections.metered = False
     ends = [pairs() for _ in range(5)]
@@ -316,12 +317,12 @@ def test_where_the_kernel_counts_nothing_connections_are_still_counted(
 
 
 @linux
-def test_too_many_handshakes_cost_the_oldest_that_is_under_way(make: Any, pairs: Any) -> None:
+def test_too_many_handshakes_drop_the_oldest_unfinished_one(make: Any, pairs: Any) -> None:
     connections = make(handshakes=4)
     ends = [pairs() for _ in range(5)]
     for served, _ in ends:
         if served is ends[1][0]:
-            served.sendall(bytes(300))  # has finished, though nobody has counted
+            served.sendall(bytes(300))  # has finished, though no check has counted it yet
         connections.opened(served.fileno(), 0.0)
     assert gone(connections) == [ends[0][0].fileno(), ends[2][0].fileno()]
     for number in (0, 2):
@@ -330,7 +331,7 @@ def test_too_many_handshakes_cost_the_oldest_that_is_under_way(make: Any, pairs:
 
 
 @linux
-def test_a_banned_user_loses_its_connections_and_nobody_else(make: Any, pairs: Any) -> None:
+def test_only_a_banned_user_loses_its_connections(make: Any, pairs: Any) -> None:
     connections = make()
     ends = [pairs() for _ in range(4)]
     for number, (served, _) in enumerate(ends):
@@ -341,14 +342,14 @@ def test_a_banned_user_loses_its_connections_and_nobody_else(make: Any, pairs: A
     connections.drop(["bad"], "banished")
     assert gone(connections) == [ends[number][0].fileno() for number in (0, 1)]
     assert [client.recv(1) for _, client in ends[:2]] == [b"", b""]
-    # The fourth had sent no message until now.
+    # The fourth connection had sent no message before.
     banned: Any = Frame(ends[3][0].fileno(), "bad")
     connections.received(banned, b"3", banned=True)
     assert ends[3][1].recv(1) == b""
     assert reasons(connections) == {"banished": 1}
 
 
-def test_memory_watch_tells_each_rise_once() -> None:
+def test_memory_watch_reports_each_rise_once() -> None:
     values = iter([10, 99, 101, 150, 90, None, 120])
     watch = MemoryWatch(100, lambda: next(values))
     assert [watch.breached() for _ in range(7)] == [None, None, 101, None, None, None, 120]

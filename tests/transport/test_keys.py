@@ -1,4 +1,4 @@
-"""Key files: modes under any umask, never overwritten, and a clear refusal of everything else."""
+"""Key files: modes under any umask, never overwritten, and clear errors for all other content."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _mode(path: Path) -> int:
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o077, 0o277])
-def test_modes_whatever_the_umask(tmp_path: Path, mask: int) -> None:
+def test_key_files_have_fixed_modes_under_any_umask(tmp_path: Path, mask: int) -> None:
     folder = tmp_path / "keys"
     with _umask(mask & 0o077):
         keys.make_directory(folder)
@@ -45,7 +45,7 @@ def test_modes_whatever_the_umask(tmp_path: Path, mask: int) -> None:
     assert sorted(os.listdir(folder)) == ["alpha.key", "alpha.pub", "edge.secret"]
 
 
-def test_a_secret_is_never_open_to_others_even_for_an_instant(
+def test_a_secret_is_never_open_to_others_not_even_briefly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
@@ -63,7 +63,7 @@ def test_a_secret_is_never_open_to_others_even_for_an_instant(
     assert seen == [0o600]
 
 
-def test_round_trip(tmp_path: Path) -> None:
+def test_a_written_key_is_read_back(tmp_path: Path) -> None:
     made = keys.generate(tmp_path, "alpha")
     assert keys.load_secret(tmp_path / "alpha.key") == made
     assert keys.load_public(tmp_path / "alpha.pub") == made.public
@@ -78,14 +78,14 @@ def test_every_key_is_new(tmp_path: Path) -> None:
     assert len({pair.secret for pair in made}) == len({pair.public for pair in made}) == 10
 
 
-def test_the_secret_stays_out_of_repr_and_public_file(tmp_path: Path) -> None:
+def test_the_secret_is_in_neither_repr_nor_public_file(tmp_path: Path) -> None:
     made = keys.generate(tmp_path, "alpha")
     assert made.secret not in repr(made)
     assert made.secret not in (tmp_path / "alpha.pub").read_text()
 
 
 @pytest.mark.parametrize("existing", ["alpha.key", "alpha.pub"])
-def test_nothing_is_overwritten(tmp_path: Path, existing: str) -> None:
+def test_existing_files_are_not_overwritten(tmp_path: Path, existing: str) -> None:
     (tmp_path / existing).write_text("precious")
     with pytest.raises(KeyFileError, match="never overwritten"):
         keys.generate(tmp_path, "alpha")
@@ -110,7 +110,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert os.listdir(tmp_path) == []
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(KeyFileError, match="cannot make the folder"):
         keys.generate(tmp_path / "file" / "keys", "alpha")
@@ -124,7 +124,7 @@ def test_names_unfit_for_files(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o601, 0o602, 0o604, 0o610, 0o620, 0o640, 0o644, 0o666, 0o777])
-def test_looser_modes_are_refused_with_the_mend(tmp_path: Path, mode: int) -> None:
+def test_looser_modes_are_refused_with_the_remedy(tmp_path: Path, mode: int) -> None:
     keys.generate(tmp_path, "alpha")
     keys.generate_secret(tmp_path / "edge.secret")
     loads: list[tuple[Path, Callable[[Path], object]]] = [
@@ -144,10 +144,10 @@ def test_looser_modes_are_refused_with_the_mend(tmp_path: Path, mode: int) -> No
 @pytest.mark.parametrize(
     ("mode", "fit"), [(0o440, True), (0o400, True), (0o460, False), (0o444, False)]
 )
-def test_a_credential_of_systemd_may_look_readable_by_its_group(
+def test_a_systemd_credential_may_look_readable_by_its_group(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, fit: bool
 ) -> None:
-    """Access control lists show so. The same file elsewhere is refused."""
+    """Access control lists appear so. The same file elsewhere is refused."""
     keys.generate(tmp_path, "node")
     path = tmp_path / "node.key"
     path.chmod(mode)
@@ -164,21 +164,21 @@ def test_a_credential_of_systemd_may_look_readable_by_its_group(
 
 
 @pytest.mark.parametrize("mode", [0o662, 0o646, 0o666])
-def test_a_public_key_that_others_may_write_is_refused_with_the_mend(
+def test_a_public_key_writable_by_others_is_refused_with_the_remedy(
     tmp_path: Path, mode: int
 ) -> None:
-    """They could put their own in its place."""
+    """Others could replace the key by their own."""
     pair = keys.generate(tmp_path, "alpha")
     path = tmp_path / "alpha.pub"
     path.chmod(mode)
     with pytest.raises(KeyFileError, match=f"chmod go-w {path}"):
         keys.load_public(path)
-    assert keys.read_public(path) == pair.public  # of a file that was sent to us
+    assert keys.read_public(path) == pair.public  # the file of a key that was sent to us
     path.chmod(0o644)
     assert keys.load_public(path) == pair.public
 
 
-def test_a_folder_of_keys_that_others_may_write_is_refused(tmp_path: Path) -> None:
+def test_a_folder_of_keys_writable_by_others_is_refused(tmp_path: Path) -> None:
     folder = keys.make_directory(tmp_path / "keys")
     keys.generate(folder, "alpha")
     keys.generate_secret(folder / "edge.secret")
@@ -197,10 +197,10 @@ def test_a_folder_of_keys_that_others_may_write_is_refused(tmp_path: Path) -> No
     assert sorted(os.listdir(folder)) == ["alpha.key", "alpha.pub", "edge.secret"]
 
 
-def test_root_makes_keys_in_the_folder_of_another_user(tmp_path: Path) -> None:
-    """As in a container started with a folder of the host's user."""
+def test_root_creates_keys_in_another_user_s_folder(tmp_path: Path) -> None:
+    """For example in a container started with a folder of the host's user."""
     if os.geteuid():
-        pytest.skip("only root can give files away")
+        pytest.skip("only root can change the owner of a file")
     folder = keys.make_directory(tmp_path / "keys")
     os.chown(folder, 12_345, -1)
     keys.generate(folder, "alpha")
@@ -264,13 +264,13 @@ def test_malformed_placement_secrets(tmp_path: Path, value: str) -> None:
         keys.load_secret_bytes(_write(tmp_path / "edge.secret", f"placement-secret {value}\n"))
 
 
-def test_a_secret_key_where_a_public_one_belongs(tmp_path: Path) -> None:
+def test_a_secret_key_in_place_of_a_public_one_is_refused(tmp_path: Path) -> None:
     keys.generate(tmp_path, "alpha")
     with pytest.raises(KeyFileError, match="holds a secret key"):
         keys.load_public(tmp_path / "alpha.key")
 
 
-def test_what_is_no_file(tmp_path: Path) -> None:
+def test_pipes_folders_and_missing_files_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe", 0o600)
     for path in (tmp_path / "pipe", tmp_path):
         with pytest.raises(KeyFileError, match="not a regular file"):

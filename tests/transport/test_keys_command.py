@@ -1,4 +1,4 @@
-"""`edge-runtime keys`: the walk of enrolment, and the mistakes on the way."""
+"""`edge-runtime keys`: the steps of enrolment, and the mistakes on the way."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _error(capsys: pytest.CaptureFixture[str]) -> str:
-    """What was found and, on a line of its own, the remedy if there is one."""
+    """The finding and, on its own line, the remedy if there is one."""
     found, *remedy = capsys.readouterr().err.strip().splitlines()
     assert found.startswith("error: ")
     assert not remedy or (len(remedy) == 1 and remedy[0].startswith("  -> "))
     return " ".join((found, *remedy))
 
 
-def test_the_walk(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_enrolment_steps_work(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["keys", "node", "--dir", "n"]) == 0
     assert "Send n/node.pub to the owner of each edge" in capsys.readouterr().out
     assert main(["keys", "edge", "--dir", "e", "--node", "alpha", "--node", "beta"]) == 0
@@ -51,12 +51,12 @@ def test_the_walk(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
 
 
-def test_root_lets_an_edge_into_a_node_of_another_user(
+def test_root_authorises_an_edge_for_another_user_s_node(
     folders: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As in a container that is started once as root, with keys that belong to the node's user."""
+    """For example in a container started once as root, with keys of the node's user."""
     if os.geteuid():
-        pytest.skip("only root can give files away")
+        pytest.skip("only root can change the owner of a file")
     main(["keys", "node", "--dir", "n"])
     main(["keys", "edge", "--dir", "e", "--node", "alpha"])
     for path in (*Path("n").rglob("*"), Path("n"), Path("e/alpha.pub")):
@@ -66,8 +66,8 @@ def test_root_lets_an_edge_into_a_node_of_another_user(
     assert keys.read_public("e/alpha.pub") in capsys.readouterr().out  # to compare with the edge's
 
 
-def test_a_public_key_from_a_loose_place_can_be_authorised(folders: Path) -> None:
-    """A memory stick shows all files as open to all. The copy that counts is not."""
+def test_a_public_key_from_an_unsafe_place_can_be_authorised(folders: Path) -> None:
+    """A memory stick shows all files as open to everybody. Only the copy counts."""
     main(["keys", "node", "--dir", "n"])
     main(["keys", "edge", "--dir", "e", "--node", "alpha"])
     os.chmod("e/alpha.pub", 0o777)
@@ -75,6 +75,7 @@ def test_a_public_key_from_a_loose_place_can_be_authorised(folders: Path) -> Non
     assert len(AllowList("n/authorized")) == 1
 
 
+@pytest.mark.process
 def test_a_printed_key_can_be_pasted_into_a_shell(
     folders: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,7 +120,7 @@ def test_a_removed_edge_needs_no_restart(capsys: pytest.CaptureFixture[str]) -> 
     assert "authorized" in told
 
 
-def test_json(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_output_of_keys(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["keys", "node", "--dir", "n", "--json"])
     node = json.loads(capsys.readouterr().out)
     assert node["public_key"] == keys.load_public(node["public_file"])
@@ -151,7 +152,7 @@ def test_a_second_node_added_later_keeps_the_placement_secret(folders: Path) -> 
     assert keys.load_secret_bytes("keys/edge.secret") == before
 
 
-def test_existing_keys_are_kept_and_nothing_is_half_done(
+def test_existing_keys_are_kept_and_no_step_is_left_half_done(
     folders: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["keys", "node"])
@@ -166,7 +167,7 @@ def test_existing_keys_are_kept_and_nothing_is_half_done(
 
 
 @pytest.mark.parametrize("names", [["node"], ["edge"], ["a", "a"], ["../a"], [""]])
-def test_names_that_will_not_do(
+def test_unusable_names_are_refused(
     folders: Path, names: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [word for name in names for word in ("--node", name)]
@@ -186,7 +187,7 @@ def test_authorising_again_changes_nothing(
     assert os.listdir("n/authorized") == ["alpha.pub"]
 
 
-def test_two_edges_that_call_their_key_the_same(
+def test_two_edges_with_the_same_key_name(
     folders: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["keys", "node", "--dir", "n"])
@@ -199,7 +200,7 @@ def test_two_edges_that_call_their_key_the_same(
     assert main(["keys", "authorize", "--dir", "n", "e2/alpha.pub", "--as", "garage"]) == 0
 
 
-def test_files_that_are_not_an_edges_public_key(
+def test_files_that_are_no_edge_s_public_key_are_refused(
     folders: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["keys", "node", "--dir", "n"])

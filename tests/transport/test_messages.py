@@ -1,6 +1,4 @@
-"""The wire format: golden bytes, round trips, limits, and nothing but ProtocolError for anything
-else.
-"""
+"""The wire format: golden bytes, round trips, limits, and ProtocolError for everything else."""
 
 from __future__ import annotations
 
@@ -73,7 +71,7 @@ MESSAGES: dict[str, tuple[Any, dict[str, np.ndarray]]] = {
     ),
     "VersionsSpoken": (VersionsSpoken((1,)), {}),
 }
-# What peers of version 2 have on the wire. A change here is a new version of the protocol.
+# The bytes that peers of version 2 exchange. A change here is a new version of the protocol.
 GOLDEN = {
     "Request": (
         "45525402ef00000086a474797065a772657175657374a26964c410000102030405060708090a0b0c0d0e0f"
@@ -129,8 +127,8 @@ def test_golden_bytes(name: str) -> None:
     assert bytes(encode(message, arrays, SEAL)) == _golden(name)
 
 
-def test_limits_are_those_of_the_version() -> None:
-    """What is longer on one side is refused by the other: a change is a new version too."""
+def test_limits_belong_to_the_protocol_version() -> None:
+    """The other side would refuse a longer message, so a change is a new version too."""
     assert (HEADER_BYTES, MAX_TENSORS, TEXT_LENGTH) == (16 * 1024, 16, 600)
 
 
@@ -176,7 +174,7 @@ def test_a_request_is_read_without_a_copy() -> None:
     assert all(np.shares_memory(found, received) for found in arrays.values())
 
 
-def test_only_the_key_of_its_request_opens_a_result() -> None:
+def test_a_result_opens_only_with_its_request_s_key() -> None:
     tokens = np.arange(4096, dtype=np.float32).reshape(4, -1)
     other = np.arange(64, dtype=np.float32)
     frame = bytes(encode(Result(ID, 1, 1), {"tokens": tokens, "scales": other}, SEAL))
@@ -190,7 +188,8 @@ def test_only_the_key_of_its_request_opens_a_result() -> None:
 
 
 def test_a_sealed_result_cannot_be_changed() -> None:
-    """Header and tensors belong together: an id, a shape or one bit of a value."""
+    """Header and tensors belong together: changing an id, a shape or one bit of a value is
+    noticed."""
     arrays = {"a": np.zeros((2, 3), np.float32), "b": np.zeros((2, 3), np.float32)}
     frame = bytes(encode(Result(ID, 1, 1), arrays, SEAL))
     other_id = frame.replace(ID, bytes(16))
@@ -214,7 +213,7 @@ def test_arrays_that_are_not_contiguous_are_sent_in_order() -> None:
         assert np.array_equal(decode(frame, WIDE, SEAL)[1]["a"], array)
 
 
-def test_a_frame_off_its_alignment_still_gives_aligned_arrays() -> None:
+def test_a_frame_without_alignment_still_gives_aligned_arrays() -> None:
     frame = encode(Request(ID, "0" * 64, 1, SEAL), {"a": np.array([1, -2, 3])})
     shifted = memoryview(b"." + bytes(frame))[1:]
     _, arrays = decode(shifted, WIDE)
@@ -222,11 +221,11 @@ def test_a_frame_off_its_alignment_still_gives_aligned_arrays() -> None:
     assert arrays["a"].tolist() == [1, -2, 3]
 
 
-def test_no_byte_of_a_message_is_left_over_from_other_memory() -> None:
-    """The gaps between header and tensors are zeros: that memory may have held another edge's
+def test_messages_contain_no_bytes_of_earlier_memory() -> None:
+    """The gaps between header and tensors are zeros. That memory may have held another edge's
     windows."""
     for size in range(1, 300):
-        np.full(8 << 10, 0xA5, np.uint8)  # freed at once, for the message to be made in
+        np.full(8 << 10, 0xA5, np.uint8)  # freed at once, so that the message reuses its memory
         array = np.full(size, 0xFF, np.uint8)
         frame = bytes(encode(Request(ID, "0" * 64, 1, SEAL), {"a": array, "b": array}))
         end = 8 + int.from_bytes(frame[4:8], "little")
@@ -249,7 +248,7 @@ def test_no_byte_of_a_message_is_left_over_from_other_memory() -> None:
         np.zeros((1,) * 9, np.uint8),
     ],
 )
-def test_arrays_that_cannot_travel(array: np.ndarray) -> None:
+def test_arrays_that_cannot_be_sent_are_refused(array: np.ndarray) -> None:
     with pytest.raises(ProtocolError, match="cannot travel"):
         encode(Request(ID, "0" * 64, 1, SEAL), {"a": array})
 
@@ -260,7 +259,7 @@ def test_only_requests_and_results_carry_tensors() -> None:
 
 
 def _whole(fields: bytes, *body: bytes) -> bytes:
-    """A message of this msgpack and these tensors."""
+    """A message with this msgpack and these tensors."""
     whole = b"ERT\2" + len(fields).to_bytes(4, "little") + fields
     for tensor in body:
         whole += bytes(-len(whole) % 64) + tensor
@@ -268,7 +267,7 @@ def _whole(fields: bytes, *body: bytes) -> bytes:
 
 
 def _request(*body: bytes, **fields: Any) -> bytes:
-    """A Request with fields changed or added; None leaves one out."""
+    """A Request with fields changed or added. None removes one."""
     tensor = {"name": "pixels", "dtype": "uint8", "shape": [1, 2, 2, 3]}
     whole: dict[str, Any] = {
         "type": "request",
@@ -289,7 +288,7 @@ def _request(*body: bytes, **fields: Any) -> bytes:
 BODY = bytes(12)
 
 
-def test_the_header_the_next_tests_break_is_sound() -> None:
+def test_the_header_used_by_the_next_tests_is_valid() -> None:
     assert decode(_request(BODY), WIDE)[1]["pixels"].shape == (1, 2, 2, 3)
 
 
@@ -360,7 +359,7 @@ def test_defects_are_protocol_errors(frame: bytes) -> None:
 
 
 @pytest.mark.parametrize("version", [1, 3, 7, 255])
-def test_another_version_is_told_apart(version: int) -> None:
+def test_another_version_raises_its_own_error(version: int) -> None:
     header = b"ERT" + bytes([version]) + b"whatever the future holds"
     with pytest.raises(UnknownVersionError, match=f"version {version}.*speaks 2"):
         decode(header, WIDE)
@@ -374,7 +373,7 @@ def test_another_version_is_told_apart(version: int) -> None:
         (Limits(2, 19), False),
     ],
 )
-def test_limits(limits: Limits, fits: bool) -> None:
+def test_frame_limits_are_enforced(limits: Limits, fits: bool) -> None:
     frame = _golden("Request")  # 12 bytes of pixels, 8 of window
     if fits:
         decode(frame, limits)
@@ -408,7 +407,7 @@ class Spec:
     shape: tuple[int | str, ...]
 
 
-def test_limits_come_from_the_stage() -> None:
+def test_limits_follow_from_the_stage() -> None:
     specs = [Spec("pixels", "uint8", ("n", 8, 8, 3)), Spec("window", "int64", ("n",))]
     assert limits_of(specs, 9) == Limits(2, 9 * 200)
     assert limits_of([Spec("tokens", "bfloat16", ("n", 4))], 3) == Limits(1, 24)
@@ -424,12 +423,12 @@ def test_limits_come_from_the_stage() -> None:
         [Spec(f"a{i}", "uint8", ("n",)) for i in range(MAX_TENSORS + 1)],
     ],
 )
-def test_stages_that_cannot_travel(specs: list[Spec]) -> None:
+def test_stages_that_cannot_be_sent_are_refused(specs: list[Spec]) -> None:
     with pytest.raises(ProtocolError):
         limits_of(specs, 9)
 
 
-def test_refusals_are_cut_and_cleaned_to_what_may_travel() -> None:
+def test_refusal_texts_are_truncated_and_cleaned() -> None:
     message = refuse(ID, "engine", "bell \a, escape \x1b[2J, newline \n, é " + "x" * 1000)
     found, _ = decode(encode(message), WIDE)
     assert found == message
@@ -439,7 +438,7 @@ def test_refusals_are_cut_and_cleaned_to_what_may_travel() -> None:
 
 
 @pytest.mark.parametrize("retry_ms", [-1, 86_400_001, 1.5, "soon", None])
-def test_retry_hints_out_of_range(retry_ms: Any) -> None:
+def test_retry_hints_out_of_range_are_refused(retry_ms: Any) -> None:
     fields = {"type": "refused", "id": ID, "code": "overloaded", "message": "", "retry_ms": 1}
     decode_header(_whole(msgspec.msgpack.encode(fields)))
     with pytest.raises(ProtocolError, match="retry_ms"):
@@ -509,7 +508,7 @@ def test_deep_nesting_does_not_exhaust_the_stack(opening: bytes) -> None:
         decode(_whole(body), WIDE)
 
 
-def test_lengths_a_header_claims_are_not_allocated() -> None:
+def test_no_memory_is_allocated_for_lengths_that_a_header_claims() -> None:
     import tracemalloc
 
     claims = [b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff"]

@@ -1,4 +1,4 @@
-"""No code of the runtime can turn bytes into code: a scan of its sources."""
+"""A scan of the sources: no runtime code turns bytes into code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ATTRIBUTES = {"recv_pyobj", "send_pyobj", "allow_pickle", "loads_pickle"}
 
 
 def offences(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """(line, name) of everything that unpickles or evaluates."""
+    """(line, name) of every call that unpickles or evaluates."""
     for node in ast.walk(tree):
         names: list[str] = []
         if isinstance(node, ast.Import):
@@ -71,10 +71,10 @@ def test_nothing_is_unpickled_or_evaluated(package: str) -> None:
         "np.load(f, allow_pickle=flag)",
     ],
 )
-def test_the_scan_finds(code: str) -> None:
+def test_the_scan_finds_offences(code: str) -> None:
     assert list(offences(ast.parse(code)))
 
 
-def test_the_scan_lets_pass() -> None:
+def test_the_scan_accepts_harmless_code() -> None:
     innocent = "re.compile(x); np.load(f, allow_pickle=False); model.eval(); import pickletools_not"
     assert not list(offences(ast.parse(innocent)))

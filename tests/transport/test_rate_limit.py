@@ -1,4 +1,4 @@
-"""Token buckets and bans, by a clock of the test's."""
+"""Token buckets and bans, with the test's clock."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ from transport import auth
 from transport.dos_protection import PenaltyBox, RateLimit
 
 
-def test_a_key_has_a_burst_and_then_a_rate_and_others_their_own() -> None:
+def test_each_key_has_its_own_burst_and_rate() -> None:
     limit = RateLimit(burst=3, per_s=10.0)
     assert [limit.take("a", 5.0) for _ in range(5)] == [True] * 3 + [False] * 2
     assert limit.take("b", 5.0)
     assert not limit.take("a", 5.05)
-    assert limit.take("a", 5.1001)  # what was refused in between cost nothing
+    assert limit.take("a", 5.1001)  # refused attempts cost nothing
     assert not limit.take("a", 5.1002)
-    assert all(limit.take("a", 6.0 + turn / 9.9) for turn in range(1000))  # as slow as it may be
+    # at the slowest allowed rate
+    assert all(limit.take("a", 6.0 + turn / 9.9) for turn in range(1000))
     assert [limit.take("a", 500.0) for _ in range(4)] == [True] * 3 + [
         False
-    ]  # and saved up no more
+    ]  # and no more tokens are saved up
     limit.keep(["b"])
     assert limit.take("a", 500.0)
 
 
-def test_an_edge_that_reconnects_as_libzmq_does_is_never_refused() -> None:
+def test_an_edge_that_reconnects_at_libzmq_s_pace_is_never_refused() -> None:
     limit = RateLimit(auth._HANDSHAKES, auth._HANDSHAKES_PER_S)
     assert all(limit.take("a", turn * 0.1) for turn in range(10_000))
 
@@ -30,7 +31,7 @@ def test_a_message_may_cost_more_than_one_token() -> None:
     limit = RateLimit(burst=10, per_s=10.0)
     assert [limit.take("a", 5.0, 4.0) for _ in range(4)] == [True] * 3 + [False]
     assert not limit.take("a", 5.2)
-    assert limit.take("a", 5.3001)  # twelve were taken: what was too much has to be made up for
+    assert limit.take("a", 5.3001)  # twelve were taken: the excess must be earned back
     limit.drain("a", 9.0)
     assert [limit.take("a", 9.0) for _ in range(2)] == [True, False]
 
@@ -47,6 +48,6 @@ def test_each_ban_is_twice_as_long_as_the_last() -> None:
         assert not box.banned("a", now)
         now += 9.9
     assert kept == [2.0, 4.0, 8.0, 10.0, 10.0]
-    assert box.ban("a", now + 0.2) == 2.0, "it had behaved for a while"
+    assert box.ban("a", now + 0.2) == 2.0, "the key broke no rule for a while"
     box.forget(["a"])
     assert not box.banned("a", now + 0.3)

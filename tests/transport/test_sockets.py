@@ -1,4 +1,4 @@
-"""Secure sockets between real peers: what gets through, and why if nothing does."""
+"""Secure sockets between real peers: which messages arrive, and the reason if none does."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NewPair = Callable[[str], KeyPair]
 
 
 async def _next(events: asyncio.Queue[LinkEvent]) -> LinkEvent:
-    """The next event, but for a handshake that a busy machine was too slow for: tried again."""
+    """The next event. A handshake that fails because the machine is busy is tried again."""
     while (event := await events.get()).reason == link.NO_ANSWER:
         pass
     return event
@@ -43,7 +43,7 @@ async def _next(events: asyncio.Queue[LinkEvent]) -> LinkEvent:
 def run_scene(
     authorized: Path, new_pair: NewPair, limits: StageLimits
 ) -> Callable[[Callable[[Any], Awaitable[None]]], None]:
-    """Run a scene in an event loop, beside an authenticator over the folder `authorized`."""
+    """Run a scene in an event loop, with an authenticator over the folder `authorized`."""
 
     class Stage:
         node = new_pair("node")
@@ -121,7 +121,7 @@ def test_tensors_cross_intact(
     run_scene(scene)
 
 
-def test_a_link_comes_up_goes_down_and_comes_back(
+def test_a_link_comes_up_goes_down_and_recovers(
     run_scene: Any, authorise: Any, new_pair: NewPair
 ) -> None:
     pair = new_pair("edge")
@@ -144,7 +144,7 @@ def test_a_link_comes_up_goes_down_and_comes_back(
     run_scene(scene)
 
 
-def test_an_edge_authorised_later_gets_in_by_itself(
+def test_an_edge_authorised_later_is_admitted_without_a_restart(
     run_scene: Any, authorise: Any, new_pair: NewPair
 ) -> None:
     pair = new_pair("edge")
@@ -162,7 +162,7 @@ def test_an_edge_authorised_later_gets_in_by_itself(
     run_scene(scene)
 
 
-def test_wrong_server_key(run_scene: Any, authorise: Any, new_pair: NewPair) -> None:
+def test_a_wrong_server_key_is_reported(run_scene: Any, authorise: Any, new_pair: NewPair) -> None:
     pair = new_pair("edge")
     authorise(pair)
 
@@ -172,14 +172,14 @@ def test_wrong_server_key(run_scene: Any, authorise: Any, new_pair: NewPair) -> 
         async with stage.watching(endpoint, pair, new_pair("other").public) as (_, events):
             assert await _next(events) == LinkEvent("refused", link.WRONG_SERVER_KEY)
             await asyncio.sleep(0.5)
-            assert events.empty()  # the same news is told once
+            assert events.empty()  # the same event is reported once
         server.close()
 
     run_scene(scene)
 
 
 @pytest.mark.parametrize("kind", ["NULL", "PLAIN"])
-def test_a_node_without_curve_is_not_talked_to(
+def test_no_message_goes_to_a_node_without_curve(
     run_scene: Any, new_pair: NewPair, kind: str
 ) -> None:
     async def scene(stage: Any) -> None:
@@ -197,9 +197,10 @@ def test_a_node_without_curve_is_not_talked_to(
     run_scene(scene)
 
 
-def test_something_else_listens_there(run_scene: Any, new_pair: NewPair) -> None:
+def test_another_service_on_the_port_is_reported(run_scene: Any, new_pair: NewPair) -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read(10)  # closing on unread bytes would reset the connection, answer and all
+        # closing with unread bytes would reset the connection and lose the answer
+        await reader.read(10)
         writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n" + b"x" * 100)
         await writer.drain()
         writer.close()
@@ -214,7 +215,7 @@ def test_something_else_listens_there(run_scene: Any, new_pair: NewPair) -> None
     run_scene(scene)
 
 
-def test_the_wait_before_a_retry_doubles_up_to_the_longest(
+def test_the_wait_before_a_retry_doubles_up_to_a_limit(
     run_scene: Any, new_pair: NewPair, limits: StageLimits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sleep, waits = asyncio.sleep, list[float]()
@@ -332,7 +333,7 @@ def test_a_node_that_is_replaced_by_something_else(run_scene: Any, new_pair: New
     run_scene(scene)
 
 
-def test_a_frozen_listener(run_scene: Any, new_pair: NewPair) -> None:
+def test_a_frozen_listener_is_reported(run_scene: Any, new_pair: NewPair) -> None:
     async def scene(stage: Any) -> None:
         with plain.create_server(("127.0.0.1", 0)) as silent:
             endpoint = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
@@ -343,19 +344,21 @@ def test_a_frozen_listener(run_scene: Any, new_pair: NewPair) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
-def test_nothing_listens_there(run_scene: Any, new_pair: NewPair, host: str) -> None:
+def test_a_port_without_a_listener_is_reported(
+    run_scene: Any, new_pair: NewPair, host: str
+) -> None:
     async def scene(stage: Any) -> None:
         with plain.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
         async with stage.watching(f"tcp://{host}:{port}", new_pair("edge")) as (client, events):
             assert await _next(events) == LinkEvent("unreachable", link.UNREACHABLE)
-            with pytest.raises(zmq.Again):  # nothing is queued for a node that isn't there
+            with pytest.raises(zmq.Again):  # no message is queued for an absent node
                 await client.send(b"late", flags=zmq.NOBLOCK)
 
     run_scene(scene)
 
 
-def test_a_part_over_the_limit_cuts_the_link_and_the_link_recovers(
+def test_a_part_over_the_limit_ends_the_link_and_the_link_recovers(
     run_scene: Any, authorise: Any, new_pair: NewPair, limits: StageLimits
 ) -> None:
     pair = new_pair("edge")
@@ -377,7 +380,7 @@ def test_a_part_over_the_limit_cuts_the_link_and_the_link_recovers(
     run_scene(scene)
 
 
-def test_ipv6(run_scene: Any, authorise: Any, new_pair: NewPair, limits: StageLimits) -> None:
+def test_ipv6_works(run_scene: Any, authorise: Any, new_pair: NewPair, limits: StageLimits) -> None:
     try:
         plain.create_server(("::1", 0), family=plain.AF_INET6).close()
     except OSError:
@@ -406,7 +409,7 @@ async def _say(endpoint: str, data: bytes, go: asyncio.Event, stay: bool) -> Non
 
 
 @pytest.mark.parametrize("reason", ["wrong_key", "null", "protocol", "timeout", "left"])
-def test_a_server_tells_why_a_handshake_failed(
+def test_a_server_reports_why_a_handshake_failed(
     run_scene: Any,
     authorise: Any,
     new_pair: NewPair,
@@ -424,7 +427,7 @@ def test_a_server_tells_why_a_handshake_failed(
         key = new_pair("other").public if reason == "wrong_key" else stage.node.public
         client: Any = None
         task: asyncio.Task[None] | None = None
-        seen = asyncio.Event()  # what is over at once cannot be told from what was never there
+        seen = asyncio.Event()  # an attempt that is over at once looks like none
         first = asyncio.ensure_future(anext(watcher))
         await asyncio.sleep(0)  # now it listens
         if reason == "wrong_key":
@@ -440,10 +443,10 @@ def test_a_server_tells_why_a_handshake_failed(
         async for event in watcher:
             if event.kind == "refused":
                 break
-        # What is gone before anybody looks at it has only this in common.
+        # All connections that end before the check have only this in common.
         also = {"protocol"} if reason in ("wrong_key", "null") else set()
         assert event.reason in {reason, *also}
-        if reason == "timeout":  # others may be gone before they can be looked at
+        if reason == "timeout":  # others may have ended before the check
             assert event.address == "127.0.0.1"
         await watcher.aclose()
         if client:
@@ -460,12 +463,12 @@ def test_a_server_tells_why_a_handshake_failed(
 def test_a_failed_handshake_is_explained_once() -> None:
     failures = peer_events.FailedHandshakes()
     stranger, scan, finished = (Connection(fd, "10.0.0.1", 0.0) for fd in range(3))
-    stranger.count(600, 0, 246, 0.0)  # it was welcomed, and then refused
+    stranger.count(600, 0, 246, 0.0)  # it was welcomed and then refused
     finished.count(600, 0, 301, 0.0)
     failures.failed(zmq.EVENT_HANDSHAKE_FAILED_AUTH, 400)
     assert failures.reason(finished) == ""
-    assert failures.reason(stranger) == "", "the authenticator has told it"
-    assert failures.reason(stranger) == "wrong_key", "this one it has not"
+    assert failures.reason(stranger) == "", "the authenticator explained this one"
+    assert failures.reason(stranger) == "wrong_key", "the authenticator did not explain this one"
     failures.failed(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, errno.ETIMEDOUT)
     assert [failures.reason(scan) for _ in range(2)] == ["timeout", "protocol"]
     failures.failed(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, errno.EPIPE)
@@ -500,7 +503,7 @@ def test_a_server_follows_its_connections(
                 await client.send(b"hello")
                 route, frame = await server.recv_multipart(copy=False)
                 connections.received(frame, route.bytes)
-                while connections.users() != {"edge"}:  # the message may overtake the event
+                while connections.users() != {"edge"}:  # the message may arrive before the event
                     await asyncio.sleep(0.01)
                 assert len(connections) == 1
             while "closed" not in kinds:
@@ -514,7 +517,7 @@ def test_a_server_follows_its_connections(
     run_scene(scene)
 
 
-def test_a_connection_made_before_anybody_looks_is_followed(
+def test_a_connection_made_before_the_monitor_starts_is_followed(
     run_scene: Any, authorise: Any, new_pair: NewPair, limits: StageLimits
 ) -> None:
     pair = new_pair("edge")
@@ -558,15 +561,16 @@ ctx.destroy(linger=0)
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="by way of libc")
-def test_nobody_can_tell_the_routing_ids_of_a_node_from_those_of_another() -> None:
-    """An id that a peer gave to itself ends the process when it is the next one's turn."""
+def test_routing_ids_differ_between_processes() -> None:
+    """If a peer claimed the next id to be assigned, libzmq would end the process."""
     command = [sys.executable, "-c", _ROUTING_ID]
     found = {subprocess.run(command, check=True, capture_output=True).stdout for _ in range(3)}
     assert len(found) == 3
 
 
-def test_heartbeats_leave_a_slow_link_its_time() -> None:
+def test_heartbeats_allow_a_slow_link_its_time() -> None:
     small = StageLimits(Limits(1, 1000), Limits(1, 1000))
     assert sockets.heartbeat_timeout_ms(small) == 3000
     large = StageLimits(Limits(1, 1000), Limits(1, 10_000_000))
@@ -592,7 +596,7 @@ def test_heartbeats_leave_a_slow_link_its_time() -> None:
         ("tcp://a:5555\n", False, False),
     ],
 )
-def test_endpoints(endpoint: str, bind: bool, fits: bool) -> None:
+def test_endpoints_are_checked(endpoint: str, bind: bool, fits: bool) -> None:
     if fits:
         assert sockets.check_endpoint(endpoint, bind=bind) == endpoint
         return

@@ -1,7 +1,8 @@
-"""What ends libzmq, and so the process, with an assertion unless its sockets are set up with care.
+"""Peer behaviour that ends libzmq, and so the process, with an assertion unless its sockets have
+the right options.
 
-Each peer here does one thing that a hostile one, or a flipped bit on the way, can do after a good
-handshake; the process at the other end must serve an honest peer after it, its heartbeats past.
+Each peer here does one thing that a hostile peer, or a flipped bit, can do after a valid handshake.
+The process at the other end must then serve an honest peer, beyond its next heartbeats.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from faults.zmtp import Curve, Peer, command, frame
 
 from transport.keys import KeyPair
 
+pytestmark = pytest.mark.process
+
 Spoil = Callable[[Peer], Awaitable[None]]
-_HEARTBEAT_S = 1.5  # a server's is due after one second
+_HEARTBEAT_S = 1.5  # a server's heartbeat is due after one second
 _MANY = 64
 
 
@@ -39,7 +42,7 @@ async def _repeated(peer: Peer) -> None:
 
 
 async def _burst(peer: Peer) -> None:
-    """More than is read at once, with pings in it that are to be answered."""
+    """More messages than are read at once, with pings that must be answered."""
     ping = command(b"PING", b"\0\0")
     await peer.send(
         b"".join(peer.seal(b"1 10") + peer.seal(ping, is_command=True) for _ in range(_MANY))
@@ -50,7 +53,7 @@ SPOILS = [_flipped, _no_message, _repeated, _burst]
 
 
 @pytest.mark.parametrize("spoil", SPOILS)
-def test_a_server_outlives_a_spoilt_connection(
+def test_a_server_survives_a_damaged_connection(
     start: Callable[..., EchoNode], behave: Callable[..., Honest], spoil: Spoil
 ) -> None:
     node = start()
@@ -59,7 +62,7 @@ def test_a_server_outlives_a_spoilt_connection(
     async def attack() -> None:
         for number in range(8):
             async with await node.peer(pair) as peer:
-                # Apart, so that the server has nothing to tell in between, or at once.
+                # Separately, so that the server has nothing to report in between, or all at once.
                 await asyncio.sleep(0.05 * (number % 2))
                 await spoil(peer)
                 await asyncio.sleep(0.05 * (number % 3))
@@ -100,10 +103,10 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize("spoil", SPOILS)
-def test_a_client_outlives_a_spoilt_connection(
+def test_a_client_survives_a_damaged_connection(
     spoil: Spoil, new_pair: Callable[[str], KeyPair]
 ) -> None:
-    """It comes back to the same server again and again, heartbeats in between."""
+    """It reconnects to the same server again and again, with heartbeats in between."""
     node, pair = new_pair("node"), new_pair("edge")
 
     async def serve() -> None:

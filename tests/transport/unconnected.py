@@ -1,4 +1,4 @@
-"""Connections without sockets, whose kernel counters the test makes up."""
+"""Connections without sockets. The test supplies the kernel's counters."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ LIMITS = ConnectionLimits(
     undelivered=1000,
     unacked=1000,
     total=10_000,
+    slow=2_500,
     stall_s=10,
     handshakes=3,
     connections=5,
@@ -18,11 +19,11 @@ LIMITS = ConnectionLimits(
 
 
 class Unconnected(Connections):
-    """`Connections` of which a test says what the kernel would tell.
+    """`Connections` with kernel counters chosen by the test.
 
     Args:
-        number: of connections, 1 to `number`, that have sent a message; of one user each.
-        limits: what differs from `LIMITS`.
+        number: of connections, 1 to `number`, that have sent a message, each of another user.
+        limits: changes to `LIMITS`.
     """
 
     def __init__(self, number: int = 0, **limits: Any) -> None:
@@ -36,7 +37,7 @@ class Unconnected(Connections):
         self._add(Connection(fd, address, now), now)
 
     def speak(self, fd: int, user: str = "", route: bytes = b"") -> None:
-        """The first message of a connection."""
+        """Record the first message of a connection."""
         connection = self._open[fd]
         connection.user, connection.route = user, route or b"%d" % fd
         connection.authenticated = True
@@ -56,5 +57,5 @@ class Unconnected(Connections):
         self._open[fd].hand_over(size, now)
 
     def told(self, now: float = 1.0) -> list[tuple[int, str]]:
-        """What the next check drops: descriptors and reasons."""
+        """The drops of the next check: descriptors and reasons."""
         return [(dropped.connection.fd, dropped.reason) for dropped in self.check(now)]

@@ -10,8 +10,8 @@ module                stops                                   by
 `memory_watch`        whatever the others miss                closing and reopening the socket
 ===================== ======================================= ==================================
 
-`Connections` joins the first two for one socket. Tell it of every message with `received` and
-`sent`; `check` drops the connections that break a limit, and `drop` those of a user.
+`Connections` combines the first two for one socket. Call `received` and `sent` for every message.
+`check` drops the connections that break a limit, and `drop` those of a user.
 """
 
 from transport.dos_protection.connections import Connections

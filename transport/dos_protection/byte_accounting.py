@@ -1,9 +1,9 @@
-"""Byte accounting: what each connection makes libzmq hold.
+"""Byte accounting: the bytes that each connection makes libzmq hold.
 
 Attacks: a message that never ends, messages faster than the program reads, results never read.
 Counted: bytes received and not delivered, bytes sent and not acknowledged. libzmq keeps both and
-limits neither; the kernel's counters (`tcp`) tell them.
-Done: the connection is dropped, and libzmq frees at once what it held for it.
+limits neither; the kernel's counters (`tcp`) show them.
+Done: the connection is dropped, and libzmq at once frees its memory for it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _FORGIVEN_PER_S = 256.0
 # Heartbeats are received and never delivered: two a second of about 40 bytes. A patient attacker
 # gains no more than this rate.
 _SERVER_HANDSHAKE_BYTES = 280
-# A server sends a greeting, WELCOME and READY, 301 bytes, to a client that it lets in, and 246
-# bytes to one that it refuses.
+# A server sends a greeting, WELCOME and READY, 301 bytes, to an admitted client, and 246 bytes to a
+# refused one.
 _HANDSHAKE_BYTES = 64 << 10  # either side of a handshake sends less than a kilobyte
-_RATE_WINDOW_S = 5.0
+_RATE_WINDOW_S = 3.0
 
 
 @dataclass(slots=True, eq=False)
@@ -35,7 +35,8 @@ class Connection:
         end: duplicate of its descriptor. address: the peer's, without port.
         user: name of its key; empty before its first message. route: its routing id, likewise.
         authenticated: whether its handshake is finished.
-        delivered: bytes since the last `count`. undelivered, unacked: see `ConnectionLimits`.
+        delivered: bytes since the last `count`. unacked: see `ConnectionLimits`.
+        in_queue: bytes that the kernel has received and libzmq has not read.
         received, sent, acked: the kernel's counters.
     """
 
@@ -51,14 +52,22 @@ class Connection:
     sent: int = 0
     acked: int = 0
     delivered: int = 0
-    undelivered: float = 0.0
+    in_queue: int = 0
     unacked: int = 0
+    _undelivered: float = 0.0  # with what is in the queue
     _counted: float = 0.0
     _progress: float = 0.0  # when it last acknowledged something, or had nothing to acknowledge
     _window: tuple[float, int, int] = (0.0, 0, 0)  # start, acked and unacked at its start
+    _slow: bool = False
 
     def __post_init__(self) -> None:
         self._counted = self._progress = self.opened
+
+    @property
+    def undelivered(self) -> float:
+        """See `ConnectionLimits`. TCP bounds the kernel's queue, and it is not this process's
+        memory: with it, a node with many busy edges would seem to hold a hundred MB more."""
+        return max(0.0, self._undelivered - self.in_queue)
 
     @property
     def held(self) -> float:
@@ -73,14 +82,14 @@ class Connection:
         """`size` bytes were handed to libzmq for this connection."""
         if not self.unacked:
             self._progress = now
-            self._window = now, self.acked, size
+            self._window, self._slow = (now, self.acked, size), False
         self.unacked += size
 
     def count(self, received: int, acked: int, sent: int, now: float) -> None:
         """Take in the kernel's counters."""
         came = received - self.received
         forgiven = (now - self._counted) * _FORGIVEN_PER_S
-        self.undelivered = max(0.0, self.undelivered + came - self.delivered - forgiven)
+        self._undelivered = max(0.0, self._undelivered + came - self.delivered - forgiven)
         if acked != self.acked:
             self.unacked = max(0, self.unacked - (acked - self.acked))
             self._progress = now
@@ -95,14 +104,14 @@ class Connection:
             return True
         return self.unacked > 0 and now - self._progress > limits.stall_s
 
-    def below_least_rate(self, least: float, now: float) -> bool:
-        """Whether it acknowledged less than this in the window that ends now, though more waited.
-        A new window begins."""
+    def is_slow(self, least: float, now: float) -> bool:
+        """Whether it acknowledged less than this rate in its last whole window, though more
+        waited."""
         start, acked, waited = self._window
-        if not self.unacked or now - start < _RATE_WINDOW_S:
-            return False
-        self._window = now, self.acked, self.unacked
-        return self.acked - acked < min(waited, least * (now - start))
+        if self.unacked and now - start >= _RATE_WINDOW_S:
+            self._slow = self.acked - acked < min(waited, least * (now - start))
+            self._window = now, self.acked, self.unacked
+        return self._slow and self.unacked > 0
 
 
 Excess = tuple[Connection, Reason, float]
@@ -132,13 +141,13 @@ def too_many_bytes(
 def _slow_readers(
     connections: list[Connection], limits: ConnectionLimits, now: float
 ) -> Iterator[Excess]:
-    """Connections below the least rate, the largest first, until little enough waits."""
-    waiting = sum(each.unacked for each in connections)
-    slow = [each for each in connections if each.below_least_rate(limits.least_rate, now)]
+    """Connections below the least rate, the largest first, until the rest holds little enough."""
+    slow = [each for each in connections if each.is_slow(limits.least_rate, now)]
+    held = sum(each.unacked for each in slow)
     for each in sorted(slow, key=lambda one: -one.unacked):
-        if waiting <= limits.total / 4:
+        if held <= limits.slow:
             return
-        waiting -= each.unacked
+        held -= each.unacked
         yield each, "slow", each.unacked
 
 

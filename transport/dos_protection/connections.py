@@ -1,7 +1,7 @@
 """The connections of one socket, followed by their descriptors and kept within limits.
 
-libzmq's monitor tells the descriptor of every connection. A duplicate of it reads the kernel's
-counters, and ends exactly this connection, for as long as it is followed.
+libzmq's monitor reports the descriptor of every connection. While a connection is followed, a
+duplicate of its descriptor reads the kernel's counters and can end exactly this connection.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Connections:
         every = self._by_route.values()
         return sum(each.unacked for each in every if user is None or each.user == user)
 
-    # What the monitor tells
+    # Events from the monitor
 
     def opened(self, fd: int, now: float) -> bool:
         """A connection was made (ACCEPTED, CONNECTED). Returns False if it was dropped at once, for
@@ -147,7 +147,7 @@ class Connections:
         for fd in list(self._open):
             self.closed(fd)
 
-    # What the program tells
+    # Calls from the program
 
     def received(self, frame: zmq.Frame, route: bytes = b"", *, banned: bool = False) -> None:
         """A message was received with ``copy=False``; a ROUTER got it from the peer `route`.
@@ -243,6 +243,7 @@ class Connections:
                 return
             self._acked += counters[1] - connection.acked
             connection.count(*counters, now)
+            connection.in_queue = tcp.in_queue(connection.end)
             if connection.authenticated:
                 self._handshakes.finish(connection)
 
@@ -262,5 +263,5 @@ class Connections:
         connection.dropped = True
         self._dropped.append(Dropped(connection, reason, int(held)))
         if connection.end is not None:
-            with contextlib.suppress(OSError):  # it has ended by itself
+            with contextlib.suppress(OSError):  # it has ended already
                 tcp.reset(connection.end)

@@ -29,8 +29,8 @@ class ConnectionLimits:
         unacked: bytes sent to one connection and not acknowledged.
         total: both, of all connections together.
         stall_s: how long a connection may acknowledge nothing of what waits for it.
-        least_rate: bytes per second that a connection must acknowledge while more than a quarter
-            of `total` waits to be acknowledged, so that slow readers hold up nobody else.
+        slow: bytes that slow readers may hold together. More than this blocks other edges.
+        least_rate: a connection that acknowledges fewer bytes per second is a slow reader.
         handshakes: unfinished handshakes; half as many from one address.
         connections: open connections.
         per_party: connections of one user; also of one address, before their first message. An edge
@@ -40,6 +40,7 @@ class ConnectionLimits:
     undelivered: int
     unacked: int
     total: int
+    slow: int
     stall_s: float = 10.0
     least_rate: float = SLOWEST_LINK / 4
     handshakes: int = 2048
@@ -56,6 +57,7 @@ class ConnectionLimits:
             undelivered=min(self.undelivered, max(3 * message_bytes(inbound), total // 2)),
             unacked=min(self.unacked, max(2 * message_bytes(outbound), total // 2)),
             total=min(self.total, total),
+            slow=min(self.slow, max(2 * message_bytes(outbound), total // 4)),
             handshakes=min(self.handshakes, max(2, connections // 2)),
             connections=min(self.connections, connections),
         )
@@ -87,6 +89,9 @@ def connection_limits(
         undelivered=(backlog + 1) * largest_in + _SLACK,
         unacked=max(32 << 20, 4 * largest_out, min(results * largest_out, total // 2)),
         total=total,
+        # What is on its way to all edges is held down to this when they read slowly
+        # (cloud_node/backpressure.py), so slow readers must not fill it.
+        slow=min(total // 4, max(2 * largest_out, 32 << 20)),
         handshakes=min(_HANDSHAKES, spare // 2),
         connections=spare,
     )

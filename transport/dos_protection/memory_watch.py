@@ -1,7 +1,7 @@
 """Memory watch: the last resort before the kernel kills the process.
 
 Attack: anything that the other limits miss, or that the kernel does not count.
-Counted: resident memory of the process, where the system tells it.
+Counted: resident memory of the process, if the system reports it.
 Done: the owner closes its sockets, which frees all that libzmq holds, and opens them again.
 """
 

@@ -1,8 +1,8 @@
-"""Penalty box: keeps out edges that broke a rule.
+"""Penalty box: bans edges that broke a rule.
 
-Attack: a key that was cut off connects again and goes on.
+Attack: a key whose connection was dropped reconnects and goes on.
 Counted: breaches of each name, and when the last ban ended.
-Done: handshakes are refused and messages thrown away, twice as long after each further breach.
+Done: handshakes are refused and messages discarded, twice as long after each further breach.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 class PenaltyBox:
     """Bans for `first_s` seconds, then twice as long each time, up to `most_s`. After `most_s`
-    without a breach a name starts anew.
+    without a breach a name starts with `first_s` again.
 
     The caller passes the time, in seconds of a monotonic clock.
     """

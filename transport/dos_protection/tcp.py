@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import struct
 import sys
+import termios
 
 AVAILABLE = sys.platform == "linux" and hasattr(socket, "TCP_INFO")
-"""Whether the kernel counts bytes. Without it only connections are counted."""
+"""True if the kernel counts bytes. Without it only connections are counted."""
 _TCP_INFO_BYTES = 208  # up to tcpi_bytes_sent, Linux 4.19
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
@@ -35,6 +37,11 @@ def counters(end: socket.socket) -> tuple[int, int, int] | None:
         return None
     acked, received = struct.unpack_from("=QQ", info, 120)
     return received, acked, struct.unpack_from("=Q", info, 200)[0]
+
+
+def in_queue(end: socket.socket) -> int:
+    """Bytes that the kernel has received and libzmq has not read yet."""
+    return int(struct.unpack("i", fcntl.ioctl(end, termios.FIONREAD, bytes(4)))[0])
 
 
 def reset(end: socket.socket) -> None:

@@ -42,7 +42,7 @@ SHAPES = [
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Noise over a gradient: every pixel differs, and so does every corner."""
+    """Noise over a gradient: every pixel differs, and every corner."""
     rng = np.random.default_rng(seed)
     ramp = np.linspace(0, 128, height)[:, None] + np.linspace(0, 64, width)
     return (ramp[..., None] + rng.integers(0, 60, (height, width, 3))).astype(np.uint8)
@@ -51,12 +51,12 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
 # Reading ----------------------------------------------------------------------------------------
 
 
-def test_rgb_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_an_rgb_image_is_read_unchanged(tmp_path: Path) -> None:
     image = picture(5, 7)
     Image.fromarray(image).save(tmp_path / "a.png")
     found = load_image(tmp_path / "a.png")
     np.testing.assert_array_equal(found, image)
-    found[:] = 0  # it belongs to the caller
+    found[:] = 0  # the caller owns the array
 
 
 TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
@@ -87,7 +87,7 @@ def test_a_phones_upright_jpeg_has_the_upright_size(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     image = np.zeros((40, 60, 3), np.uint8)
-    image[:20, :30] = 255  # top left as stored, top right as meant
+    image[:20, :30] = 255  # top left as stored, top right as intended
     Image.fromarray(image).save(tmp_path / "a.jpg", exif=exif, quality=95)
     found = load_image(tmp_path / "a.jpg")
     assert found.shape == (60, 40, 3)
@@ -95,7 +95,7 @@ def test_a_phones_upright_jpeg_has_the_upright_size(tmp_path: Path) -> None:
     assert found[5, 5].max() < 5
 
 
-def test_damaged_exif_around_sound_pixels_is_ignored(tmp_path: Path) -> None:
+def test_damaged_exif_beside_sound_pixels_is_ignored(tmp_path: Path) -> None:
     Image.fromarray(picture(8, 8)).save(
         tmp_path / "a.jpg", exif=b"Exif\0\0MM\0\x2a\xff\xff\xff\xff"
     )
@@ -120,13 +120,13 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     np.testing.assert_allclose(found.astype(int), np.repeat(grey[..., None], 3, 2), atol=1)
 
 
-def test_16_bits_are_scaled_over_their_full_range(tmp_path: Path) -> None:
+def test_16_bit_images_are_scaled_over_their_full_range(tmp_path: Path) -> None:
     values = np.array([[0, 128, 129, 257, 32768, 65407, 65535]], np.uint16)
     Image.fromarray(values).save(tmp_path / "a.png")
     assert load_image(tmp_path / "a.png")[0, :, 0].tolist() == [0, 0, 1, 1, 128, 255, 255]
 
 
-def test_numbers_without_a_known_range_are_refused(tmp_path: Path) -> None:
+def test_pixels_without_a_known_range_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "f.tiff")
     with pytest.raises(ImageError, match="floating-point"):
         load_image(tmp_path / "f.tiff")
@@ -135,17 +135,17 @@ def test_numbers_without_a_known_range_are_refused(tmp_path: Path) -> None:
         load_image(tmp_path / "i.tiff")
 
 
-def test_transparency_is_laid_over_white(tmp_path: Path) -> None:
+def test_transparency_is_blended_over_white(tmp_path: Path) -> None:
     rgba = np.zeros((1, 3, 4), np.uint8)
     rgba[0] = [[200, 100, 50, 255], [200, 100, 50, 0], [0, 0, 0, 128]]
     Image.fromarray(rgba).save(tmp_path / "a.png")
     found = load_image(tmp_path / "a.png")[0]
     assert found[0].tolist() == [200, 100, 50]
-    assert found[1].tolist() == [255, 255, 255]  # what is hidden stays hidden
+    assert found[1].tolist() == [255, 255, 255]  # the hidden colour stays hidden
     np.testing.assert_allclose(found[2], 127, atol=1)
 
 
-def test_a_transparent_palette_entry_is_laid_over_white(tmp_path: Path) -> None:
+def test_a_transparent_palette_entry_is_blended_over_white(tmp_path: Path) -> None:
     image = Image.fromarray(np.array([[0, 1]], np.uint8), "L").convert("P")
     image.putpalette([10, 20, 30, 40, 50, 60])
     image.save(tmp_path / "a.png", transparency=0)
@@ -165,7 +165,7 @@ def refused(path: Path, reason: str, **limits: float) -> None:
     assert str(path) in str(caught.value)
 
 
-def test_files_that_are_no_images(tmp_path: Path) -> None:
+def test_files_that_are_no_images_are_refused(tmp_path: Path) -> None:
     refused(tmp_path / "absent.png", "does not exist")
     refused(tmp_path, "cannot be read: Is a directory")
     (tmp_path / "empty.png").touch()
@@ -174,7 +174,7 @@ def test_files_that_are_no_images(tmp_path: Path) -> None:
     refused(tmp_path / "text.jpg", "not an image this program reads")
 
 
-def test_formats_that_start_other_programs_are_not_opened(tmp_path: Path) -> None:
+def test_formats_that_start_other_programs_are_refused(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.eps")
     refused(tmp_path / "a.eps", "not an image this program reads")
 
@@ -190,7 +190,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, suffix: str) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data(), suffix=st.sampled_from(["jpg", "png", "tiff", "webp", "gif", "bmp"]))
-def test_damage_anywhere_is_an_image_or_one_clear_line(
+def test_a_damaged_file_gives_an_image_or_one_clear_error(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, suffix: str
 ) -> None:
     path = tmp_path_factory.getbasetemp() / f"damaged.{suffix}"
@@ -210,7 +210,7 @@ def test_damage_anywhere_is_an_image_or_one_clear_line(
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds next to nothing."""
+    """A PNG that claims a size and contains almost nothing."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return (
@@ -222,12 +222,12 @@ def png_header(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("side", [10_001, 50_000, 2**31 - 1])
-def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path, side: int) -> None:
+def test_a_decompression_bomb_is_refused_before_decoding(tmp_path: Path, side: int) -> None:
     (tmp_path / "bomb.png").write_bytes(png_header(side, side))
     refused(tmp_path / "bomb.png", "limit is 100 megapixels")
 
 
-def test_the_limit_can_be_set_and_is_exact(tmp_path: Path) -> None:
+def test_the_pixel_limit_can_be_set_and_is_exact(tmp_path: Path) -> None:
     Image.new("L", (1000, 1000)).save(tmp_path / "a.png")
     assert load_image(tmp_path / "a.png", max_megapixels=1).shape == (1000, 1000, 3)
     refused(tmp_path / "a.png", r"1000 x 1000 pixels, the limit is 0\.5", max_megapixels=0.5)
@@ -252,7 +252,7 @@ def sams_transform(size: int) -> Any:
 
 @pytest.mark.parametrize("size", [144, 192, 1024])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_resize_is_sams_bit_for_bit(shape: tuple[int, int], size: int) -> None:
+def test_resize_equals_sam_s_bit_for_bit(shape: tuple[int, int], size: int) -> None:
     image = picture(*shape)
     found = resize_longest(image, size)
     assert found.shape == (*resized_shape(*shape, size), 3)
@@ -265,7 +265,7 @@ def test_resize_is_sams_bit_for_bit(shape: tuple[int, int], size: int) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 400), st.integers(1, 400), st.sampled_from([97, 144, 192]))
-def test_resize_is_sams_for_any_shape(height: int, width: int, size: int) -> None:
+def test_resize_equals_sam_s_for_any_shape(height: int, width: int, size: int) -> None:
     reference = sams_transform(size)
     if 0 not in reference.get_preprocess_shape(height, width, size):
         image = picture(height, width)
@@ -274,7 +274,7 @@ def test_resize_is_sams_for_any_shape(height: int, width: int, size: int) -> Non
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_half_a_pixel_is_rounded_up_as_in_sam(turned: bool) -> None:
-    """1365 becomes 682.5: Python and NumPy would round that to the even 682."""
+    """1365 becomes 682.5. Python and NumPy would round that to the even 682."""
     shape = (2048, 1365) if turned else (1365, 2048)
     found = resize_longest(np.zeros((*shape, 3), np.uint8), 1024)
     assert sorted(found.shape) == [3, 683, 1024]
@@ -289,14 +289,14 @@ def test_half_a_pixel_is_rounded_up_as_in_sam(turned: bool) -> None:
         np.zeros((0, 4, 3), np.uint8),
     ],
 )
-def test_what_is_not_rgb_is_refused(image: np.ndarray) -> None:
+def test_images_that_are_not_rgb_are_refused(image: np.ndarray) -> None:
     with pytest.raises(ImageError, match="expected uint8"):
         resize_longest(image, 64)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 5000), st.integers(1, 5000))
-def test_coordinates_are_sams(height: int, width: int) -> None:
+def test_coordinates_equal_sam_s(height: int, width: int) -> None:
     reference = sams_transform(1024)
     if 0 in reference.get_preprocess_shape(height, width, 1024):
         return
@@ -314,7 +314,7 @@ def test_coordinates_are_sams(height: int, width: int) -> None:
 def postprocess_masks(
     low_res: np.ndarray, size: int, resized: tuple[int, int], original: tuple[int, int]
 ) -> np.ndarray:
-    """``Sam.postprocess_masks`` itself, on a stand-in for the only field of the model it reads."""
+    """``Sam.postprocess_masks`` itself, on a stub with the one model field that it reads."""
     torch = pytest.importorskip("torch")
     from types import SimpleNamespace
 
@@ -326,14 +326,14 @@ def postprocess_masks(
 
 
 def logits(size: int, masks: int = 2) -> np.ndarray:
-    """Noise: neighbours differ by more than those of any real mask."""
+    """Noise: neighbours differ by more than in any real mask."""
     rng = np.random.default_rng(size)
     return (rng.standard_normal((masks, size, size)) * 8).astype(np.float32)
 
 
 @pytest.mark.parametrize(("size", "low"), [(1024, 256), (192, 96), (144, 72)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_upscale_is_sams(shape: tuple[int, int], size: int, low: int) -> None:
+def test_upscale_equals_sam_s(shape: tuple[int, int], size: int, low: int) -> None:
     low_res, resized = logits(low), resized_shape(*shape, size)
     found = upscale(low_res, size, resized, shape)
     assert found.dtype == np.float32
@@ -344,7 +344,7 @@ def test_upscale_is_sams(shape: tuple[int, int], size: int, low: int) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.floats(-3, 3))
-def test_upscale_is_sams_for_any_shape(height: int, width: int, threshold: float) -> None:
+def test_upscale_equals_sam_s_for_any_shape(height: int, width: int, threshold: float) -> None:
     low_res, resized = logits(24, masks=1), resized_shape(height, width, 48)
     found = upscale(low_res, 48, resized, (height, width))
     expected = postprocess_masks(low_res, 48, resized, (height, width))
@@ -354,7 +354,7 @@ def test_upscale_is_sams_for_any_shape(height: int, width: int, threshold: float
 
 
 @pytest.mark.parametrize("threshold", [0.0, -1.5])
-def test_a_logit_equal_to_the_threshold_is_outside(threshold: float) -> None:
+def test_a_logit_equal_to_the_threshold_is_outside_the_mask(threshold: float) -> None:
     logits = np.full((1, 8, 8), threshold, np.float32)
     assert not upscale_mask(logits, 32, (32, 24), (60, 45), threshold).any()
     above = np.nextafter(logits, np.float32(np.inf))
@@ -369,7 +369,7 @@ def test_leading_dimensions_are_kept() -> None:
     assert upscale_mask(low_res[:, :0], 48, (48, 30), (9, 6)).shape == (2, 0, 9, 6)
 
 
-def test_what_is_not_square_is_refused() -> None:
+def test_logits_that_are_not_square_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(2, 3\)"):
         upscale(np.zeros((2, 3), np.float32), 48, (48, 48), (5, 5))
 
@@ -388,12 +388,13 @@ print(peak() - before, masks.nbytes / 2**20, masks.mean())
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
-def test_masks_of_50_megapixels_need_little_beyond_themselves() -> None:
+def test_masks_of_50_megapixels_need_little_extra_memory() -> None:
     done = subprocess.run(
         [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True
     )
     grown, masks, share = map(float, done.stdout.split())
     assert 0.3 < share < 0.7
-    # One mask's logits at full size would take 191 MiB.
+    # At full size, the logits of one mask would take 191 MiB.
     assert grown < masks + 100

@@ -1,4 +1,4 @@
-"""Points and boxes as users write them."""
+"""Points and boxes as users type them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def test_points_are_read(text: str, expected: Point) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "1", "1,2,3,4", "a,b", "1,2,", "nan,2", "1,inf", "1;2"])
-def test_what_is_no_point_is_refused_with_an_example(text: str) -> None:
+def test_a_malformed_point_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(PromptError, match=r"expected X,Y .* 120,80"):
         prompts.parse_point(text)
 
 
 @pytest.mark.parametrize("label", ["2", "-1", "0.5"])
-def test_only_labels_0_and_1_are_taken(label: str) -> None:
+def test_only_labels_0_and_1_are_accepted(label: str) -> None:
     with pytest.raises(PromptError, match="the label is"):
         prompts.parse_point(f"1,2,{label}")
 
@@ -39,7 +39,7 @@ def test_boxes_are_read() -> None:
 
 
 @pytest.mark.parametrize("text", ["1,2,3", "1,2,3,x", "1,2,3,4,5"])
-def test_what_is_no_box_is_refused(text: str) -> None:
+def test_a_malformed_box_is_refused(text: str) -> None:
     with pytest.raises(PromptError, match="expected X0,Y0,X1,Y1"):
         prompts.parse_box(text)
 
@@ -50,13 +50,13 @@ def test_an_empty_box_is_refused(text: str) -> None:
         prompts.parse_box(text)
 
 
-def test_each_point_and_box_is_an_object_and_a_negative_point_joins_the_one_before() -> None:
+def test_each_point_or_box_is_an_object_and_a_negative_point_joins_the_last_one() -> None:
     a, b, box, off = Point(1, 1), Point(2, 2), Box(0, 0, 5, 5), Point(3, 3, 0)
     found = prompts.group([a, off, b, box, off])
     assert found == [Prompt((a, off)), Prompt((b,)), Prompt((off,), box)]
 
 
-def test_markers_join_everything_up_to_the_next() -> None:
+def test_an_object_marker_joins_all_prompts_up_to_the_next_marker() -> None:
     a, b, box = Point(1, 1), Point(2, 2), Box(0, 0, 5, 5)
     assert prompts.group([None, a, b, None, b, box]) == [Prompt((a, b)), Prompt((b,), box)]
 
@@ -73,7 +73,7 @@ def test_markers_join_everything_up_to_the_next() -> None:
         ([None, Box(0, 0, 1, 1), Box(0, 0, 2, 2)], "has 2 boxes"),
     ],
 )
-def test_prompts_that_make_no_sense_are_refused(
+def test_contradictory_prompts_are_refused(
     sequence: list[Point | Box | None], message: str
 ) -> None:
     with pytest.raises(PromptError, match=message):
@@ -81,7 +81,7 @@ def test_prompts_that_make_no_sense_are_refused(
 
 
 @pytest.mark.parametrize("point", [Point(0, 0), Point(19, 9), Point(19.9, 9.9)])
-def test_points_inside_the_photo_pass(point: Point) -> None:
+def test_points_inside_the_photo_are_accepted(point: Point) -> None:
     prompts.check([Prompt((point,))], (10, 20))
 
 
@@ -93,7 +93,7 @@ def test_points_outside_the_photo_are_refused_with_its_size(point: Point) -> Non
         prompts.check([Prompt((Point(1, 1), point))], (10, 20))
 
 
-def test_a_box_may_touch_the_border_and_not_cross_it() -> None:
+def test_a_box_may_touch_the_border_but_not_cross_it() -> None:
     prompts.check([Prompt(box=Box(0, 0, 20, 10))], (10, 20))
     for box in (Box(-1, 0, 5, 5), Box(0, -1, 5, 5), Box(0, 0, 21, 5), Box(0, 0, 5, 11)):
         with pytest.raises(PromptError, match="which is 20 x 10 pixels"):

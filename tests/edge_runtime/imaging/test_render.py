@@ -1,4 +1,4 @@
-"""Pictures: that they show what they say, not that they are pretty."""
+"""Rendered pictures show the right content. Their look is not tested."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def report(shares: dict[str, tuple[int, ...]], home: tuple[int, ...] = ()) -> Of
     return OffloadReport(nodes, home, 0.3, 0.3, 4, 9, sent, 0, 0, 0.0, ())
 
 
-def test_the_mask_is_tinted_and_the_rest_is_left_alone() -> None:
+def test_the_mask_is_tinted_and_the_rest_is_unchanged() -> None:
     photo = np.full((60, 80, 3), 100, np.uint8)
     mask = np.zeros((60, 80), bool)
     mask[10:50, 10:40] = True
@@ -43,14 +43,14 @@ def test_the_mask_is_tinted_and_the_rest_is_left_alone() -> None:
     assert abs(inside - render.colour(1)).sum() > 120
 
 
-def test_a_click_is_drawn_where_it_was_made() -> None:
+def test_a_click_is_drawn_at_its_place() -> None:
     photo = np.full((60, 80, 3), 100, np.uint8)
     prompts = [Prompt((Point(20, 30), Point(60, 15, 0)))]
     picture = np.array(render.overlay(photo, [np.zeros((60, 80), bool)], prompts)).astype(int)
     scale = picture.shape[1] // 80
     rows, columns = np.nonzero((picture != 100).any(-1))
     assert {bool(x < 40 * scale) for x in columns} == {True, False}
-    for x, y, strong in ((20, 30, 1), (60, 15, 0)):  # green on the object, red off it
+    for x, y, strong in ((20, 30, 1), (60, 15, 0)):  # green on the object, red beside it
         near = (abs(columns - (x + 0.5) * scale) < 3 * scale) & (
             abs(rows - (y + 0.5) * scale) < 3 * scale
         )
@@ -62,9 +62,7 @@ def test_a_click_is_drawn_where_it_was_made() -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (3, 7), (1300, 900), (10, 3000)])
 @pytest.mark.parametrize("nodes", [1, 3, 40, 400])
-def test_every_photo_can_be_drawn_and_no_drawing_is_large(
-    size: tuple[int, int], nodes: int
-) -> None:
+def test_any_photo_can_be_drawn_and_no_drawing_is_large(size: tuple[int, int], nodes: int) -> None:
     photo = np.zeros((*size, 3), np.uint8)
     prompts = [Prompt((Point(0, 0),)), Prompt(box=Box(0, 0, size[1], size[0]))]
     step = -(-max(size) // 2048)
@@ -102,7 +100,7 @@ def test_long_names_are_written_in_full() -> None:
         assert render._fitting("What alpha saw", size, width).size == size
 
 
-def test_of_many_nodes_those_that_saw_something_are_shown() -> None:
+def test_of_many_nodes_only_those_that_saw_windows_are_shown() -> None:
     windows = cut_of(np.full((32, 40, 3), 200, np.uint8))
     some = {"a": (0, 4), "b": (1, 3), "c": (2, 5)}
     sheets = [
@@ -114,10 +112,10 @@ def test_of_many_nodes_those_that_saw_something_are_shown() -> None:
         )
         for idle in (10, 1000)
     ]
-    assert sheets[0].size == sheets[1].size  # the photo, a, b, c, and the number of the others
+    assert sheets[0].size == sheets[1].size  # the photo, a, b, c, and the number of the other nodes
 
 
-def test_the_outline_is_as_wide_as_asked_and_inside_the_mask() -> None:
+def test_the_outline_has_the_requested_width_inside_the_mask() -> None:
     mask = np.zeros((100, 100), np.uint8)
     mask[20:80, 20:80] = 255
     for width in (2, 5, 10):
@@ -127,8 +125,8 @@ def test_the_outline_is_as_wide_as_asked_and_inside_the_mask() -> None:
         assert not line[50, 20 + width : 80 - width].any()
 
 
-def test_a_mask_is_drawn_the_same_wherever_it_lies() -> None:
-    """Only the part of the picture around a mask is worked on."""
+def test_a_mask_is_drawn_the_same_at_any_place() -> None:
+    """Rendering works only on the region around a mask."""
     photo = np.full((900, 1300, 3), 100, np.uint8)
     prompts = [Prompt(box=Box(0, 0, 1, 1))]
     pieces = []
@@ -143,7 +141,7 @@ def test_a_mask_is_drawn_the_same_wherever_it_lies() -> None:
     assert np.array_equal(*pieces)
 
 
-def test_the_sheet_has_a_panel_for_each_node_and_one_for_home() -> None:
+def test_the_sheet_has_a_panel_per_node_and_one_for_the_edge() -> None:
     photo = np.full((32, 40, 3), 200, np.uint8)
     windows = cut_of(photo)
     three = render.what_each_node_saw(
@@ -153,7 +151,7 @@ def test_the_sheet_has_a_panel_for_each_node_and_one_for_home() -> None:
         photo, windows, GEOMETRY, report({"a": (0, 4), "b": (1, 3), "c": (2,)}, home=(5,))
     )
     assert home.width == three.width
-    assert home.height > 1.8 * three.height  # a fifth panel begins a second row
+    assert home.height > 1.8 * three.height  # a fifth panel starts a second row
     drawn = np.array(three)
     assert (drawn == 0).all(-1).any()
     assert (drawn == 200).all(-1).any()

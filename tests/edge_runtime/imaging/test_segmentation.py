@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and what is in them."""
+"""Result folders appear whole or not at all, with the right content."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_json_keeps_lists_of_numbers_on_one_line() -> None:
 
 
 class Sender:
-    """What `sends_on_record` uses of a predictor."""
+    """The part of a predictor that `sends_on_record` uses."""
 
     record: object = None
     report: OffloadReport | None = None
@@ -43,8 +43,8 @@ class Sender:
         )
 
 
-def test_a_record_that_cannot_be_written_is_told_instead(tmp_path: Path) -> None:
-    folder = tmp_path / ("x" * 250)  # with .sends.json, longer than names may be
+def test_an_unwritable_record_is_reported_in_the_error(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 250)  # with .sends.json, the name is too long
 
     def fail(sender: Sender) -> None:
         with segmentation.sends_on_record(folder, "a.png", sender):  # type: ignore[arg-type]
@@ -56,9 +56,9 @@ def test_a_record_that_cannot_be_written_is_told_instead(tmp_path: Path) -> None
     assert os.listdir(tmp_path) == []
 
 
-def test_only_what_was_sent_meanwhile_is_put_on_record(tmp_path: Path) -> None:
+def test_only_sends_of_this_run_are_recorded(tmp_path: Path) -> None:
     sender = Sender()
-    sender.send()  # another photo
+    sender.send()  # for another photo
 
     def fail() -> None:
         with segmentation.sends_on_record(tmp_path / "out", "a.png", sender):  # type: ignore[arg-type]
@@ -72,7 +72,7 @@ def test_only_what_was_sent_meanwhile_is_put_on_record(tmp_path: Path) -> None:
 check = partial(segmentation.check_folder, ours=segmentation.is_ours, marker=segmentation.RESULT)
 
 
-def test_only_results_are_ever_overwritten(tmp_path: Path) -> None:
+def test_only_result_folders_are_ever_overwritten(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     check(folder, overwrite=False)
     folder.mkdir()
@@ -81,7 +81,7 @@ def test_only_results_are_ever_overwritten(tmp_path: Path) -> None:
     for overwrite in (False, True):
         with pytest.raises(ConfigError, match="holds other things"):
             check(folder, overwrite=overwrite)
-    (folder / segmentation.RESULT).touch()  # some other program's, for all we know
+    (folder / segmentation.RESULT).touch()  # it could belong to another program
     for overwrite in (False, True):
         with pytest.raises(ConfigError, match=r"other things than these results, such as thesis"):
             check(folder, overwrite=overwrite)

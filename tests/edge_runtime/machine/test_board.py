@@ -1,4 +1,4 @@
-"""What a machine's files say, on trees put together from public sources (jetson/boards)."""
+"""Facts read from a machine's files, on trees made from public sources (jetson/boards)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BOARDS = Path(__file__).resolve().parents[3] / "jetson" / "boards"
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of the Orin Nano, to change."""
+    """A copy of the Orin Nano's tree that a test may change."""
     return shutil.copytree(BOARDS / "orin-nano-8gb-jetpack-6.2", tmp_path / "root")
 
 
@@ -51,7 +51,7 @@ def tree(tmp_path: Path) -> Path:
             {
                 "l4t": "36.4.0",
                 "jetpack": "6.1",
-                "jetpack_installed": None,  # removed: its configuration is still on record
+                "jetpack_installed": None,  # removed: its configuration files remain
                 "cuda": None,
                 "tensorrt_folders": (),
                 "tensorrt_package": None,
@@ -108,12 +108,12 @@ def tree(tmp_path: Path) -> Path:
         ),
     ],
 )
-def test_facts_of_each_board(name: str, expected: dict[str, object]) -> None:
+def test_the_facts_of_each_board(name: str, expected: dict[str, object]) -> None:
     board = read_board(BOARDS / name)
     assert {key: getattr(board, key) for key in expected} == expected
 
 
-def test_every_tree_is_tested_and_small() -> None:
+def test_every_tree_is_small_and_has_a_test() -> None:
     names = {path.name for path in BOARDS.iterdir() if path.is_dir()}
     assert len(names) == 5
     for path in BOARDS.rglob("*"):
@@ -121,7 +121,7 @@ def test_every_tree_is_tested_and_small() -> None:
         assert path.is_dir() or path.stat().st_size < 10_000, path
 
 
-def test_a_machine_that_says_nothing_is_unknown_not_an_error(tmp_path: Path) -> None:
+def test_a_machine_without_these_files_is_unknown_not_an_error(tmp_path: Path) -> None:
     board = read_board(tmp_path / "nothing")
     assert board.model is None
     assert not board.jetson
@@ -130,7 +130,7 @@ def test_a_machine_that_says_nothing_is_unknown_not_an_error(tmp_path: Path) -> 
     assert board.zones == ()
 
 
-def test_garbage_is_unknown_too(tree: Path) -> None:
+def test_malformed_files_are_unknown_too(tree: Path) -> None:
     for path in sorted(tree.rglob("*")):
         if path.is_file() and "dev" not in path.parts:
             path.write_bytes(b"\xff\x00{[<\n:=" * 50)
@@ -152,7 +152,7 @@ def test_garbage_is_unknown_too(tree: Path) -> None:
         ("# R77 (release), REVISION: 1.0, GCID: 1", None),
     ],
 )
-def test_l4t_tells_the_jetpack_where_no_package_does(
+def test_l4t_gives_the_jetpack_version_where_no_package_does(
     tree: Path, release: str, jetpack: str | None
 ) -> None:
     (tree / "var/lib/dpkg/status").unlink()
@@ -160,7 +160,7 @@ def test_l4t_tells_the_jetpack_where_no_package_does(
     assert read_board(tree).jetpack == jetpack
 
 
-def test_l4t_comes_from_its_package_where_the_release_file_is_missing(tree: Path) -> None:
+def test_l4t_comes_from_its_package_without_a_release_file(tree: Path) -> None:
     (tree / "etc/nv_tegra_release").unlink()
     assert read_board(tree).l4t == "36.4.3"
 
@@ -176,7 +176,7 @@ def test_l4t_comes_from_its_package_where_the_release_file_is_missing(tree: Path
         (["QUIET", "LOUD"], None),
     ],
 )
-def test_the_fastest_mode_goes_by_name_not_by_number(
+def test_the_fastest_mode_is_found_by_name_not_by_number(
     tree: Path, names: list[str], fastest: int | None
 ) -> None:
     lines = [f"< POWER_MODEL ID={i} NAME={name} >" for i, name in enumerate(names)]
@@ -185,18 +185,19 @@ def test_the_fastest_mode_goes_by_name_not_by_number(
     assert found == (None if fastest is None else PowerMode(fastest, names[fastest]))
 
 
-def test_a_mode_that_the_configuration_does_not_name(tree: Path) -> None:
+def test_a_mode_without_a_name_in_the_configuration(tree: Path) -> None:
     (tree / "var/lib/nvpmodel/status").write_text("pmode:0009 fmode:cool\n")
     assert read_board(tree).power_mode == PowerMode(9, "?")
 
 
-def test_zones_come_hottest_first_and_know_where_they_throttle() -> None:
+def test_zones_are_sorted_by_heat_and_have_their_throttling_point() -> None:
     hot = read_board(BOARDS / "agx-orin-64gb-jetpack-6.1").zones
     assert [(zone.name, zone.celsius, zone.throttles) for zone in hot] == [
         ("cpu-thermal", 99.5, 99.0),
         ("gpu-thermal", 97.0, 99.0),
     ]
-    # An active trip point starts a fan; one at or below zero is off; a zone may have no reading.
+    # An active trip point starts a fan. A point at or below zero is off. A zone may have no
+    # reading.
     nano = read_board(BOARDS / "orin-nano-8gb-jetpack-6.2").zones
     assert nano[0].name == "tj-thermal"
     assert nano[0].throttles == 99.0
@@ -204,7 +205,7 @@ def test_zones_come_hottest_first_and_know_where_they_throttle() -> None:
     assert read_board(BOARDS / "x86-workstation").zones[0].throttles is None
 
 
-def test_cuda_without_a_toolkit_is_read_off_the_runtime_library(tree: Path) -> None:
+def test_cuda_without_a_toolkit_is_found_by_its_runtime_library(tree: Path) -> None:
     shutil.rmtree(tree / "usr/local/cuda-12.6")
     library = tree / "usr/local/cuda-12.6/targets/aarch64-linux/lib/libcudart.so.12.6.68"
     library.parent.mkdir(parents=True)
@@ -212,7 +213,7 @@ def test_cuda_without_a_toolkit_is_read_off_the_runtime_library(tree: Path) -> N
     assert read_board(tree).cuda == "12.6.68"
 
 
-def test_the_newest_of_several_cuda_toolkits(tree: Path) -> None:
+def test_the_newest_of_several_cuda_toolkits_counts(tree: Path) -> None:
     for number in ("9.2", "12.10"):
         path = tree / f"usr/local/cuda-{number}/version.json"
         path.parent.mkdir()
@@ -220,21 +221,23 @@ def test_the_newest_of_several_cuda_toolkits(tree: Path) -> None:
     assert read_board(tree).cuda == "12.10.1"
 
 
-def test_the_device_tree_may_lie_where_the_link_points(tree: Path) -> None:
+def test_the_device_tree_is_also_found_where_the_link_points(tree: Path) -> None:
     (tree / "sys/firmware/devicetree").mkdir(parents=True)
     (tree / "proc/device-tree").rename(tree / "sys/firmware/devicetree/base")
     assert read_board(tree).soc == "tegra234"
 
 
 @pytest.mark.parametrize("sign", ["run/.containerenv", "proc/1/cgroup"])
-def test_other_signs_of_a_container(tree: Path, sign: str) -> None:
+def test_other_signs_of_a_container_are_recognised(tree: Path, sign: str) -> None:
     assert not read_board(tree).container
     (tree / sign).parent.mkdir(parents=True, exist_ok=True)
     (tree / sign).write_text("12:devices:/kubepods/besteffort/pod1/2\n")
     assert read_board(tree).container
 
 
-def test_nodes_that_may_not_be_opened(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # root may open everything, so the answer is simulated.
+def test_device_files_without_permission_are_reported(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # root may open everything, so the answer is simulated
     monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "ctrl")
     assert read_board(tree).locked_nodes == ("nvgpu/igpu0/ctrl",)

@@ -1,4 +1,5 @@
-"""What is made of a machine's files and its libraries' answers. Both are recorded or simulated."""
+"""The doctor's findings from a machine's files and its libraries' answers, recorded or
+simulated."""
 
 from __future__ import annotations
 
@@ -76,7 +77,7 @@ Examined = Callable[..., dict[str, Check]]
 
 @pytest.fixture
 def examined(monkeypatch: pytest.MonkeyPatch) -> Examined:
-    """Examine a tree; the libraries answer as given, and otherwise as where nothing is."""
+    """Examine a tree. Libraries answer as given; the others are not installed."""
 
     def go(root: Path, require: Iterable[Any] = (), **answers: Answer) -> dict[str, Check]:
         given = {
@@ -108,7 +109,7 @@ def statuses(checks: dict[str, Check]) -> dict[str, str]:
     return {name: check.status for name, check in checks.items()}
 
 
-def test_a_jetson_with_everything(examined: Examined) -> None:
+def test_a_complete_jetson_is_ok(examined: Examined) -> None:
     checks = examined(
         THOR,
         gpu=Answer({**(ORIN.facts or {}), "name": "Thor", "cuda": "13.0"}),
@@ -133,14 +134,14 @@ def test_a_jetson_with_everything(examined: Examined) -> None:
     assert [check.mend for check in checks.values() if check.mend] == []
 
 
-def test_the_fastest_mode_is_named_by_its_number_on_this_board(examined: Examined) -> None:
+def test_the_fastest_mode_is_given_with_this_board_s_number(examined: Examined) -> None:
     assert examined(NANO)["power"].mend.startswith("sudo nvpmodel -m 2 ")  # type: ignore[union-attr]
     power = examined(BOARDS / "agx-orin-64gb-jetpack-6.1")["power"]
     assert (power.status, "MODE_30W (mode 2); MAXN is" in power.detail) == ("warn", True)
     assert "nvpmodel -m 0 " in (power.mend or "")
 
 
-def test_heat(examined: Examined) -> None:
+def test_heat_is_reported(examined: Examined) -> None:
     heat = examined(BOARDS / "agx-orin-64gb-jetpack-6.1")["heat"]
     assert (heat.status, heat.detail) == (
         "warn",
@@ -149,14 +150,14 @@ def test_heat(examined: Examined) -> None:
     assert examined(NANO)["heat"] == Check("heat", "ok", "heat", "tj-thermal 49 °C")
 
 
-def test_a_jetson_without_jetpacks_packages(examined: Examined) -> None:
+def test_a_jetson_without_jetpack_s_packages(examined: Examined) -> None:
     jetpack = examined(BOARDS / "agx-orin-64gb-jetpack-6.1", gpu=ORIN)["jetpack"]
     assert jetpack.status == "none"
     assert jetpack.detail.startswith("6.1, L4T 36.4.0; its packages")
     assert jetpack.mend == "sudo apt update && sudo apt install nvidia-jetpack"
 
 
-def test_a_jetson_that_is_too_old(examined: Examined, tmp_path: Path) -> None:
+def test_an_outdated_jetson(examined: Examined, tmp_path: Path) -> None:
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc/nv_tegra_release").write_text("# R35 (release), REVISION: 4.1, GCID: 1")
     jetpack = examined(tmp_path)["jetpack"]
@@ -165,7 +166,7 @@ def test_a_jetson_that_is_too_old(examined: Examined, tmp_path: Path) -> None:
 
 def test_a_container_without_the_gpu(examined: Examined) -> None:
     gpu = examined(CONTAINER)["gpu"]
-    assert gpu.status == "warn"  # the CPU will do, unless more is required
+    assert gpu.status == "warn"  # the CPU suffices, unless more is required
     assert (gpu.mend or "").startswith("docker run --runtime nvidia")
     assert examined(CONTAINER)["jetpack"].status == "none"
     required = examined(CONTAINER, require=["cuda"])["require-cuda"]
@@ -186,10 +187,11 @@ def test_a_gpu_that_the_driver_cannot_use(examined: Examined) -> None:
     assert (gpu["gpu"].mend or "").startswith("sudo dmesg")
 
 
-def test_a_gpu_that_this_user_may_not_open(
+def test_a_gpu_without_permission_for_this_user(
     examined: Examined, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may, so it is simulated
+    # root has permission, so the answer is simulated
+    monkeypatch.setattr("os.access", lambda path, mode: False)
     gpu = examined(NANO, gpu=Answer(error="operation not supported"))["gpu"]
     assert gpu.status == "fail"
     assert "/dev/nvgpu/igpu0/ctrl" in gpu.detail
@@ -205,7 +207,7 @@ def test_a_driver_older_than_cuda(examined: Examined) -> None:
     assert "ubuntu-drivers install" in (cuda.mend or "")
 
 
-def test_little_memory(examined: Examined, tmp_path: Path) -> None:
+def test_little_memory_is_reported(examined: Examined, tmp_path: Path) -> None:
     tree = shutil.copytree(NANO, tmp_path / "root")
     (tree / "proc/meminfo").write_text("MemTotal: 7802840 kB\nMemAvailable: 600000 kB\n")
     memory = examined(tree)["memory"]
@@ -214,21 +216,21 @@ def test_little_memory(examined: Examined, tmp_path: Path) -> None:
     assert (memory.mend or "").startswith("sudo init 3")
 
 
-def test_the_memory_of_a_card_is_its_own(examined: Examined) -> None:
+def test_a_graphics_card_has_its_own_memory(examined: Examined) -> None:
     checks = examined(PC, gpu=RTX_4090, pycuda=PYCUDA)
     assert "of the GPU's 20.0 GB of 25.0 GB" in checks["memory"].detail
     assert "RTX 4090 (the first of 2)" in checks["gpu"].detail
 
 
 class TestTensorrt:
-    def test_a_known_defect_names_its_source_and_the_gate(self, examined: Examined) -> None:
+    def test_a_known_defect_names_its_source_and_verify(self, examined: Examined) -> None:
         check = examined(NANO, gpu=ORIN, tensorrt=library(10, 3, 0))["tensorrt"]
         assert check.status == "warn"
         assert check.detail.startswith("10.3.0 has known defects: ")
         assert "https://github.com/NVIDIA/TensorRT/issues/" in check.detail
         assert (check.mend or "").startswith("edge-runtime verify ")
 
-    def test_of_the_system_is_hidden_from_this_virtual_environment(
+    def test_the_system_s_package_is_hidden_from_this_virtual_environment(
         self, examined: Examined, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(
@@ -247,7 +249,7 @@ class TestTensorrt:
             ("3.10", "/opt/conda", "/opt/conda"),  # no virtual environment
         ],
     )
-    def test_of_the_system_is_hidden_from_another_python(
+    def test_the_system_s_package_is_hidden_from_another_python(
         self, examined: Examined, monkeypatch: pytest.MonkeyPatch, here: tuple[str, str, str]
     ) -> None:
         said = (here[0], Path(here[1]), Path(here[2]))
@@ -255,8 +257,9 @@ class TestTensorrt:
         mend = examined(NANO, gpu=ORIN)["tensorrt"].mend or ""
         assert mend.startswith("/usr/bin/python3.10 -m venv --system-site-packages ")
 
-    def test_the_command_really_opens_the_environment(self, tmp_path: Path) -> None:
-        """The sed line, run on a real virtual environment."""
+    @pytest.mark.process
+    def test_the_suggested_command_opens_the_environment(self, tmp_path: Path) -> None:
+        """Run the sed line on a real virtual environment."""
         venv.create(tmp_path / "v", with_pip=False)
         subprocess.run(
             diagnosis.OPEN_VENV,
@@ -279,12 +282,15 @@ class TestTensorrt:
     @pytest.mark.parametrize(
         ("answer", "said"),
         [
-            (Answer(error="crashed the process (SIGSEGV)"), "crashed the process (SIGSEGV)"),
-            (Answer(error="gave no answer within 20 s"), "gave no answer within 20 s"),
+            (
+                Answer(error="crashed the process (SIGSEGV)", end="crashed"),
+                "crashed the process (SIGSEGV)",
+            ),
+            (Answer(error="gave no answer within 20 s", end="late"), "gave no answer within 20 s"),
             (Answer(error="ImportError: libnvinfer.so.10: …"), "fails: ImportError: libnvinfer"),
         ],
     )
-    def test_that_is_broken_fails(self, examined: Examined, answer: Answer, said: str) -> None:
+    def test_a_broken_tensorrt_fails(self, examined: Examined, answer: Answer, said: str) -> None:
         check = examined(NANO, gpu=ORIN, tensorrt=answer)["tensorrt"]
         assert check.status == "fail"
         assert said in check.detail
@@ -293,14 +299,16 @@ class TestTensorrt:
         assert check.status == "fail"
         assert check.mend == "pip install --force-reinstall tensorrt-rtx-cu13"
 
-    def test_is_offered_where_it_would_help(self, examined: Examined, tmp_path: Path) -> None:
+    def test_tensorrt_is_suggested_where_it_would_help(
+        self, examined: Examined, tmp_path: Path
+    ) -> None:
         assert examined(PC, gpu=RTX_4090)["tensorrt-rtx"].mend == "pip install tensorrt-rtx-cu13"
         assert examined(tmp_path)["tensorrt-rtx"].mend is None
         bare = examined(BOARDS / "agx-orin-64gb-jetpack-6.1", gpu=ORIN)
         assert "python3-libnvinfer" in (bare["tensorrt"].mend or "")
         assert bare["tensorrt-rtx"].mend is None
 
-    def test_rtx_on_a_gpu_that_it_does_not_support(self, examined: Examined) -> None:
+    def test_tensorrt_rtx_on_an_unsupported_gpu(self, examined: Examined) -> None:
         h200 = Answer({**(RTX_4090.facts or {}), "compute_capability": "9.0"})
         checks = examined(PC, ["tensorrt"], gpu=h200, tensorrt_rtx=library(1, 7, 1), pycuda=PYCUDA)
         assert checks["tensorrt-rtx"].status == "warn"
@@ -308,7 +316,7 @@ class TestTensorrt:
         assert "9.0" in checks["tensorrt-rtx"].detail
         assert checks["require-tensorrt"].status == "fail"
 
-    def test_pycuda_is_asked_for_only_where_it_would_run(
+    def test_pycuda_is_suggested_only_where_it_would_run(
         self, examined: Examined, tmp_path: Path
     ) -> None:
         pycuda = examined(NANO, gpu=ORIN, tensorrt=library(10, 5, 0))["pycuda"]
@@ -332,13 +340,13 @@ class TestTensorrt:
         check = examined(NANO, gpu=ORIN, cuda_python=Answer({"version": "12.6.2"}))["cuda-python"]
         assert check.status == "ok"
 
-    def test_cuda_python_is_worth_having(self, examined: Examined) -> None:
+    def test_cuda_python_is_suggested(self, examined: Examined) -> None:
         check = examined(NANO, gpu=ORIN, tensorrt=library(10, 5, 0))["cuda-python"]
         assert (check.status, check.mend) == ("none", "pip install 'cuda-python==12.*'")
 
 
 class TestOnnxruntime:
-    def test_two_builds_in_one_folder(self, examined: Examined) -> None:
+    def test_two_builds_in_one_folder_are_reported(self, examined: Examined) -> None:
         examined.builds["onnxruntime-gpu"] = "1.23.2"  # type: ignore[attr-defined]
         check = examined(PC, gpu=RTX_4090)["onnxruntime"]
         assert check.status == "warn"
@@ -348,7 +356,7 @@ class TestOnnxruntime:
             "pip install 'onnxruntime-gpu[cuda,cudnn]'"
         )
 
-    def test_cuda_is_on_offer_but_a_library_is_missing(self, examined: Examined) -> None:
+    def test_cuda_with_a_missing_library_is_reported(self, examined: Examined) -> None:
         answer = ort("could not start", "[E:…] libcudnn.so.9: cannot open shared object file: No")
         check = examined(PC, gpu=RTX_4090, onnxruntime=answer)["onnxruntime"]
         assert check.status == "fail"
@@ -359,12 +367,12 @@ class TestOnnxruntime:
         check = examined(tmp_path, onnxruntime=ort("could not start"))["onnxruntime"]
         assert check.status == "ok"
 
-    def test_the_cpu_build_beside_a_gpu(self, examined: Examined) -> None:
+    def test_the_cpu_build_beside_a_gpu_is_reported(self, examined: Examined) -> None:
         assert examined(PC, gpu=RTX_4090)["onnxruntime"].status == "warn"
         # There is no other build for a Jetson.
         assert examined(NANO, gpu=ORIN)["onnxruntime"].status == "ok"
 
-    def test_without_it_nothing_runs(self, examined: Examined) -> None:
+    def test_a_missing_onnxruntime_fails(self, examined: Examined) -> None:
         check = examined(PC, onnxruntime=MISSING)["onnxruntime"]
         assert (check.status, check.mend) == ("fail", "pip install --force-reinstall onnxruntime")
 
@@ -376,14 +384,14 @@ class TestOnnxruntime:
         (Answer({"versions": {"pyzmq": "27"}, "curve": False}), "no CURVE"),
     ],
 )
-def test_packages_that_are_needed(examined: Examined, answer: Answer, said: str) -> None:
+def test_required_packages_are_checked(examined: Examined, answer: Answer, said: str) -> None:
     check = examined(PC, packages=answer)["packages"]
     assert check.status == "fail"
     assert said in check.detail
     assert "pip install --force-reinstall" in (check.mend or "")
 
 
-def test_curve_belongs_to_libzmq(examined: Examined) -> None:
+def test_missing_curve_is_attributed_to_libzmq(examined: Examined) -> None:
     versions = {"pyzmq": "27", "libzmq": "4.3.5", "Pillow": "13"}
     check = examined(PC, packages=Answer({"versions": versions, "curve": True}))["packages"]
     assert check.detail == "pyzmq 27, libzmq 4.3.5 with CURVE, Pillow 13"
@@ -397,12 +405,24 @@ def test_a_bundle_is_not_blamed_for_missing_packages(examined: Examined) -> None
     assert "engines" not in checks
 
 
-def test_a_damaged_bundle_is_said_once(examined: Examined) -> None:
+def test_a_damaged_bundle_is_reported_once(examined: Examined) -> None:
     error = Answer(error="tail.onnx is damaged")
     checks = examined(PC, bundle=error, engines=error)
     assert checks["bundle"].status == "fail"
     assert "--no-deps ." in (checks["bundle"].mend or "")
     assert "engines" not in checks
+
+
+def test_the_remedy_of_an_error_is_shown_as_it_is(examined: Examined, tmp_path: Path) -> None:
+    error = Answer(error="there is no plan", mend="edge-runtime build b --stage tail")
+    check = examined(NANO, engines=error)["engines"]
+    assert (check.status, check.detail, check.mend) == ("fail", error.error, error.mend)
+
+
+def test_a_probe_that_is_too_slow_names_a_command_with_more_time(examined: Examined) -> None:
+    late = Answer(error="gave no answer within 20 s", end="late")
+    assert (examined(NANO, bundle=late)["bundle"].mend or "").startswith("edge-runtime info ")
+    assert (examined(NANO, engines=late)["engines"].mend or "").endswith(" --timeout 200")
 
 
 def test_a_plan_that_is_passed_over_names_what_helps(examined: Examined) -> None:
@@ -412,7 +432,7 @@ def test_a_plan_that_is_passed_over_names_what_helps(examined: Examined) -> None
     assert check.detail.startswith(f"{CPU} runs every stage. TensorRT is passed over")
 
 
-def test_a_bundle_that_may_not_be_written(
+def test_a_read_only_bundle_is_reported(
     examined: Examined, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)
@@ -422,7 +442,9 @@ def test_a_bundle_that_may_not_be_written(
     assert (disk.mend or "").startswith("cp -r ")
 
 
-def test_a_full_disk(examined: Examined, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported(
+    examined: Examined, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=300_000_000)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     assert examined(tmp_path)["disk"].detail.startswith("0.3 GB free where")
@@ -439,7 +461,7 @@ def test_a_full_disk(examined: Examined, monkeypatch: pytest.MonkeyPatch, tmp_pa
         ({"gpu": ORIN, "tensorrt": library(10, 3, 0), "pycuda": PYCUDA}, True, "`verify` measures"),
     ],
 )
-def test_requiring_tensorrt_names_the_first_part_that_is_missing(
+def test_requiring_tensorrt_names_the_first_missing_part(
     examined: Examined, answers: dict[str, Answer], ok: bool, says: str
 ) -> None:
     check = examined(NANO, require=["tensorrt", "tensorrt"], **answers)["require-tensorrt"]
@@ -459,7 +481,7 @@ class TestItNeverRaises:
     def boom(self, *args: object, **options: object) -> Any:
         raise LookupError("surprise")
 
-    def test_when_the_files_surprise_it(
+    def test_with_unexpected_files(
         self, examined: Examined, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(diagnosis, "read_board", self.boom)
@@ -468,7 +490,7 @@ class TestItNeverRaises:
         assert "LookupError: surprise (a bug)" in checks["files"].detail
         assert checks["packages"].status == "ok"
 
-    def test_when_no_child_can_be_started(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_when_no_child_process_can_start(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("edge_runtime.machine.probes.ask", self.boom)
         checks = {check.id: check for check in examine(NANO, require=["cuda", "tensorrt"])}
         assert "LookupError: surprise" in checks["probes"].detail
@@ -476,7 +498,7 @@ class TestItNeverRaises:
         assert checks["packages"].detail == "was not asked"
 
     @pytest.mark.parametrize("name", diagnosis._CHECKS)
-    def test_when_a_check_goes_wrong(
+    def test_when_a_check_raises(
         self, examined: Examined, monkeypatch: pytest.MonkeyPatch, name: str
     ) -> None:
         monkeypatch.setitem(diagnosis._CHECKS, name, self.boom)
@@ -505,6 +527,6 @@ def test_lines_are_printable_short_and_without_the_home_folder(
     assert "\x1b" not in detail
     assert "ImportError: ~/v/x.so: long" in detail
     assert len(detail) <= 600
-    # A folder that only begins like it is another's.
+    # A folder that only shares the prefix is another one.
     other = examined(NANO, tensorrt=Answer(error="/home/canary2/x"))["tensorrt"].detail
     assert "/home/canary2/x" in other

@@ -1,4 +1,4 @@
-"""Libraries that raise, crash, hang or babble, each asked in a child process."""
+"""Probes of libraries that raise, crash, hang or print nonsense, each in a child process."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from edge_runtime.machine.probes import ask
+
+pytestmark = pytest.mark.process
 
 TENSORRT = ("tensorrt",)
 
@@ -23,12 +25,12 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder / "tensorrt.py"
 
 
-def test_a_library_that_works(library: Path) -> None:
+def test_a_working_library_is_reported(library: Path) -> None:
     library.write_text("print('loading'); __version__ = '10.3.0'")
     answer = ask([TENSORRT], 60)["tensorrt"]
     assert answer.facts == {"version": [10, 3, 0]}
     assert answer.error is None
-    assert "loading" in answer.stderr  # what a library prints is no part of the answer
+    assert "loading" in answer.stderr  # the library's own output is no part of the answer
 
 
 @pytest.mark.parametrize(
@@ -55,7 +57,7 @@ def test_a_library_that_works(library: Path) -> None:
         ("__version__ = 'tomorrow'", "has the version 'tomorrow'"),
     ],
 )
-def test_a_library_that_does_not(library: Path, source: str, error: str) -> None:
+def test_a_failing_library_is_reported(library: Path, source: str, error: str) -> None:
     library.write_text(source)
     answer = ask([TENSORRT], 60)["tensorrt"]
     assert answer.facts is None
@@ -64,7 +66,7 @@ def test_a_library_that_does_not(library: Path, source: str, error: str) -> None
     assert "\n" not in (answer.error or "")
 
 
-def test_a_hanging_library_is_ended_with_what_it_started(library: Path, tmp_path: Path) -> None:
+def test_a_hanging_library_is_killed_with_its_children(library: Path, tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     library.write_text(
         "import os, subprocess, sys, time\n"
@@ -75,27 +77,27 @@ def test_a_hanging_library_is_ended_with_what_it_started(library: Path, tmp_path
     answer = ask([TENSORRT], 5)["tensorrt"]
     assert answer.error == "gave no answer within 5 s"
     for pid in map(int, pids.read_text().split()):
-        while running(pid):  # ended, but perhaps not yet gone
+        while running(pid):  # killed, but perhaps not gone yet
             time.sleep(0.01)
 
 
 def running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-        # A grandchild becomes a zombie where nothing collects orphans, as in some containers.
+        # A grandchild stays a zombie where nothing collects orphans, as in some containers.
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (ProcessLookupError, FileNotFoundError):
         return False
 
 
-def test_one_that_hangs_costs_the_others_nothing(library: Path) -> None:
+def test_a_hanging_library_costs_the_others_no_time(library: Path) -> None:
     library.write_text("import time; time.sleep(600)")
     answers = ask([TENSORRT, ("packages",)], 10)
     assert "no answer" in (answers["tensorrt"].error or "")
     assert answers["packages"].facts
 
 
-def test_what_is_not_installed_is_missing_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_missing_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     here = str(Path(__file__).resolve().parents[3])
     monkeypatch.setattr(sys, "path", [here, *(p for p in sys.path if "-packages" not in p)])
     names = ("tensorrt", "tensorrt-rtx", "pycuda", "cuda-python", "onnxruntime")
@@ -103,7 +105,7 @@ def test_what_is_not_installed_is_missing_and_no_error(monkeypatch: pytest.Monke
         assert (answer.missing, answer.error, answer.facts) == (True, None, None), name
 
 
-def test_a_broken_need_of_a_library_is_an_error_and_not_missing(
+def test_a_missing_dependency_of_a_library_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "onnxruntime.py").write_text("import flatbuffers_of_another_name")
@@ -123,10 +125,10 @@ def test_other_packages_called_cuda_are_not_cuda_python(
     assert ask([("cuda-python",)], 60)["cuda-python"].missing
 
 
-def test_modules_come_from_where_this_process_takes_them(
+def test_modules_come_from_this_process_s_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not from the working directory, whatever lies there."""
+    """Modules in the working directory are ignored."""
     for name in ("tensorrt", "json", "numpy", "edge_runtime"):
         (tmp_path / f"{name}.py").write_text("raise SystemError('from the working directory')")
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""One client against a node that speaks the real protocol and then misbehaves as told."""
+"""One client against a scripted node that speaks the real protocol and then misbehaves."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def feeds(bundle: Bundle) -> dict[str, np.ndarray]:
 
 
 def ledger() -> ExposureLedger:
-    """Grants everything to the one node there is."""
+    """A ledger that grants everything to the only node."""
     return ExposureLedger(place([1] * 9, range(9), 3, ["alpha"], 1.0, bytes(32), b""))
 
 
@@ -82,7 +82,7 @@ class Case:
         self.cancelled: list[bytes] = []
         self.infos = 0
         self.serves = [bundle.stage("stack").sha256]
-        self.informing = asyncio.Event()  # whether the node says what it serves
+        self.informing = asyncio.Event()  # whether the node answers InfoRequest
         self.informing.set()
 
     async def infer(self, seconds: float = 20.0) -> Reply:
@@ -91,7 +91,7 @@ class Case:
         return await self.client.infer(feeds(self.bundle), self.permit, until)
 
     async def up(self) -> None:
-        """Wait for the connection, which may take long where much else is going on."""
+        """Wait for the connection, which may take long on a busy machine."""
         while self.client.link is None or self.client.link.state != "up":
             await asyncio.sleep(0.01)
 
@@ -152,25 +152,26 @@ async def connected(folder: Path, bundle_path: Path, behaviour: Behaviour) -> As
 
 async def honest(request: Request, say: Say) -> None:
     await say(Accepted(request.id))
-    await asyncio.sleep(0.003)  # as long as it says that it took
+    await asyncio.sleep(0.003)  # as long as the reply claims
     await say(Result(request.id, 1000, 2000), tokens())
 
 
 @pytest.fixture
 def run(tmp_path: Path, toy_bundle: Path) -> Callable[..., Any]:
-    """Run ``work(case)`` against a node that does as ``behaviour`` says."""
+    """Run ``work(case)`` against a node that follows ``behaviour``."""
 
     def run(behaviour: Behaviour, work: Callable[[Case], Awaitable[Any]]) -> Any:
         async def all_of_it() -> Any:
             async with connected(tmp_path, toy_bundle, behaviour) as case:
                 return await work(case)
 
-        return asyncio.run(asyncio.wait_for(all_of_it(), 90))  # a fault must not end in a hang
+        # a fault must fail the test, not hang it
+        return asyncio.run(asyncio.wait_for(all_of_it(), 90))
 
     return run
 
 
-def test_an_answer_comes_with_its_times_and_sizes(run: Callable[..., Any]) -> None:
+def test_a_result_carries_its_times_and_sizes(run: Callable[..., Any]) -> None:
     async def work(case: Case) -> Reply:
         reply = await case.infer()
         assert case.requests[0].stage == case.bundle.stage("stack").sha256
@@ -203,7 +204,9 @@ def test_a_node_cannot_claim_more_time_than_has_passed(run: Callable[..., Any]) 
     run(boaster, work)
 
 
-def test_a_node_that_sends_a_message_of_several_frames_is_shut_out(run: Callable[..., Any]) -> None:
+def test_a_node_that_sends_a_message_of_several_frames_is_quarantined(
+    run: Callable[..., Any],
+) -> None:
     async def many(request: Request, say: Say) -> None:
         await say(None, raw=[b""] * 1000)
 
@@ -216,7 +219,7 @@ def test_a_node_that_sends_a_message_of_several_frames_is_shut_out(run: Callable
     run(many, work)
 
 
-def test_a_result_sealed_with_another_key_is_a_wrong_answer(run: Callable[..., Any]) -> None:
+def test_a_result_sealed_with_another_key_is_refused(run: Callable[..., Any]) -> None:
     async def wrong(request: Request, say: Say) -> None:
         await say(result(request), tokens(), seal=bytes(32))
 
@@ -247,7 +250,7 @@ def test_two_requests_at_once_get_their_own_answers(run: Callable[..., Any]) -> 
     run(backwards, work)
 
 
-def test_strays_and_duplicates_are_ignored_and_counted(run: Callable[..., Any]) -> None:
+def test_unexpected_and_duplicate_messages_are_ignored_and_counted(run: Callable[..., Any]) -> None:
     async def noisy(request: Request, say: Say) -> None:
         await say(Accepted(new_id()))
         await say(Result(new_id(), 0, 0), tokens())
@@ -302,7 +305,7 @@ def result(request: Request) -> Result:
         (answering(lambda r: Info(r.id, VERSIONS, (), "x")), "answered with Info"),
     ],
 )
-def test_wrong_answers_fail_at_once_and_name_the_node(
+def test_invalid_results_fail_at_once_and_name_the_node(
     behaviour: Behaviour, says: str, run: Callable[..., Any]
 ) -> None:
     async def work(case: Case) -> None:
@@ -324,7 +327,7 @@ async def silence(request: Request, say: Say) -> None:
         (answering(lambda r: Accepted(r.id)), "no result within .* overloaded"),
     ],
 )
-def test_silence_ends_at_the_deadline(
+def test_a_silent_node_fails_at_the_deadline(
     behaviour: Behaviour, says: str, run: Callable[..., Any]
 ) -> None:
     async def work(case: Case) -> None:
@@ -332,12 +335,12 @@ def test_silence_ends_at_the_deadline(
         with pytest.raises(OffloadError, match=says):
             await case.infer(seconds=1.5)
         assert case.client._pending == {}
-        assert case.permit.state == "committed"  # the node may have seen them
+        assert case.permit.state == "committed"  # the node may have seen the windows
 
     run(behaviour, work)
 
 
-def test_an_answer_after_the_deadline_is_a_stray(run: Callable[..., Any]) -> None:
+def test_a_result_after_the_deadline_counts_as_unexpected(run: Callable[..., Any]) -> None:
     late: list[Callable[[], Awaitable[None]]] = []
 
     async def slow(request: Request, say: Say) -> None:
@@ -358,7 +361,7 @@ def test_an_answer_after_the_deadline_is_a_stray(run: Callable[..., Any]) -> Non
     run(slow, work)
 
 
-def test_a_defect_in_reading_fails_the_request_and_not_the_reader(
+def test_a_defect_in_handling_a_message_fails_the_request_not_the_reader(
     run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, calls = Connection._handle, []
@@ -379,7 +382,7 @@ def test_a_defect_in_reading_fails_the_request_and_not_the_reader(
     run(answering(result, tokens()), work)
 
 
-def test_a_flood_of_messages_leaves_the_loop_its_turn(toy_bundle: Path, tmp_path: Path) -> None:
+def test_a_flood_of_messages_does_not_block_the_loop(toy_bundle: Path, tmp_path: Path) -> None:
     async def work() -> int:
         stage = Bundle.load(toy_bundle).stage("stack")
         limits = stage_limits(stage.inputs, stage.outputs, 9)
@@ -408,7 +411,7 @@ def test_a_flood_of_messages_leaves_the_loop_its_turn(toy_bundle: Path, tmp_path
     assert asyncio.run(work()) < 10
 
 
-def test_a_node_that_is_not_reached_costs_no_exposure(toy_bundle: Path, tmp_path: Path) -> None:
+def test_an_unreachable_node_costs_no_exposure(toy_bundle: Path, tmp_path: Path) -> None:
     bundle = Bundle.load(toy_bundle)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -446,7 +449,7 @@ def test_a_node_that_is_not_reached_costs_no_exposure(toy_bundle: Path, tmp_path
         ("honest", None),
     ],
 )
-def test_a_node_that_got_bytes_has_seen_the_windows_whatever_it_does(
+def test_a_node_that_received_bytes_counts_as_having_seen_the_windows(
     toy_bundle: Path, tmp_path: Path, act: Any, code: str | None
 ) -> None:
     bundle = Bundle.load(toy_bundle)
@@ -467,8 +470,8 @@ def test_a_node_that_got_bytes_has_seen_the_windows_whatever_it_does(
         asyncio.run(asyncio.wait_for(work(node), 120))
 
 
-def test_a_send_that_was_still_waiting_has_shown_nothing(run: Callable[..., Any]) -> None:
-    """pyzmq keeps a message that libzmq does not take yet; given up, it is never sent."""
+def test_a_cancelled_waiting_send_shows_nothing(run: Callable[..., Any]) -> None:
+    """pyzmq keeps a message that libzmq does not take yet. Once cancelled, it is never sent."""
 
     class Full:
         def __init__(self, real: Any) -> None:
@@ -493,7 +496,7 @@ def test_a_send_that_was_still_waiting_has_shown_nothing(run: Callable[..., Any]
     run(honest, work)
 
 
-def test_the_node_s_deadline_is_what_remains_after_connecting(run: Callable[..., Any]) -> None:
+def test_the_node_s_deadline_is_the_time_left_after_connecting(run: Callable[..., Any]) -> None:
     async def work(case: Case) -> None:
         case.informing.clear()
         task = asyncio.create_task(case.infer(seconds=60))
@@ -532,7 +535,7 @@ def test_nothing_is_sent_without_the_right_permit(run: Callable[..., Any]) -> No
         permit = ledger().reserve("alpha", [1, 2])
         with pytest.raises(PlacementError, match="no permit"):
             await case.client.infer(feeds(case.bundle), permit, until)
-        assert permit.state == "reserved"  # it is still good for windows 1 and 2
+        assert permit.state == "reserved"  # it is still valid for windows 1 and 2
         permit = ledger().reserve("alpha", WINDOWS)
         await case.client.infer(feeds(case.bundle), permit, until)
         with pytest.raises(PlacementError, match="no permit"):
@@ -542,7 +545,7 @@ def test_nothing_is_sent_without_the_right_permit(run: Callable[..., Any]) -> No
     run(honest, work)
 
 
-def test_cancelling_a_request_leaves_the_connection_working(run: Callable[..., Any]) -> None:
+def test_cancelling_a_request_leaves_the_connection_usable(run: Callable[..., Any]) -> None:
     async def on_second(request: Request, say: Say) -> None:
         if len(seen) < 5:
             seen.append(request)
@@ -565,7 +568,7 @@ def test_cancelling_a_request_leaves_the_connection_working(run: Callable[..., A
     run(on_second, work)
 
 
-def test_closing_ends_requests_under_way(run: Callable[..., Any]) -> None:
+def test_closing_ends_running_requests(run: Callable[..., Any]) -> None:
     async def work(case: Case) -> None:
         task = asyncio.create_task(case.infer())
         while not case.requests:
@@ -577,7 +580,7 @@ def test_closing_ends_requests_under_way(run: Callable[..., Any]) -> None:
     run(silence, work)
 
 
-def test_info_tells_what_is_served_and_the_round_trip(run: Callable[..., Any]) -> None:
+def test_info_gives_the_served_stage_and_the_round_trip(run: Callable[..., Any]) -> None:
     async def work(case: Case) -> None:
         until = asyncio.get_running_loop().time() + 20
         info, round_trip = await case.client.info(until)
@@ -600,7 +603,7 @@ def test_a_node_is_asked_what_it_serves_once_per_connection(run: Callable[..., A
 
 
 @pytest.mark.parametrize("serves", [[], ["0" * 64, "1" * 64]])
-def test_a_node_of_another_bundle_is_sent_no_windows(
+def test_a_node_with_another_bundle_is_sent_no_windows(
     run: Callable[..., Any], serves: list[str]
 ) -> None:
     async def work(case: Case) -> None:
@@ -616,7 +619,7 @@ def test_a_node_of_another_bundle_is_sent_no_windows(
     run(honest, work)
 
 
-def test_a_node_that_does_not_say_what_it_serves_is_sent_no_windows(
+def test_a_node_that_does_not_answer_info_is_sent_no_windows(
     run: Callable[..., Any],
 ) -> None:
     async def work(case: Case) -> None:
@@ -626,7 +629,7 @@ def test_a_node_that_does_not_say_what_it_serves_is_sent_no_windows(
             await case.infer(seconds=0.5)
         assert (case.requests, case.permit.state) == ([], "released")
         case.informing.set()
-        await case.infer()  # asked anew
+        await case.infer()  # the client asks again
 
     run(honest, work)
 
@@ -648,12 +651,12 @@ def meter_no_more(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cancelled(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As by a library that gave up a future that the task awaits."""
+    """Raises CancelledError, like a library that cancels a future the task awaits."""
     case.client._tasks[0].cancel()
 
 
 @pytest.mark.parametrize("defect", [read_no_more, meter_no_more, cancelled])
-def test_a_task_that_ends_fails_what_is_under_way_and_is_replaced(
+def test_a_dead_task_fails_the_running_requests_and_is_replaced(
     run: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -701,7 +704,7 @@ def test_rebuilding_is_tried_again(
     assert "could not be rebuilt yet" in caplog.text
 
 
-def test_closing_ends_the_rebuilding_too(
+def test_closing_ends_the_reconnection_too(
     run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def work(case: Case) -> None:
@@ -720,7 +723,7 @@ def test_closing_ends_the_rebuilding_too(
     run(honest, work)
 
 
-def test_an_outage_has_one_grace_however_its_reason_changes(run: Callable[..., Any]) -> None:
+def test_an_outage_has_one_grace_period_even_if_its_reason_changes(run: Callable[..., Any]) -> None:
     async def work(case: Case) -> None:
         await case.infer()
         loop = asyncio.get_running_loop()
@@ -748,7 +751,7 @@ def cancels(case: Case, count: int) -> Callable[[], Awaitable[None]]:
     return wait
 
 
-def test_a_request_given_up_is_cancelled_on_the_node(run: Callable[..., Any]) -> None:
+def test_an_abandoned_request_is_cancelled_on_the_node(run: Callable[..., Any]) -> None:
     async def work(case: Case) -> None:
         await case.up()
         with pytest.raises(OffloadError, match="no answer"):
@@ -767,7 +770,7 @@ def test_a_request_given_up_is_cancelled_on_the_node(run: Callable[..., Any]) ->
     run(silence, work)
 
 
-def test_what_was_answered_is_not_cancelled(run: Callable[..., Any]) -> None:
+def test_an_answered_request_is_not_cancelled(run: Callable[..., Any]) -> None:
     async def work(case: Case) -> None:
         await case.infer()
         with pytest.raises(OffloadError):
@@ -785,7 +788,7 @@ def test_what_was_answered_is_not_cancelled(run: Callable[..., Any]) -> None:
     run(once, work)
 
 
-def test_a_refusal_tells_code_and_hint(run: Callable[..., Any]) -> None:
+def test_a_refusal_carries_code_and_hint(run: Callable[..., Any]) -> None:
     async def work(case: Case) -> None:
         with pytest.raises(NodeRefusedError, match=r"refused \(overloaded\): busy") as caught:
             await case.infer()
@@ -805,7 +808,7 @@ def resident() -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="metering is by Linux's TCP_INFO")
-def test_a_node_that_sends_without_end_is_cut_off_for_good(
+def test_a_node_that_floods_the_edge_is_quarantined_for_good(
     toy_bundle: Path, tmp_path: Path
 ) -> None:
     bundle = Bundle.load(toy_bundle)
@@ -839,7 +842,7 @@ def test_a_node_that_sends_without_end_is_cut_off_for_good(
                 with pytest.raises(OffloadError, match="quarantine"):
                     await bad.info(asyncio.get_running_loop().time() + 60)
                 await ask(good)
-            bad.start()  # nor does starting it again help
+            bad.start()  # starting it again does not help
             with pytest.raises(OffloadError, match="quarantine"):
                 await ask(bad)
             assert (node.requests, node.connections) == (asked, connections)
@@ -858,7 +861,7 @@ def test_a_node_that_sends_without_end_is_cut_off_for_good(
 
 
 @pytest.mark.parametrize("wire", ["router", "raw"])
-def test_a_node_of_another_version_is_told_ours_once_a_connection(
+def test_a_node_of_another_version_is_sent_our_versions_once_per_connection(
     toy_bundle: Path, tmp_path: Path, wire: Any
 ) -> None:
     bundle = Bundle.load(toy_bundle)
@@ -867,8 +870,10 @@ def test_a_node_of_another_version_is_told_ours_once_a_connection(
         async with asking.connected(node.node(node.authorise()), bundle) as client:
             for connection in (1, 2):
                 for _ in range(3):
-                    with pytest.raises(OffloadError, match=r"version 254.*update the older side"):
+                    with pytest.raises(OffloadError, match=r"version 254") as caught:
                         await asking.ask(client, feeds(bundle), 60)
+                    assert caught.value.code == "wrong_version"
+                    assert caught.value.mend == "update the older side"
                     # What it had been told before, it has read when it answers this.
                     await client.info(asyncio.get_running_loop().time() + 60)
                     assert node.told == connection
@@ -880,7 +885,7 @@ def test_a_node_of_another_version_is_told_ours_once_a_connection(
         assert not node.did["garbage"]
 
 
-def test_after_a_lost_link_a_node_is_told_our_versions_again(
+def test_after_a_lost_link_the_node_is_sent_our_versions_again(
     run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, lost, again = client_module.watch, asyncio.Event(), asyncio.Event()

@@ -1,4 +1,4 @@
-"""The orchestration of one image, and several images at a time, with real nodes."""
+"""The orchestration of one image, and of several images at a time, with real nodes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_with_a_local_fallback_nodes_get_half_of_the_deadline(shared_fleet: Any)
 
 
 @pytest.mark.parametrize(("fallback", "share"), [("error", 1.0), ("local", 0.5)])
-def test_that_deadline_is_the_one_that_connections_get(
+def test_connections_get_the_node_s_share_of_the_deadline(
     shared_fleet: Any,
     photo: np.ndarray,
     monkeypatch: pytest.MonkeyPatch,
@@ -87,10 +87,10 @@ def test_several_images_at_a_time_get_their_own_tokens_and_records(shared_fleet:
         assert report.total_ms > 0
 
 
-def test_a_record_can_be_read_while_the_image_is_on_its_way(
+def test_the_record_can_be_read_while_the_image_is_being_sent(
     shared_fleet: Any, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As by the thread that ends a process: what has left by then is on record."""
+    """A thread that ends the process does this: all bytes that have left by then are on record."""
     infer, sent, go_on = Connection.infer, threading.Event(), threading.Event()
 
     async def waiting(self: Connection, feeds: Any, permit: Any, until: float) -> Reply:
@@ -122,7 +122,7 @@ def test_a_record_can_be_read_while_the_image_is_on_its_way(
         running.result(30)
 
 
-def test_closing_while_an_image_is_on_its_way_is_an_error(
+def test_closing_during_an_image_is_an_error(
     shared_fleet: Any, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent = threading.Event()
@@ -145,7 +145,7 @@ def test_closing_while_an_image_is_on_its_way_is_an_error(
         assert caught.value.code == "closed"
 
 
-def test_a_node_is_asked_again_no_sooner_than_it_said(
+def test_a_retry_waits_as_long_as_the_node_asked(
     shared_fleet: Any, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     infer, asked = Connection.infer, []
@@ -176,7 +176,7 @@ def reply(milliseconds: float, size: int) -> Reply:
     return Reply({}, size, upload_ms=each, queue_ms=each, compute_ms=each, download_ms=each)
 
 
-def test_a_report_is_made_of_the_ledger_and_the_events() -> None:
+def test_a_report_follows_from_the_ledger_and_the_events() -> None:
     placement = place([3, 2, 1, 2], [0, 2, 4, 6], 5, ["a", "b"], 1.0, bytes(32), b"x")
     record = RunRecord()
     assert record.report() is None
@@ -213,7 +213,7 @@ def test_a_report_is_made_of_the_ledger_and_the_events() -> None:
     assert len(found.ledger) == 2 * len(first) + 3
 
 
-def test_all_nodes_that_fail_at_once_are_named_in_one_error(
+def test_all_nodes_that_fail_together_are_named_in_one_error(
     shared_fleet: Any, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def failing(self: Connection, *_: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a node may not return."""
+"""Checks of the tensors that a node returns."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def good() -> dict[str, np.ndarray]:
     }
 
 
-def test_what_the_stage_returns_passes() -> None:
+def test_a_correct_result_passes() -> None:
     check_reply(good(), SPECS, 3)
     extreme = good()
     extreme["tokens"][0, 0, 0] = np.finfo(np.float16).max
@@ -33,7 +33,7 @@ def test_what_the_stage_returns_passes() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_one_number_that_is_not_finite_is_refused(value: float) -> None:
+def test_a_single_non_finite_number_is_refused(value: float) -> None:
     outputs = good()
     outputs["tokens"][2, 3, 7] = value
     with pytest.raises(ProtocolError, match=r"tokens.*not finite"):
@@ -41,7 +41,7 @@ def test_one_number_that_is_not_finite_is_refused(value: float) -> None:
 
 
 @pytest.mark.parametrize("bits", [0x7F80, 0xFF80, 0x7FC0, 0xFFFF])
-def test_bfloat16_is_checked_by_its_bits(bits: int) -> None:
+def test_bfloat16_is_checked_by_its_bit_pattern(bits: int) -> None:
     outputs = good()
     outputs["scales"][1, 1] = bits
     with pytest.raises(ProtocolError, match=r"scales.*not finite"):
@@ -58,7 +58,9 @@ def test_bfloat16_is_checked_by_its_bits(bits: int) -> None:
         ({"extra": np.ones(3, np.int8)}, "extra"),
     ],
 )
-def test_other_tensors_are_refused(change: dict[str, np.ndarray], says: str) -> None:
+def test_tensors_of_other_names_types_or_shapes_are_refused(
+    change: dict[str, np.ndarray], says: str
+) -> None:
     with pytest.raises(ProtocolError, match=says):
         check_reply({**good(), **change}, SPECS, 3)
 

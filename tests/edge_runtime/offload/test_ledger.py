@@ -1,4 +1,4 @@
-"""The exposure ledger: every send needs a permit, and what may have left counts as seen."""
+"""The exposure ledger: every send needs a permit, and windows that may have left count as seen."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def tiny_square(k: int = 3, limit: float = 0.5) -> Placement:
     return place(areas, windows, 5, names(k), limit, SECRET, b"photo")
 
 
-def test_a_permit_is_for_one_send_of_these_windows_to_this_node() -> None:
+def test_a_permit_allows_one_send_of_its_windows_to_its_node() -> None:
     placement = tiny_square()
     ledger = ExposureLedger(placement)
     for node, mine in placement.assignment.items():
@@ -40,7 +40,7 @@ def test_a_permit_is_for_one_send_of_these_windows_to_this_node() -> None:
     assert len(json.loads(msgspec.json.encode(ledger.entries))) == 6
 
 
-def test_only_what_may_have_left_counts_as_seen() -> None:
+def test_only_windows_that_may_have_left_count_as_seen() -> None:
     placement = tiny_square()
     ledger = ExposureLedger(placement)
     node, mine = next(iter(placement.assignment.items()))
@@ -48,7 +48,7 @@ def test_only_what_may_have_left_counts_as_seen() -> None:
     permit = ledger.reserve(node, mine)
     assert (ledger.seen(node), ledger.exposure()[node]) == (set(), 0)
     permit.release()
-    permit.release()  # once is enough
+    permit.release()  # a second release changes nothing
     with pytest.raises(PlacementError, match="no permit"):
         permit.commit(1)
     again = ledger.reserve(node, mine, "again")
@@ -63,7 +63,7 @@ def test_only_what_may_have_left_counts_as_seen() -> None:
     ]
 
 
-def test_ledger_refuses_and_records_what_would_show_too_much() -> None:
+def test_the_ledger_refuses_and_records_excessive_exposure() -> None:
     placement = tiny_square()
     ledger = ExposureLedger(placement)
     a, b, _ = placement.assignment
@@ -86,7 +86,7 @@ def test_ledger_refuses_and_records_what_would_show_too_much() -> None:
 
 @pytest.mark.parametrize("committed", [False, True])
 def test_earlier_extra_windows_count_and_released_ones_do_not(committed: bool) -> None:
-    """Three windows of a third each; each node owns one and may see two."""
+    """Three windows of a third each. Each node owns one and may see two."""
     placement = place([1] * 3, [0, 2, 4], 5, names(3), 0.7, SECRET, b"x")
     ledger = ExposureLedger(placement)
     a, b, c = placement.assignment
@@ -115,7 +115,7 @@ def test_earlier_extra_windows_count_and_released_ones_do_not(committed: bool) -
         max_size=40,
     ),
 )
-def test_no_trace_of_requests_breaches_area_separation_or_home(
+def test_no_sequence_of_requests_breaches_area_separation_or_home(
     k: int, limit: float, trace: list[tuple[int, list[int], str]]
 ) -> None:
     areas, windows = windows_of(144, 144, 32, 5)

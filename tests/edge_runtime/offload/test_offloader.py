@@ -1,4 +1,4 @@
-"""Offloading over real sockets to real `cloud-node` processes, healthy and not."""
+"""Offloading over real sockets to real `cloud-node` processes, both healthy and broken."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ from engines.pipeline import Pipeline
 from engines.windows import Windows, cut
 from transport.keys import generate
 
+pytestmark = pytest.mark.process
+
 
 def windows_of(photo: np.ndarray, bundle: Bundle) -> Windows:
     return cut(resize_longest(photo, bundle.geometry.image_size), bundle.geometry)
@@ -58,7 +60,7 @@ def stack(offloader: Offloader, windows: Windows) -> tuple[dict[str, np.ndarray]
 
 
 def alone(photo: np.ndarray, bundle: Path) -> dict[str, np.ndarray]:
-    """What one process gets that runs all windows in one batch."""
+    """Run all windows in one batch in this process."""
     loaded = Bundle.load(bundle)
     with Pipeline(loaded, threads=1) as pipeline:
         return pipeline.stack(pipeline.stack_inputs(windows_of(photo, loaded)))
@@ -85,7 +87,7 @@ def closed_port() -> str:
         return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
 
 
-# -- all is well --------------------------------------------------------------------------------
+# -- healthy nodes ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("per_request", [None, 1])
@@ -99,7 +101,7 @@ def test_offloaded_is_bit_identical_to_one_batch(
     assert_identical(outputs, alone(photo, shared_fleet.bundle))
     windows = windows_of(photo, Bundle.load(shared_fleet.bundle))
     sent = sorted(w for node in report.nodes for w in node.windows)
-    assert sent == windows.window.tolist()  # each once, and none that is all padding
+    assert sent == windows.window.tolist()  # each once, without the all-padding ones
     assert (report.windows_sent, report.windows_total, report.home) == (len(sent), 9, ())
     for event in ("reserved", "committed"):
         entries = [entry for entry in report.ledger if entry.event == event]
@@ -167,7 +169,7 @@ def test_embedding_of_sam_itself_is_bit_identical(
         assert pipeline.tail(outputs, windows).tobytes() == embedded.tobytes()
 
 
-# -- nodes that fail ----------------------------------------------------------------------------
+# -- failing nodes ------------------------------------------------------------------------------
 
 
 def test_a_missing_node_is_named(shared_fleet: Any, photo: np.ndarray) -> None:
@@ -176,9 +178,7 @@ def test_a_missing_node_is_named(shared_fleet: Any, photo: np.ndarray) -> None:
         offload(config, photo)
 
 
-def test_a_missing_node_is_replaced_by_the_edge_and_by_no_other_node(
-    shared_fleet: Any, photo: np.ndarray
-) -> None:
+def test_the_edge_takes_over_for_a_missing_node(shared_fleet: Any, photo: np.ndarray) -> None:
     healthy = offload(shared_fleet.config(), photo)[1]
     config = with_node(shared_fleet.config(fallback="local"), "beta", endpoint=closed_port())
     outputs, report = offload(config, photo)
@@ -192,20 +192,24 @@ def test_a_missing_node_is_replaced_by_the_edge_and_by_no_other_node(
     assert failures == {"alpha": None, "gamma": None}
 
 
-def test_all_nodes_missing(shared_fleet: Any, photo: np.ndarray) -> None:
+def test_all_nodes_missing_is_an_error_or_computed_by_the_edge(
+    shared_fleet: Any, photo: np.ndarray
+) -> None:
     config = shared_fleet.config(fallback="local")
     for name in shared_fleet.nodes:
         config = with_node(config, name, endpoint=closed_port())
     outputs, report = offload(config, photo)
     assert_identical(outputs, alone(photo, shared_fleet.bundle))
     assert (len(report.home), report.bytes_up, report.bytes_down) == (6, 0, 0)
-    assert (report.windows_sent, report.largest_share) == (0, 0)  # nobody was there to see any
+    assert (report.windows_sent, report.largest_share) == (0, 0)  # no node existed to see anything
     with pytest.raises(OffloadError, match="unreachable"):
         offload(msgspec.structs.replace(config, fallback="error"), photo)
 
 
-def test_a_frozen_node_ends_in_an_error_or_at_home(shared_fleet: Any, photo: np.ndarray) -> None:
-    """Frozen before the connection and frozen in the middle of it."""
+def test_a_frozen_node_ends_in_an_error_or_in_the_fallback(
+    shared_fleet: Any, photo: np.ndarray
+) -> None:
+    """The node freezes before the connection or during the request."""
     config = shared_fleet.config(deadline_s=3.0)
     local = msgspec.structs.replace(config, fallback="local", deadline_s=8.0)
     frozen = shared_fleet.nodes["alpha"]
@@ -226,13 +230,13 @@ def test_a_frozen_node_ends_in_an_error_or_at_home(shared_fleet: Any, photo: np.
         assert set(report.home) >= set(report.nodes[0].windows)
 
 
-def test_a_node_that_dies_at_work_is_noticed_at_once(
+def test_a_node_that_dies_while_computing_is_noticed_at_once(
     make_fleet: Callable[..., Any], photo: np.ndarray
 ) -> None:
     fleet = make_fleet("alpha", "beta")
     bundle = Bundle.load(fleet.bundle)
     windows = windows_of(photo, bundle)
-    config = fleet.config(max_exposure=0.7, deadline_s=3600.0)  # never by the deadline
+    config = fleet.config(max_exposure=0.7, deadline_s=3600.0)  # the deadline can't be the cause
     with Pipeline(bundle, threads=1) as pipeline, Offloader(config, pipeline) as offloader:
         offloader.stack(windows)
         fleet.nodes["alpha"].signal(signal.SIGSTOP)
@@ -245,7 +249,7 @@ def test_a_node_that_dies_at_work_is_noticed_at_once(
             offloader.stack(windows)
 
 
-def test_a_node_that_does_not_know_this_edge(
+def test_a_node_without_this_edge_s_key_is_reported(
     shared_fleet: Any, photo: np.ndarray, tmp_path: Path
 ) -> None:
     generate(tmp_path, "stranger")
@@ -258,7 +262,7 @@ def test_a_node_that_does_not_know_this_edge(
     assert report.nodes[2].windows == ()
 
 
-def test_a_node_with_another_key_than_it_should_have(
+def test_a_node_with_an_unexpected_key_is_reported(
     shared_fleet: Any, photo: np.ndarray, tmp_path: Path
 ) -> None:
     generate(tmp_path, "other")
@@ -267,7 +271,7 @@ def test_a_node_with_another_key_than_it_should_have(
         offload(config, photo)
 
 
-def test_nodes_of_another_bundle_are_named_and_sent_nothing(
+def test_nodes_with_another_bundle_are_named_and_sent_nothing(
     shared_fleet: Any,
     photo: np.ndarray,
     tmp_path: Path,
@@ -289,12 +293,14 @@ def test_nodes_of_another_bundle_are_named_and_sent_nothing(
 # -- budget, deadline, set-up -------------------------------------------------------------------
 
 
-def test_a_budget_the_nodes_cannot_keep_sends_nothing(shared_fleet: Any, photo: np.ndarray) -> None:
+def test_a_budget_that_the_nodes_cannot_meet_sends_nothing(
+    shared_fleet: Any, photo: np.ndarray
+) -> None:
     with pytest.raises(PlacementError, match="what would suffice"):
         offload(shared_fleet.config(max_exposure=0.2), photo)
 
 
-def test_windows_beyond_the_budget_are_computed_at_home_with_fallback(
+def test_windows_beyond_the_budget_are_computed_by_the_edge_with_fallback(
     shared_fleet: Any, photo: np.ndarray
 ) -> None:
     outputs, report = offload(shared_fleet.config(max_exposure=0.25, fallback="local"), photo)
@@ -305,7 +311,7 @@ def test_windows_beyond_the_budget_are_computed_at_home_with_fallback(
 
 
 @pytest.mark.parametrize("work", ["place", "image_hash"])
-def test_placing_and_hashing_leave_the_network_loop_free(
+def test_placing_and_hashing_do_not_block_the_network_loop(
     shared_fleet: Any, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch, work: str
 ) -> None:
     real, threads = getattr(dispatch_module, work), []
@@ -320,7 +326,9 @@ def test_placing_and_hashing_leave_the_network_loop_free(
     assert threads[0] != "edge-network"
 
 
-def test_no_time_is_an_error_even_with_fallback(shared_fleet: Any, photo: np.ndarray) -> None:
+def test_a_deadline_too_short_is_an_error_even_with_fallback(
+    shared_fleet: Any, photo: np.ndarray
+) -> None:
     with pytest.raises(OffloadError):
         offload(shared_fleet.config(deadline_s=1e-6), photo)
     with pytest.raises(OffloadError, match="when the deadline of 1e-06 s passed"):
@@ -364,7 +372,7 @@ def test_the_edge_s_own_engine_cannot_outlast_the_deadline(
 def refusing(
     monkeypatch: pytest.MonkeyPatch, times: int, retry_ms: int, node: str = "beta"
 ) -> list[tuple[int, ...]]:
-    """Have a node refuse the first requests that reach it; the windows of all of them."""
+    """Make a node refuse its first requests. Returns the windows of every request."""
     asked: list[tuple[int, ...]] = []
     infer = Connection.infer
 
@@ -382,7 +390,7 @@ def refusing(
     return asked
 
 
-def test_a_node_that_asks_for_patience_is_asked_once_more_and_shown_nothing_new(
+def test_a_busy_node_is_asked_once_more_and_sees_nothing_new(
     shared_fleet: Any, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = refusing(monkeypatch, times=1, retry_ms=20)
@@ -401,7 +409,7 @@ def test_a_node_that_asks_for_patience_is_asked_once_more_and_shown_nothing_new(
 
 
 @pytest.mark.parametrize(("times", "retry_ms"), [(2, 20), (1, 0), (1, 3_600_000)])
-def test_patience_ends_after_once_without_a_hint_and_with_the_deadline(
+def test_the_retry_happens_once_and_only_with_a_hint_and_within_the_deadline(
     shared_fleet: Any,
     photo: np.ndarray,
     monkeypatch: pytest.MonkeyPatch,
@@ -414,7 +422,7 @@ def test_patience_ends_after_once_without_a_hint_and_with_the_deadline(
     assert len(asked) == times
 
 
-def test_failures_at_once_leave_no_complaint_of_asyncio(
+def test_simultaneous_failures_leave_no_asyncio_warning(
     shared_fleet: Any,
     photo: np.ndarray,
     monkeypatch: pytest.MonkeyPatch,
@@ -430,7 +438,7 @@ def test_failures_at_once_leave_no_complaint_of_asyncio(
     assert "never retrieved" not in caplog.text
 
 
-def test_memory_is_watched_on_after_a_defect_in_that(
+def test_the_memory_watch_goes_on_after_an_error_of_its_own(
     shared_fleet: Any,
     photo: np.ndarray,
     monkeypatch: pytest.MonkeyPatch,
@@ -461,7 +469,7 @@ def test_memory_is_watched_on_after_a_defect_in_that(
     assert "has dropped its connections" in caplog.text
 
 
-def test_an_error_leaves_the_offloader_working(shared_fleet: Any, photo: np.ndarray) -> None:
+def test_an_error_leaves_the_offloader_usable(shared_fleet: Any, photo: np.ndarray) -> None:
     bundle = Bundle.load(shared_fleet.bundle)
     with Pipeline(bundle, threads=1) as pipeline:
         offloader = Offloader(shared_fleet.config(max_exposure=0.5), pipeline)
@@ -485,7 +493,7 @@ def test_a_stock_bundle_cannot_be_offloaded(
         Offloader(shared_fleet.config(), pipeline)
 
 
-def test_mistakes_in_the_configuration_start_nothing(shared_fleet: Any, tmp_path: Path) -> None:
+def test_configuration_errors_start_nothing(shared_fleet: Any, tmp_path: Path) -> None:
     before = threading.active_count()
     config = shared_fleet.config()
     with Pipeline(Bundle.load(shared_fleet.bundle)) as pipeline:
@@ -497,7 +505,7 @@ def test_mistakes_in_the_configuration_start_nothing(shared_fleet: Any, tmp_path
     assert threading.active_count() == before
 
 
-def test_threads_and_sockets_are_given_back(shared_fleet: Any, photo: np.ndarray) -> None:
+def test_threads_and_sockets_are_released(shared_fleet: Any, photo: np.ndarray) -> None:
     def held() -> tuple[int, int]:
         return threading.active_count(), len(os.listdir("/proc/self/fd"))
 

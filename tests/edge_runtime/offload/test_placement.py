@@ -22,12 +22,12 @@ from edge_runtime.offload.placement import (
 )
 
 SECRET = bytes(range(32))
-TINY = (144, 32)  # side of the padded square and of a window, in pixels
+TINY = (144, 32)  # sides of the padded square and of a window, in pixels
 VIT = (1024, 224)
 
 
 def windows_of(height: int, width: int, window: int, side: int) -> tuple[list[int], list[int]]:
-    """Areas and indices of the windows that an image of that size covers."""
+    """Areas and indices of the windows of an image of that size."""
     areas, indices = [], []
     for row, column in product(range(side), range(side)):
         area = max(0, min(window, height - row * window)) * max(
@@ -61,7 +61,7 @@ def names(k: int) -> list[str]:
 
 @st.composite
 def images(draw: st.DrawFn) -> tuple[list[int], list[int], int]:
-    """A resized image: longest side fills the square, the other is anything down to one pixel."""
+    """A resized image: the longest side fills the square, the other has one pixel or more."""
     square, window = draw(st.sampled_from([TINY, VIT]))
     short = draw(st.integers(1, square))
     height, width = draw(st.permutations([short, square]))
@@ -71,7 +71,7 @@ def images(draw: st.DrawFn) -> tuple[list[int], list[int], int]:
 
 @st.composite
 def scattered(draw: st.DrawFn) -> tuple[list[int], list[int], int]:
-    """Any subset of any small grid, with any areas: more than real images can ask for."""
+    """Any subset of any small grid, with any areas. Real images are a part of these."""
     side = draw(st.integers(1, 6))
     indices = draw(st.lists(st.integers(0, side * side - 1), min_size=1, unique=True))
     areas = draw(st.lists(st.integers(1, 5000), min_size=len(indices), max_size=len(indices)))
@@ -79,7 +79,7 @@ def scattered(draw: st.DrawFn) -> tuple[list[int], list[int], int]:
 
 
 def check(placement: Placement, areas: list[int], windows: list[int], limit: float) -> None:
-    """What every placement promises, recomputed here from the assignment alone."""
+    """Check the properties of every placement, computed from the assignment alone."""
     area = dict(zip(windows, areas, strict=True))
     sent = [w for mine in placement.assignment.values() for w in mine]
     assert sorted([*sent, *placement.home]) == sorted(windows)  # each window exactly once
@@ -108,7 +108,7 @@ def test_partition_is_exact_and_no_node_exceeds_its_budget(
     try:
         placement = place(areas, windows, side, names(k), limit, SECRET, digest, home)
     except PlacementError:
-        assert not home  # with a home to fall back on, every budget can be met
+        assert not home  # with a local fallback, every budget can be met
         assert best_share(areas, windows, side, k) > limit  # type: ignore[operator]
         return
     check(placement, areas, windows, limit)
@@ -165,6 +165,7 @@ def test_order_of_nodes_and_of_windows_does_not_matter(
     assert again == expected
 
 
+@pytest.mark.process
 def test_same_photo_gets_the_same_placement_in_another_process() -> None:
     areas, windows = windows_of(144, 144, 32, 5)
     here = place(areas, windows, 5, names(3), 0.5, SECRET, b"photo")
@@ -184,7 +185,7 @@ def test_same_photo_gets_the_same_placement_in_another_process() -> None:
 
 
 @pytest.mark.parametrize("k", [3, 4])
-def test_a_repeat_under_another_budget_shows_nobody_more(k: int) -> None:
+def test_a_repeat_under_another_budget_shows_no_node_more(k: int) -> None:
     areas, windows = windows_of(108, 144, 32, 5)
     area = dict(zip(windows, areas, strict=True))
     for i in range(8):
@@ -198,7 +199,7 @@ def test_a_repeat_under_another_budget_shows_nobody_more(k: int) -> None:
         assert union == max(first.exposure.values())
 
 
-def test_a_machine_under_a_new_name_is_placed_as_before() -> None:
+def test_a_machine_with_a_new_name_gets_the_same_placement() -> None:
     areas, windows = windows_of(144, 144, 32, 5)
     keys = ["key of one", "key of two", "key of three"]
 
@@ -234,7 +235,8 @@ def test_every_window_goes_to_every_node_equally_often() -> None:
         for node, mine in placement.assignment.items():
             for w in mine:
                 counts[w, node] += 1
-    # 80 expected; 5 standard deviations of a binomial is 37. Fixed seeds: it never flickers.
+    # 80 expected; 5 standard deviations of a binomial are 37. The seeds are fixed, so it never
+    # flickers.
     assert all(abs(count - draws / 3) < 37 for count in counts.values())
 
 
@@ -243,8 +245,8 @@ def every_aspect(square: int, window: int) -> Iterator[tuple[list[int], list[int
         yield windows_of(short, square, window, 5)
 
 
-# Largest share any node sees, worst over all aspect ratios from a strip to a square, at the
-# separation that so many nodes keep. docs repeat these figures.
+# Largest share that any node sees, worst over all aspect ratios from a strip to a square, at the
+# separation that this number of nodes allows. The docs repeat these figures.
 @pytest.mark.parametrize(
     ("k", "worst"), [(2, 0.57), (3, 0.45), (4, 0.35), (5, 0.24), (6, 0.23), (7, 0.23), (8, 0.23)]
 )
@@ -276,7 +278,7 @@ def test_three_nodes_see_at_most_37_percent_of_an_ordinary_photo(
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=8), st.integers(2, 3))
 def test_shares_are_near_the_smallest_possible(sizes: list[int], k: int) -> None:
-    windows = [i * 2 for i in range(len(sizes))]  # nothing touches: pure bin packing
+    windows = [i * 2 for i in range(len(sizes))]  # no two windows touch: pure bin packing
     best = min(
         max(sum(s for s, c in zip(sizes, colours, strict=True) if c == node) for node in range(k))
         for colours in product(range(k), repeat=len(sizes))
@@ -285,7 +287,7 @@ def test_shares_are_near_the_smallest_possible(sizes: list[int], k: int) -> None
     assert max(placement.exposure.values()) <= best / sum(sizes) + 0.01
 
 
-def test_an_odd_shape_that_two_nodes_can_halve_is_halved() -> None:
+def test_an_odd_shape_is_split_evenly_between_two_nodes() -> None:
     placement = place([2, 2, 2, 3, 3], [0, 1, 2, 3, 4], 5, names(2), 0.5, SECRET, b"x")
     check(placement, [2, 2, 2, 3, 3], [0, 1, 2, 3, 4], 0.5)
     assert set(placement.exposure.values()) == {0.5}
@@ -293,7 +295,7 @@ def test_an_odd_shape_that_two_nodes_can_halve_is_halved() -> None:
 
 @st.composite
 def small(draw: st.DrawFn) -> tuple[list[int], list[int], int]:
-    """Up to eight windows of a small grid, with areas that seldom divide evenly."""
+    """Up to eight windows of a small grid, with areas that rarely divide evenly."""
     side = draw(st.integers(2, 4))
     indices = draw(st.sets(st.integers(0, side * side - 1), min_size=1, max_size=8).map(sorted))
     most = draw(st.sampled_from([3, 20, 5000]))
@@ -304,7 +306,7 @@ def small(draw: st.DrawFn) -> tuple[list[int], list[int], int]:
 def smallest_share(
     image: tuple[list[int], list[int], int], k: int, separation: int
 ) -> float | None:
-    """By trying every colouring there is."""
+    """Try every colouring."""
     areas, windows, side = image
     conflicts = [
         (i, j)
@@ -322,13 +324,13 @@ def smallest_share(
 
 @settings(max_examples=100, deadline=None)
 @given(small(), st.integers(1, 3), st.sampled_from([0, 4, 8]))
-def test_small_shapes_are_placed_as_evenly_as_can_be(
+def test_small_shapes_are_placed_as_evenly_as_possible(
     image: tuple[list[int], list[int], int], k: int, separation: int
 ) -> None:
     areas, windows, side = image
     best = smallest_share(image, k, separation)
     assert best_share(areas, windows, side, k, separation) == best
-    if best is not None:  # a budget that can be met with that separation is, and keeps it
+    if best is not None:  # a budget that can be met with this separation is met and keeps it
         placement = place(areas, windows, side, names(k), best, SECRET, b"x")
         check(placement, areas, windows, best)
         assert placement.separation >= separation
@@ -336,13 +338,14 @@ def test_small_shapes_are_placed_as_evenly_as_can_be(
 
 @pytest.mark.parametrize("geometry", [TINY, VIT])
 @pytest.mark.parametrize("k", [2, 3, 4, 5, 8])
-def test_no_photo_s_budget_is_refused_that_could_be_met(geometry: tuple[int, int], k: int) -> None:
+def test_no_feasible_budget_is_refused(geometry: tuple[int, int], k: int) -> None:
     for areas, windows in every_aspect(*geometry):
         assert best_share(areas, windows, 5, k) == smallest_by_counts(areas, k)
 
 
 def smallest_by_counts(areas: list[int], k: int) -> float:
-    """Windows of one area are alike: which loads so many nodes can reach, area by area."""
+    """Windows of one area are interchangeable: find the loads that the nodes can reach, area by
+    area."""
     reachable = {(0,) * k}
     most = -(-sum(areas) // k) + max(areas)  # filling the emptiest node first never takes more
     for area in sorted(areas, reverse=True):
@@ -357,7 +360,7 @@ def smallest_by_counts(areas: list[int], k: int) -> float:
 
 @settings(max_examples=40, deadline=None)
 @given(images(), st.integers(1, 5), st.floats(0.02, 0.9))
-def test_the_suggestion_in_the_error_really_suffices(
+def test_the_suggestion_in_the_error_suffices(
     image: tuple[list[int], list[int], int], k: int, limit: float
 ) -> None:
     areas, windows, side = image
@@ -375,7 +378,7 @@ def test_the_suggestion_in_the_error_really_suffices(
         assert max(areas) / sum(areas) > limit  # one window alone is too much for any node
 
 
-def test_area_wins_over_separation_and_says_so() -> None:
+def test_area_takes_precedence_over_separation_and_this_is_reported() -> None:
     areas, windows = windows_of(144, 144, 32, 5)
     four = best_share(areas, windows, 5, 4, 8)
     assert four is not None
@@ -388,7 +391,7 @@ def test_area_wins_over_separation_and_says_so() -> None:
     assert sorted(half.exposure.values()) == [0.5, 0.5]
 
 
-def test_home_takes_only_what_the_nodes_may_not_see() -> None:
+def test_the_edge_computes_only_windows_that_no_node_may_see() -> None:
     areas, windows = windows_of(144, 144, 32, 5)
     placement = place(areas, windows, 5, names(2), 0.3, SECRET, b"x", keep_home=True)
     check(placement, areas, windows, 0.3)
@@ -398,7 +401,7 @@ def test_home_takes_only_what_the_nodes_may_not_see() -> None:
 
 
 @pytest.mark.parametrize(("most", "home"), [(8, (4,)), (6, (2,)), (5, (0,)), (3, (0, 4))])
-def test_home_takes_the_smallest_window_that_suffices(most: int, home: tuple[int, ...]) -> None:
+def test_the_edge_takes_the_smallest_window_that_suffices(most: int, home: tuple[int, ...]) -> None:
     found = place([5, 3, 1], [0, 2, 4], 5, ["a"], most / 9, SECRET, b"x", keep_home=True)
     assert found.home == home
 
@@ -415,7 +418,7 @@ def test_home_takes_the_smallest_window_that_suffices(most: int, home: tuple[int
         ({"windows": [1, 1]}, "distinct"),
     ],
 )
-def test_nonsense_is_refused(change: dict[str, object], says: str) -> None:
+def test_invalid_arguments_are_refused(change: dict[str, object], says: str) -> None:
     good: dict[str, object] = {
         "areas": [1, 1],
         "windows": [0, 1],

@@ -1,10 +1,10 @@
-"""Builds what the tests of the TensorRT engine run on: a simulated CUDA driver, and real pycuda.
+"""Builds a simulated CUDA driver (``libcuda.c`` beside this file) and real pycuda for the tests of
+the TensorRT engine.
 
-The driver is ``libcuda.c`` beside this file. pycuda has no wheels, so it is compiled, for minutes,
-from its source distribution with the headers that torch's dependencies bring. Both are cached in
-``~/.cache/edge-runtime-tests`` for all checkouts, and built again only when their sources, their
-headers or the interpreter change.
-``python tests/engines/simulated_cuda/build.py`` builds by hand and prints the environment to use.
+pycuda has no wheels, so its source distribution is compiled for minutes, with the headers that
+torch's dependencies bring. Both are cached in ``~/.cache/edge-runtime-tests`` for all checkouts.
+They are rebuilt only when their sources, their headers or the interpreter change. ``python
+tests/engines/simulated_cuda/build.py`` builds by hand and prints the environment to use.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ import sysconfig
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# Not XDG_CACHE_HOME, which the tests set to a folder of their own.
+# The tests set XDG_CACHE_HOME to their own folder, so it is not used here.
 CACHE = Path.home() / ".cache" / "edge-runtime-tests" / "simulated-cuda"
 PYCUDA = (
     "pycuda==2026.1 "
     "--hash=sha256:759516160628ba06f32ce7e563e3f5b9214691dc9528a03ea99ea1073f4e14ba\n"
 )  # of its dependencies, `import pycuda.driver` needs numpy alone
-# -O0: compiling takes longer than the tests run. No wheel has CURAND's headers.
+# -O0: compiling takes longer than running the tests. No wheel has the headers of CURAND.
 _CONFIGURATION = "CUDA_ENABLE_CURAND = False\nCXXFLAGS = ['-O0', '-g0', '-w']\n"
 
 
 class Unavailable(Exception):
-    """This machine cannot build them; the text says what is missing."""
+    """This machine cannot build them. The text says what is missing."""
 
 
 class Failed(Exception):
-    """Compiling failed although everything needed is here."""
+    """Compiling failed although all requirements are met."""
 
 
 def environment() -> dict[str, str]:
-    """Build what is missing and return the environment variables that make Python find it.
+    """Build the missing parts and return the environment variables that make Python find them.
 
-    Processes that ask at the same time wait for the first one, which builds.
+    Processes that call this at the same time wait for the first one, which builds.
 
     Raises:
-        Unavailable: no compiler, no headers, or pycuda's source cannot be had.
+        Unavailable: no compiler, no headers, or pycuda's source can't be downloaded.
         Failed: the sources did not compile.
     """
     compiler, headers = _tools()
@@ -76,7 +76,7 @@ def _tools() -> tuple[str, Path]:
 def _library(compiler: str, headers: Path, pycuda: Path | None) -> Path:
     """Compile the simulated driver and return its folder.
 
-    With ``pycuda``, it also gets a stub for every function that pycuda links to and it lacks.
+    With ``pycuda``, also add a stub for every function that pycuda links to and the driver lacks.
     """
     source = HERE / "libcuda.c"
     key = _key(source, headers / "cuda.h", Path(__file__), more=str(pycuda))
@@ -117,7 +117,7 @@ def _pycuda(headers: Path, library: Path) -> Path:
     folder = CACHE / f"pycuda-{key}"
     if folder.exists():
         return folder
-    # pycuda's setup reads its options from the home directory, and pip its own.
+    # pycuda's setup reads options from the home directory, and so does pip.
     home = CACHE / "home"
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir()
@@ -131,12 +131,12 @@ def _pycuda(headers: Path, library: Path) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--no-binary=pycuda", "--require-hashes", "--target", str(temporary)]
-    command += ["--no-cache-dir"]  # it may hold a wheel that was built on a real driver
+    command += ["--no-cache-dir"]  # the cache may hold a wheel built on a real driver
     variables = {
         "HOME": str(home),
         "CPLUS_INCLUDE_PATH": f"{headers}:{HERE / 'include'}",
         "LDFLAGS": f"-L{library} -Wl,--no-as-needed",
-        # A toolkit on the PATH would bring headers of another version.
+        # A toolkit on the PATH would supply headers of another version.
         "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
     }
     try:

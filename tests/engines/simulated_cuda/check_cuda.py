@@ -12,6 +12,8 @@ import simulated_driver as driver
 from edge_common.errors import EngineError
 from engines import cuda
 
+pytestmark = pytest.mark.process  # some do; all run in one of their own
+
 
 @pytest.fixture
 def gpu() -> cuda.Context:
@@ -29,7 +31,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
-def test_facts() -> None:
+def test_facts_of_the_gpu() -> None:
     found = cuda.facts()
     assert (found.name, found.compute_capability) == ("Simulated GPU", "8.7")
     assert (found.cuda, found.memory_bytes, found.integrated) == ("12.6", driver.MEMORY, False)
@@ -50,7 +52,7 @@ def test_facts_of_another_gpu() -> None:
     assert "integrated=True" in done.stdout
 
 
-def test_no_gpu_is_one_clear_line() -> None:
+def test_a_missing_gpu_is_one_clear_line() -> None:
     code = (
         "from engines import cuda\nprint(cuda.device_count())\n"
         "try: cuda.context()\nexcept cuda.EngineError as error: print(error)"
@@ -58,20 +60,21 @@ def test_no_gpu_is_one_clear_line() -> None:
     done = run_python(code, SIMULATED_CUDA_DEVICES="0")
     assert done.stdout.startswith("0\nno NVIDIA GPU is visible"), done.stderr
     assert "CUDA_VISIBLE_DEVICES" in done.stdout
-    assert "--device" not in done.stdout  # `edge-runtime build` has no such option, and asks too
+    # `edge-runtime build` raises this too and has no such option
+    assert "--device" not in done.stdout
 
 
 @pytest.mark.parametrize(
     "make", ["cuda.context()", "t = threading.Thread(target=cuda.context); t.start(); t.join()"]
 )
-def test_the_primary_context_is_given_back_at_the_end(make: str) -> None:
+def test_the_primary_context_is_released_at_the_end(make: str) -> None:
     code = (
         "import atexit, threading, simulated_driver as driver\n"
         "atexit.register(lambda: print('at the end', driver.count('retains')))\n"
         f"from engines import cuda\n{make}\nprint(driver.count('retains'))"
     )
     done = run_python(code, PYTHONPATH=os.pathsep.join(sys.path))
-    # Handlers run in reverse order: the context's, registered later, has run before.
+    # Handlers run in reverse order, so the context's handler has already run.
     assert done.stdout.splitlines() == ["1", "at the end 0"]
     assert done.stderr == ""
 
@@ -90,7 +93,7 @@ def test_a_failing_driver_is_named(gpu: cuda.Context) -> None:
         gpu.stream()
 
 
-def test_the_context_is_current_only_in_the_block(gpu: cuda.Context) -> None:
+def test_the_context_is_current_only_inside_the_block(gpu: cuda.Context) -> None:
     with gpu.active():
         assert driver.count("depth") == 1
         with gpu.active():
@@ -102,7 +105,7 @@ def test_the_context_is_current_only_in_the_block(gpu: cuda.Context) -> None:
     assert driver.count("depth") == 0
 
 
-def test_every_thread_may_use_the_gpu_and_free_what_another_allocated(gpu: cuda.Context) -> None:
+def test_every_thread_may_use_the_gpu_and_free_memory_of_another(gpu: cuda.Context) -> None:
     buffers: list[cuda.Buffer] = []
 
     def allocate() -> None:
@@ -117,7 +120,7 @@ def test_every_thread_may_use_the_gpu_and_free_what_another_allocated(gpu: cuda.
         buffers[0].free()
 
 
-def test_no_memory_names_what_is_needed_and_free(gpu: cuda.Context) -> None:
+def test_a_failed_allocation_names_needed_and_free_memory(gpu: cuda.Context) -> None:
     with driver.memory(3 << 20), gpu.active():
         first = gpu.allocate(1 << 20, "one")
         with pytest.raises(
@@ -129,7 +132,7 @@ def test_no_memory_names_what_is_needed_and_free(gpu: cuda.Context) -> None:
 
 
 @pytest.mark.parametrize("integrated", [False, True])
-def test_a_buffer_carries_bytes_there_and_back(gpu: cuda.Context, integrated: bool) -> None:
+def test_a_buffer_carries_bytes_to_the_gpu_and_back(gpu: cuda.Context, integrated: bool) -> None:
     driver.cuda.simulated_set_integrated(int(integrated))
     facts = gpu.facts
     gpu.facts = cuda.facts()
@@ -153,8 +156,8 @@ def test_a_buffer_carries_bytes_there_and_back(gpu: cuda.Context, integrated: bo
         gpu.facts = facts
 
 
-def test_work_waits_for_the_stream(gpu: cuda.Context) -> None:
-    """The simulation itself: without it, a missing wait would not show."""
+def test_copies_wait_for_the_stream(gpu: cuda.Context) -> None:
+    """This tests the simulation: otherwise a missing wait would go unnoticed."""
     with gpu.active():
         stream, buffer = gpu.stream(), cuda.Buffer(gpu, 8, "a test")
         buffer.host[:] = 1

@@ -21,12 +21,14 @@ from engines.selection import open_stage
 from engines.trt import TrtEngine
 from engines.windows import cut
 
+pytestmark = pytest.mark.process  # some do; all run in one of their own
+
 DIMS: dict[str, dict[str, int]] = {"stack": {"n": 6}, "tail": {}, "decoder": {"p": 16, "k": 16}}
 
 
 @pytest.fixture
 def fp16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
-    """The shipped fp16 bundle with a plan of every stage, on a machine with TensorRT 10.3."""
+    """The shipped fp16 bundle with a plan for every stage, on a machine with TensorRT 10.3."""
     monkeypatch.setattr(libraries, "installed", lambda: ["tensorrt"])
     monkeypatch.setattr(libraries, "load", lambda flavour: simulated.library(flavour))
     selection._warn_once.cache_clear()
@@ -42,7 +44,7 @@ def plans_of(verdicts: tuple[Verdict, ...]) -> dict[str, Verdict]:
     return {v.stage: v for v in verdicts if v.engine == "tensorrt-10.3.0-sm87"}
 
 
-def test_a_version_with_known_defects_serves_once_it_has_passed(fp16: Bundle) -> None:
+def test_a_version_with_known_defects_serves_after_a_pass(fp16: Bundle) -> None:
     for stage in DIMS:
         with pytest.raises(PlanError, match="known defect"):
             open_stage(fp16, stage, device="tensorrt")
@@ -65,7 +67,7 @@ def test_a_version_with_known_defects_serves_once_it_has_passed(fp16: Bundle) ->
 
 @pytest.mark.parametrize("bad", [np.nan, 3.0])
 @pytest.mark.parametrize("stage", list(DIMS))
-def test_a_plan_of_wrong_weights_fails_and_does_not_serve(
+def test_a_plan_with_wrong_weights_fails_and_does_not_serve(
     fp16: Bundle, tmp_path: Path, stage: str, bad: float
 ) -> None:
     import onnx_ir as ir
@@ -100,7 +102,7 @@ def test_a_plan_of_wrong_weights_fails_and_does_not_serve(
 
 
 def record(plan: Any, **changes: Any) -> None:
-    """Change the record of a plan on disk: here, to hide that it is of another graph."""
+    """Change a plan's record on disk, here to hide that the plan is of another graph."""
     import msgspec
 
     path = plan.path.with_suffix(".json")
@@ -108,7 +110,7 @@ def record(plan: Any, **changes: Any) -> None:
     path.write_bytes(msgspec.json.encode(changed))
 
 
-def test_too_little_memory_is_a_failure_and_everything_is_given_back(fp16: Bundle) -> None:
+def test_too_little_memory_is_a_failure_and_all_memory_is_released(fp16: Bundle) -> None:
     with driver.memory(1 << 16):
         report = gate(fp16, threads=1)
     assert not report.passed
@@ -117,8 +119,8 @@ def test_too_little_memory_is_a_failure_and_everything_is_given_back(fp16: Bundl
 
 
 @pytest.mark.parametrize("after", [1, 15, 30])
-def test_a_driver_that_fails_in_the_middle_is_a_failure(fp16: Bundle, after: int) -> None:
-    selection.cuda.context()  # started before, as a node's would be
+def test_a_driver_failure_during_the_run_is_a_failure(fp16: Bundle, after: int) -> None:
+    selection.cuda.context()  # already started, as on a node
     with driver.failing(after, 719):
         report = gate(fp16, ["stack"], threads=1)
         failed = driver.failed_call()

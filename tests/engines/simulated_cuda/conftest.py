@@ -12,12 +12,12 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def nothing_leaks() -> Iterator[None]:
-    """Every check gives back all it took, breaks none of CUDA's rules, and leaves no context on."""
+    """Every check must release what it took, break no rule of CUDA and leave no context current."""
     import simulated_driver as driver
     import simulated_tensorrt
 
     simulated_tensorrt.failures.reset()
-    before = driver.live()  # what an earlier, failed check left behind
+    before = driver.live()  # left behind by an earlier, failed check
     yield
     simulated_tensorrt.failures.reset()
     gc.collect()

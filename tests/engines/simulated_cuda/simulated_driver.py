@@ -1,4 +1,4 @@
-"""The simulated driver's counters and levers, for tests. Import it only where ``LD_LIBRARY_PATH``
+"""The simulated driver's counters and controls, for tests. Import it only where ``LD_LIBRARY_PATH``
 leads to the simulated ``libcuda.so.1`` (see :mod:`build`)."""
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def count(name: str) -> int:
 
 
 def live() -> dict[str, int]:
-    """What is allocated and was not given back."""
+    """Allocations that have not been freed."""
     return {name: count(name) for name in LIVE if count(name)}
 
 
@@ -44,13 +44,13 @@ def last_error() -> str:
 
 
 def failed_call() -> str:
-    """The call that was made to fail, empty when none was."""
+    """The call that failed on request; empty if none did."""
     return cuda.simulated_failed_call().decode()
 
 
 @contextmanager
 def failing(after: int, code: int) -> Iterator[None]:
-    """In the block, the driver call number ``after`` fails with ``code``."""
+    """Inside the block, driver call number ``after`` fails with ``code``."""
     cuda.simulated_fail(after, code)
     try:
         yield
@@ -60,7 +60,7 @@ def failing(after: int, code: int) -> Iterator[None]:
 
 @contextmanager
 def memory(size: int) -> Iterator[None]:
-    """In the block, the GPU has ``size`` bytes."""
+    """Inside the block, the GPU has ``size`` bytes."""
     cuda.simulated_set_memory(size)
     try:
         yield
@@ -69,7 +69,7 @@ def memory(size: int) -> Iterator[None]:
 
 
 def allocate(size: int) -> int | None:
-    """Device memory, as the simulated TensorRT takes it; None when there is too little."""
+    """Allocate device memory as the simulated TensorRT does. None if there is too little."""
     address = ctypes.c_size_t()
     return None if cuda.cuMemAlloc_v2(ctypes.byref(address), size) else address.value
 

@@ -1,9 +1,11 @@
-"""A simulated TensorRT: the part of its Python interface that the engine uses, on the simulated
-driver. A simulated plan names an ONNX graph; enqueueing it puts a host function on the stream that,
-when the stream gets there, reads the inputs at the addresses it was given, runs the graph in ONNX
+"""A simulated TensorRT on the simulated driver: the part of its Python interface that the engine
+uses.
+
+A simulated plan names an ONNX graph. Enqueueing it puts a host function on the stream. When the
+stream reaches it, the function reads the inputs at the given addresses, runs the graph in ONNX
 Runtime on the CPU and writes the outputs. So wrong addresses, shapes or types, missing copies and
-missing waits give wrong numbers, or an error that the driver counts. :func:`library` plays TensorRT
-or TensorRT-RTX. It says nothing about the real library's arithmetic or speed.
+missing waits give wrong numbers or an error that the driver counts. :func:`library` simulates
+TensorRT or TensorRT-RTX. Arithmetic and speed of the real library are not simulated.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ class EngineInvalidityDiagnostics(enum.IntFlag):
 
 
 class Failures:
-    """Makes calls into the simulated library fail: by number, or by name."""
+    """Makes calls into the simulated library fail, by number or by name."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -71,7 +73,7 @@ class Failures:
         self.capturable = True
 
     def due(self, name: str) -> bool:
-        """Whether this call, now counted, is to fail."""
+        """Count this call. True if it must fail."""
         self.calls += 1
         if self.calls != self.at and name != self.name:
             return False
@@ -98,7 +100,7 @@ class ILogger:
 
 
 class _Simulated(msgspec.Struct):
-    """What the bytes of a simulated plan say."""
+    """The content of a simulated plan."""
 
     onnx: str
     profile: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
@@ -195,8 +197,9 @@ class RuntimeConfig:
 
 
 class ExecutionContext:
-    """``shapes`` are read when the work runs, as a real captured graph may read what its context
-    keeps on the device: a context whose shapes change spoils the graphs captured from it."""
+    """``shapes`` are read when the work runs. A real captured graph may also read data that its
+    context keeps on the device, so changing a context's shapes spoils the graphs captured from
+    it."""
 
     def __init__(self, engine: Engine, persistent: int) -> None:
         self._engine = engine
@@ -209,7 +212,7 @@ class ExecutionContext:
             if not any(isinstance(dim, str) for dim in spec.shape)
         }
         self._warm = False
-        # Graphs may call it after this object is gone; it then has to say so, not to crash.
+        # Graphs may call it after this object is gone. It must then report an error, not crash.
         self._function = driver.HostFunction(_caller(self))
         _functions.append(self._function)
 
@@ -266,7 +269,7 @@ class ExecutionContext:
         if missing or (self._engine.said.activation and not self._memory[0]):
             return self._refuse(f"no memory for {missing or 'activations'}")
         if not self._warm:
-            # As the real one after new shapes: it allocates, which a capture does not allow.
+            # Like the real library it allocates after new shapes, which a capture does not allow.
             scratch = driver.allocate(256)
             if scratch is None:
                 return self._refuse("no memory for a change of shapes")
@@ -281,7 +284,7 @@ class ExecutionContext:
         return False
 
     def compute(self) -> None:
-        """What the GPU would do. Runs when the stream gets here."""
+        """Simulate the GPU's work. Runs when the stream reaches it."""
         if self._engine.said.activation:
             _at(self._memory[0], np.dtype("uint8"), (self._engine.said.activation,))[:] = 0x5A
         feeds = {
@@ -295,7 +298,7 @@ class ExecutionContext:
 
 
 class CapturableContext(ExecutionContext):
-    """TensorRT-RTX's, which can be asked."""
+    """TensorRT-RTX's context, which reports whether it can be captured."""
 
     def is_stream_capturable(self, stream: int) -> bool:
         return failures.capturable
@@ -320,7 +323,7 @@ def _caller(context: ExecutionContext) -> Any:
 
 
 def _at(address: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """Device memory as an array. Raises MemoryError where none is."""
+    """Device memory as an array. Raises MemoryError if the address is not allocated."""
     size = int(np.prod(shape)) * dtype.itemsize
     pointer = driver.cuda.simulated_backing(address, max(size, 1))
     if not pointer:
@@ -330,7 +333,8 @@ def _at(address: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def library(flavour: Flavour = "tensorrt") -> Library:
-    """The simulated TensorRT as :func:`engines.libraries.load` would return the real one."""
+    """The simulated TensorRT, in the form in which :func:`engines.libraries.load` returns the real
+    one."""
     version = (10, 3, 0) if flavour == "tensorrt" else (1, 7, 1)
     return Library(flavour, version, sys.modules[__name__])
 
@@ -347,8 +351,8 @@ def write_plan(
     inputs: tuple[TensorSpec, ...] | None = None,
     outputs: tuple[TensorSpec, ...] | None = None,
 ) -> Plan:
-    """Write a simulated plan of ``stage`` into the bundle; dynamic dimensions start at ``least``
-    (1 by default) and end at ``greatest``."""
+    """Write a simulated plan of ``stage`` into the bundle. Dynamic dimensions range from ``least``
+    (1 by default) to ``greatest``."""
     said = bundle.stage(stage)
     inputs, outputs = inputs or said.inputs, outputs or said.outputs
     low = {**dict.fromkeys(greatest, 1), **(least or {})}
