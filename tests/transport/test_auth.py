@@ -380,6 +380,7 @@ def test_replacing_a_key_under_the_same_name_disconnects_the_old_one(
         write_public(node.folder / "authorized" / "edge.pub", new.public, "edge")
         assert await peer.wait_closed(60)
         await peer.close()
+        node.wait_for(lambda stats: stats["dropped"] == {"revoked": 1})
         with pytest.raises(PeerError):
             await node.peer(old)
         async with await node.peer(new) as peer:
@@ -402,6 +403,8 @@ def test_a_folder_that_becomes_unsafe_disconnects_every_edge(
         folder.chmod(0o777)
         assert await peer.wait_closed(60)
         await peer.close()
+        # And not for silence, as any peer that answers no heartbeat.
+        node.wait_for(lambda stats: stats["dropped"] == {"revoked": 1})
         with pytest.raises(PeerError):
             await node.peer(pair)
         folder.chmod(0o700)

@@ -244,7 +244,14 @@ def test_malformed_secret_files(tmp_path: Path, text: str | bytes) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "x", f"public-key {GOOD}\nextra 1", f"public-key {GOOD}A", "public-key " + "\x00" * 40],
+    [
+        "",
+        "x",
+        f"public-key {GOOD}\nextra 1",
+        f"public-key {GOOD}\npublic-key {GOOD}",  # which of two would count?
+        f"public-key {GOOD}A",
+        "public-key " + "\x00" * 40,
+    ],
 )
 def test_malformed_public_files(tmp_path: Path, text: str) -> None:
     with pytest.raises(KeyFileError, match=r"a\.pub"):
