@@ -366,7 +366,7 @@ def test_a_timing_cache_is_refused_for_rtx(
     for backend, installed in (("tensorrt-rtx", []), ("auto", ["tensorrt-rtx"])):
         monkeypatch.setattr(building.libraries, "installed", lambda found=installed: found)
         options = BuildOptions(backend=backend, timing_cache=cache)  # type: ignore[arg-type]
-        with pytest.raises(BuildError, match=r"--timing-cache is for TensorRT: .*Leave it out"):
+        with pytest.raises(BuildError, match=r"--timing-cache is for TensorRT: .*leave it out"):
             build_stage(tiny, "stack", options)
     assert not cache.exists()
     assert no_plans(tiny)
@@ -374,7 +374,7 @@ def test_a_timing_cache_is_refused_for_rtx(
 
 def test_a_timing_cache_must_be_a_file_in_an_existing_folder(tiny: Bundle, tmp_path: Path) -> None:
     for cache in (tmp_path, tmp_path / "none" / "cache"):
-        with pytest.raises(BuildError, match="name a file in a directory that exists"):
+        with pytest.raises(BuildError, match="is no file in a directory that exists"):
             build_stage(tiny, "stack", BuildOptions(backend="tensorrt", timing_cache=cache))
 
 

@@ -17,8 +17,10 @@ def test_edges_that_ask_for_more_than_the_node_may_hold_lose_no_request(tmp_path
     # 48 results of 12.5 MB are more than twice the 256 MiB that may wait in libzmq.
     bundle = write_sized_bundle(tmp_path / "bundle", 1280)
     with sided(Bench(tmp_path, bundle), bundle, "serve", 16) as side:
-        side.measure(1.0)
-        side.measure(1.0)
+        for _ in range(10):  # on a busy machine nothing may come back within the first seconds
+            side.measure(1.0)
+            if len(side.rates) > 1 and sum(side.rates) > 0:
+                break
         logged = side.logged()
     assert sum(side.rates) > 0
     assert (side.lost, side.refused) == (0, {})

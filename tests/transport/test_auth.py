@@ -158,7 +158,7 @@ def test_an_unencodable_file_name_excludes_only_its_holder(
 
     with caplog.at_level(logging.WARNING):
         asyncio.run(scene())
-    assert "is not UTF-8: rename it" in caplog.text
+    assert "is not UTF-8: rename the file" in caplog.text
 
 
 def test_an_unsafe_or_missing_folder_admits_no_edge(

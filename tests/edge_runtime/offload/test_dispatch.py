@@ -24,6 +24,7 @@ from engines.pipeline import Pipeline
 from engines.windows import cut
 
 
+@pytest.mark.process
 def test_with_a_local_fallback_nodes_get_half_of_the_deadline(shared_fleet: Any) -> None:
     config = shared_fleet.config(deadline_s=8.0)
     assert dispatch.deadline_of_nodes(100.0, config) == 108.0
