@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -25,14 +24,21 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
-platform.platform()  # starts `uname` once in a process, in whichever test comes first
-
-# `make check` leaves out the tests marked `process`. A test that starts a process without the mark
+# `make check` leaves out the tests marked `process`. There, a test that starts a process all the same
 # fails, so the marks stay correct.
 _STARTING = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn"}
 _started: list[str] = []
-_starting_fixtures: set[str] = set()
-sys.addaudithook(lambda event, args: _started.append(event) if event in _STARTING else None)
+_starting_fixtures: set[pytest.FixtureDef[object]] = set()
+# Libraries look around with these when they are imported, in whichever test comes first.
+_LOOKING_AROUND = {"uname", "ldconfig", "gcc", "cc", "ld", "objdump"}
+
+
+def _note_start(event: str, args: tuple[object, ...]) -> None:
+    if event in _STARTING and Path(str(args[0]) if args else "").name not in _LOOKING_AROUND:
+        _started.append(event)
+
+
+sys.addaudithook(_note_start)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -42,7 +48,7 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> Generator[Non
         return (yield)
     finally:
         if len(_started) > before:
-            _starting_fixtures.add(fixturedef.argname)
+            _starting_fixtures.add(fixturedef)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -54,8 +60,10 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
     yield
-    fixtures = _starting_fixtures.intersection(getattr(item, "fixturenames", ()))
-    if (_started or fixtures) and not item.get_closest_marker("process"):
+    if "not process" not in item.config.option.markexpr:
+        return
+    used = getattr(item, "_fixtureinfo").name2fixturedefs.values()  # noqa: B009
+    if _started or any(one in _starting_fixtures for every in used for one in every):
         pytest.fail("this test starts a process: mark it with @pytest.mark.process", pytrace=False)
 
 

@@ -327,9 +327,11 @@ def test_closing_waits_for_running_calls_and_fails_waiting_ones(
     closing = [threading.Thread(target=pipeline.close) for _ in range(2)]
     for thread in closing:
         thread.start()
-    while not waiting.cancelled():
+    give_up = time.monotonic() + 10
+    while not waiting.cancelled() and time.monotonic() < give_up:
         time.sleep(0.001)
     met.wait(20)
+    assert waiting.cancelled()
     assert running.result(20).keys() == {"tokens"}
     for thread in closing:
         thread.join(20)

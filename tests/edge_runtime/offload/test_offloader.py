@@ -138,6 +138,12 @@ def test_the_same_photo_is_placed_the_same_way_again(shared_fleet: Any, photo: n
     assert who_saw(turned, photo) == first
     others = [who_saw(config, photo ^ np.uint8(mask)) for mask in range(1, 5)]
     assert any(other != first for other in others)
+    # Exchanged names: each machine still sees the windows that it saw before.
+    names = [node.name for node in config.nodes]
+    new = dict(zip(names, [*names[1:], names[0]], strict=True))
+    renamed = tuple(msgspec.structs.replace(node, name=new[node.name]) for node in config.nodes)
+    found = who_saw(msgspec.structs.replace(config, nodes=renamed), photo)
+    assert found == {new[name]: windows for name, windows in first.items()}
 
 
 def test_hidden_states_instead_of_pixels(

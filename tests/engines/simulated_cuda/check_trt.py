@@ -283,6 +283,16 @@ def test_the_number_of_kept_graphs_is_limited(bundle: Path, toy: Toy) -> None:
         assert driver.count("graph_execs") == 8
 
 
+def test_the_graph_unused_for_longest_goes_first(bundle: Path, toy: Toy) -> None:
+    plan = simulated.write_plan(Bundle.load(bundle), "stack", {"n": 12})
+    with TrtEngine(plan, simulated.library()) as engine:
+        for n in [*range(1, 9), *range(1, 9), 1, 9, 9]:  # the second run of each makes its graph
+            check_stack(engine, toy, n)
+        launches = driver.count("launches")
+        check_stack(engine, toy, 1)
+        assert driver.count("launches") == launches + 1
+
+
 # Several engines.
 
 
