@@ -24,8 +24,8 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
-# `make check` leaves out the tests marked `process`. There, a test that starts a process all the same
-# fails, so the marks stay correct.
+# `make check` leaves out the tests marked `process`. There, a test that starts a process fails, so
+# the marks stay correct.
 _STARTING = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn"}
 _started: list[str] = []
 _starting_fixtures: set[pytest.FixtureDef[object]] = set()
