@@ -199,6 +199,7 @@ def test_cancelled_requests_are_not_computed_or_not_answered(
     assert isinstance(edge.receive(tensors=False)[0], Result)
 
 
+@pytest.mark.process
 def test_requests_of_an_ended_connection_are_not_computed(
     shared: Any, connect: Any, five: Feeds
 ) -> None:

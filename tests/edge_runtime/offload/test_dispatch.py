@@ -32,6 +32,7 @@ def test_with_a_local_fallback_nodes_get_half_of_the_deadline(shared_fleet: Any)
     assert dispatch.deadline_of_nodes(100.0, local) == 104.0
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("fallback", "share"), [("error", 1.0), ("local", 0.5)])
 def test_connections_get_the_node_s_share_of_the_deadline(
     shared_fleet: Any,
