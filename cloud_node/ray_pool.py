@@ -106,6 +106,8 @@ def _header(name: str, dtype: str, shape: tuple[int, ...], result: bool) -> byte
 class RayPool(QueuedPool):
     """Replicas of a stack on a Ray cluster.
 
+    Use one per process: Ray may crash in a process that joins a cluster again.
+
     The bundle must be at the same path on every host that may run a replica, and edge-runtime and
     Ray must be installed there in the same versions.
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults.processes import children_of
 
 from cloud_node.cli import main
 from cloud_node.config import load
@@ -247,7 +248,7 @@ def test_a_node_serves_from_its_file_and_reports_its_health(
             with urllib.request.urlopen(f"{base}/metrics", timeout=60) as answer:
                 assert b"\nedge_runtime_node_workers_ready 1.0\n" in answer.read()
             assert json.loads((folder / "ready.json").read_text())["pid"] == process.pid
-            for child in _children(process.pid):
+            for child in children_of(process.pid):
                 assert b"NOTIFY_SOCKET" not in Path(f"/proc/{child}/environ").read_bytes()
 
             process.send_signal(signal.SIGTERM)
@@ -262,10 +263,6 @@ def test_a_node_serves_from_its_file_and_reports_its_health(
             process.wait()
             if process.stderr:
                 process.stderr.close()
-
-
-def _children(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
 @pytest.mark.process

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import zmq
 from faults.nodes import NodeProcess
-from faults.processes import Netns
+from faults.processes import Netns, children_of
 from zmq.utils.monitor import parse_monitor_message
 
 from engines.bundle import Bundle, shipped_bundle, write_manifest
@@ -494,8 +494,8 @@ def test_signals_work_for_the_first_process_of_a_container(
     assert node.ready["pid"] == 1
     (first,) = node.workers()
     edge = connect(node)
-    (worker,) = Path(f"/proc/{first}/task/{first}/children").read_text().split()
-    os.kill(int(worker), signal.SIGSTOP)  # stopping then takes drain_s
+    (worker,) = children_of(first)
+    os.kill(worker, signal.SIGSTOP)  # stopping then takes drain_s
     edge.request(feeds)
     edge.receive()
     os.kill(first, signal.SIGTERM)

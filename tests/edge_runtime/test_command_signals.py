@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from faults.processes import descendants_of
 from PIL import Image
 from toy import slow
 
@@ -56,22 +57,9 @@ def busy(process: subprocess.Popen[bytes]) -> Callable[[], bool]:
     return condition
 
 
-def descendants(pid: int) -> set[int]:
-    found = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            except (OSError, ValueError):
-                continue
-            if parent == pid:
-                found |= {int(entry.name), *descendants(int(entry.name))}
-    return found
-
-
 def ended(process: subprocess.Popen[bytes], number: int) -> bytes:
     """Send the signal. Check how the process ends and return its output."""
-    children = descendants(process.pid)
+    children = descendants_of(process.pid)
     process.send_signal(number)
     said: bytes = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + number, said
@@ -173,7 +161,7 @@ def test_stopping_the_demo_ends_its_processes(
 
     def commands() -> list[bytes]:
         found = []
-        for pid in descendants(process.pid):
+        for pid in descendants_of(process.pid):
             try:
                 found.append(Path(f"/proc/{pid}/cmdline").read_bytes())
             except OSError:
@@ -194,8 +182,8 @@ def test_a_node_can_be_stopped_while_its_engine_loads(
 ) -> None:
     keys = make_fleet("alpha").root / "alpha"
     process = start("cloud_node.cli", "serve", "--keys", str(keys), "--bind", "tcp://127.0.0.1:0")
-    wait_for(lambda: descendants(process.pid), process)
-    children = descendants(process.pid)
+    wait_for(lambda: descendants_of(process.pid), process)
+    children = descendants_of(process.pid)
     process.send_signal(number)
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 0, said

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from faults.processes import children_of
 from PIL import Image
 
 from edge_common.errors import ConfigError, EdgeRuntimeError, OutputError
@@ -23,20 +24,6 @@ from edge_runtime import demo
 from edge_runtime.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def children(pid: int) -> set[int]:
-    """Processes that ``pid`` started and that still exist."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            except (OSError, ValueError):
-                continue
-            if parent == pid:
-                found.add(int(entry.name))
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +75,7 @@ def test_the_demo_writes_two_pictures_and_the_report_and_nothing_else(finished: 
 def test_no_node_is_left_running(finished: Path) -> None:
     commands = [
         Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
-        for pid in children(os.getpid())
+        for pid in children_of(os.getpid())
         if Path(f"/proc/{pid}/cmdline").exists()
     ]
     assert not [command for command in commands if b"edge-runtime-demo-" in command]
@@ -170,7 +157,7 @@ def test_a_signal_also_ends_the_nodes(tmp_path: Path, number: signal.Signals) ->
     while len(nodes) < 3:
         assert process.poll() is None
         assert time.monotonic() < give_up
-        nodes |= children(process.pid)
+        nodes |= children_of(process.pid)
         time.sleep(0.01)
     process.send_signal(number)
     said, _ = process.communicate(timeout=60)

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from faults.processes import children_of
 
 from edge_common.errors import BuildError, BundleError, EngineError
 from engines import build as building
@@ -527,11 +528,6 @@ def test_an_exception_in_the_progress_callback_ends_the_build(tiny: Bundle) -> N
         build_stage(tiny, "stack", RTX, Stop())
     assert no_plans(tiny)
     assert children_of(os.getpid()) <= before
-
-
-def children_of(pid: int) -> set[int]:
-    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return {int(child) for child in listed}
 
 
 # -- the verdict on fusion ------------------------------------------------------

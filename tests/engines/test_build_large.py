@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from faults.processes import children_of
 from large_bundles import write_large_bundle
 
 from engines.build import BuildOptions, Watcher, build_stage
@@ -105,11 +106,10 @@ def wait_until_it_builds(edge: subprocess.Popen[bytes], large: Bundle) -> int:
     """Wait until the builder has read the weights, its last step before the long part."""
     weights = (large.path / "stack.onnx.data").stat().st_size
     while edge.poll() is None:
-        listed = Path(f"/proc/{edge.pid}/task/{edge.pid}/children").read_text().split()
-        for pid in listed:
+        for pid in children_of(edge.pid):
             pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
             if int(pages) * os.sysconf("SC_PAGE_SIZE") > 1.5 * weights + (200 << 20):
-                return int(pid)
+                return pid
         time.sleep(0.01)
     pytest.fail(f"the build was over too soon, with code {edge.returncode}")
 

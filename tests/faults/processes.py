@@ -252,6 +252,21 @@ def run_plan(plan: Plan, children: Mapping[str, Child]) -> Iterator[list[Done]]:
         raise failed[0]
 
 
+def children_of(pid: int) -> set[int]:
+    """Processes that any thread of this process started and that still exist, zombies included."""
+    found: set[int] = set()
+    for listed in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            found |= set(map(int, listed.read_text().split()))
+    return found
+
+
+def descendants_of(pid: int) -> set[int]:
+    """Its children, their children and so on."""
+    children = children_of(pid)
+    return children.union(*map(descendants_of, children))
+
+
 def state(pid: int) -> str:
     """The state as in ``ps``: R, S, D, T (stopped) or Z. Empty if the process has ended."""
     try:

@@ -10,7 +10,7 @@ import time
 
 import zmq.asyncio
 from faults.asking import connected
-from faults.processes import Netns, Sample, Sampler, random_plan, run_plan, sample
+from faults.processes import Netns, Sample, Sampler, children_of, random_plan, run_plan, sample
 from faults.proxy import Proxy, random_cuts
 
 from edge_runtime.config import Node
@@ -27,7 +27,6 @@ from reliability.rows import (
     quantile,
     row,
     running,
-    workers_of,
 )
 
 HEARTBEAT_S = 1.0 + 3.0
@@ -86,12 +85,12 @@ async def worker_killed(bench: Bench) -> Seen:
         async with connected(bench.edge(node), bench.bundle) as client:
             for _ in range(kills):
                 await questions.until_right(client, 30)
-                workers = workers_of(front)
+                workers = children_of(front)
                 if not workers:
                     raise Skip("this node computes in its own process")
                 async with questions.going_on(client, client, seconds=5, pause_s=0):
                     await asyncio.sleep(rng.uniform(0, 0.05))
-                    os.kill(workers[0], signal.SIGKILL)
+                    os.kill(min(workers), signal.SIGKILL)
                     await asyncio.sleep(0.05)
                 back.append(await questions.until_right(client, 60))
         alive = node.running and node.pid == front

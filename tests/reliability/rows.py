@@ -243,12 +243,3 @@ def ms(seconds: float) -> float:
 
 def mb(size: float) -> float:
     return round(size / 1e6, 2)
-
-
-def workers_of(front: int) -> list[int]:
-    """Pids of the processes started by a node's front."""
-    try:
-        listed = Path(f"/proc/{front}/task/{front}/children").read_text().split()
-    except OSError:
-        return []
-    return [int(pid) for pid in listed]

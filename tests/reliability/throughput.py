@@ -33,7 +33,7 @@ import numpy as np
 import zmq
 import zmq.asyncio
 from faults.nodes import NodeProcess
-from faults.processes import Sampler, sample
+from faults.processes import Sampler, children_of, sample
 from faults.proxy import Proxy
 
 from cloud_node.config import load, prepare
@@ -43,7 +43,7 @@ from edge_common.process import keep_freed_memory
 from engines.bundle import Bundle, TensorSpec
 from engines.geometry import Geometry
 from reliability.load import Load, limited, write_sized_bundle
-from reliability.rows import Bench, Seen, mb, row, running, workers_of
+from reliability.rows import Bench, Seen, mb, row, running
 from transport.allow_list import AllowList
 from transport.auth import Authenticator
 from transport.keys import KeyPair
@@ -237,7 +237,7 @@ class _Side:
 
     def _cpu_s(self) -> dict[str, float]:
         used = {"front": sample(self.node.pid).cpu_s, "edges": sample(self._edge.pid).cpu_s}
-        if workers := workers_of(self.node.pid):
+        if workers := children_of(self.node.pid):
             used["worker"] = sum(sample(pid).cpu_s for pid in workers)
         return used
 

@@ -35,12 +35,13 @@ from faults import sodium
 from faults.asking import connected, feeds
 from faults.edges import FORGETFUL, with_header
 from faults.nodes import FaultyNode
+from faults.processes import children_of
 from faults.zmtp import Peer
 
 from edge_common.errors import ProtocolError
 from edge_runtime.config import Node
 from edge_runtime.offload.connection import Connection, _Pending
-from reliability.rows import Bench, Questions, Seen, Skip, row, running, workers_of
+from reliability.rows import Bench, Questions, Seen, Skip, row, running
 from transport.allow_list import AllowList
 from transport.auth import Authenticator
 from transport.keys import generate
@@ -438,14 +439,14 @@ async def hygiene(bench: Bench) -> Seen:
                 for build in hostile.defects(fed).values():
                     await hostile.answer_to(build())
                     refused += 1
-            pids = [node.pid, *workers_of(node.pid)]
+            pids = [node.pid, *children_of(node.pid)]
             shared = _memfds(pids)
             in_memory = len(_search(shared, [canary]))
             limits = Path(f"/proc/{node.pid}/limits").read_text()
-            if workers := workers_of(node.pid):
+            if workers := children_of(node.pid):
                 async with questions.going_on(client, client, pause_s=0):
                     await asyncio.sleep(0.02)
-                    os.kill(workers[0], signal.SIGABRT)
+                    os.kill(min(workers), signal.SIGABRT)
                     await asyncio.sleep(0.2)
                 await questions.until_right(client, 60)
         for page in ("metrics", "healthz", "readyz"):

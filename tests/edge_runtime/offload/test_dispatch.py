@@ -147,15 +147,16 @@ def test_closing_during_an_image_is_an_error(
         assert caught.value.code == "closed"
 
 
-def test_a_retry_waits_as_long_as_the_node_asked(
+def test_a_retry_waits_as_long_as_the_node_asked_and_keeps_the_deadline(
     shared_fleet: Any, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    infer, asked = Connection.infer, []
+    infer, asked, deadlines = Connection.infer, [], set()
 
     async def refusing_once(self: Connection, feeds: Any, permit: Any, until: float) -> Reply:
         reply = await infer(self, feeds, permit, until)
         if self.name == "beta":
             asked.append(asyncio.get_running_loop().time())
+            deadlines.add(until)
             if len(asked) == 1:
                 error = NodeRefusedError.of(self.node, "busy", "refused")
                 error.refusal, error.retry_ms = "overloaded", 300
@@ -164,13 +165,12 @@ def test_a_retry_waits_as_long_as_the_node_asked(
 
     monkeypatch.setattr(Connection, "infer", refusing_once)
     bundle, record = Bundle.load(shared_fleet.bundle), RunRecord()
-    with (
-        Pipeline(bundle, threads=1) as pipeline,
-        Offloader(shared_fleet.config(), pipeline) as offloader,
-    ):
+    config = shared_fleet.config(deadline_s=60.0, fallback="local")
+    with Pipeline(bundle, threads=1) as pipeline, Offloader(config, pipeline) as offloader:
         offloader.stack(windows_of(photo, bundle), record)
     first, second = asked
     assert second - first >= 0.3
+    assert len(deadlines) == 1  # the edge needs the rest of the time for its fallback
 
 
 def reply(milliseconds: float, size: int) -> Reply:
