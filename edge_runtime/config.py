@@ -18,7 +18,7 @@ from edge_common.errors import ConfigError, KeyFileError
 from edge_common.options import COUNT, SECONDS, SHARE, Invalid
 from edge_common.permissions import why_untrusted
 from edge_common.toml import read_toml, unknown_key
-from edge_runtime.offload.placement import DEFAULT_MAX_EXPOSURE
+from edge_runtime.exposure.placement import DEFAULT_MAX_EXPOSURE
 from engines.engine import Device
 
 if TYPE_CHECKING:

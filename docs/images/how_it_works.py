@@ -20,10 +20,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from edge_runtime.demo import MAX_EXPOSURE, NODES, PHOTO, PROMPTS
+from edge_runtime.exposure.placement import Placement, place
 from edge_runtime.imaging.images import load_image
 from edge_runtime.imaging.render import Overlay, colour
 from edge_runtime.imaging.segmentation import segment
-from edge_runtime.offload.placement import Placement, place
 from edge_runtime.predictor import OffloadPredictor
 from engines.geometry import Geometry
 from engines.windows import Windows

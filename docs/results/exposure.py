@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_runtime.offload.placement import place
+from edge_runtime.exposure.placement import place
 from engines.geometry import Geometry, resized_shape
 from engines.windows import cut
 

@@ -35,7 +35,7 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from edge_common.options import SHARE
-    from edge_runtime.offload.placement import DEFAULT_MAX_EXPOSURE
+    from edge_runtime.exposure.placement import DEFAULT_MAX_EXPOSURE
 
     parser.description = DESCRIPTION
     parser.epilog = EPILOG
@@ -188,7 +188,7 @@ def _warning(config: EdgeConfig) -> str | None:
     import math
 
     from edge_common.errors import BundleError
-    from edge_runtime.offload.placement import best_share
+    from edge_runtime.exposure.placement import best_share
     from engines.bundle import Bundle, shipped_bundle
 
     try:

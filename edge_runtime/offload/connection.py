@@ -16,8 +16,8 @@ import zmq.asyncio
 
 from edge_common.errors import OffloadError, ProtocolError
 from edge_runtime.config import Node
+from edge_runtime.exposure.ledger import Permit
 from edge_runtime.offload.integrity import check_reply
-from edge_runtime.offload.ledger import Permit
 from engines.bundle import Stage
 from transport.dos_protection import Connections, connection_limits
 from transport.link import NOT_AUTHORISED, LinkEvent, watch

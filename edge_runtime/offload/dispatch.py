@@ -15,9 +15,9 @@ import numpy as np
 
 from edge_common.errors import OffloadError
 from edge_runtime.config import EdgeConfig
+from edge_runtime.exposure.ledger import ExposureLedger
+from edge_runtime.exposure.placement import Placement, place
 from edge_runtime.offload.connection import Connection, NodeError, NodeRefusedError, Reply
-from edge_runtime.offload.ledger import ExposureLedger
-from edge_runtime.offload.placement import Placement, place
 from edge_runtime.offload.report import RunRecord
 from engines.pipeline import Pipeline
 from engines.windows import Windows

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import msgspec
 
 from edge_common.errors import OffloadError
+from edge_runtime.exposure.ledger import Entry, ExposureLedger
 from edge_runtime.offload.connection import Reply
-from edge_runtime.offload.ledger import Entry, ExposureLedger
 
 
 class NodeReport(msgspec.Struct, frozen=True):
@@ -43,7 +43,7 @@ class OffloadReport(msgspec.Struct, frozen=True):
         home: windows the edge computed.
         max_exposure: the limit on the share of the image's area that a node may see.
         largest_share: the largest that any node saw.
-        separation: see :class:`.placement.Placement`.
+        separation: see :class:`~edge_runtime.exposure.placement.Placement`.
         windows_total: of the padded square, including those without an image pixel.
         ledger: every permit that was asked for, and what became of it.
     """

@@ -10,9 +10,9 @@ import numpy as np
 import zmq.asyncio
 
 from edge_runtime.config import Node
+from edge_runtime.exposure.ledger import ExposureLedger
+from edge_runtime.exposure.placement import place
 from edge_runtime.offload.connection import Connection, Reply
-from edge_runtime.offload.ledger import ExposureLedger
-from edge_runtime.offload.placement import place
 from engines.bundle import Bundle
 from transport.messages import stage_limits
 

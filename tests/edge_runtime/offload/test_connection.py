@@ -21,10 +21,10 @@ from faults.nodes import Act, FaultyNode
 from edge_common.errors import OffloadError, PlacementError
 from edge_common.memory_limits import MemoryLimits
 from edge_runtime.config import Node
+from edge_runtime.exposure.ledger import ExposureLedger
+from edge_runtime.exposure.placement import place
 from edge_runtime.offload import connection as client_module
 from edge_runtime.offload.connection import Connection, NodeError, NodeRefusedError, Reply
-from edge_runtime.offload.ledger import ExposureLedger
-from edge_runtime.offload.placement import place
 from engines.bundle import Bundle
 from transport.allow_list import AllowList
 from transport.auth import Authenticator

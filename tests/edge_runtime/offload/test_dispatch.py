@@ -13,11 +13,11 @@ import pytest
 from test_offloader import alone, assert_identical, windows_of
 
 from edge_common.errors import OffloadError
+from edge_runtime.exposure.ledger import ExposureLedger
+from edge_runtime.exposure.placement import place
 from edge_runtime.offload import dispatch
 from edge_runtime.offload.connection import Connection, NodeError, NodeRefusedError, Reply
-from edge_runtime.offload.ledger import ExposureLedger
 from edge_runtime.offload.offloader import Offloader
-from edge_runtime.offload.placement import place
 from edge_runtime.offload.report import NodeReport, RunRecord
 from engines.bundle import Bundle
 from engines.pipeline import Pipeline

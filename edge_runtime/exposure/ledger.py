@@ -11,8 +11,8 @@ from typing import Literal
 import msgspec
 
 from edge_common.errors import PlacementError
-from edge_runtime.offload.colouring import touch
-from edge_runtime.offload.placement import Placement
+from edge_runtime.exposure.colouring import touch
+from edge_runtime.exposure.placement import Placement
 
 Event = Literal["refused", "reserved", "committed", "released"]
 

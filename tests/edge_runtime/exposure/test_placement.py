@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_common.errors import PlacementError
-from edge_runtime.offload.placement import (
+from edge_runtime.exposure.placement import (
     DEFAULT_MAX_EXPOSURE,
     Placement,
     best_share,
@@ -170,7 +170,7 @@ def test_same_photo_gets_the_same_placement_in_another_process() -> None:
     areas, windows = windows_of(144, 144, 32, 5)
     here = place(areas, windows, 5, names(3), 0.5, SECRET, b"photo")
     code = (
-        "import msgspec, sys; from edge_runtime.offload.placement import place;"
+        "import msgspec, sys; from edge_runtime.exposure.placement import place;"
         f"p = place({areas}, {windows}, 5, {names(3)[::-1]}, 0.5, bytes(range(32)), b'photo');"
         "sys.stdout.buffer.write(msgspec.json.encode(p))"
     )

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from test_placement import SECRET, names, touching, windows_of
 
 from edge_common.errors import PlacementError
-from edge_runtime.offload.ledger import ExposureLedger
-from edge_runtime.offload.placement import Placement, place
+from edge_runtime.exposure.ledger import ExposureLedger
+from edge_runtime.exposure.placement import Placement, place
 
 
 def tiny_square(k: int = 3, limit: float = 0.5) -> Placement:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import msgspec
 
 from edge_common.errors import PlacementError
-from edge_runtime.offload.colouring import (
+from edge_runtime.exposure.colouring import (
     SETTLE_STEPS,
     KeyedRandom,
     Shape,
