@@ -6,6 +6,7 @@ Relative paths are relative to the file. Only :func:`load_nodes` reads key files
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 import msgspec
 
 from edge_common.errors import ConfigError, KeyFileError
-from edge_common.options import COUNT, SECONDS, SHARE, Invalid
+from edge_common.options import COUNT, SECONDS, SHARE, Invalid, Number
 from edge_common.permissions import why_untrusted
 from edge_common.toml import read_toml, unknown_key
 from edge_runtime.exposure.placement import DEFAULT_MAX_EXPOSURE
@@ -25,18 +26,40 @@ if TYPE_CHECKING:
     from transport.keys import KeyPair
 
 Fallback = Literal["error", "local"]
+Mode = Literal["offload", "auto", "local"]
+Budget = Literal["scene", "frame"]
+Region = tuple[float, float, float, float]
+"""A part of an image: x0, y0, x1, y1 in its pixels, right and bottom exclusive."""
 
 DEFAULT_DEADLINE_S = 10.0
 _DEFAULT_SECRET = "keys/edge.secret"
 _Z85 = re.compile(r"[0-9A-Za-z.:+=^!/*?&<>()\[\]{}@%$#-]{40}\Z")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}\Z")
-_WORDS = {str: "a text", float: "a number", int: "a whole number"}
+_WORDS = {
+    str: "a text",
+    float: "a number",
+    int: "a whole number",
+    bool: "true or false",
+    Region: "a list of regions, such as [[0, 0, 200, 100]]",
+}
 NODE_SETTINGS = frozenset(
     ("bind", "keys", "secret_key", "authorized", "threads", "workers", "queue_bytes", "metrics")
 )
 """Settings that only a node's file has."""
 
-_NUMBERS = {"deadline_s": SECONDS, "max_exposure": SHARE, "windows_per_request": COUNT}
+_NUMBERS = {
+    "deadline_s": SECONDS,
+    "max_exposure": SHARE,
+    "windows_per_request": COUNT,
+    "recompute": Number(0, 1, "a share"),
+    "reuse_tolerance": Number(0, 255, "levels of a pixel", whole=True),
+}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "fallback": get_args(Fallback),
+    "device": get_args(Device),
+    "mode": get_args(Mode),
+    "budget": get_args(Budget),
+}
 
 
 class NodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -44,13 +67,19 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     ``name``: yours, for messages and reports. ``endpoint``: ``tcp://HOST:PORT``. ``server_key``:
     the node's public key, a file or the 40 characters themselves. ``client_key``: the file of this
-    edge's secret key for this node (default: ``keys/NAME.key``).
+    edge's secret key for this node (default: ``keys/NAME.key``). ``provider``: who runs it. Nodes
+    of one provider may share what they see, so they count as one *party* (default: its own name).
     """
 
     name: str
     endpoint: str
     server_key: str
     client_key: str = ""
+    provider: str = ""
+
+    @property
+    def party(self) -> str:
+        return self.provider or self.name
 
 
 class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -62,11 +91,24 @@ class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         secret: file that keys the placement of windows.
         deadline_s: seconds until all of an image's tokens must be back. With ``fallback = "local"``
             nodes get half of it, and the edge the rest to compute what they did not.
-        max_exposure: largest share of an image's area one node may see, in (0, 1].
+        max_exposure: largest share of an image's or scene's area that one party may see, in (0, 1].
         fallback: ``error``, or ``local``: the edge computes what the nodes cannot or may not.
         windows_per_request: most windows in one message; None sends a node all of its windows at
             once.
         device: the engines on this machine, see :data:`engines.engine.Device`.
+        mode: ``offload``; ``local``: nodes are sent nothing; ``auto``: whichever is faster.
+        budget: what `max_exposure` limits in a stream of frames. ``scene``: all frames that show
+            the same scene, together. ``frame``: each frame alone; over time a party may then see
+            the whole scene.
+        keep_local: regions whose windows never leave the edge.
+        recompute: share of the windows returned by nodes that the edge computes again, to find
+            wrong answers; None is 0.04 with ``fallback = "local"``, where the edge has the stack
+            open anyway, and otherwise 0.
+        strict: give no mask before every window was computed again.
+        reuse_tolerance: a frame's window is not sent if no value of its pixels differs by more than
+            this from a frame whose tokens are known, 0 to 255.
+        constant_rate: send every window of every frame, so that nodes cannot tell where something
+            moves.
     """
 
     nodes: tuple[NodeConfig, ...]
@@ -77,6 +119,13 @@ class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     fallback: Fallback = "error"
     windows_per_request: int | None = None
     device: Device = "auto"
+    mode: Mode = "offload"
+    budget: Budget = "scene"
+    keep_local: tuple[Region, ...] = ()
+    recompute: float | None = None
+    strict: bool = False
+    reuse_tolerance: int = 0
+    constant_rate: bool = False
 
     def __post_init__(self) -> None:
         if not self.nodes:
@@ -88,19 +137,19 @@ class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                     bounds.check(value)
             except Invalid as error:
                 raise ConfigError(f"{name} is {value}; {error}") from None
-        if self.fallback not in get_args(Fallback):
-            raise ConfigError(f'fallback is {self.fallback!r}; expected "error" or "local"')
-        if self.device not in get_args(Device):
-            raise ConfigError(
-                f"device is {self.device!r}; expected one of {', '.join(get_args(Device))}"
-            )
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
+        for region in self.keep_local:
+            check_region(region)
         for node in self.nodes:
-            if not _NAME.match(node.name):
-                raise ConfigError(
-                    f"the node name {node.name!r} cannot be used",
-                    mend="use up to 64 letters, digits, '.', '_' and '-', the first a letter, "
-                    "digit or '_'",
-                )
+            for what, name in (("node name", node.name), ("provider", node.party)):
+                if not _NAME.match(name):
+                    raise ConfigError(
+                        f"the {what} {name!r} cannot be used",
+                        mend="use up to 64 letters, digits, '.', '_' and '-', the first a letter, "
+                        "digit or '_'",
+                    )
         # One machine under two names would see twice what the budget allows.
         for what in ("name", "endpoint", "server_key"):
             _refuse_shared(self.nodes, what)
@@ -187,6 +236,16 @@ def load_nodes(config: EdgeConfig) -> list[Node]:
                     f"nodes {other} and {loaded.name} have the same {kind} key", mend=mend
                 )
     return nodes
+
+
+def check_region(region: Region) -> None:
+    """Raise ConfigError unless the region holds pixels."""
+    x0, y0, x1, y1 = region
+    if not (0 <= x0 < x1 and 0 <= y0 < y1 and math.isfinite(x1) and math.isfinite(y1)):
+        raise ConfigError(
+            f"keep_local holds {list(region)}; expected x0, y0, x1, y1 in pixels of the image, "
+            "with 0 <= x0 < x1 and 0 <= y0 < y1"
+        )
 
 
 def refuse_own_keys(server_keys: dict[str, str], own: set[str]) -> None:
