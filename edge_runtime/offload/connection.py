@@ -55,6 +55,8 @@ _ASKING_S = 3600.0
 """Longest wait for a node to say what it serves. Requests wait until their own deadlines."""
 _METER_S = 0.05
 """How often to measure what the node has sent: at 1 Gbit/s, 6 MB arrive in between."""
+SAME_BUNDLE = "use the bundle that the node's was cut from"
+"""Remedy for a :func:`mismatch`."""
 _LINK_CODES = {"down": "connection_lost", "unreachable": "unreachable", "refused": "link_refused"}
 
 
@@ -129,10 +131,7 @@ def mismatch(info: Info, stage: Stage) -> str | None:
     """Why a node cannot run `stage`, going by what it says it serves; None if it can."""
     if any(served.sha256 == stage.sha256 for served in info.stages):
         return None
-    return (
-        f"it serves {listed(info)}, this edge has stack {stage.sha256[:12]}: use the bundle that "
-        "the node's was cut from"
-    )
+    return f"it serves {listed(info)}, this edge has stack {stage.sha256[:12]}"
 
 
 class Connection:
@@ -396,7 +395,7 @@ class Connection:
             if greeting.exception():
                 self._forget_greeting()
             if wrong := mismatch(greeting.result(), self.stage):
-                raise self._error(wrong, "wrong_bundle")
+                raise self._error(wrong, "wrong_bundle", SAME_BUNDLE)
             self._defects = 0
             return
 

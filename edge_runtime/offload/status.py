@@ -6,7 +6,7 @@ import asyncio
 
 import msgspec
 
-from edge_runtime.offload.connection import Connection, NodeError, listed, mismatch
+from edge_runtime.offload.connection import SAME_BUNDLE, Connection, NodeError, listed, mismatch
 
 
 class NodeStatus(msgspec.Struct, frozen=True):
@@ -43,6 +43,6 @@ async def status(connection: Connection, timeout_s: float) -> NodeStatus:
         detail = f"{error.reason}: {error.mend}" if error.mend else error.reason
         return NodeStatus(name, endpoint, reachable, authorised, None, None, error.code, detail)
     wrong = mismatch(info, connection.stage)
-    detail = wrong or f"{info.software}, {listed(info)}"
+    detail = f"{wrong}: {SAME_BUNDLE}" if wrong else f"{info.software}, {listed(info)}"
     code = "wrong_bundle" if wrong else None
     return NodeStatus(name, endpoint, True, True, wrong is None, ms, code, detail)
