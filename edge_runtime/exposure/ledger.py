@@ -5,7 +5,7 @@ It is the only source of permits and of figures on exposure.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -26,7 +26,7 @@ class Entry(msgspec.Struct, frozen=True):
             happens next. ``released``: not one byte has left, so the windows don't count.
         reason: of a request, or of its refusal.
         bytes: of the message, once committed.
-        share_of_image: what the node may see by all permits in force after this entry.
+        share_of_image: what the node's party may see by all permits in force after this entry.
     """
 
     node: str
@@ -82,31 +82,44 @@ class Permit:
 class ExposureLedger:
     """Permits or refuses every send of one image's windows.
 
-    A node may be sent the windows that the placement assigned to it. It may be sent others while
-    its share of the area stays within `max_exposure` and the placement's separation holds. Windows
-    kept at home are never permitted. Reserved and committed permits count in full.
+    A node may be sent the windows that the placement assigned to its party. It may be sent others
+    while the party's share of the area stays within `max_exposure` and the placement's separation
+    holds. Windows kept at home are never permitted. Reserved and committed permits count in full.
+
+    Args:
+        placement: of the image's windows on parties.
+        nodes: party -> its nodes; None if every party is one node of the same name.
 
     Attributes:
         entries: everything that was recorded, in order.
         permits: all that were ever reserved.
     """
 
-    def __init__(self, placement: Placement) -> None:
+    def __init__(
+        self, placement: Placement, nodes: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
         self.placement = placement
+        self.nodes = {p: tuple(nodes[p]) if nodes else (p,) for p in placement.assignment}
+        self._party = {node: party for party, names in self.nodes.items() for node in names}
         self.entries: list[Entry] = []
         self.permits: list[Permit] = []
 
     def seen(self, node: str) -> set[int]:
         """Windows the node may have seen: those of its committed permits."""
-        return self._windows(node, ("committed",))
+        return self._windows([node], ("committed",))
+
+    def asked(self, node: str) -> set[int]:
+        """Windows the node was to compute, whether or not anything was sent."""
+        return self._windows([node], ("reserved", "committed", "released"))
 
     def bytes_sent(self, node: str) -> int:
         """Bytes of the node's committed permits."""
         return sum(p.bytes for p in self.permits if p.node == node and p.state == "committed")
 
     def exposure(self) -> dict[str, float]:
-        """Node name -> share of the image's area that the node may have seen."""
-        return {n: self.placement.share(self.seen(n)) for n in self.placement.assignment}
+        """Party -> share of the image's area that it may have seen."""
+        share = self.placement.share
+        return {p: share(self._windows(nodes, ("committed",))) for p, nodes in self.nodes.items()}
 
     def reserve(self, node: str, windows: Sequence[int], reason: str = "dispatch") -> Permit:
         """A permit to send `windows` to `node`.
@@ -115,7 +128,7 @@ class ExposureLedger:
             PlacementError: it is refused; that is recorded too.
         """
         asked = tuple(int(w) for w in windows)
-        refusal = self._refusal(node, asked)
+        refusal = self.refusal(node, asked)
         if refusal is not None:
             self._record(node, asked, "refused", refusal)
             raise PlacementError(f"not sending windows {list(asked)} to {node!r}: {refusal}")
@@ -124,30 +137,33 @@ class ExposureLedger:
         self._record(node, asked, "reserved", reason)
         return permit
 
-    def _windows(self, node: str, states: Sequence[Event]) -> set[int]:
-        found = (p.windows for p in self.permits if p.node == node and p.state in states)
+    def _windows(self, nodes: Sequence[str], states: Sequence[Event]) -> set[int]:
+        found = (p.windows for p in self.permits if p.node in nodes and p.state in states)
         return set().union(*found)
 
     def _record(
         self, node: str, windows: tuple[int, ...], event: Event, reason: str, size: int = 0
     ) -> None:
-        share = self.placement.share(self._windows(node, ("reserved", "committed")))
+        mates = self.nodes.get(self._party.get(node, ""), ())
+        share = self.placement.share(self._windows(mates, ("reserved", "committed")))
         self.entries.append(Entry(node, windows, event, reason, size, share))
 
-    def _refusal(self, node: str, asked: tuple[int, ...]) -> str | None:
+    def refusal(self, node: str, asked: tuple[int, ...]) -> str | None:
+        """Why these windows may not be sent to this node now; None if they may."""
         placement = self.placement
-        if node not in placement.assignment:
+        party = self._party.get(node)
+        if party is None:
             return "it is not one of the nodes of this placement"
         if strange := [w for w in asked if w not in placement.areas]:
             return f"windows {strange} are not part of this image"
         if kept := sorted(set(asked) & set(placement.home)):
             return f"windows {kept} stay at home"
         # A node's own windows are reserved for it: other permits must leave room for them.
-        own = set(placement.assignment[node])
+        own = set(placement.assignment[party])
         others = set(asked) - own
         if not others:
             return None
-        after = self._windows(node, ("reserved", "committed")) | own | others
+        after = self._windows(self.nodes[party], ("reserved", "committed")) | own | others
         share = placement.share(after)
         if share > placement.max_exposure:
             return f"it would see {share:.3f} of the image, above {placement.max_exposure:g}"

@@ -1,67 +1,110 @@
-"""Has the nodes run the stack on the windows of one image, all at once and under one deadline.
+"""Has the nodes run the stack on the windows of one image, under one deadline.
 
 Every window's tokens come back or an error is raised: a mask is never made from part of an image.
-No window is ever sent to a second node.
+This module executes what :mod:`.policy` decides, and sends nothing without a permit of the exposure
+ledger.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from collections.abc import Awaitable, Mapping
+import contextlib
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 
-from edge_common.errors import OffloadError
+from edge_common.errors import OffloadError, PlacementError
 from edge_runtime.config import EdgeConfig
-from edge_runtime.exposure.ledger import ExposureLedger
-from edge_runtime.exposure.placement import Placement, place
+from edge_runtime.exposure.ledger import ExposureLedger, Permit
 from edge_runtime.offload.connection import Connection, NodeError, NodeRefusedError, Reply
+from edge_runtime.offload.health import Fleet, Times, split
+from edge_runtime.offload.policy import Attempt, Cancel, Fail, FrameState, Local, Send, decide
 from edge_runtime.offload.report import RunRecord
 from engines.pipeline import Pipeline
 from engines.windows import Windows
 
+HOME = "edge"
+"""The source of tokens that this machine computed."""
 _NODES_SHARE = 0.5
 """With a local fallback, the share of the deadline for the nodes; the edge needs the rest."""
+_SMOOTHING = 0.2
 
 _T = TypeVar("_T")
+
+
+class Nodes:
+    """All nodes of an edge: connections, health, and the images that wait for one to be free.
+
+    Attributes:
+        connections: by name.
+        local_s: seconds that the edge needs for one window, smoothed; None until it computed one.
+    """
+
+    def __init__(self, connections: Sequence[Connection], fleet: Fleet) -> None:
+        self.connections = {connection.name: connection for connection in connections}
+        self.fleet = fleet
+        self.local_s: float | None = None
+        self._images: set[asyncio.Event] = set()
+
+    @contextlib.contextmanager
+    def waking(self, event: asyncio.Event) -> Iterator[None]:
+        """Set `event` whenever a request of any image has ended."""
+        self._images.add(event)
+        try:
+            yield
+        finally:
+            self._images.discard(event)
+
+    def wake(self) -> None:
+        """Have every image decide anew."""
+        for event in self._images:
+            event.set()
 
 
 class Dispatch:
     """One image's run, in an event loop. :meth:`run` is called once.
 
-    The first node that fails ends the image with an error that names it; with ``fallback =
-    "local"`` the edge computes that node's windows itself. If a node says when to ask again, it is
-    asked once more.
-
     Args:
         windows: of the image.
-        connections: one for each node.
+        place: places them and returns the image's ledger. It is called in a thread.
+        nodes: that may be asked.
         pipeline: of the full bundle; its stack computes what stays at home.
-        config: deadline, budget and fallback.
-        secret: of the edge, for the placement.
+        config: deadline and fallback.
         record: what happens is written here.
+        known: row -> the stack's outputs of that window, where they are known already.
+
+    Attributes:
+        sources: row -> the node that computed it, or :data:`HOME`. Known rows have none.
     """
 
     def __init__(
         self,
         windows: Windows,
-        connections: list[Connection],
+        place: Callable[[], ExposureLedger],
+        nodes: Nodes,
         pipeline: Pipeline,
         config: EdgeConfig,
-        secret: bytes,
         record: RunRecord,
+        known: Mapping[int, Mapping[str, np.ndarray]] | None = None,
     ) -> None:
+        self.sources: dict[int, str] = {}
         self._windows = windows
-        self._connections = {connection.name: connection for connection in connections}
+        self._place = place
+        self._nodes = nodes
         self._pipeline = pipeline
         self._config = config
-        self._secret = secret
         self._record = record
-        self._local = config.fallback == "local"
-        self._until = self._nodes_until = 0.0  # in the loop's time
+        self._known = known or {}
+        self._until = 0.0  # in the loop's time
         self._feeds: Mapping[str, np.ndarray] = {}
+        self._tasks: dict[Attempt, asyncio.Task[None]] = {}
+        self._at_home: deque[int] = deque()
+        self._computing: asyncio.Task[None] | None = None
+        self._errors: list[OffloadError] = []
+        self._defect: BaseException | None = None
+        self._changed = asyncio.Event()
         self._outputs = {
             spec.name: np.empty((len(windows), *(int(d) for d in spec.shape[1:])), spec.numpy_dtype)
             for spec in pipeline.bundle.stage("stack").outputs
@@ -71,101 +114,188 @@ class Dispatch:
         """The stack's outputs for every window, in the order of the windows.
 
         Raises:
-            OffloadError: a node failed, or time ran out; at the deadline at the latest.
+            OffloadError: no permitted way led to the tokens of every window; at the deadline at the
+                latest.
             PlacementError: the nodes cannot satisfy the exposure budget.
         """
         loop = asyncio.get_running_loop()
         started = loop.time()
         self._until = started + self._config.deadline_s
-        self._nodes_until = deadline_of_nodes(started, self._config)
-        tasks: list[asyncio.Task[None]] = []
+        frame: FrameState | None = None
         try:
-            placement, self._feeds = await self._in_time(
+            ledger, self._feeds = await self._in_time(
                 asyncio.to_thread(self._prepare), "preparing what the nodes are sent"
             )
-            ledger = self._record.ledger = ExposureLedger(placement)
-            tasks = [
-                asyncio.create_task(self._serve(ledger, name, rows))
-                for name, rows in self._requests(placement)
-            ]
-            kept = np.flatnonzero(np.isin(self._windows.window, placement.home))
-            tasks.append(asyncio.create_task(self._compute(kept)))
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-            _raise_first([task.exception() for task in tasks if task in done])
+            self._record.ledger = ledger
+            frame = self._frame(ledger, started)
+            with self._nodes.waking(self._changed):
+                await self._complete(frame, ledger)
         finally:
+            tasks = [*self._tasks.values(), *filter(None, [self._computing])]
+            if frame is not None:
+                frame.end(self._nodes.fleet, loop.time())
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            for permit in self._record.ledger.permits if self._record.ledger else []:
+                if permit.state == "reserved":  # its task was cancelled before it began
+                    permit.release()
+            self._nodes.wake()
             self._record.total_ms = (loop.time() - started) * 1000
         return self._outputs
 
-    def _prepare(self) -> tuple[Placement, dict[str, np.ndarray]]:
+    def _prepare(self) -> tuple[ExposureLedger, dict[str, np.ndarray]]:
         """Place the windows and compute what the stack is fed. Too slow for the event loop."""
-        placement = place(
-            areas=self._windows.area().tolist(),
-            windows=self._windows.window.tolist(),
-            side=self._pipeline.bundle.geometry.windows_per_side,
-            nodes=[*self._connections],
-            max_exposure=self._config.max_exposure,
-            secret=self._secret,
-            image_hash=image_hash(self._windows),
-            keep_home=self._local,
-            ids={name: each.node.server_key for name, each in self._connections.items()},
+        return self._place(), self._pipeline.stack_inputs(self._windows)
+
+    def _frame(self, ledger: ExposureLedger, started: float) -> FrameState:
+        """What there is to do for this image."""
+        numbers = self._windows.window.tolist()
+        row_of = {window: row for row, window in enumerate(numbers)}
+        for row, outputs in self._known.items():
+            self._keep([row], {name: array[None] for name, array in outputs.items()})
+        assigned: dict[int, str] = {}
+        for party, windows in ledger.placement.assignment.items():
+            rows = [row_of[window] for window in windows if row_of[window] not in self._known]
+            members = [self._nodes.fleet.nodes[name] for name in ledger.nodes[party]]
+            for name, mine in split(rows, members).items():
+                assigned |= dict.fromkeys(mine, name)
+        return FrameState(
+            n=len(self._windows),
+            assigned=assigned,
+            may=lambda row, node: ledger.refusal(node, (numbers[row],)) is None,
+            nodes_until=deadline_of_nodes(started, self._config),
+            until=self._until,
+            home={row_of[window] for window in ledger.placement.home},
+            local="worker" if self._config.fallback == "local" else "never",
+            most=self._config.windows_per_request or 0,
+            done=set(self._known),
         )
-        return placement, self._pipeline.stack_inputs(self._windows)
 
-    def _requests(self, placement: Placement) -> list[tuple[str, np.ndarray]]:
-        """Node and rows of every request."""
-        most = self._config.windows_per_request or len(self._windows)
-        return [
-            (name, rows[first : first + most])
-            for name, mine in placement.assignment.items()
-            for rows in [np.flatnonzero(np.isin(self._windows.window, mine))]
-            for first in range(0, len(rows), most)
-        ]
+    async def _complete(self, frame: FrameState, ledger: ExposureLedger) -> None:
+        """Decide, execute and wait for what happens, until the frame is complete."""
+        loop = asyncio.get_running_loop()
+        fleet = self._nodes.fleet
+        while True:
+            self._changed.clear()
+            if self._defect is not None:
+                raise self._defect
+            if self._computing is not None and self._computing.done():
+                self._computing.result()  # an error of the edge's own ends the image
+                self._computing = None
+            frame.local_s = self._nodes.local_s
+            decision = decide(frame, fleet, loop.time())
+            for action in decision.actions:
+                if isinstance(action, Send):
+                    self._send(action, frame, ledger)
+                elif isinstance(action, Cancel):
+                    self._tasks[action.attempt].cancel()
+                elif isinstance(action, Local):
+                    frame.local_rows |= set(action.rows)
+                    self._at_home.extend(action.rows)
+                    if self._computing is None:
+                        self._computing = asyncio.create_task(self._compute(frame))
+                elif isinstance(action, Fail):
+                    raise self._failure(action)
+            if frame.complete:
+                return
+            wake = decision.wake_at
+            timer = None if wake is None else loop.call_at(wake, self._changed.set)
+            try:
+                await self._changed.wait()
+            finally:
+                if timer is not None:
+                    timer.cancel()
 
-    async def _serve(self, ledger: ExposureLedger, name: str, rows: np.ndarray) -> None:
-        """Have a node compute some rows or, if it fails and the fallback allows it, the edge."""
+    def _send(self, action: Send, frame: FrameState, ledger: ExposureLedger) -> None:
+        now = asyncio.get_running_loop().time()
+        feeds = {name: array[list(action.rows)] for name, array in self._feeds.items()}
         try:
-            reply = await self._ask(ledger, name, rows)
-        except OffloadError as error:
-            self._record.failed(name, error)
-            if not self._local:
-                raise
-            await self._compute(rows)
+            permit = ledger.reserve(action.node, feeds["window"].tolist(), action.kind)
+        except PlacementError:  # several rows together may be refused where each alone is not
+            frame.refused(action, now)
+            self._changed.set()
+            return
+        attempt = frame.sent(action, self._nodes.fleet, now)
+        self._tasks[attempt] = asyncio.create_task(self._ask(attempt, feeds, permit, frame))
+
+    async def _ask(
+        self, attempt: Attempt, feeds: Mapping[str, np.ndarray], permit: Permit, frame: FrameState
+    ) -> None:
+        """One request. What became of it is in `frame`, the nodes' health and the record."""
+        loop, fleet, name = asyncio.get_running_loop(), self._nodes.fleet, attempt.node
+        try:
+            infer = self._nodes.connections[name].infer
+            reply = await infer(feeds, permit, frame.nodes_until)
         except asyncio.CancelledError:
-            self._record.failed(name, "given up before it answered")
+            if attempt in frame.under_way:
+                frame.cancelled(attempt, fleet, loop.time())
+            if not frame.done.issuperset(attempt.rows):
+                self._record.failed(name, "given up before it answered")
             raise
+        except OffloadError as error:
+            retry_s = error.retry_ms / 1000 if isinstance(error, NodeRefusedError) else 0.0
+            frame.lost(attempt, error.code, fleet, loop.time(), retry_s)
+            self._errors.append(error)
+            self._record.failed(name, error)
+        except Exception as error:  # a defect ends the image at once
+            self._defect = error
         else:
-            self._record.replied(name, reply)
-            for output, array in reply.outputs.items():
-                self._outputs[output][rows] = array
+            times = _times(reply, len(attempt.rows), permit.bytes, loop.time() - attempt.at)
+            fresh = frame.answered(attempt, times, fleet, loop.time())
+            places = [attempt.rows.index(row) for row in fresh]
+            self._keep(fresh, {key: array[places] for key, array in reply.outputs.items()})
+            self.sources |= dict.fromkeys(fresh, name)
+            self._record.replied(name, permit.windows, reply)
+        finally:
+            del self._tasks[attempt]
+            self._nodes.wake()
+            self._changed.set()
 
-    async def _ask(self, ledger: ExposureLedger, name: str, rows: np.ndarray) -> Reply:
-        feeds = {key: array[rows] for key, array in self._feeds.items()}
-        asked = feeds["window"].tolist()
-        infer = self._connections[name].infer
-        try:
-            return await infer(feeds, ledger.reserve(name, asked), self._nodes_until)
-        except NodeRefusedError as error:
-            # The same windows to the same node: it sees nothing new.
-            wait = error.retry_ms / 1000
-            if not wait or asyncio.get_running_loop().time() + wait >= self._nodes_until:
-                raise
-            await asyncio.sleep(wait)
-            permit = ledger.reserve(name, asked, f"once more: {error.refusal}")
-            return await infer(feeds, permit, self._nodes_until)
-
-    async def _compute(self, rows: np.ndarray) -> None:
+    async def _compute(self, frame: FrameState) -> None:
         """Compute rows on the edge, one at a time, so as to stop soon when cancelled."""
-        for row in rows:
-            one = slice(row, row + 1)
-            feeds = {name: array[one] for name, array in self._feeds.items()}
-            running = asyncio.wrap_future(self._pipeline.submit("stack", feeds))
-            result = await self._in_time(running, "computing windows at home")
-            for name, array in result.items():
-                self._outputs[name][one] = array
-            self._record.at_home((int(self._windows.window[row]),))
+        loop = asyncio.get_running_loop()
+        try:
+            while self._at_home:
+                row = self._at_home.popleft()
+                if row in frame.done:  # a node was faster
+                    continue
+                feeds = {name: array[row : row + 1] for name, array in self._feeds.items()}
+                began = loop.time()
+                running = asyncio.wrap_future(self._pipeline.submit("stack", feeds))
+                result = await self._in_time(running, "computing windows at home")
+                took, before = loop.time() - began, self._nodes.local_s
+                self._nodes.local_s = (
+                    took if before is None else before + _SMOOTHING * (took - before)
+                )
+                if frame.take([row]):
+                    self._keep([row], result)
+                    self.sources[row] = HOME
+                    self._record.at_home((int(self._windows.window[row]),))
+                self._changed.set()
+        finally:
+            self._changed.set()
+
+    def _keep(self, rows: Sequence[int], outputs: Mapping[str, np.ndarray]) -> None:
+        for name, array in outputs.items():
+            self._outputs[name][list(rows)] = array
+
+    def _failure(self, fail: Fail) -> OffloadError:
+        """What ended the image. Failures of several nodes become one error."""
+        nodes = [error for error in self._errors if isinstance(error, NodeError)]
+        if not nodes:
+            mend = "allow more time (--deadline) or use more nodes" if fail.code == "late" else ""
+            return OffloadError(fail.reason, mend=mend, code=fail.code)
+        general = (
+            "`edge-runtime nodes` checks every node; with --fallback local the edge computes what "
+            "nodes do not"
+        )
+        mends = dict.fromkeys([error.mend for error in nodes if error.mend] + [general])
+        return OffloadError(
+            "; ".join(dict.fromkeys(error.found for error in nodes)) + ". No mask was made",
+            mend="; ".join(mends),
+            code=nodes[0].code,
+        )
 
     async def _in_time(self, work: Awaitable[_T], doing: str) -> _T:
         left = self._until - asyncio.get_running_loop().time()
@@ -188,28 +318,14 @@ def deadline_of_nodes(now: float, config: EdgeConfig) -> float:
     return now + config.deadline_s * (_NODES_SHARE if config.fallback == "local" else 1)
 
 
-def image_hash(windows: Windows) -> bytes:
-    """Digest of what the nodes could see of the image: its pixels and its size."""
-    digest = hashlib.sha256(repr(windows.size).encode())  # CPUs have instructions for this one
-    digest.update(np.ascontiguousarray(windows.pixels).data)
-    return digest.digest()
-
-
-def _raise_first(errors: list[BaseException | None]) -> None:
-    """Raise what ended the image. Failures of several nodes become one error."""
-    found = [error for error in errors if error is not None]
-    nodes = [error for error in found if isinstance(error, NodeError)]
-    for error in found:
-        if error not in nodes:
-            raise error
-    if nodes:
-        general = (
-            "`edge-runtime nodes` checks every node; with --fallback local the edge computes what "
-            "nodes do not"
-        )
-        mends = dict.fromkeys([error.mend for error in nodes if error.mend] + [general])
-        raise OffloadError(
-            "; ".join(dict.fromkeys(error.found for error in nodes)) + ". No mask was made",
-            mend="; ".join(mends),
-            code=nodes[0].code,
-        )
+def _times(reply: Reply, windows: int, bytes_up: int, total_s: float) -> Times:
+    return Times(
+        windows=windows,
+        bytes_up=bytes_up,
+        bytes_down=reply.bytes_down,
+        upload_s=reply.upload_ms / 1000,
+        queue_s=reply.queue_ms / 1000,
+        compute_s=reply.compute_ms / 1000,
+        download_s=reply.download_ms / 1000,
+        total_s=total_s,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 
 import numpy as np
@@ -10,10 +11,13 @@ import zmq.asyncio
 
 from edge_common.errors import BundleError
 from edge_common.memory_limits import memory_limit
-from edge_runtime.config import EdgeConfig, load_nodes
+from edge_runtime.config import EdgeConfig, Node, load_nodes
+from edge_runtime.exposure.ledger import ExposureLedger
+from edge_runtime.exposure.placement import place
 from edge_runtime.offload.background import BackgroundLoop
 from edge_runtime.offload.connection import Connection
-from edge_runtime.offload.dispatch import Dispatch
+from edge_runtime.offload.dispatch import Dispatch, Nodes
+from edge_runtime.offload.health import Fleet, NodeHealth
 from edge_runtime.offload.report import RunRecord
 from edge_runtime.offload.status import NodeStatus, status
 from engines.pipeline import Pipeline
@@ -69,8 +73,12 @@ class Offloader:
             self._watching = asyncio.create_task(_watch_memory(connections), name="memory")
             return ctx, connections
 
+        parties = {node.name: node.party for node in config.nodes}
+        fleet = Fleet(NodeHealth(node.name, parties[node.name]) for node in nodes)
+
         try:
             self._ctx, self._connections = self._background.call(connect())
+            self._nodes = Nodes(self._connections, fleet)
         except BaseException:
             self._background.close()
             raise
@@ -89,13 +97,33 @@ class Offloader:
         """
         run = Dispatch(
             windows,
-            self._connections,
+            lambda: self._place(windows),
+            self._nodes,
             self.pipeline,
             self.config,
-            self._secret,
             record or RunRecord(),
         )
         return self._background.call(run.run())
+
+    def _place(self, windows: Windows) -> ExposureLedger:
+        """Place a photo's windows on the parties."""
+        members: dict[str, list[Node]] = {}
+        for node in self._nodes.connections.values():
+            party = self._nodes.fleet.nodes[node.name].party
+            members.setdefault(party, []).append(node.node)
+        placement = place(
+            areas=windows.area().tolist(),
+            windows=windows.window.tolist(),
+            side=self.pipeline.bundle.geometry.windows_per_side,
+            nodes=[*members],
+            max_exposure=self.config.max_exposure,
+            secret=self._secret,
+            image_hash=image_hash(windows),
+            keep_home=self.config.fallback == "local",
+            ids={party: min(node.server_key for node in members[party]) for party in members},
+        )
+        nodes = {party: sorted(node.name for node in members[party]) for party in members}
+        return ExposureLedger(placement, nodes)
 
     def status(self, timeout_s: float = 5.0) -> list[NodeStatus]:
         """Ask every node, all at once, what it serves."""
@@ -124,6 +152,13 @@ class Offloader:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def image_hash(windows: Windows) -> bytes:
+    """Digest of what the nodes could see of the image: its pixels and its size."""
+    digest = hashlib.sha256(repr(windows.size).encode())  # CPUs have instructions for this one
+    digest.update(np.ascontiguousarray(windows.pixels).data)
+    return digest.digest()
 
 
 async def _watch_memory(connections: list[Connection]) -> None:

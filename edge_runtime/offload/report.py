@@ -41,8 +41,8 @@ class OffloadReport(msgspec.Struct, frozen=True):
 
     Attributes:
         home: windows the edge computed.
-        max_exposure: the limit on the share of the image's area that a node may see.
-        largest_share: the largest that any node saw.
+        max_exposure: the limit on the share of the image's area that a party may see.
+        largest_share: the largest that any party saw.
         separation: see :class:`~edge_runtime.exposure.placement.Placement`.
         windows_total: of the padded square, including those without an image pixel.
         ledger: every permit that was asked for, and what became of it.
@@ -65,6 +65,7 @@ class Replied(NamedTuple):
     """A node returned what it was asked for."""
 
     node: str
+    windows: tuple[int, ...]
     reply: Reply
 
 
@@ -94,9 +95,9 @@ class RunRecord:
         self.ledger: ExposureLedger | None = None
         self.total_ms = 0.0
 
-    def replied(self, node: str, reply: Reply) -> None:
+    def replied(self, node: str, windows: tuple[int, ...], reply: Reply) -> None:
         # Without the tensors, which are large.
-        self.events.append(Replied(node, dataclasses.replace(reply, outputs={})))
+        self.events.append(Replied(node, windows, dataclasses.replace(reply, outputs={})))
 
     def failed(self, node: str, reason: OffloadError | str) -> None:
         self.events.append(Failed(node, str(reason)))
@@ -109,30 +110,31 @@ class RunRecord:
         ledger, events = self.ledger, [*self.events]
         if ledger is None:
             return None
-        shares = ledger.exposure()
         nodes = []
-        for name in ledger.placement.assignment:
-            replies = [e.reply for e in events if isinstance(e, Replied) and e.node == name]
+        for name in sorted(node for nodes in ledger.nodes.values() for node in nodes):
+            answers = [e for e in events if isinstance(e, Replied) and e.node == name]
+            replies = [answer.reply for answer in answers]
+            returned = {window for answer in answers for window in answer.windows}
             failures = [e.reason for e in events if isinstance(e, Failed) and e.node == name]
             nodes.append(
                 NodeReport(
                     name=name,
                     windows=tuple(sorted(ledger.seen(name))),
-                    share_of_image=shares[name],
+                    share_of_image=ledger.placement.share(ledger.seen(name)),
                     bytes_up=ledger.bytes_sent(name),
                     bytes_down=sum(reply.bytes_down for reply in replies),
                     upload_ms=max((reply.upload_ms for reply in replies), default=0.0),
                     queue_ms=sum(reply.queue_ms for reply in replies),
                     compute_ms=sum(reply.compute_ms for reply in replies),
                     download_ms=max((reply.download_ms for reply in replies), default=0.0),
-                    failure=failures[0] if failures else None,
+                    failure=failures[0] if failures and ledger.asked(name) - returned else None,
                 )
             )
         return OffloadReport(
             nodes=tuple(nodes),
             home=tuple(sorted(w for e in events if isinstance(e, AtHome) for w in e.windows)),
             max_exposure=ledger.placement.max_exposure,
-            largest_share=max(shares.values()),
+            largest_share=max(ledger.exposure().values()),
             separation=ledger.placement.separation,
             windows_total=ledger.placement.side**2,
             windows_sent=sum(len(node.windows) for node in nodes),

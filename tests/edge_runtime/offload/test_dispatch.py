@@ -17,7 +17,7 @@ from edge_runtime.exposure.ledger import ExposureLedger
 from edge_runtime.exposure.placement import place
 from edge_runtime.offload import dispatch
 from edge_runtime.offload.connection import Connection, NodeError, NodeRefusedError, Reply
-from edge_runtime.offload.offloader import Offloader
+from edge_runtime.offload.offloader import Offloader, image_hash
 from edge_runtime.offload.report import NodeReport, RunRecord
 from engines.bundle import Bundle
 from engines.pipeline import Pipeline
@@ -61,12 +61,12 @@ def test_the_hash_of_an_image_depends_on_its_pixels_and_its_size(shared_fleet: A
     side = geometry.image_size
     black = [cut(np.zeros((h, side, 3), np.uint8), geometry) for h in (20, 27)]
     assert black[0].pixels.tobytes() == black[1].pixels.tobytes()
-    hashes = {dispatch.image_hash(each) for each in black}
+    hashes = {image_hash(each) for each in black}
     spot = np.zeros((20, side, 3), np.uint8)
     spot[3, 4, 1] = 1
-    hashes.add(dispatch.image_hash(cut(spot, geometry)))
+    hashes.add(image_hash(cut(spot, geometry)))
     assert len(hashes) == 3
-    assert dispatch.image_hash(cut(spot, geometry)) in hashes
+    assert image_hash(cut(spot, geometry)) in hashes
 
 
 def test_several_images_at_a_time_get_their_own_tokens_and_records(shared_fleet: Any) -> None:

@@ -25,6 +25,7 @@ from edge_runtime.offload.policy import (
     decide,
 )
 
+
 class Node:
     """Uploads, computes and returns one request after another; the three stages overlap.
 
