@@ -284,6 +284,8 @@ class _Plan:
         self.room[name] -= 1
         self.actions.append(Send(name, tuple(rows), kind, hedge))
         self.live.append(Attempt(name, tuple(rows), kind, self.now, self.load[name]))
+        if (late := self.fleet.nodes[name].late_s(len(rows), self.load[name])) is not None:
+            self.wake.add(self.now + late)
         self.load[name] += len(rows)
 
     def _choose(self, row: int, last: Failure | None, tries: int) -> NodeHealth | str:
