@@ -309,3 +309,13 @@ def test_requests_are_cut_where_stages_can_overlap() -> None:
     assert chunks(8, staged(0.00001, 0.02, 0.00001)) == [8]  # nothing to overlap
     assert chunks(8, NodeHealth("a", "a"), most=3) == [3, 3, 2]
     assert chunks(0, staged(1, 1, 1)) == []
+
+
+def test_the_last_node_that_works_is_not_ejected() -> None:
+    fleet = fleet_of(0.1, 0.1, 0.1)
+    fleet.nodes["a"].quarantine(50.0, "forged")
+    fleet.nodes["b"].quarantine(50.0, "forged")
+    fleet.nodes["c"].failures = 9
+    assert fleet.check(51.0) == []
+    fleet.nodes["b"].release(51.0)
+    assert fleet.check(51.0) == ["c"]
