@@ -319,3 +319,6 @@ def test_the_last_node_that_works_is_not_ejected() -> None:
     assert fleet.check(51.0) == []
     fleet.nodes["b"].release(51.0)
     assert fleet.check(51.0) == ["c"]
+    for node in (everywhere := fleet_of(0.1, 0.1, 0.1)).nodes.values():
+        node.failures = 9
+    assert everywhere.check(51.0) == []  # where all fail, all are tried again
