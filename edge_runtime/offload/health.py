@@ -102,7 +102,7 @@ class NodeHealth:
     Attributes:
         limit: requests that may be under way at once (a float; rounded down where it is applied).
         under_way: requests that have been sent and have not ended; `load`: their windows.
-        answered_at: when it last succeeded, and `in_time`: that this reply was not late.
+        answered_at: when it last succeeded, and `in_time`: that this reply was not much late.
         failures: in a row. Several requests that fail together count once.
         reason: why it last failed, was ejected or quarantined; empty if it never was.
     """
@@ -136,7 +136,7 @@ class NodeHealth:
         self._speeds: deque[float] = deque(maxlen=self.settings.samples // 2)
         # Of the trips: fixed part, per window, and per window that was under way before.
         self._model: tuple[float, float, float] | None = None
-        self._least: tuple[float, float] | None = None  # fixed part, per window, when least busy
+        self._least: tuple[float, float, float] | None = None  # the same when least busy, of all
         self._late: float | None = None  # late_s as a multiple of expected_s
 
     # What happens to it
@@ -153,7 +153,7 @@ class NodeHealth:
     def succeeded(self, now: float, times: Times, ahead: int = 0) -> None:
         """A request came back. `ahead` is what :meth:`sent` returned."""
         late = self.late_s(times.windows, ahead)
-        self.in_time = late is None or times.total_s <= late
+        self.in_time = late is None or times.total_s <= 1.5 * late
         self._times.append(times)
         self._measured(times.windows, ahead, times.total_s)
         self._adapt()
@@ -278,7 +278,11 @@ class NodeHealth:
         if self._model is None or len(self._trips) < self.settings.enough:
             return None
         if self._late is None:
-            ratios = sorted(total / _on(self._model, n, before) for n, before, total in self._trips)
+            fixed, each, per_ahead = self._model
+            ratios = sorted(
+                total / max(1e-6, fixed + each * n + per_ahead * before)
+                for n, before, total in self._trips
+            )
             middle = ratios[len(ratios) // 2]
             late = ratios[math.ceil(self.settings.percentile * len(ratios)) - 1]
             most = middle + _OUTLYING * _median(abs(ratio - middle) for ratio in ratios)
@@ -329,7 +333,9 @@ class NodeHealth:
         self._late = None
         # First from the requests with the least ahead of them, then what the others took longer.
         least = sorted(before for _, before, _ in self._trips)[len(self._trips) // 4]
-        fixed, each = _fit([(n, total) for n, before, total in self._trips if before <= least])
+        fixed, each = _fit(
+            [(n, total) for n, before, total in self._trips if before <= least], 0.25
+        )
         longer = [
             (total - fixed - each * n) / (before - least)
             for n, before, total in self._trips
@@ -345,7 +351,7 @@ class NodeHealth:
         our queue. An average would follow the queue, and the limit would creep up for ever.
         """
         windows = int(_median(n for n, _, _ in self._trips))
-        line = _fit([(n, total) for n, _, total in self._trips])
+        line = (*_fit([(n, total) for n, _, total in self._trips]), 0.0)
         typical = _on(line, windows)
         if self._least is None or self.limit <= self.settings.first_limit:
             self._least = line
@@ -520,11 +526,11 @@ def _median(values: Iterable[float]) -> float:
     return ordered[len(ordered) // 2]
 
 
-def _fit(points: Iterable[tuple[int, float]]) -> tuple[float, float]:
+def _fit(points: Iterable[tuple[int, float]], fixed_share: float = 0.0) -> tuple[float, float]:
     """A line through (windows, seconds) that outliers don't move: fixed part and slope, both >= 0.
 
     Theil's incomplete method (1950): the median slope of the pairs (i, i + n/2). Where the sizes
-    differ too little to tell a slope, the time is taken as proportional.
+    differ too little to tell a slope, `fixed_share` of the typical time is taken as fixed.
     """
     ordered = sorted(points)
     half = len(ordered) // 2
@@ -536,8 +542,9 @@ def _fit(points: Iterable[tuple[int, float]]) -> tuple[float, float]:
             fixed = _median(y - slope * x for x, y in ordered)
             if slope >= 0 and fixed >= 0:
                 return fixed, slope
-    return 0.0, _median(y / x for x, y in ordered)
+    typical = _median(y / x for x, y in ordered)
+    return fixed_share * typical * ordered[half][0], (1 - fixed_share) * typical
 
 
-def _on(model: tuple[float, ...], windows: int, ahead: int = 0) -> float:
-    return max(1e-6, sum(a * b for a, b in zip(model, (1, windows, ahead), strict=False)))
+def _on(model: tuple[float, float, float], windows: int, ahead: int = 0) -> float:
+    return max(1e-6, model[0] + model[1] * windows + model[2] * ahead)

@@ -284,6 +284,8 @@ class _Plan:
         self.room[name] -= 1
         self.actions.append(Send(name, tuple(rows), kind, hedge))
         self.live.append(Attempt(name, tuple(rows), kind, self.now, self.load[name]))
+        if (late := self.fleet.nodes[name].late_s(len(rows), self.load[name])) is not None:
+            self.wake.add(self.now + late)
         self.load[name] += len(rows)
 
     def _choose(self, row: int, last: Failure | None, tries: int) -> NodeHealth | str:
@@ -432,18 +434,18 @@ class _Plan:
         each = self.frame.local_s
         if not each or self.home_s or self.here:
             return
-        ends = [(end, a) for a in self.live if (end := self._expected_end(a)) is not None]
-        if not ends:
-            return
-        end, attempt = max(ends, key=lambda pair: pair[0])
-        rows = self._missing(attempt)
+        end, at, rows = self.now, self.now, list[int]()
+        for attempt in self.live:
+            missing = self._missing(attempt)
+            holders = self._holders(missing)
+            ends = [e for e in map(self._expected_end, holders) if e is not None]
+            if len(ends) == len(holders) and ends and min(ends) > end:
+                end, at, rows = min(ends), holders[-1].at, missing
         takes = each * len(rows) / _WORTH
-        if len(self._holders(rows)) > 1:
-            return
         if rows and self.now + takes < end:
             self.here += rows
         elif rows:  # overdue by then, it will be expected to take as long again
-            self.wake.add(max(end, attempt.at + takes))
+            self.wake.add(max(end, at + takes))
 
     # Errors
 
