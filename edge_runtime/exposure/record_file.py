@@ -164,6 +164,8 @@ class Marks:
         with contextlib.suppress(OSError, ValueError):
             descriptor = os.open(self._path, flags, 0o600)
             try:
+                if create:
+                    os.fchmod(descriptor, 0o600)  # fails on another user's file
                 status = os.fstat(descriptor)
                 ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
                 if ours and not status.st_mode & 0o077:

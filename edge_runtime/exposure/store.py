@@ -485,10 +485,10 @@ class ExposureStore:
         for photos in self._photos:
             while sum(map(len, self._photos)) > self._most_photos:
                 unused = (key for key in photos if key not in self._open_photos)
-                if (key := next(unused, None)) is None:
+                if (oldest := next(unused, None)) is None:
                     break
-                del photos[key]
-                self._dropped.add(key)
+                del photos[oldest]
+                self._dropped.add(oldest)
 
     # The thread that writes.
 
@@ -503,6 +503,8 @@ class ExposureStore:
                     done = self._closing
                 try:
                     self._write_queued()
+                    with self._lock:  # now, because photos that are being written are in use
+                        self._choose_dropped()
                 except Exception as error:
                     self._failed(error)
         finally:
@@ -526,7 +528,6 @@ class ExposureStore:
                     self._photos[bool(state.extra)][key] = body
                 elif state.state == "past":
                     self._past[key] = len(body)
-            self._choose_dropped()
             dropped = frozenset(self._dropped)
             changes |= dict.fromkeys(dropped)
         try:
