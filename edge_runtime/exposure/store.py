@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import secrets
 import threading
@@ -86,6 +87,18 @@ class Photo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Party -> all windows it may have seen."""
         parties = sorted(self.first.keys() | self.extra.keys())
         return {p: {*self.first.get(p, ()), *self.extra.get(p, ())} for p in parties}
+
+    def rect(self, window: int) -> tuple[int, int, int, int]:
+        """First row and column of a window and those after its last, inside the photo."""
+        height, width = self.size
+        row, column = divmod(window, -(-max(self.size) // self.window))
+        y, x = row * self.window, column * self.window
+        return y, x, max(y, min(y + self.window, height)), max(x, min(x + self.window, width))
+
+    def share(self, windows: Iterable[int]) -> float:
+        """The share of the photo's area that lies in these windows."""
+        rects = map(self.rect, windows)
+        return sum((y1 - y0) * (x1 - x0) for y0, x0, y1, x1 in rects) / math.prod(self.size)
 
 
 class Contents(msgspec.Struct, frozen=True):
@@ -537,6 +550,7 @@ class ExposureStore:
             with self._lock:
                 self._queued = {**entries, **self._queued}
                 self._busy = False
+                self._lock.notify_all()
             raise
         with self._lock:
             for entry, version, state in batch:

@@ -82,9 +82,9 @@ def test_a_scene_is_on_record_before_it_begins(tmp_path: Path) -> None:
         with stuck(record):
             first = record.begin_scene("cam")
             assert first.reserved()
-            left = crashed(record, tmp_path / "b")
-            # The scene after that cannot have been prepared.
+            # The scene after that cannot have been prepared, so nothing of it is sent.
             assert not record.begin_scene("cam").reserved()
+            left = crashed(record, tmp_path / "b")
     with ExposureStore(left) as record:
         again = record.resume("cam")
         assert again is not None
