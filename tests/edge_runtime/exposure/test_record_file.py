@@ -125,6 +125,28 @@ def test_damage_is_an_error_or_changes_nothing(folder: Path) -> None:
     assert {what.split()[0] for what in harmless} == {"flip"}  # of bytes that hold nothing
 
 
+def test_damage_to_free_pages_shows_before_they_are_used(folder: Path) -> None:
+    file = RecordFile(folder)
+    file.write(dict.fromkeys(list(ROWS)[10:]))
+    file.close(clean=True)
+    data = (folder / FILE).read_bytes()
+    trunk = (int.from_bytes(data[32:36], "big") - 1) * 4096  # the first page of the free list
+    assert trunk > 0
+    (folder / FILE).write_bytes(data[:trunk] + bytes(4096) + data[trunk + 4096 :])
+    with pytest.raises(RecordError, match="is damaged"):
+        RecordFile(folder)
+
+
+def test_a_commit_reaches_the_disk_before_it_returns(folder: Path) -> None:
+    file = RecordFile(folder)
+    settings = [
+        file._connection.execute(f"PRAGMA {name}").fetchone()[0]
+        for name in ("synchronous", "journal_mode")
+    ]
+    file.close(clean=True)
+    assert settings == [2, "truncate"]  # 2: FULL
+
+
 @pytest.mark.parametrize("content", [b"", b"some text", b"SQLite format 3\0" + bytes(4080)])
 def test_a_foreign_file_is_refused_with_a_remedy(folder: Path, content: bytes) -> None:
     (folder / FILE).write_bytes(content)
