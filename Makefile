@@ -13,6 +13,8 @@ VENV ?= .venv
 OUT ?= out/demo
 # Files of tests that run at a time. Many wait more than they compute: one more than there are cores.
 JOBS ?= $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )))
+# One thread in each: several that compete for the cores take a third more time.
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 PACKAGES := edge_common engines transport cloud_node edge_runtime exporters
 
 # $(call venv,DIRECTORY): make a virtual environment there unless one exists; say what is missing if it can't be made.
@@ -34,11 +36,11 @@ demo: $(DEMO_VENV)/.ready ## Segment a photo through three cloud nodes on this m
 
 .PHONY: test
 test: lint types ## Lint, types and all tests, in the full environment
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
+	$(PYTEST)
 
 .PHONY: check
 check: lint types ## Lint, types and every quick test that starts no process: about three minutes
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not process and not slow"
+	$(PYTEST) -m "not process and not slow"
 
 .PHONY: lint
 lint: $(VENV)/.ready ## Lint and format check

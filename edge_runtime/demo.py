@@ -196,9 +196,10 @@ def _offloaded(config: EdgeConfig, bundle: Path) -> tuple[Run, dict[str, Any], d
             overlay.add(found.masks[0])
 
         found = segment(predictor, image, PROMPTS, each=keep)
-        offload, windows, tokens = predictor.report, predictor.windows, predictor.stack_outputs
+        assert predictor.image is not None
+        offload, windows = predictor.report, predictor.image.windows
+        tokens = predictor.image.stack_outputs
         assert offload is not None
-        assert windows is not None
         assert tokens is not None
         pictures = {
             "overlay.png": overlay.finish(PROMPTS),
@@ -367,8 +368,9 @@ def compute_alone(bundle: Path) -> Run:
 
     with OffloadPredictor(None, bundle=bundle, device="cpu") as predictor:
         segment(predictor, load_image(PHOTO), PROMPTS, each=keep)
-        assert predictor.stack_outputs is not None
-        return Run(predictor.stack_outputs, np.stack(masks))
+        assert predictor.image is not None
+        assert predictor.image.stack_outputs is not None
+        return Run(predictor.image.stack_outputs, np.stack(masks))
 
 
 def save_run(path: Path, run: Run) -> None:

@@ -27,7 +27,7 @@ from edge_runtime.offload.offloader import Offloader
 from edge_runtime.offload.report import OffloadReport, RunRecord
 from engines.bundle import Bundle, shipped_bundle
 from engines.engine import Device
-from engines.pipeline import Pipeline
+from engines.pipeline import Encoding, Pipeline
 from engines.windows import Windows, cut
 
 if TYPE_CHECKING:
@@ -84,6 +84,129 @@ class _Model:
     image_format: str = field(default="RGB", init=False)
 
 
+class EncodedImage:
+    """An image whose embedding is known: prompts are decoded against it, as many as you like.
+
+    Attributes:
+        features: image embedding float ``[1, d, g, g]``.
+        original_size, input_size: ``(H, W)`` of the image and ``(h, w)`` of its resized copy.
+        windows: the image's windows.
+        stack_outputs: the stack's outputs for them; None for a stock bundle.
+        timing: of the image.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        encoding: Encoding,
+        windows: Windows,
+        original_size: tuple[int, int],
+        windows_ms: float,
+    ) -> None:
+        self.features = encoding.embedding
+        self.original_size = original_size
+        self.input_size = windows.size
+        self.windows = windows
+        self.stack_outputs = encoding.tokens
+        self.timing = Timing(windows_ms, encoding.stack_ms, encoding.tail_ms)
+        self._pipeline = pipeline
+        self._bundle = pipeline.bundle
+
+    def predict(
+        self,
+        point_coords: np.ndarray | None = None,
+        point_labels: np.ndarray | None = None,
+        box: np.ndarray | None = None,
+        mask_input: np.ndarray | None = None,
+        multimask_output: bool = True,
+        return_logits: bool = False,
+    ) -> Prediction:
+        """Masks of one object in the image.
+
+        Args:
+            point_coords: ``[N, 2]``, (x, y) in pixels of the image.
+            point_labels: ``[N]``, 1 for foreground, 0 for background, -1 for a point to ignore.
+            box: length 4, (x0, y0, x1, y1) in pixels of the image.
+            mask_input: ``[1, 4g, 4g]``, low-resolution logits of an earlier answer.
+            multimask_output: three masks for an ambiguous prompt, instead of one.
+            return_logits: the masks' logits instead of ``logits > mask_threshold``.
+
+        Returns:
+            a tuple of masks bool (or float32 logits) ``[C, H, W]``, predicted IoU float32 ``[C]``
+            and low-resolution logits float32 ``[C, 4g, 4g]``, fit for ``mask_input``.
+
+        Raises:
+            PromptError: a prompt has the wrong shape or is not finite.
+        """
+        coords, labels = self._prompt(point_coords, point_labels, box)
+        mask, has_mask = self._mask_prompt(mask_input)
+
+        start = time.perf_counter()
+        low_res, iou = self._pipeline.decode(self.features, coords, labels, mask, has_mask)
+        decoder_ms = _ms_since(start)
+        chosen = slice(1, None) if multimask_output else slice(0, 1)
+        low_res, iou = low_res[0, chosen], iou[0, chosen]
+
+        start = time.perf_counter()
+        size = (self._bundle.geometry.image_size, self.input_size, self.original_size)
+        if return_logits:
+            masks = upscale(low_res, *size)
+        else:
+            masks = upscale_mask(low_res, *size, self._bundle.manifest.mask_threshold)
+        found = Prediction(masks, iou, low_res)
+        found.decoder_ms, found.upscale_ms = decoder_ms, _ms_since(start)
+        return found
+
+    def _prompt(
+        self,
+        point_coords: np.ndarray | None,
+        point_labels: np.ndarray | None,
+        box: np.ndarray | None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Points, then the box's corners, as the decoder takes them: ``[1, k, 2]``, ``[1, k]``."""
+        points, labels = np.zeros((0, 2)), np.zeros(0)
+        if point_coords is not None:
+            assert point_labels is not None, (
+                "point_labels must be supplied if point_coords is supplied."
+            )
+            points, labels = _numbers(point_coords, "point_coords"), np.asarray(point_labels)
+            if points.ndim != 2 or points.shape[1] != 2 or labels.shape != points.shape[:1]:
+                raise PromptError(
+                    f"point_coords has shape {list(points.shape)} and point_labels "
+                    f"{list(labels.shape)}; expected [N, 2] and [N]"
+                )
+            if not np.isin(labels, (-1, 0, 1)).all():
+                raise PromptError(
+                    "point_labels must be 1 (foreground), 0 (background) or -1 (ignored)"
+                )
+        if box is not None:
+            corners = _numbers(box, "box")
+            if corners.size != 4:
+                raise PromptError(
+                    f"box has shape {list(corners.shape)}; expected 4 numbers, x0 y0 x1 y1",
+                    mend="call predict once per box",
+                )
+            points = np.concatenate([points, corners.reshape(2, 2)])
+            labels = np.concatenate([labels, (2, 3)])
+        moved = transform_coords(points, self.original_size, self.input_size)
+        if point_coords is not None and box is None:
+            moved = np.concatenate([moved, np.zeros((1, 2))])  # SAM pads points without a box
+            labels = np.concatenate([labels, (-1,)])
+        return moved[None].astype(np.float32), labels[None].astype(np.float32)
+
+    def _mask_prompt(self, mask_input: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        side = self._bundle.geometry.low_res
+        if mask_input is None:
+            return np.zeros((1, 1, side, side), np.float32), np.zeros(1, np.float32)
+        mask = _numbers(mask_input, "mask_input")
+        if mask.shape != (1, side, side):
+            raise PromptError(
+                f"mask_input has shape {list(mask.shape)}; expected [1, {side}, {side}], one of "
+                "the low-resolution masks of an earlier answer"
+            )
+        return mask[None].astype(np.float32), np.ones(1, np.float32)
+
+
 class OffloadPredictor:
     """Segment one image at a time by points, boxes and masks.
 
@@ -105,25 +228,17 @@ class OffloadPredictor:
             configuration's, or ``auto``.
 
     Attributes:
-        features: image embedding float ``[1, d, g, g]``, or None.
-        original_size, input_size: ``(H, W)`` of the image and ``(h, w)`` of its resized copy.
+        image: the image that is set, or None.
+        features, original_size, input_size: of :class:`EncodedImage`, or None.
         is_image_set: whether :meth:`predict` may be called.
-        windows, stack_outputs: the image's windows and the stack's outputs for them, or None.
         record: what happened while nodes worked on the image; None without nodes.
-        timing: of the image.
 
     Raises:
         EdgeRuntimeError: bundle, configuration or keys are not in order.
     """
 
-    features: np.ndarray | None
-    original_size: tuple[int, int] | None
-    input_size: tuple[int, int] | None
-    is_image_set: bool
-    windows: Windows | None
-    stack_outputs: dict[str, np.ndarray] | None
+    image: EncodedImage | None
     record: RunRecord | None
-    timing: Timing
 
     def __init__(
         self,
@@ -151,6 +266,22 @@ class OffloadPredictor:
         self.offloader = Offloader(config, self.pipeline) if config else None
         self.model = _Model(bundle.manifest.mask_threshold, _Encoder(bundle.geometry.image_size))
         self.reset_image()
+
+    @property
+    def features(self) -> np.ndarray | None:
+        return self.image.features if self.image else None
+
+    @property
+    def original_size(self) -> tuple[int, int] | None:
+        return self.image.original_size if self.image else None
+
+    @property
+    def input_size(self) -> tuple[int, int] | None:
+        return self.image.input_size if self.image else None
+
+    @property
+    def is_image_set(self) -> bool:
+        return self.image is not None
 
     @property
     def report(self) -> OffloadReport | None:
@@ -214,12 +345,8 @@ class OffloadPredictor:
         encoding = self.pipeline.encode(
             windows, self._through_nodes if self.offloader else None, self._batch()
         )
-        self.features = encoding.embedding
-        self.original_size = (pixels.shape[0], pixels.shape[1])
-        self.input_size = windows.size
-        self.windows, self.stack_outputs = windows, encoding.tokens
-        self.timing = Timing(windows_ms, encoding.stack_ms, encoding.tail_ms)
-        self.is_image_set = True
+        size = (pixels.shape[0], pixels.shape[1])
+        self.image = EncodedImage(self.pipeline, encoding, windows, size, windows_ms)
 
     def predict(
         self,
@@ -230,47 +357,15 @@ class OffloadPredictor:
         multimask_output: bool = True,
         return_logits: bool = False,
     ) -> Prediction:
-        """Masks of one object in the image that is set.
-
-        Args:
-            point_coords: ``[N, 2]``, (x, y) in pixels of the image.
-            point_labels: ``[N]``, 1 for foreground, 0 for background, -1 for a point to ignore.
-            box: length 4, (x0, y0, x1, y1) in pixels of the image.
-            mask_input: ``[1, 4g, 4g]``, low-resolution logits of an earlier answer.
-            multimask_output: three masks for an ambiguous prompt, instead of one.
-            return_logits: the masks' logits instead of ``logits > mask_threshold``.
-
-        Returns:
-            a tuple of masks bool (or float32 logits) ``[C, H, W]``, predicted IoU float32 ``[C]``
-            and low-resolution logits float32 ``[C, 4g, 4g]``, fit for ``mask_input``.
+        """Masks of one object in the image that is set; see :meth:`EncodedImage.predict`.
 
         Raises:
             RuntimeError: no image is set.
             PromptError: a prompt has the wrong shape or is not finite.
         """
-        if not self.is_image_set:
-            raise RuntimeError("An image must be set with .set_image(...) before mask prediction.")
-        assert self.features is not None
-        assert self.original_size is not None
-        assert self.input_size is not None
-        coords, labels = self._prompt(point_coords, point_labels, box)
-        mask, has_mask = self._mask_prompt(mask_input)
-
-        start = time.perf_counter()
-        low_res, iou = self.pipeline.decode(self.features, coords, labels, mask, has_mask)
-        decoder_ms = _ms_since(start)
-        chosen = slice(1, None) if multimask_output else slice(0, 1)
-        low_res, iou = low_res[0, chosen], iou[0, chosen]
-
-        start = time.perf_counter()
-        size = (self.bundle.geometry.image_size, self.input_size, self.original_size)
-        if return_logits:
-            masks = upscale(low_res, *size)
-        else:
-            masks = upscale_mask(low_res, *size, self.model.mask_threshold)
-        found = Prediction(masks, iou, low_res)
-        found.decoder_ms, found.upscale_ms = decoder_ms, _ms_since(start)
-        return found
+        return self._set("before mask prediction").predict(
+            point_coords, point_labels, box, mask_input, multimask_output, return_logits
+        )
 
     def get_image_embedding(self) -> np.ndarray:
         """The embedding of the image that is set, float ``[1, d, g, g]``.
@@ -278,22 +373,17 @@ class OffloadPredictor:
         Raises:
             RuntimeError: no image is set.
         """
-        if not self.is_image_set or self.features is None:
-            raise RuntimeError(
-                "An image must be set with .set_image(...) to generate an embedding."
-            )
-        return self.features
+        return self._set("to generate an embedding").features
 
     def reset_image(self) -> None:
         """Drop the image."""
-        self.is_image_set = False
-        self.features = None
-        self.original_size = None
-        self.input_size = None
-        self.windows = None
-        self.stack_outputs = None
+        self.image = None
         self.record = None
-        self.timing = Timing()
+
+    def _set(self, what_for: str) -> EncodedImage:
+        if self.image is None:
+            raise RuntimeError(f"An image must be set with .set_image(...) {what_for}.")
+        return self.image
 
     def close(self) -> None:
         """Drop the connections and close the engines."""
@@ -319,57 +409,6 @@ class OffloadPredictor:
             return None
         on_cpu = getattr(self.pipeline.engine("stack"), "device", None) == "cpu"
         return _AT_ONCE if on_cpu else None
-
-    def _prompt(
-        self,
-        point_coords: np.ndarray | None,
-        point_labels: np.ndarray | None,
-        box: np.ndarray | None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Points, then the box's corners, as the decoder takes them: ``[1, k, 2]``, ``[1, k]``."""
-        assert self.original_size is not None
-        assert self.input_size is not None
-        points, labels = np.zeros((0, 2)), np.zeros(0)
-        if point_coords is not None:
-            assert point_labels is not None, (
-                "point_labels must be supplied if point_coords is supplied."
-            )
-            points, labels = _numbers(point_coords, "point_coords"), np.asarray(point_labels)
-            if points.ndim != 2 or points.shape[1] != 2 or labels.shape != points.shape[:1]:
-                raise PromptError(
-                    f"point_coords has shape {list(points.shape)} and point_labels "
-                    f"{list(labels.shape)}; expected [N, 2] and [N]"
-                )
-            if not np.isin(labels, (-1, 0, 1)).all():
-                raise PromptError(
-                    "point_labels must be 1 (foreground), 0 (background) or -1 (ignored)"
-                )
-        if box is not None:
-            corners = _numbers(box, "box")
-            if corners.size != 4:
-                raise PromptError(
-                    f"box has shape {list(corners.shape)}; expected 4 numbers, x0 y0 x1 y1",
-                    mend="call predict once per box",
-                )
-            points = np.concatenate([points, corners.reshape(2, 2)])
-            labels = np.concatenate([labels, (2, 3)])
-        moved = transform_coords(points, self.original_size, self.input_size)
-        if point_coords is not None and box is None:
-            moved = np.concatenate([moved, np.zeros((1, 2))])  # SAM pads points without a box
-            labels = np.concatenate([labels, (-1,)])
-        return moved[None].astype(np.float32), labels[None].astype(np.float32)
-
-    def _mask_prompt(self, mask_input: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        side = self.bundle.geometry.low_res
-        if mask_input is None:
-            return np.zeros((1, 1, side, side), np.float32), np.zeros(1, np.float32)
-        mask = _numbers(mask_input, "mask_input")
-        if mask.shape != (1, side, side):
-            raise PromptError(
-                f"mask_input has shape {list(mask.shape)}; expected [1, {side}, {side}], one of "
-                "the low-resolution masks of an earlier answer"
-            )
-        return mask[None].astype(np.float32), np.ones(1, np.float32)
 
 
 def _changed(config: EdgeConfig | None, **changes: Any) -> EdgeConfig | None:

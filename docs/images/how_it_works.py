@@ -184,8 +184,8 @@ def main() -> None:
     with OffloadPredictor(bundle=sys.argv[1] if len(sys.argv) > 1 else None) as predictor:
         drawing = Overlay(photo)
         segment(predictor, photo, PROMPTS, each=lambda _, found: drawing.add(found.masks[0]))
-        windows, geometry = predictor.windows, predictor.bundle.geometry
-    assert windows is not None
+        assert predictor.image is not None
+        windows, geometry = predictor.image.windows, predictor.bundle.geometry
     placed = place(
         windows.area().tolist(),
         windows.window.tolist(),

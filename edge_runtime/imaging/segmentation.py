@@ -113,7 +113,8 @@ def segment(
     check(prompts, image.shape[:2])
     start = time.perf_counter()
     predictor.set_image(image)
-    timing = predictor.timing
+    assert predictor.image is not None
+    timing = predictor.image.timing
     decoder = upscale = elsewhere = 0.0
     height, width = image.shape[:2]
     small = np.uint8 if len(prompts) < 256 else np.uint16
@@ -137,7 +138,7 @@ def segment(
         "latency_ms": {
             "windows": timing.windows,
             **({"nodes": _node_times(offload)} if offload else {}),
-            "stack" if predictor.stack_outputs is not None else "encoder": timing.encode,
+            "stack" if predictor.image.stack_outputs is not None else "encoder": timing.encode,
             "tail": timing.tail,
             "decoder": decoder,
             "upscale": upscale,
@@ -290,10 +291,10 @@ def write(
         save(render.label_image(found.labels), "masks.png")
         if overlay:
             save(overlay.finish(prompts), "overlay.png")
-        if pictures and predictor.report is not None and predictor.windows is not None:
+        if pictures and predictor.report is not None and predictor.image is not None:
             seen = render.what_each_node_saw(
                 image,
-                predictor.windows,
+                predictor.image.windows,
                 predictor.bundle.geometry,
                 predictor.report,
                 hidden=predictor.bundle.has("head"),

@@ -91,7 +91,8 @@ def test_results_equal_the_original_s(
             pixels += masks.size
             different += int((masks != wanted).sum())
     assert different <= max(1e-5 * pixels, 0)
-    assert min(ours.decoder_ms, ours.upscale_ms, predictor.timing.encode) > 0
+    assert predictor.image is not None
+    assert min(ours.decoder_ms, ours.upscale_ms, predictor.image.timing.encode) > 0
 
 
 def test_masks_of_the_comparison_are_not_trivial(predictor: OffloadPredictor) -> None:
@@ -257,9 +258,11 @@ def test_results_through_nodes_are_bit_identical_to_local(
             p.set_image(photo)
         assert remote.features is not None
         np.testing.assert_array_equal(remote.features, local.features)
-        assert remote.stack_outputs is not None
-        assert local.stack_outputs is not None
-        np.testing.assert_array_equal(remote.stack_outputs["tokens"], local.stack_outputs["tokens"])
+        assert remote.image.stack_outputs is not None
+        assert local.image.stack_outputs is not None
+        np.testing.assert_array_equal(
+            remote.image.stack_outputs["tokens"], local.image.stack_outputs["tokens"]
+        )
         click = (np.array([[40, 20]]), np.array([1]))
         for one, other in zip(remote.predict(*click), local.predict(*click), strict=True):
             np.testing.assert_array_equal(one, other)
@@ -324,5 +327,5 @@ def test_a_stock_bundle_works_locally(
     with OffloadPredictor(bundle=stock) as one, OffloadPredictor(bundle=toy_bundle) as other:
         one.set_image(photo)
         other.set_image(photo)
-        assert one.stack_outputs is None
+        assert one.image.stack_outputs is None
         np.testing.assert_allclose(one.get_image_embedding(), other.get_image_embedding(), 1e-5)

@@ -67,7 +67,8 @@ def test_a_signal_during_a_long_build_leaves_nothing(large: Bundle) -> None:
     code, builder = interrupt(large, number)
     assert code == 128 + number
     assert not (large.path / "plans").exists()
-    assert is_gone(builder)
+    while not is_gone(builder):  # the kernel may take seconds to free its memory
+        time.sleep(0.01)
 
 
 @pytest.mark.timeout(600)

@@ -522,12 +522,15 @@ def test_a_key_that_connects_too_often_is_paced_and_another_is_admitted_meanwhil
     assert set(stats["refused"]) == {"too_often"}
     assert node.log.count("stormy connects too often") == 1
     # Once it has slowed down, it is admitted.
-    with zmq.Context() as ctx:
-        client = sockets.client(ctx, node.endpoint, node.key.public, stormy, LIMITS)
-        client.rcvtimeo = client.sndtimeo = 60_000
-        client.send(b"1 10")
-        assert client.recv_multipart()
-        client.close()
+
+    async def admitted() -> bool:
+        while True:
+            with contextlib.suppress(PeerError, OSError, asyncio.IncompleteReadError):
+                async with await node.peer(stormy) as peer:
+                    return await _answered(peer)
+            await asyncio.sleep(0.2)
+
+    assert asyncio.run(asyncio.wait_for(admitted(), 60))
 
 
 @pytest.mark.process
