@@ -82,7 +82,7 @@ class Permit:
 class ExposureLedger:
     """Permits or refuses every send of one image's windows.
 
-    A node may be sent the windows that the placement assigned to it. It may be sent others while
+    A node may be sent the windows that it is the placement's first or second choice for, and others while
     its share of the area stays within `max_exposure` and the placement's separation holds. Windows
     kept at home are never permitted. Reserved and committed permits count in full.
 
@@ -142,8 +142,10 @@ class ExposureLedger:
             return f"windows {strange} are not part of this image"
         if kept := sorted(set(asked) & set(placement.home)):
             return f"windows {kept} stay at home"
-        # A node's own windows are reserved for it: other permits must leave room for them.
+        # Windows that a node is the first or second choice for are reserved for it: other permits
+        # must leave room for them.
         own = set(placement.assignment[node])
+        own |= {window for window, second in placement.second.items() if second == node}
         others = set(asked) - own
         if not others:
             return None
