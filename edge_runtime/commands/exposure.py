@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import time
 from collections.abc import Mapping
@@ -189,17 +188,14 @@ def _listed(shares: Mapping[str, float]) -> str:
     return ", ".join(f"{party} {share:.1%}" for party, share in shares.items()) or "nobody"
 
 
-def _mosaic(snapshot: bytes) -> Any:
-    mosaic = importlib.import_module("edge_runtime.exposure.mosaic")
-    return mosaic.Mosaic.from_bytes(snapshot)
-
-
 def _scene_shares(scene: Scene) -> dict[str, float] | None:
     """Party -> share of the scene; None if that is not known."""
+    from edge_runtime.exposure.mosaic import Mosaic
+
     if scene.blanket:
         return None
-    mosaic = _mosaic(scene.snapshot)
-    return {party: float(mosaic.share(party)) for party in sorted(mosaic.seen)}
+    mosaic = Mosaic.from_bytes(scene.snapshot)
+    return {party: mosaic.share(party) for party in sorted(mosaic.parties)}
 
 
 def _photo_shares(photo: Photo) -> dict[str, float]:
@@ -245,6 +241,9 @@ def _draw(contents: Contents, out: Path) -> None:
 
 
 def _scene_picture(scene: Scene) -> Image.Image:
+    import numpy as np
+
+    from edge_runtime.exposure.mosaic import Mosaic
     from edge_runtime.imaging.render import what_each_party_has_seen
 
     shares = _scene_shares(scene)
@@ -254,10 +253,16 @@ def _scene_picture(scene: Scene) -> Image.Image:
             f"drawn: up to {scene.max_exposure:.0%} each",
             mend=f"edge-runtime exposure --new-scene {scene.stream}, if it shows another scene now",
         )
-    mosaic = _mosaic(scene.snapshot)
-    title = f"The scene of {scene.stream}"
+    mosaic = Mosaic.from_bytes(scene.snapshot)
+    largest, *others = mosaic.parts or [0]
+    shown = np.zeros((1, 1), bool)
+    seen = {}
+    for party in shares:
+        shown, seen[party] = mosaic.picture(party, largest)
     detail = "what the camera has shown of it"
-    return what_each_party_has_seen((title, detail), mosaic.shown, mosaic.seen, shares)
+    if others:
+        detail += f"; {len(others)} parts at unknown places are not drawn"
+    return what_each_party_has_seen((f"The scene of {scene.stream}", detail), shown, seen, shares)
 
 
 def _photo_picture(photo: Photo) -> Image.Image:

@@ -17,7 +17,7 @@ import msgspec
 
 from edge_common.options import SHARE, Invalid
 from edge_common.text import table
-from edge_runtime.exposure.placement import DEFAULT_MAX_EXPOSURE, Placement, best_share, place
+from edge_runtime.exposure.placement import DEFAULT_MAX_EXPOSURE, best_share, place
 
 DESCRIPTION = """\
 Say, for a number of parties and a budget, how the windows of a picture can be divided: how much of
@@ -32,8 +32,9 @@ The columns:
   APART        which windows of one party never touch: corners (not even at a corner), edges (they
                may share a corner), or no
   AT HOME      windows that would break the budget, which this machine computes
-  SECOND       windows that a second party may be sent too, all of them at once, within the budget:
-               the room for retries and hedges. The others are computed here if their party fails.
+  SECOND       windows that a second party may be sent too, all of them at once, within the budget
+               and without windows that touch: the room for retries and hedges. The others are
+               computed here if their party fails.
 
 Every picture is divided differently, so the worst of a few divisions is shown. A camera that moves
 needs more parties than a photo: see docs/privacy.md.
@@ -55,9 +56,10 @@ class Row(msgspec.Struct, frozen=True):
     Attributes:
         busiest: share of the picture's area that the busiest party sees.
         at_least: the lowest budget with which no window stays at home.
-        separation: 8, 4 or 0, as of :class:`Placement`.
+        separation: 8, 4 or 0, as of :class:`.placement.Placement`.
         home: windows that the edge computes.
-        second: windows that a second party may be sent; None if placements do not say.
+        second: windows that a second party may be sent too, all at once.
+        windows: of the picture.
     """
 
     parties: int
@@ -65,7 +67,8 @@ class Row(msgspec.Struct, frozen=True):
     at_least: float
     separation: int
     home: int
-    second: int | None
+    second: int
+    windows: int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +145,6 @@ def look(
         place(areas, windows, side, names, budget, bytes([i]) * 32, b"", keep_home=True)
         for i in range(_TRIES)
     ]
-    seconds = [_second(placement) for placement in tries]
     at_least = best_share(areas, windows, side, parties)
     assert at_least is not None  # without separation there is always a placement
     return Row(
@@ -151,13 +153,9 @@ def look(
         at_least=at_least,
         separation=min(placement.separation for placement in tries),
         home=max(len(placement.home) for placement in tries),
-        second=None if None in seconds else min(s for s in seconds if s is not None),
+        second=min(len(placement.second) for placement in tries),
+        windows=len(windows),
     )
-
-
-def _second(placement: Placement) -> int | None:
-    second = getattr(placement, "second", None)
-    return None if second is None else len(second)
 
 
 def enough_parties(
@@ -182,7 +180,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
     apart = {8: "corners", 4: "edges", 0: "no"}
     lines = [("PARTIES", "BUSIEST", "AT LEAST", "APART", "AT HOME", "SECOND")]
     for row in rows:
-        second = "-" if row.second is None else str(row.second)
+        second = f"{row.second} of {row.windows}"
         shares = _percent(row.busiest), _percent(row.at_least, up=True)
         lines.append((str(row.parties), *shares, apart[row.separation], str(row.home), second))
     return table(lines)

@@ -188,6 +188,11 @@ class Mosaic:
         )
         return area - seen
 
+    @property
+    def parts(self) -> list[int]:
+        """Keys of the parts; the one that has shown most comes first."""
+        return sorted(self._parts, key=lambda key: -self._parts[key].counts[0])
+
     def picture(self, party: str, part: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Bool ``[rows, columns]`` each: the cells shown, and those the party may have seen."""
         here = self._part(part)

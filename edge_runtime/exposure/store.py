@@ -31,7 +31,7 @@ MOST_STREAMS = 64
 MOST_SCENES = 200
 """Of the past; those that still go on come on top."""
 MOST_PHOTOS = 10_000
-MOST_SNAPSHOT_BYTES = 1 << 20
+MOST_SNAPSHOT_BYTES = 4 << 20
 _MOST_PAST_BYTES = 64 << 20
 _NAME_CHARACTERS = 200
 _RETRY_S = 1.0
@@ -179,7 +179,7 @@ class SceneRecord(_Entry):
             its version, for :meth:`reserved`.
 
         Raises:
-            RecordError: it is larger than 1 MiB.
+            RecordError: it is larger than 4 MiB.
         """
         if len(snapshot) > MOST_SNAPSHOT_BYTES:
             raise RecordError(

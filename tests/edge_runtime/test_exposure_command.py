@@ -3,45 +3,34 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 from PIL import Image
 
 from edge_runtime import cli
 from edge_runtime.exposure import record_file
+from edge_runtime.exposure.mosaic import Mosaic
+from edge_runtime.exposure.motion import Position
 from edge_runtime.exposure.store import ExposureStore
 from edge_runtime.imaging.render import colour
 
 KEYS = [bytes([n]) * 32 for n in (0x11, 0x12, 0x20)]
 
 
-class FakeMosaic:
-    """What is used of a mosaic."""
-
-    def __init__(self, seen: dict[str, np.ndarray]) -> None:
-        self.seen = seen
-        self.shown = np.ones((4, 8), bool)
-
-    @staticmethod
-    def from_bytes(data: bytes) -> FakeMosaic:
-        cells = msgspec.msgpack.decode(data)
-        return FakeMosaic({party: np.arange(32).reshape(4, 8) < n for party, n in cells.items()})
-
-    def share(self, party: str) -> float:
-        return float(self.seen[party].mean())
+def snapshot(**columns: int) -> bytes:
+    """A scene of 64 x 128 pixels; each party has seen that many columns of pixels."""
+    mosaic, position = Mosaic(1024), Position(part=0, y=0.0, x=0.0, error=0.0)
+    mosaic.show(position, (64, 128))
+    for party, count in columns.items():
+        mosaic.see(party, position, [(0, 0, 64, count)])
+    return mosaic.to_bytes()
 
 
 @pytest.fixture(autouse=True)
 def _around(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = ModuleType("edge_runtime.exposure.mosaic")
-    module.Mosaic = FakeMosaic  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "edge_runtime.exposure.mosaic", module)
     (tmp_path / "memory").mkdir()
     monkeypatch.setattr(record_file, "_SHARED_MEMORY", tmp_path / "memory")
     monkeypatch.setattr("edge_common.process.disable_core_dumps", lambda: None)
@@ -51,8 +40,8 @@ def _around(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def folder(tmp_path: Path) -> Path:
     """A record of two streams and three photos."""
     with ExposureStore(tmp_path / "exposure", 0.37, clock=lambda: 86_400.0) as store:
-        store.begin_scene("door").reserve(msgspec.msgpack.encode({"acme": 8}))
-        store.begin_scene("door").reserve(msgspec.msgpack.encode({"acme": 4, "globex": 12}))
+        store.begin_scene("door").reserve(snapshot(acme=32))
+        store.begin_scene("door").reserve(snapshot(acme=16, globex=48))
         store.begin_scene("yard")
         for key in KEYS:
             photo = store.photo(key, (96, 144), 32)

@@ -56,17 +56,21 @@ def test_what_is_said_to_suffice_does_and_less_does_not() -> None:
     assert plan.enough_parties(AREAS, WINDOWS, SIDE, 0.1)["any"] is None
 
 
-def test_windows_with_a_second_party_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    class WithSecond(Placement, frozen=True):
-        second: dict[int, str] = msgspec.field(default_factory=dict)
-
-    def with_second(*args: Any, **options: Any) -> Placement:
+def test_the_fewest_windows_with_a_second_party_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fewer(*args: Any, **options: Any) -> Placement:
         found = place(*args, **options)
         second = dict.fromkeys(range(args[5][0] + 3), "some party")  # differs from key to key
-        return WithSecond(**msgspec.structs.asdict(found), second=second)
+        return msgspec.structs.replace(found, second=second)
 
-    monkeypatch.setattr(plan, "place", with_second)
+    monkeypatch.setattr(plan, "place", fewer)
     assert plan.look(AREAS, WINDOWS, SIDE, 4, 0.5).second == 3
+
+
+def test_more_parties_leave_more_room_for_retries(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = planned(capsys, "--parties=4-9")["parties"]
+    second = [row["second"] for row in rows]
+    assert second == sorted(second)
+    assert second[-1] > 10
 
 
 def test_the_table_says_what_to_do(capsys: pytest.CaptureFixture[str], toy_bundle: Path) -> None:
