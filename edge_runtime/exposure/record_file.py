@@ -139,9 +139,10 @@ def read_rows(folder: Path) -> tuple[dict[bytes, bytes], set[bytes] | None, bool
     with explain_write_errors(folder, RecordError):
         _refuse_exposed(folder)
         _refuse_exposed(path)
+        in_use = False
         try:
             with _locked(folder):
-                in_use = False
+                pass
         except RecordError:
             in_use = True
         with _explained(path), _connected(path) as connection:

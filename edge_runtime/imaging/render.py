@@ -183,14 +183,17 @@ def what_each_party_has_seen(
     """
     parties = sorted(shares, key=lambda party: -shares[party])[:_MOST_NODES]
     side = _PANEL // 2 if len(parties) > _MANY else _PANEL
-    rows, columns = shown.shape
+    used = np.logical_or.reduce([shown, *seen.values()])
+    y, x = (np.flatnonzero(used.any(axis)) if used.any() else np.arange(1) for axis in (1, 0))
+    crop = np.s_[y[0] : y[-1] + 1, x[0] : x[-1] + 1]
+    rows, columns = shown[crop].shape
     scale = side / max(rows, columns)
     size = max(1, round(columns * scale)), max(1, round(rows * scale))
 
     def panel(cells: np.ndarray, tint: Colour) -> Image.Image:
         picture = np.zeros((rows, columns, 3), np.uint8)
-        picture[shown] = _GRID
-        picture[cells] = tint
+        picture[shown[crop]] = _GRID
+        picture[cells[crop]] = tint
         return Image.fromarray(picture).resize(size, Image.Resampling.NEAREST)
 
     panels = [(*title, panel(np.zeros_like(shown), _GRID))]

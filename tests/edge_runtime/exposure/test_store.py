@@ -419,7 +419,7 @@ STEPS = st.lists(
 
 
 @given(STEPS)
-@settings(max_examples=25)
+@settings(max_examples=15)
 def test_no_order_of_scenes_crashes_and_restarts_forgets_what_was_sent(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, str]]
 ) -> None:
@@ -501,8 +501,8 @@ def test_a_kill_at_any_instant_forgets_nothing(tmp_path: Path) -> None:
     record_file._SHARED_MEMORY = memory
     generator = random.Random(11)
     blankets = exact = 0
-    for number in range(9):
-        folder = tmp_path / f"record-{number // 3}"  # each is killed several times
+    for number in range(6):
+        folder = tmp_path / f"record-{number // 3}"  # each is killed three times
         child = subprocess.Popen(
             [sys.executable, "-c", CHILD, str(folder), str(memory)],
             stdout=subprocess.PIPE,
@@ -523,11 +523,9 @@ def test_a_kill_at_any_instant_forgets_nothing(tmp_path: Path) -> None:
             scene = record.resume("cam")
             for _, name, count in sent[-1:]:
                 assert scene is not None
-                assert scene.blanket or (scene.id, int(scene.snapshot or b"0")) >= (
-                    name,
-                    int(count),
-                )
-                assert scene.blanket or scene.id == name or scene.snapshot
+                recorded = int(scene.snapshot or b"0")  # numbers go on from scene to scene
+                same = scene.id == name
+                assert scene.blanket or recorded > int(count) or (same and recorded == int(count))
             blankets += scene is not None and scene.blanket
             exact += scene is not None and not scene.blanket
             for line in lines:
