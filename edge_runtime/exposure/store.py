@@ -286,6 +286,11 @@ class ExposureStore:
     Args:
         folder: of the record, 0700; made if it is not there.
         max_exposure: the budget of scenes and photos that begin.
+        ahead: keep a blanket on disk for each stream's next scene. Without it, nothing of a new
+            scene may be sent for the milliseconds until it is written, but no scene is unknown
+            after a power cut: use that for cameras whose picture hardly ever changes.
+        most_scenes: of the past, that are kept; those that go on come on top.
+        most_photos: that are kept.
         clock: wall-clock time in seconds since 1970.
 
     Attributes:
@@ -301,6 +306,7 @@ class ExposureStore:
         folder: str | os.PathLike[str],
         max_exposure: float = DEFAULT_MAX_EXPOSURE,
         *,
+        ahead: bool = True,
         most_scenes: int = MOST_SCENES,
         most_photos: int = MOST_PHOTOS,
         clock: Callable[[], float] = time.time,
@@ -308,6 +314,7 @@ class ExposureStore:
         self.problem: str | None = None
         self._folder = Path(folder)
         self._max_exposure = max_exposure
+        self._ahead = ahead
         self._most_scenes, self._most_photos = most_scenes, most_photos
         self._clock = clock
         self._lock = threading.Condition()
@@ -346,7 +353,7 @@ class ExposureStore:
 
     def begin_scene(self, stream: str) -> SceneRecord:
         """A new scene; the stream's last one is over. Its blanket is on disk already, unless two
-        scenes follow one another at once or the disk refuses: `reserved()` says so.
+        scenes follow one another at once, `ahead` is off or the disk refuses: `reserved()` says so.
 
         Raises:
             RecordError: the name cannot be used, or there are too many streams.
@@ -444,7 +451,8 @@ class ExposureStore:
         key = _SCENE + secrets.token_bytes(15)
         scene = Scene(0, stream, 0.0, self._max_exposure, "ready", True)
         record = self._ready[stream] = SceneRecord(self, key, scene)
-        self._queue(key, record)
+        if self._ahead:
+            self._queue(key, record)
 
     def _queue(self, key: bytes, entry: _Entry) -> int:
         """Have the entry's latest state written; the number of this change."""

@@ -128,6 +128,23 @@ def test_after_a_restart_of_the_machine_the_next_scene_may_have_begun(tmp_path: 
         assert again.blanket
 
 
+def test_without_a_blanket_ahead_no_restart_makes_a_scene_unknown(tmp_path: Path) -> None:
+    with ExposureStore(tmp_path / "a", ahead=False) as record:
+        record.resume("cam")
+        assert record.flush()
+        with stuck(record):
+            scene = record.begin_scene("cam")
+            scene.reserve(b"one")
+            assert not scene.reserved()
+        assert record.flush(30)
+        assert scene.reserved()
+        left = crashed(record, tmp_path / "b", restarted=True)
+    with ExposureStore(left, ahead=False) as record:
+        again = record.resume("cam")
+        assert again is not None
+        assert (again.id, again.blanket, again.snapshot) == (scene.id, False, b"one")
+
+
 def test_a_blanket_stays_a_blanket(tmp_path: Path) -> None:
     with ExposureStore(tmp_path / "a") as record:
         record.begin_scene("cam")
