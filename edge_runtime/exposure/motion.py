@@ -16,9 +16,9 @@ _BINS = 6  # of a colour histogram, per channel
 KNOWN_PEAK = 0.3
 """Below this the motion is unknown. Matched frames reach 0.8 and unrelated ones stay below 0.1."""
 
-ERROR = 1 / 512
+ERROR = 1 / 1024
 """Error that one registration of frames related by pure motion is charged with, per axis and as a
-share of the image's longest side: 2 pixels at 1024. The largest one measured is 1 pixel."""
+share of the image's longest side: 1 pixel at 1024. The largest one measured is 0.8."""
 
 _CLEAN_PEAK = 0.75  # pure motion reaches it; rotation and zoom, which move the corners, do not
 _SLOPE = 0.2  # error added per unit that the peak is lower, as a share of the longest side
