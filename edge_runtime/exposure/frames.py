@@ -8,20 +8,21 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
+from itertools import product
 
 import numpy as np
 
 from edge_common.errors import PlacementError
-from edge_runtime.exposure.colouring import reached, touch, touching, Shape
+from edge_runtime.exposure.colouring import KeyedRandom, Shape, reached, touch, touching
 from edge_runtime.exposure.mosaic import Mosaic, Rect
 from edge_runtime.exposure.motion import Position
-from edge_runtime.exposure.placement import Placement, place, seconds
+from edge_runtime.exposure.placement import Placement, seconds
 from engines.geometry import Geometry
 
 _HYSTERESIS = 0.6  # of a window: how far the grid of cells lies from the frame's before it moves on
-_STEEP = 24  # exponent of the price of a party's exposure, as a share of its budget
+_STEEP = 48  # exponent of the price of a party's exposure, as a share of its budget
 _PER_AREA = 0.01  # price of new area whatever the load, so that needless exposure is avoided
-_AWAY = 20.0  # price of new area for another party than the cell's own
+_AWAY = 100.0  # price of new area for another party than the cell's own
 _HOME_SHAKING = 0.1  # price of a window at home; below 1, rare extremes of a shake are not worth
 _HOME_MOVING = 0.5  # their area. A camera that moves on won't come back, so there it is higher.
 _SWEEPS = 4
@@ -68,6 +69,7 @@ class FramePlacer:
         self._secret, self._key = secret, scene_key
         self._owners: dict[tuple[int, int, int], list[str]] = {}  # part, row, column of a cell
         self._grid = (0, 0)  # cell of the frame's first window
+        self._patterns: dict[tuple[str, ...], tuple[list[int], int, int]] = {}
         self._steps: deque[Position] = deque(maxlen=_HISTORY + 1)
         self._size = (0, 0)
         self._unknown = -1
@@ -158,10 +160,9 @@ class FramePlacer:
             costs = self.mosaic.unseen(position, rects, names)
             loads, shown = self.mosaic.loads(position.part, names)
             limit = self._max_exposure * shown
-            owners = self._label(windows, areas, position, names, separation, costs, loads, fresh)
+            owners = self._label(windows, areas, position, names, separation, loads, fresh)
             near = [
-                [j for j, b in enumerate(windows) if touch(a, b, side, separation)]
-                for a in windows
+                [j for j, b in enumerate(windows) if touch(a, b, side, separation)] for a in windows
             ]
             search = _Search(
                 (costs / max(limit, 1e-9)).tolist(),
@@ -206,9 +207,7 @@ class FramePlacer:
     def _moving(self) -> bool:
         """True if the camera moves on, False if it shakes about a place."""
         steps = list(self._steps)
-        way = sum(
-            abs(b.y - a.y) + abs(b.x - a.x) for a, b in zip(steps, steps[1:], strict=False)
-        )
+        way = sum(abs(b.y - a.y) + abs(b.x - a.x) for a, b in zip(steps, steps[1:], strict=False))
         return abs(steps[-1].y - steps[0].y) + abs(steps[-1].x - steps[0].x) > way / 2
 
     def _label(
@@ -218,68 +217,80 @@ class FramePlacer:
         position: Position,
         names: list[str],
         separation: int,
-        costs: np.ndarray,
         loads: list[float],
         fresh: bool,
     ) -> list[int]:
         """The party, by its place in `names`, that owns the cell under each window."""
         side, w = self._geometry.windows_per_side, self._geometry.window_pixels
+        at_y, at_x = position.y / w, position.x / w
         if fresh:
             self._steps.clear()
-            self._begin(windows, areas, position, names)
+            self._grid = round(at_y), round(at_x)
         self._steps.append(position)
-        self._grid = _follow(self._grid[0], position.y / w), _follow(self._grid[1], position.x / w)
-        row, column = self._grid
-        places = [(row + index // side, column + index % side) for index in windows]
+        row, column = self._grid = _follow(self._grid[0], at_y), _follow(self._grid[1], at_x)
+        cells = [(row + index // side, column + index % side) for index in windows]
+        if fresh and self._last and not any((position.part, *at) in self._owners for at in cells):
+            # Motion is unknown: the picture may be the same, so windows stay with their parties.
+            for name, mine in self._last[1].assignment.items():
+                for index in mine:
+                    at = (row + index // side, column + index % side)
+                    self._owners[(position.part, *at)] = [name]
         owners: dict[tuple[int, int], int] = {}
-        for at in places:
+        for at in cells:
             known = self._owners.get((position.part, *at), ())
             found = next((name for name in known if name in names), None)
             if found is not None:
                 owners[at] = names.index(found)
-        room = list(loads)
-        open_ = {at: i for i, at in enumerate(places) if at not in owners}
-
-        def free(at: tuple[int, int]) -> list[int]:
-            y, x = at
-            around = ((y + a, x + b) for a in (-1, 0, 1) for b in (-1, 0, 1))
+        pattern = self._pattern(windows, areas, names, separation)
+        for at in cells:
+            if at in owners:
+                continue
+            around = [(at[0] + a, at[1] + b) for a in (-1, 0, 1) for b in (-1, 0, 1) if a or b]
             taken = {
                 owners.get(other)
                 for other in around
-                if separation == 8 or (separation == 4 and (other[0] == y) != (other[1] == x))
+                if separation == 8
+                or (separation == 4 and at[0] - other[0] + at[1] - other[1] in (1, -1))
             }
-            return [n for n in range(len(names)) if n not in taken]
-
-        while open_:
-            at = min(open_, key=lambda cell: (len(free(cell)), cell))
-            i = open_.pop(at)
-            choices = free(at) or range(len(names))
-            owners[at] = min(choices, key=lambda n: (room[n] + costs[n, i]) ** 2 - room[n] ** 2)
-            room[owners[at]] += areas[i] / 2 / self.mosaic.cell**2
-            self._owners.setdefault((position.part, *at), []).append(names[owners[at]])
+            owner = pattern[0][(pattern[1] * at[0] + pattern[2] * at[1]) % len(names)]
+            if owner in taken:  # cells from before a party came or went
+                free = [n for n in range(len(names)) if n not in taken] or range(len(names))
+                owner = min(free, key=lambda n: (loads[n], n))
+            owners[at] = owner
+            self._owners.setdefault((position.part, *at), []).append(names[owner])
         while len(self._owners) > _MOST_CELLS:
             del self._owners[next(iter(self._owners))]
-        return [owners[at] for at in places]
+        return [owners[at] for at in cells]
 
-    def _begin(
-        self, windows: list[int], areas: list[int], position: Position, names: list[str]
-    ) -> None:
-        """Own the cells of a part's first frame: as in the frame before, else by `place`."""
-        side = self._geometry.windows_per_side
-        w = self._geometry.window_pixels
-        self._grid = round(position.y / w), round(position.x / w)
-        row, column = self._grid
-        if (position.part, row, column) in self._owners:
-            return  # the camera is back
-        before = self._last[1].assignment if self._last else {}
-        if not before:
-            before = place(
-                areas, windows, side, names, 1.0, self._secret, self._key
-            ).assignment
-        for name, mine in before.items():
-            for index in mine:
-                at = (position.part, row + index // side, column + index % side)
-                self._owners[at] = [name]
+    def _pattern(
+        self, windows: list[int], areas: list[int], names: list[str], separation: int
+    ) -> tuple[list[int], int, int]:
+        """The party of any cell: ``order[(a row + b column) % parties]``, and touching ones differ.
+
+        Of all such patterns, one that is about the most even on the first frame, once windows are
+        widened as a shaking camera does. The secret chooses among them, and the parties' order.
+        """
+        if tuple(names) in self._patterns:
+            return self._patterns[tuple(names)]
+        k, side = len(names), self._geometry.windows_per_side
+        random = KeyedRandom(self._secret, self._key)
+        order = sorted(range(k), key=lambda n: random.digest(b"party", names[n].encode()))
+        wide = (self._geometry.window_pixels / 4) ** 2
+        found = []
+        for a, b in product(range(1, max(2, k)), repeat=2):
+            apart = (a, b, a + b, a - b) if separation == 8 else (a, b) if separation else ()
+            if any(x % k == 0 for x in apart) or math.gcd(a, b, k) != 1:
+                continue
+            loads = [0.0] * k
+            for window, area in zip(windows, areas, strict=True):
+                row, column = divmod(window, side)
+                loads[(a * row + b * column) % k] += area + wide + 4 * math.sqrt(area * wide) / 2
+            found.append((max(loads), a, b))
+        least = min(load for load, _, _ in found)
+        even = [(a, b) for load, a, b in found if load <= least * 1.01]
+        a, b = even[random.below(len(even))]
+        self._patterns[tuple(names)] = order, a, b
+        return order, a, b
 
     def _rect(self, window: int, size: tuple[int, int]) -> Rect:
         y0, x0, y1, x1 = self._geometry.window_rect(window)

@@ -210,9 +210,7 @@ class Mosaic:
             )
             for key, part in self._parts.items()
         ]
-        return msgspec.msgpack.encode(
-            _File(_VERSION, self.cell, self.parties, self._spent, parts)
-        )
+        return msgspec.msgpack.encode(_File(_VERSION, self.cell, self.parties, self._spent, parts))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Mosaic:

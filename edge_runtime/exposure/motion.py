@@ -212,9 +212,7 @@ class Tracker:
             if shift.peak >= _CLEAN_PEAK and max(abs(shift.dy), abs(shift.dx)) <= _STILL * longest:
                 return at, 0.0
             error = ERROR + _SLOPE * max(0.0, _CLEAN_PEAK - shift.peak)
-            there = Position(
-                at.y - shift.dy, at.x - shift.dx, at.error + error * longest, at.part
-            )
+            there = Position(at.y - shift.dy, at.x - shift.dx, at.error + error * longest, at.part)
             if best is None or there.error < best[0].error:
                 best = there, moved
             if shift.peak >= _CLEAN_PEAK and moved <= _OVERLAP:
@@ -233,9 +231,7 @@ def _fade(shift: float) -> float:
     if shift >= 1:
         return 0.0
     angle = 2 * np.pi * shift
-    return float(
-        (1 - shift) * (2 / 3 + np.cos(angle) / 3) + np.sin(angle) / (2 * np.pi)
-    )
+    return float((1 - shift) * (2 / 3 + np.cos(angle) / 3) + np.sin(angle) / (2 * np.pi))
 
 
 def _vertex(before: float, peak: float, after: float) -> float:

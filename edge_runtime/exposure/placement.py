@@ -135,7 +135,7 @@ def place(
         side=side,
         second=seconds(
             assignment,
-            {name: named for name in assignment},
+            dict.fromkeys(assignment, named),
             loads,
             dict.fromkeys(assignment, _budget(shape, max_exposure)),
             side,
