@@ -500,10 +500,10 @@ while True:
         scene = record.begin_scene("cam")
     number += 1
     version = scene.reserve(b"%d" % number)
-    if number % 3 == 0:
-        record.flush()
     picture = record.photo(number.to_bytes(32, "big"), (576, 1024), 224)
     picture.grant("b", [number % 25])
+    if number % 3 == 0:
+        record.flush()
     if scene.reserved(version):
         print("sent", scene.id, number, flush=True)
     if picture.durable():
@@ -517,7 +517,7 @@ def test_a_kill_at_any_instant_forgets_nothing(tmp_path: Path) -> None:
     memory.mkdir()
     record_file._SHARED_MEMORY = memory
     generator = random.Random(11)
-    blankets = exact = 0
+    blankets = exact = photos = 0
     for number in range(6):
         folder = tmp_path / f"record-{number // 3}"  # each is killed three times
         child = subprocess.Popen(
@@ -549,8 +549,10 @@ def test_a_kill_at_any_instant_forgets_nothing(tmp_path: Path) -> None:
                 if line[0] == "photo":
                     found = record.photo(int(line[1]).to_bytes(32, "big"), SIZE, WINDOW)
                     assert found.windows == {"b": {int(line[1]) % 25}}
+                    photos += 1
     assert blankets
     assert exact
+    assert photos
 
 
 def test_the_record_holds_no_names_and_no_secret(tmp_path: Path) -> None:
