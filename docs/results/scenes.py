@@ -58,7 +58,7 @@ def pan() -> Path2:
 
 
 def sweep() -> Path2:
-    """A figure of eight, two frames wide and 1.8 high: both axes move at up to 32 pixels a frame."""
+    """A figure of eight, both axes at up to 32 pixels a frame."""
     angle = 2 * np.pi * np.arange(FRAMES) / FRAMES
     return np.rint(np.stack([512 * np.sin(2 * angle), 1024 * np.sin(angle)], axis=1))
 

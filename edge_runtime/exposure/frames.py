@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 
@@ -37,9 +37,8 @@ class FramePlacer:
     The scene is divided into cells of a window's size, each with its own party. A window goes to
     the party of the cell that it covers most, with hysteresis: so windows of a still or shaking
     camera stay with their parties, and under a camera that moves on, the parties stay with the
-    content. The first frame is placed by :func:`place`; later cells get the party that has most
-    room, and touching cells get different ones. A search then improves each frame: it moves windows
-    whose party has no room to parties that have seen them or have room, or home.
+    content. Cells get their parties by a regular pattern in which touching cells differ. A search
+    then improves each frame: it moves windows whose party has no room to others, or home.
 
     Every party's share of the scene (:meth:`Mosaic.share`, which errs on the high side) stays
     within the budget, over all frames, whatever the camera or the parties do. Windows that fit
@@ -207,7 +206,7 @@ class FramePlacer:
     def _moving(self) -> bool:
         """True if the camera moves on, False if it shakes about a place."""
         steps = list(self._steps)
-        way = sum(abs(b.y - a.y) + abs(b.x - a.x) for a, b in zip(steps, steps[1:], strict=False))
+        way = sum(abs(b.y - a.y) + abs(b.x - a.x) for a, b in pairwise(steps))
         return abs(steps[-1].y - steps[0].y) + abs(steps[-1].x - steps[0].x) > way / 2
 
     def _label(
@@ -249,8 +248,7 @@ class FramePlacer:
             taken = {
                 owners.get(other)
                 for other in around
-                if separation == 8
-                or (separation == 4 and at[0] - other[0] + at[1] - other[1] in (1, -1))
+                if separation == 8 or (separation == 4 and (other[0] == at[0] or other[1] == at[1]))
             }
             owner = pattern[0][(pattern[1] * at[0] + pattern[2] * at[1]) % len(names)]
             if owner in taken:  # cells from before a party came or went
@@ -342,7 +340,8 @@ class _Search:
                 if price < self.home:
                     self._put(i, k)
         for _ in range(_SWEEPS):
-            if not any([self._improve(i) for i in windows]):
+            moved = [self._improve(i) for i in windows]
+            if not any(moved):
                 break
         return self.choice
 

@@ -82,9 +82,10 @@ class Permit:
 class ExposureLedger:
     """Permits or refuses every send of one image's windows.
 
-    A node may be sent the windows that it is the placement's first or second choice for, and others while
-    its share of the area stays within `max_exposure` and the placement's separation holds. Windows
-    kept at home are never permitted. Reserved and committed permits count in full.
+    A node may be sent the windows that it is the placement's first or second choice for. It may be
+    sent others while its share of the area stays within `max_exposure` and the placement's
+    separation holds; room for its first and second choices is kept. Windows kept at home are never
+    permitted. Reserved and committed permits count in full.
 
     Attributes:
         entries: everything that was recorded, in order.
