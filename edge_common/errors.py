@@ -106,6 +106,12 @@ class PlacementError(EdgeRuntimeError):
     code = "placement"
 
 
+class RecordError(EdgeRuntimeError):
+    """The record of what nodes may have seen is damaged, in use, or cannot be written."""
+
+    code = "record"
+
+
 class OffloadError(EdgeRuntimeError):
     """A node was missing, late, refused the work or answered wrongly."""
 

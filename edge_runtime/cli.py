@@ -63,6 +63,16 @@ GROUPS: dict[str, dict[str, Command]] = {
             "check every node: reachable, authorised, same bundle, round trip",
         ),
     },
+    "Exposure": {
+        "plan": Command(
+            "edge_runtime.commands.plan",
+            "how many parties a budget needs, and the room it leaves for retries",
+        ),
+        "exposure": Command(
+            "edge_runtime.commands.exposure",
+            "what each party has seen so far of scenes and photos, as a table or picture",
+        ),
+    },
     "Engines": {
         "doctor": Command(
             "edge_runtime.commands.doctor",

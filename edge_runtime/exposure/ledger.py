@@ -82,9 +82,10 @@ class Permit:
 class ExposureLedger:
     """Permits or refuses every send of one image's windows.
 
-    A node may be sent the windows that the placement assigned to its party. It may be sent others
-    while the party's share of the area stays within `max_exposure` and the placement's separation
-    holds. Windows kept at home are never permitted. Reserved and committed permits count in full.
+    A node may be sent the windows for which its party is the placement's first or second choice. It
+    may be sent others while the party's share of the area stays within `max_exposure` and the
+    placement's separation holds; room for its first and second choices is kept. Windows kept at
+    home are never permitted. Reserved and committed permits count in full.
 
     Args:
         placement: of the image's windows on parties.
@@ -158,8 +159,10 @@ class ExposureLedger:
             return f"windows {strange} are not part of this image"
         if kept := sorted(set(asked) & set(placement.home)):
             return f"windows {kept} stay at home"
-        # A node's own windows are reserved for it: other permits must leave room for them.
+        # Windows for which a party is the first or second choice are reserved for it: other permits
+        # must leave room for them.
         own = set(placement.assignment[party])
+        own |= {window for window, second in placement.second.items() if second == party}
         others = set(asked) - own
         if not others:
             return None

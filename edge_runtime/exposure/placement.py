@@ -18,6 +18,7 @@ from edge_runtime.exposure.colouring import (
     randomised,
     reached,
     settle,
+    touch,
     touching,
 )
 
@@ -35,6 +36,9 @@ class Placement(msgspec.Struct, frozen=True):
         touching: pairs of windows of one node that touch, corners included.
         areas: window index -> image pixels in it.
         side: windows per side of the grid.
+        second: window -> another node that may see it too. If all of them do, every node is still
+            within `max_exposure` and keeps `separation`. Windows without one are not listed.
+        frame: number of the frame in its scene; 0 for a photo.
     """
 
     assignment: dict[str, tuple[int, ...]]
@@ -44,6 +48,8 @@ class Placement(msgspec.Struct, frozen=True):
     max_exposure: float
     areas: dict[int, int]
     side: int
+    second: dict[int, str] = msgspec.field(default_factory=dict)
+    frame: int = 0
 
     def share(self, windows: Iterable[int]) -> float:
         """The share of the image's area that lies in these windows. Nothing else computes it."""
@@ -116,15 +122,73 @@ def place(
     placed: dict[int, list[int]] = {colour: [] for colour in range(-1, len(nodes))}  # -1: at home
     for window, colour in zip(shape.windows, colours, strict=True):
         placed[colour].append(window)
+    assignment = {name: tuple(placed[ranked.index(name)]) for name in sorted(nodes)}
+    named = dict(zip(shape.windows, shape.areas, strict=True))
+    loads = {name: sum(named[w] for w in mine) for name, mine in assignment.items()}
     return Placement(
-        assignment={name: tuple(placed[ranked.index(name)]) for name in sorted(nodes)},
+        assignment=assignment,
         home=tuple(placed[-1]),
         separation=separation,
         touching=touching(shape, colours, 8),
         max_exposure=max_exposure,
-        areas=dict(zip(shape.windows, shape.areas, strict=True)),
+        areas=named,
         side=side,
+        second=seconds(
+            assignment,
+            dict.fromkeys(assignment, named),
+            loads,
+            dict.fromkeys(assignment, _budget(shape, max_exposure)),
+            side,
+            separation,
+        ),
     )
+
+
+def seconds(
+    assignment: Mapping[str, Sequence[int]],
+    costs: Mapping[str, Mapping[int, int]],
+    loads: Mapping[str, float],
+    limits: Mapping[str, float],
+    side: int,
+    separation: int,
+) -> dict[int, str]:
+    """A second node for as many of the assigned windows as a greedy search finds.
+
+    Args:
+        costs: node -> window -> what the node would see in addition by seeing the window.
+        loads: node -> what it sees with its own windows, in the same unit.
+        limits: node -> what it may see at most.
+    """
+    after = dict(loads)
+    held = {name: set(mine) for name, mine in assignment.items()}
+    # For each window, the nodes left to it; those that see a window that touches it are out.
+    left = {
+        window: {
+            name
+            for name, mine in held.items()
+            if window not in mine and not any(touch(window, w, side, separation) for w in mine)
+        }
+        for own in assignment.values()
+        for window in own
+    }
+    found: dict[int, str] = {}
+    while True:
+        fitting = {
+            window: [n for n in sorted(names) if after[n] + costs[n][window] <= limits[n]]
+            for window, names in left.items()
+        }
+        open_ = [window for window, names in fitting.items() if names]
+        if not open_:
+            return found
+        # First those with the fewest choices; of the nodes, the one with the most room left.
+        window = min(open_, key=lambda w: (len(fitting[w]), w))
+        name = max(fitting[window], key=lambda n: limits[n] - after[n] - costs[n][window])
+        found[window] = name
+        after[name] += costs[name][window]
+        del left[window]
+        for other, names in left.items():
+            if touch(window, other, side, separation):
+                names.discard(name)
 
 
 def best_share(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import colorsys
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -162,6 +162,45 @@ def what_each_node_saw(
         detail = f"{len(report.home)} windows, computed at home"
         kept = _panel(small, windows, geometry, report.home, size, scale)
         panels.append(("The edge itself", detail, kept))
+    return _sheet(panels, side)
+
+
+def what_each_party_has_seen(
+    title: tuple[str, str],
+    shown: np.ndarray,
+    seen: Mapping[str, np.ndarray],
+    shares: Mapping[str, float],
+) -> Image.Image:
+    """Side by side: a scene or photo in grey, and for each party in colour what it may have seen.
+
+    If there are very many parties, those that saw most are shown.
+
+    Args:
+        title: of the first panel, and what stands below it.
+        shown: bool ``[rows, columns]``, the cells of the scene that the camera has shown.
+        seen: party -> bool ``[rows, columns]``.
+        shares: party -> share of the scene.
+    """
+    parties = sorted(shares, key=lambda party: -shares[party])[:_MOST_NODES]
+    side = _PANEL // 2 if len(parties) > _MANY else _PANEL
+    used = np.logical_or.reduce([shown, *seen.values()])
+    y, x = (np.flatnonzero(used.any(axis)) if used.any() else np.arange(1) for axis in (1, 0))
+    crop = np.s_[y[0] : y[-1] + 1, x[0] : x[-1] + 1]
+    rows, columns = shown[crop].shape
+    scale = side / max(rows, columns)
+    size = max(1, round(columns * scale)), max(1, round(rows * scale))
+
+    def panel(cells: np.ndarray, tint: Colour) -> Image.Image:
+        picture = np.zeros((rows, columns, 3), np.uint8)
+        picture[shown[crop]] = _GRID
+        picture[cells[crop]] = tint
+        return Image.fromarray(picture).resize(size, Image.Resampling.NEAREST)
+
+    panels = [(*title, panel(np.zeros_like(shown), _GRID))]
+    for number, party in enumerate(sorted(shares), 1):
+        if party in parties:
+            detail = f"may have seen {shares[party]:.1%}"
+            panels.append((party, detail, panel(seen[party], colour(number))))
     return _sheet(panels, side)
 
 

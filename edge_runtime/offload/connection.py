@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -146,6 +146,7 @@ class Connection:
         ctx: asyncio context of that loop.
         stage: the stage to run, identified by its hash.
         limits: of that stage, for both directions.
+        on_up: called whenever the link is there, or there again.
 
     Attributes:
         strays: messages that answered no open request; all were ignored.
@@ -154,9 +155,15 @@ class Connection:
     """
 
     def __init__(
-        self, ctx: zmq.asyncio.Context, node: Node, stage: Stage, limits: StageLimits
+        self,
+        ctx: zmq.asyncio.Context,
+        node: Node,
+        stage: Stage,
+        limits: StageLimits,
+        on_up: Callable[[], None] = lambda: None,
     ) -> None:
         self.node = node
+        self._on_up = on_up
         self.strays = 0
         self.cancelled = 0
         self.quarantine: str | None = None
@@ -449,6 +456,7 @@ class Connection:
                 self._turn(event)
                 if event.state == "up":
                     self._greet()
+                    self._on_up()
                 else:  # the node forgets this edge when the connection ends
                     self._versions_told = False
                     self._forget_greeting()

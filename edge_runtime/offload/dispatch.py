@@ -282,7 +282,10 @@ class Dispatch:
 
     def _failure(self, fail: Fail) -> OffloadError:
         """What ended the image. Failures of several nodes become one error."""
-        nodes = [error for error in self._errors if isinstance(error, NodeError)]
+        nodes = sorted(
+            (error for error in self._errors if isinstance(error, NodeError)),
+            key=lambda error: error.node,
+        )
         if not nodes:
             mend = "allow more time (--deadline) or use more nodes" if fail.code == "late" else ""
             return OffloadError(fail.reason, mend=mend, code=fail.code)

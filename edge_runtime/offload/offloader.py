@@ -64,21 +64,27 @@ class Offloader:
         limits = stage_limits(stage.inputs, stage.outputs, bundle.geometry.windows)
         nodes = load_nodes(config)
         self._background = BackgroundLoop("edge-network")
-
-        async def connect() -> tuple[zmq.asyncio.Context, list[Connection]]:
-            ctx = zmq.asyncio.Context()
-            connections = [Connection(ctx, node, stage, limits) for node in nodes]
-            for connection in connections:
-                connection.start()
-            self._watching = asyncio.create_task(_watch_memory(connections), name="memory")
-            return ctx, connections
-
         parties = {node.name: node.party for node in config.nodes}
         fleet = Fleet(NodeHealth(node.name, parties[node.name]) for node in nodes)
 
+        def connection(ctx: zmq.asyncio.Context, node: Node) -> Connection:
+            def up() -> None:
+                fleet.nodes[node.name].link_up(asyncio.get_running_loop().time())
+                self._nodes.wake()
+
+            return Connection(ctx, node, stage, limits, up)
+
+        async def connect() -> tuple[zmq.asyncio.Context, list[Connection]]:
+            ctx = zmq.asyncio.Context()
+            connections = [connection(ctx, node) for node in nodes]
+            self._nodes = Nodes(connections, fleet)
+            for each in connections:
+                each.start()
+            self._watching = asyncio.create_task(_watch_memory(connections), name="memory")
+            return ctx, connections
+
         try:
             self._ctx, self._connections = self._background.call(connect())
-            self._nodes = Nodes(self._connections, fleet)
         except BaseException:
             self._background.close()
             raise

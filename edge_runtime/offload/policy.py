@@ -36,6 +36,8 @@ _HEDGES = 2
 """Requests of a frame that may be hedged; a third of them where they are many."""
 _SPREAD = 2
 """Nodes among which the rows of a hedge are divided, at most."""
+_TRIES = 5
+"""So many failures of a row end the frame if nothing but waiting is left."""
 _WORTH = 0.8
 """The edge takes over what a node has if that ends the wait after this share of it."""
 
@@ -316,7 +318,7 @@ class _Plan:
                 return "home"
             if at_home <= soonest + min((n.expected_s(1) or 0.0) for _, n in ways):
                 return "home"
-        if soonest is None:
+        if soonest is None or tries >= _TRIES:
             return "fail"
         if soonest > now:
             self.wake.add(soonest)

@@ -17,7 +17,7 @@ def _all(kind: type[EdgeRuntimeError] = EdgeRuntimeError) -> list[type[EdgeRunti
 def test_every_error_class_has_its_own_code() -> None:
     ours = [kind for kind in _all() if kind.__module__ == errors.__name__]
     codes = [kind.code for kind in ours]
-    assert len(set(codes)) == len(codes) == 15
+    assert len(set(codes)) == len(codes) == 16
     assert all(code.replace("_", "").isalpha() and code.islower() for code in codes)
 
 

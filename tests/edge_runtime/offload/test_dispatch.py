@@ -84,7 +84,7 @@ def test_several_images_at_a_time_get_their_own_tokens_and_records(shared_fleet:
         report = record.report()
         assert report is not None
         sent = [w for node in report.nodes for w in node.windows]
-        assert sorted([*sent, *report.home]) == list(range(6))
+        assert set(sent) | set(report.home) == set(range(6))
         assert 0 < report.largest_share <= 0.25
         assert report.total_ms > 0
 
@@ -190,7 +190,7 @@ def test_a_report_follows_from_the_ledger_and_the_events() -> None:
     lost.commit(100)
     lost.release()
     for milliseconds in (5.0, 7.0):
-        record.replied(a, reply(milliseconds, 50))
+        record.replied(a, first, reply(milliseconds, 50))
     record.failed(b, "it was late")
     record.failed(b, "given up before it answered")
     record.at_home(second)

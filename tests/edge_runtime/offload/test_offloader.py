@@ -25,7 +25,6 @@ from edge_common.errors import (
 )
 from edge_runtime.config import EdgeConfig
 from edge_runtime.imaging.images import resize_longest
-from edge_runtime.offload import dispatch as dispatch_module
 from edge_runtime.offload import offloader as offload_module
 from edge_runtime.offload.connection import Connection, NodeRefusedError, Reply
 from edge_runtime.offload.offloader import Offloader
@@ -190,9 +189,14 @@ def test_the_edge_takes_over_for_a_missing_node(shared_fleet: Any, photo: np.nda
     outputs, report = offload(config, photo)
     assert_identical(outputs, alone(photo, shared_fleet.bundle))
     before = {node.name: node.windows for node in healthy.nodes}
-    assert report.home == before["beta"]
-    assert {node.name: node.windows for node in report.nodes} == {**before, "beta": ()}
-    assert report.windows_sent == 6 - len(before["beta"])
+    # Another node may see what the budget leaves room for.
+    seen = {node.name: set(node.windows) for node in report.nodes}
+    assert seen["beta"] == set()
+    assert seen["alpha"] >= set(before["alpha"])
+    assert seen["gamma"] >= set(before["gamma"])
+    assert set(report.home) == set(range(6)) - seen["alpha"] - seen["gamma"]
+    assert report.windows_sent == 6 - len(report.home)
+    assert report.largest_share <= 0.5
     failures = {node.name: node.failure for node in report.nodes}
     assert "unreachable" in str(failures.pop("beta"))
     assert failures == {"alpha": None, "gamma": None}
@@ -233,7 +237,8 @@ def test_a_frozen_node_ends_in_an_error_or_in_the_fallback(
             frozen.signal(signal.SIGCONT)
         assert_identical(outputs, right)
         assert "alpha" in {node.name for node in report.nodes if node.failure}
-        assert set(report.home) >= set(report.nodes[0].windows)
+        elsewhere = {w for node in report.nodes[1:] for w in node.windows} | set(report.home)
+        assert elsewhere >= set(report.nodes[0].windows)
 
 
 def test_a_node_that_dies_while_computing_is_noticed_at_once(
@@ -320,13 +325,13 @@ def test_windows_beyond_the_budget_are_computed_by_the_edge_with_fallback(
 def test_placing_and_hashing_do_not_block_the_network_loop(
     shared_fleet: Any, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch, work: str
 ) -> None:
-    real, threads = getattr(dispatch_module, work), []
+    real, threads = getattr(offload_module, work), []
 
     def noting(*arguments: Any, **options: Any) -> Any:
         threads.append(threading.current_thread().name)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(dispatch_module, work, noting)
+    monkeypatch.setattr(offload_module, work, noting)
     offload(shared_fleet.config(), photo)
     assert len(threads) == 1
     assert threads[0] != "edge-network"
@@ -344,8 +349,8 @@ def test_a_deadline_too_short_is_an_error_even_with_fallback(
 @pytest.mark.parametrize(
     ("owner", "slow", "doing"),
     [
-        (Pipeline, "stack_inputs", "preparing what the nodes are sent"),
-        (OrtEngine, "run", "computing windows at home"),
+        (Pipeline, "stack_inputs", "the edge was still preparing what the nodes are sent"),
+        (OrtEngine, "run", "the deadline passed while waiting for the edge"),
     ],
 )
 def test_the_edge_s_own_engine_cannot_outlast_the_deadline(
@@ -368,7 +373,7 @@ def test_the_edge_s_own_engine_cannot_outlast_the_deadline(
     bundle = Bundle.load(shared_fleet.bundle)
     with Pipeline(bundle, threads=1) as pipeline, Offloader(config, pipeline) as offloader:
         try:
-            with pytest.raises(OffloadError, match=f"the edge was still {doing}"):
+            with pytest.raises(OffloadError, match=doing):
                 offloader.stack(windows_of(photo, bundle))
         finally:
             assert not enough.is_set()
@@ -403,7 +408,7 @@ def test_a_busy_node_is_asked_once_more_and_sees_nothing_new(
     outputs, report = offload(shared_fleet.config(), photo)
     assert_identical(outputs, alone(photo, shared_fleet.bundle))
     assert len(asked) == 2
-    assert asked[0] == asked[1]
+    assert set(asked[1]) <= set(asked[0])  # another node may have taken some
     beta = next(node for node in report.nodes if node.name == "beta")
     assert beta.windows == asked[0]
     assert beta.failure is None
@@ -411,21 +416,22 @@ def test_a_busy_node_is_asked_once_more_and_sees_nothing_new(
     again = [entry for entry in report.ledger if entry.node == "beta"]
     assert [entry.event for entry in again] == ["reserved", "committed"] * 2
     assert len({entry.share_of_image for entry in again}) == 1
-    assert again[2].reason == again[3].reason == "once more: overloaded"
+    assert again[2].reason == again[3].reason == "retry"
 
 
-@pytest.mark.parametrize(("times", "retry_ms"), [(2, 20), (1, 0), (1, 3_600_000)])
-def test_the_retry_happens_once_and_only_with_a_hint_and_within_the_deadline(
+@pytest.mark.parametrize(("retry_ms", "times"), [(20, 5), (0, 5), (3_600_000, 1)])
+def test_retries_end_after_a_few_and_before_the_deadline(
     shared_fleet: Any,
     photo: np.ndarray,
     monkeypatch: pytest.MonkeyPatch,
-    times: int,
     retry_ms: int,
+    times: int,
 ) -> None:
-    asked = refusing(monkeypatch, times, retry_ms)
+    asked = refusing(monkeypatch, 1000, retry_ms)
     with pytest.raises(OffloadError, match="busy"):
         offload(shared_fleet.config(), photo)
     assert len(asked) == times
+    assert all(set(again) <= set(asked[0]) for again in asked)
 
 
 def test_simultaneous_failures_leave_no_asyncio_warning(
