@@ -223,18 +223,8 @@ def load_nodes(config: EdgeConfig) -> list[Node]:
         {loaded.name: loaded.server_key for loaded in nodes},
         {loaded.keypair.public for loaded in nodes},
     )
-    seen: dict[str, str] = {}
-    for loaded in nodes:
-        for kind, public in (("server", loaded.server_key), ("client", loaded.keypair.public)):
-            if (other := seen.setdefault(public, loaded.name)) != loaded.name:
-                mend = (
-                    "name each machine once: it must not count as two"
-                    if kind == "server"
-                    else "make one per node with `edge-runtime keys edge`"
-                )
-                raise ConfigError(
-                    f"nodes {other} and {loaded.name} have the same {kind} key", mend=mend
-                )
+    refuse_shared_keys("server", {loaded.name: loaded.server_key for loaded in nodes})
+    refuse_shared_keys("client", {loaded.name: loaded.keypair.public for loaded in nodes})
     return nodes
 
 
@@ -256,6 +246,19 @@ def refuse_own_keys(server_keys: dict[str, str], own: set[str]) -> None:
                 f"node {name}: its server_key is this edge's own key, expected the node's",
                 mend="use the node.pub file that its operator sends",
             )
+
+
+def refuse_shared_keys(kind: Literal["server", "client"], keys: dict[str, str]) -> None:
+    """Raises ConfigError if two nodes, by name, have the same public key of that kind."""
+    seen: dict[str, str] = {}
+    for name, key in keys.items():
+        if (other := seen.setdefault(key, name)) != name:
+            mend = (
+                "name each machine once: it must not count as two"
+                if kind == "server"
+                else "make one per node with `edge-runtime keys edge`"
+            )
+            raise ConfigError(f"nodes {other} and {name} have the same {kind} key", mend=mend)
 
 
 def is_key(text: str) -> bool:

@@ -82,7 +82,13 @@ def run(args: argparse.Namespace) -> int:
     from edge_common.errors import ConfigError, KeyFileError
     from edge_common.files import refuse_existing, write_atomically
     from edge_common.permissions import why_untrusted
-    from edge_runtime.config import EdgeConfig, NodeConfig, load_nodes, refuse_own_keys
+    from edge_runtime.config import (
+        EdgeConfig,
+        NodeConfig,
+        load_nodes,
+        refuse_own_keys,
+        refuse_shared_keys,
+    )
     from engines.bundle import Bundle
     from transport.keys import check_new, generate, generate_secret, load_secret
     from transport.sockets import check_endpoint
@@ -120,15 +126,17 @@ def run(args: argparse.Namespace) -> int:
     )
 
     missing = [node.name for node in nodes if not os.path.lexists(node.client_key)]
-    present = [node.client_key for node in nodes if node.name not in missing]
-    refuse_own_keys(server_keys, {load_secret(file).public for file in present})
+    own = {n.name: load_secret(n.client_key).public for n in nodes if n.name not in missing}
+    refuse_own_keys(server_keys, set(own.values()))
+    refuse_shared_keys("server", server_keys)
+    refuse_shared_keys("client", own)
     for name in missing:
         check_new(args.keys, name)
     for name in missing:
         generate(args.keys, name)
     if not os.path.lexists(config.secret):
         generate_secret(config.secret)
-    load_nodes(config)  # reads every key and checks that no two nodes share one
+    load_nodes(config)  # others must not be able to replace the new keys either
     write_atomically(
         out,
         _toml(config, out.parent),

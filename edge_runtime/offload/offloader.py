@@ -147,6 +147,7 @@ class Offloader:
 
         async def disconnect() -> None:
             self._watching.cancel()
+            del self._watching  # a cancelled task keeps its open files
             await asyncio.gather(*(connection.close() for connection in self._connections))
             self._ctx.destroy(linger=0)
 

@@ -60,6 +60,17 @@ def test_help_names_every_command_and_imports_nothing_heavy() -> None:
         assert taught in done.stdout
 
 
+@pytest.mark.process
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_a_crash_of_a_command_writes_no_memory_to_disk() -> None:
+    code = (
+        "import ctypes, sys; from edge_runtime.cli import main; main(['segment', '--help']);"
+        "PR_GET_DUMPABLE = 3; sys.exit(ctypes.CDLL(None).prctl(PR_GET_DUMPABLE))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == 0
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_exists(name: str) -> None:
     assert importlib.util.find_spec(cli.COMMANDS[name].module) is not None

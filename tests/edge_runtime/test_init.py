@@ -11,7 +11,7 @@ import pytest
 
 from edge_runtime import cli
 from edge_runtime.config import load_config, load_nodes
-from transport.keys import generate, load_secret_bytes
+from transport.keys import generate, load_secret_bytes, write_public
 
 KEY = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"
 
@@ -22,6 +22,7 @@ def _workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("alpha", "beta"):
         generate(Path("theirs"), f"{name}-node")
+    write_public("theirs/again.pub", KEY, "again")
 
 
 def node(name: str, key: str = "") -> str:
@@ -69,6 +70,16 @@ def test_existing_keys_are_used_and_an_existing_file_is_kept(
     assert not Path("keys/beta.key").exists()
 
 
+def test_keys_that_others_could_replace_are_not_written_into_the_file(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("open").mkdir()
+    Path("open").chmod(0o777)
+    assert cli.main(["init", node("alpha"), "--keys=open/mine/keys"]) == 1
+    assert "chmod" in capsys.readouterr().err
+    assert not Path("edge.toml").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -81,6 +92,7 @@ def test_existing_keys_are_used_and_an_existing_file_is_kept(
         ([node("alpha"), node("alpha", "theirs/beta-node.pub")], "same name"),
         ([node("alpha"), node("beta", "theirs/alpha-node.pub")], "same server_key"),
         (["--node=al pha=tcp://a:5555,theirs/alpha-node.pub"], "node name"),
+        ([node("alpha", KEY), node("beta", "theirs/again.pub")], "same server key"),
         ([node("alpha"), "--bundle=nowhere"], "nowhere"),
         ([node("alpha"), "--out=nowhere/edge.toml"], "folder nowhere does not exist"),
     ],

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -164,6 +165,17 @@ def test_a_damaged_plan_is_skipped_or_refused(bundle: Bundle, machine: Simulated
         open_stage(bundle, "stack", device="tensorrt")
     with open_stage(bundle, "stack") as engine:
         assert isinstance(engine, OrtEngine)
+
+
+def test_a_plan_is_chosen_for_the_gpu_that_will_run_it(
+    bundle: Bundle, machine: SimulatedMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.build(bundle, "stack")
+    gpus = dataclasses.replace(GPU, name=OTHER_GPU), GPU
+    monkeypatch.setattr(cuda, "facts", lambda ordinal=0: gpus[ordinal])
+    with pytest.raises(PlanError, match=f"this is {OTHER_GPU}"):
+        open_stage(bundle, "stack", device="tensorrt")
+    open_stage(bundle, "stack", device="tensorrt", ordinal=1).close()
 
 
 def test_a_missing_gpu_is_reported(

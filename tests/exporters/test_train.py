@@ -134,6 +134,7 @@ def test_a_pool_mixes_both_kinds_of_scenes_in_the_given_number():
     kinds = [pool.get(n)[0].kind for n in range(40)]
     assert 8 < kinds.count(PHOTO_LIKE) < 32
     assert [other.get(n)[0].kind for n in reversed(range(40))] == kinds[::-1]
+    assert len(other._kept) == 4
     assert PHOTO_LIKE not in {ScenePool(3, 48, 100).get(n)[0].kind for n in range(10)}
 
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_common.errors import PlacementError
+from edge_runtime.exposure.colouring import KeyedRandom
 from edge_runtime.exposure.placement import (
     DEFAULT_MAX_EXPOSURE,
     Placement,
@@ -224,6 +225,11 @@ def test_secret_and_photo_each_change_the_placement(k: int) -> None:
     }
     assert len(by_photo) > 15  # 4 nodes: 192 corner-free placements in all, few of them even
     assert len(by_secret) > 15
+
+
+def test_random_numbers_do_not_repeat() -> None:
+    random = KeyedRandom(SECRET, b"photo")
+    assert len({random.below(1 << 64) for _ in range(1000)}) == 1000
 
 
 def test_every_window_goes_to_every_node_equally_often() -> None:

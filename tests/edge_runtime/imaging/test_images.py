@@ -152,6 +152,13 @@ def test_a_transparent_palette_entry_is_blended_over_white(tmp_path: Path) -> No
     assert load_image(tmp_path / "a.png")[0].tolist() == [[255, 255, 255], [40, 50, 60]]
 
 
+def test_a_transparent_colour_is_white_and_stays_hidden(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[[10, 20, 30], [40, 50, 60]]], np.uint8)).save(
+        tmp_path / "a.png", transparency=(10, 20, 30)
+    )
+    assert load_image(tmp_path / "a.png")[0].tolist() == [[255, 255, 255], [40, 50, 60]]
+
+
 def test_the_first_frame_of_an_animation_is_read(tmp_path: Path) -> None:
     frames = [Image.new("L", (6, 4), value) for value in (255, 0)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])

@@ -91,6 +91,8 @@ def test_a_panel_shows_the_windows_sent_and_black_elsewhere() -> None:
     assert not drawn[5:155, 165:315].any()
     assert not drawn[165:315, 5:155].any()
     assert not drawn[5:155, 325:395].any()
+    for border in (drawn[:, 0], drawn[:, -1], drawn[0], drawn[-1]):  # of the photo's own windows
+        assert (border == render._GRID).all()
 
 
 def test_long_names_are_written_in_full() -> None:

@@ -93,6 +93,9 @@ def test_only_result_folders_are_ever_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--overwrite"):
         check(folder, overwrite=False)
     check(folder, overwrite=True)
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(ConfigError, match="link is in the way"):
+        check(tmp_path / "link", overwrite=True)
     (folder / "mask-3.png").mkdir()
     with pytest.raises(ConfigError, match=r"such as mask-3\.png"):
         check(folder, overwrite=True)

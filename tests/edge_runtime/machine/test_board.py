@@ -160,6 +160,15 @@ def test_l4t_gives_the_jetpack_version_where_no_package_does(
     assert read_board(tree).jetpack == jetpack
 
 
+@pytest.mark.parametrize("state", ["install ok half-installed", "deinstall ok config-files"])
+def test_a_package_that_is_not_installed_does_not_count(tree: Path, state: str) -> None:
+    status = tree / "var/lib/dpkg/status"
+    before = status.read_text()
+    assert read_board(tree).tensorrt_package
+    status.write_text(before.replace("install ok installed", state))
+    assert read_board(tree).tensorrt_package is None
+
+
 def test_l4t_comes_from_its_package_without_a_release_file(tree: Path) -> None:
     (tree / "etc/nv_tegra_release").unlink()
     assert read_board(tree).l4t == "36.4.3"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from test_offloader import alone, assert_identical, windows_of
+from test_offloader import alone, assert_identical, closed_port, windows_of, with_node
 
 from edge_common.errors import OffloadError
 from edge_runtime.exposure.ledger import ExposureLedger
@@ -171,6 +172,27 @@ def test_a_retry_waits_as_long_as_the_node_asked_and_keeps_the_deadline(
     first, second = asked
     assert second - first >= 0.3
     assert len(deadlines) == 1  # the edge needs the rest of the time for its fallback
+
+
+@pytest.mark.process
+def test_the_first_failure_ends_the_image_and_gives_up_the_other_nodes(
+    shared_fleet: Any, photo: np.ndarray
+) -> None:
+    config = with_node(shared_fleet.config(deadline_s=200.0), "alpha", endpoint=closed_port())
+    bundle, record = Bundle.load(shared_fleet.bundle), RunRecord()
+    frozen = shared_fleet.nodes["beta"]
+    with Pipeline(bundle, threads=1) as pipeline, Offloader(config, pipeline) as offloader:
+        frozen.signal(signal.SIGSTOP)
+        try:
+            with pytest.raises(OffloadError, match=r"alpha .*unreachable"):
+                offloader.stack(windows_of(photo, bundle), record)
+        finally:
+            frozen.signal(signal.SIGCONT)
+    report = record.report()
+    assert report is not None
+    failures = {node.name: node.failure for node in report.nodes}
+    assert failures["beta"] == "given up before it answered"
+    assert "unreachable" in str(failures["alpha"])
 
 
 def reply(milliseconds: float, size: int) -> Reply:

@@ -522,7 +522,13 @@ def test_threads_and_sockets_are_released(shared_fleet: Any, photo: np.ndarray) 
         return threading.active_count(), len(os.listdir("/proc/self/fd"))
 
     offload(shared_fleet.config(), photo)
-    before = held()
+    before, closed = held(), []
+    bundle = Bundle.load(shared_fleet.bundle)
     for _ in range(3):
-        offload(shared_fleet.config(), photo)
+        with (
+            Pipeline(bundle, threads=1) as pipeline,
+            Offloader(shared_fleet.config(), pipeline) as offloader,
+        ):
+            offloader.stack(windows_of(photo, bundle))
+        closed.append(offloader)  # close() must release them, not the garbage collector
     assert held() == before
