@@ -26,6 +26,7 @@ from cloud_node.metrics import Metrics
 from edge_common.errors import ConfigError
 from transport import keys, sockets
 from transport.dos_protection import PenaltyBox, RateLimit
+from transport.wire_size import message_bytes
 
 needs_sodium = pytest.mark.skipif(sodium.MISSING is not None, reason=str(sodium.MISSING))
 
@@ -177,6 +178,16 @@ def test_limits_are_lowered_and_raised_again(prepared: Prepared, edge_pair: keys
                     await asyncio.sleep(0.02)
                 listener.lower_limits(1 << 40, 1 << 20)
                 assert listener.limits == wide
+
+    within(work())
+
+
+def test_an_edge_may_send_all_its_requests_before_the_first_is_read(prepared: Prepared) -> None:
+    config = msgspec.structs.replace(prepared.config, client_requests=1000)
+
+    async def work() -> None:
+        async with listening(dataclasses.replace(prepared, config=config)) as listener:
+            assert listener.limits.undelivered > 1000 * message_bytes(prepared.limits.request)
 
     within(work())
 

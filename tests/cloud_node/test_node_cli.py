@@ -121,6 +121,15 @@ def test_check_and_serve_refuse_the_same_mistakes(folder: Path) -> None:
     assert (done.returncode, "chmod 600" in done.stderr) == (1, True)
 
 
+def test_check_refuses_devices_that_this_process_does_not_see(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    done = run("check", "--bundle", "bundle", "--device", "cuda:1", cwd=folder)
+    assert done.returncode == 1
+    assert "CUDA_VISIBLE_DEVICES=0 shows 1" in done.stderr
+
+
 @pytest.mark.process
 def test_init_writes_a_file_that_explains_and_loads(folder: Path) -> None:
     done = run(

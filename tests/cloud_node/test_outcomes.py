@@ -159,6 +159,8 @@ class Batch(Slot):
         self.compute_us = 10
         worker.runs += 1
         self.outputs = _arrays(worker.stage.outputs, n)
+        for array in self.outputs.values():
+            array.T[:] = np.arange(n)  # each row is its number
         return self.outputs
 
     def _recycle(self) -> None:
@@ -605,6 +607,44 @@ def test_what_is_cancelled_before_it_is_run_again_is_not_computed(
     assert value(running.server.metrics, "windows_total") == 4
 
 
+def test_a_request_gets_its_own_rows_although_another_one_of_its_batch_was_cancelled(
+    start: Callable[[], Running],
+) -> None:
+    running = start()
+    gone, kept = running.computing(running.request(4), running.request(5))
+    running.edge.send(encode(Cancel(gone)))
+    running.ask_info()
+    running.loop.call_soon_threadsafe(running.worker.go.set)
+    message, outputs = running.edge.receive()
+    assert isinstance(message, Result)
+    assert message.id == kept
+    assert outputs["tokens"][:, 0, 0].tolist() == [4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize(("ready", "hint_ms"), [(0, 2500), (1, 100)])
+def test_after_the_last_worker_died_the_hint_includes_the_start_of_the_next(
+    start: Callable[[], Running], ready: int, hint_ms: int
+) -> None:
+    running = start()
+    running.call(running.worker.on_event, WorkerEvent("ready", 0, "cpu", 0, seconds=2.0))
+    running.worker.ends = [WorkerDied("no")]
+    sent = running.computing(running.request(9))
+    running.worker.ready = ready
+    running.settle(sent)
+    (refused,) = [message for message in running.heard if isinstance(message, Refused)]
+    assert (refused.code, refused.retry_ms) == ("worker_died", hint_ms)
+
+
+def test_replies_that_have_left_do_not_count_as_unread(
+    start: Callable[[], Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "HEADER_BYTES", 0)  # as if replies were large
+    running = start()
+    running.settle(running.computing(running.request(9)))
+    running.until(lambda: not running.server._unread_total)
+    assert running.told(Result)
+
+
 def test_requests_of_connections_that_a_rebind_ended_are_not_computed(
     start: Callable[[], Running],
 ) -> None:
@@ -705,4 +745,4 @@ def test_outputs_are_copied_into_the_reply_before_their_memory_is_reused(
     (accepted, _), (result, outputs) = running.edge.receive(), running.edge.receive()
     assert isinstance(accepted, Accepted)
     assert isinstance(result, Result)
-    assert not outputs["tokens"].any()
+    assert outputs["tokens"][:, 0, 0].tolist() == [*range(9)]

@@ -28,6 +28,7 @@ from cloud_node.pool import (
     Slot,
     WorkerDied,
     WorkerEvent,
+    _Pending,
     parse_device,
     visible_devices,
 )
@@ -451,6 +452,33 @@ def test_a_slow_worker_is_not_hung(bundle_of: Any, batch: Any) -> None:
         async with running(bundle_of("slow"), hang_s=0.05) as pool:
             await ask(pool, batch(9))
             assert pool.kinds() == ["started", "ready"]
+
+    run(main())
+
+
+@pytest.mark.process
+def test_an_idle_worker_is_not_hung(bundle_of: Any) -> None:
+    async def main() -> None:
+        async with running(bundle_of("pixels"), hang_s=0.5) as pool:
+            await asyncio.sleep(1.5)
+            assert pool.kinds() == ["started", "ready"]
+
+    run(main())
+
+
+@pytest.mark.process
+def test_a_worker_that_always_has_a_batch_is_not_hung(bundle_of: Any, batch: Any) -> None:
+    async def main() -> None:
+        async with running(bundle_of("pixels"), noop=True, hang_s=0.5) as pool:
+            (lane,), loop = pool._lanes, asyncio.get_running_loop()
+            other: Any = await pool.acquire()
+            lane.runs[0] = _Pending(other, 1, loop.create_future())  # as if it always came next
+            end = loop.time() + 1.5
+            while loop.time() < end:
+                await ask(pool, batch(1))
+            assert pool.kinds() == ["started", "ready"]
+            del lane.runs[0]
+            other.release()
 
     run(main())
 

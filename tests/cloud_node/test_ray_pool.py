@@ -228,6 +228,26 @@ def test_a_batch_that_fails_costs_only_that_batch(running: Running) -> None:
 
 
 @pytest.mark.process
+@pytest.mark.parametrize(
+    "change", [lambda array: array[:1], lambda array: array.astype(np.float16)]
+)
+def test_outputs_of_another_form_fail_only_their_batch(
+    running: Running, monkeypatch: pytest.MonkeyPatch, change: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    feeds = make_feeds(running.bundle, 2)
+
+    def opened(sealed: Any, key: bytes) -> Feeds:
+        return {name: change(a) for name, a in unseal(sealed, key, result=True).items()}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ray_pool, "_open", opened)
+        with pytest.raises(EngineError, match="returned tokens in another form"):
+            running.call(running.ask(feeds))
+    outputs = running.call(running.ask(feeds))
+    np.testing.assert_array_equal(outputs["tokens"], running.direct(feeds)["tokens"])
+
+
+@pytest.mark.process
 def test_a_cancelled_run_gives_its_slot_back_once_it_is_over(running: Running) -> None:
     pool = running.pool
     feeds = make_feeds(running.bundle, 1)
@@ -499,7 +519,7 @@ def request_(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Open:
     )
 
 
-def test_a_hung_replica_is_unhealthy(request_: Open) -> None:
+def test_a_hung_replica_is_unhealthy(request_: Open, bundle: Bundle) -> None:
     replica = Replica(request_, 30.0)
     replica.check_health()
     replica._engine.slowest_s = 2.0
@@ -511,6 +531,10 @@ def test_a_hung_replica_is_unhealthy(request_: Open) -> None:
     replica._began = time.monotonic() - 45
     with pytest.raises(RuntimeError, match="hung"):
         replica.check_health()
+    feeds = make_feeds(bundle, 1)
+    assert not isinstance(replica.run(seal(feeds, b"k" * 16, result=False), b"k" * 16), Failed)
+    replica._hang_s = replica._engine.slowest_s = 0.0
+    replica.check_health()  # an idle replica does not hang
 
 
 class Local:

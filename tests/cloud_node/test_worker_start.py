@@ -21,6 +21,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cloud_node import worker, worker_start
+
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
     pytest.mark.process,
@@ -122,6 +124,18 @@ def attack() -> Iterator[Callable[[str], Callable[[], dict[str, int]]]]:
     for process in running:
         process.kill()
         process.wait()
+
+
+def test_a_worker_asks_to_be_killed_first_before_it_closes_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Afterwards an ordinary user has no right to. Root has, so a real worker would not show it."""
+    done: list[str] = []
+    monkeypatch.setattr(worker_start, "die_with_parent", lambda _: done.append("die"))
+    monkeypatch.setattr(worker_start, "disable_core_dumps", lambda: done.append("close"))
+    monkeypatch.setattr(worker, "work", lambda _: 0)
+    assert worker_start.main(["3", "1"]) == 0
+    assert done == ["die", "close"]
 
 
 def test_the_attack_works_on_an_unprotected_process(

@@ -51,6 +51,24 @@ def test_messages_go_both_ways_and_the_child_ends_when_the_socket_closes() -> No
 
 
 @pytest.mark.process
+def test_modules_in_the_current_folder_do_not_replace_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("edge_common", "tests", "struct"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path)
+
+    async def test(child: Child, got: asyncio.Queue[bytes]) -> None:
+        child.send(b"a")
+        first = asyncio.ensure_future(got.get())
+        await asyncio.wait({first, child.lost}, return_when=asyncio.FIRST_COMPLETED)
+        assert not child.lost.done()
+        assert first.result() == b"a"
+
+    child_test(test)
+
+
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("message", "reason"),
     [

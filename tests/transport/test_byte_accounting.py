@@ -122,7 +122,7 @@ def test_a_reader_that_recovers_is_slow_no_more() -> None:
 
 
 def test_a_peer_that_reads_everything_is_never_slow() -> None:
-    peers = Unconnected(2, total=1000, least_rate=100)
+    peers = Unconnected(2, total=1000, slow=0, least_rate=100)
     peers.hand_over(2, 900, 0.0)  # many bytes wait, but for the other peer, which reads fast enough
     peers.hand_over(1, 2, 0.0)
     for tenth in range(1, 100):
@@ -133,7 +133,7 @@ def test_a_peer_that_reads_everything_is_never_slow() -> None:
 
 
 def test_the_reading_rate_counts_only_while_bytes_wait() -> None:
-    peers = Unconnected(2, total=1000, least_rate=100)
+    peers = Unconnected(2, total=1000, slow=0, least_rate=100)
     peers.hand_over(2, 900, 0.0)  # many bytes wait, but for the other peer
     acked = 0
     for second in range(0, 60, 6):
@@ -159,6 +159,15 @@ def test_a_reader_that_stops_completely_is_dropped() -> None:
     peers.count(2, 41, acked=300)
     peers.count(1, 41, acked=700)
     assert peers.told(41) == [(2, "slow")]
+
+
+def test_more_messages_do_not_excuse_a_reader_that_has_stopped() -> None:
+    peers = Unconnected(1)
+    for second in range(11):
+        peers.hand_over(1, 10, second)
+        peers.count(1, second)
+        assert not peers.told(second)
+    assert peers.told(10.1) == [(1, "slow")]
 
 
 def test_beyond_the_total_the_party_that_holds_most_is_dropped() -> None:

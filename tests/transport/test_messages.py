@@ -206,6 +206,15 @@ def test_a_sealed_result_cannot_be_changed() -> None:
             decode(changed, WIDE, SEAL)
 
 
+def test_each_tensor_of_a_result_has_its_own_nonce() -> None:
+    """AES-GCM is broken by two messages under the same key and nonce."""
+    array = np.zeros(64, np.uint8)
+    frame = bytes(encode(Result(ID, 1, 1), {"a": array, "b": array}, SEAL))
+    first, second = frame[-208:-128], frame[-80:]  # with their tags; 48 zeros are between them
+    assert frame[-128:-80] == bytes(48)
+    assert first != second
+
+
 def test_arrays_that_are_not_contiguous_are_sent_in_order() -> None:
     array = np.arange(24, dtype=np.int64).reshape(4, 6).T[::2]
     for message in (Request(ID, "0" * 64, 1, SEAL), Result(ID, 1, 1)):
@@ -356,6 +365,20 @@ def test_defects_are_protocol_errors(frame: bytes) -> None:
         decode(frame, WIDE)
     assert str(info.value)
     assert not isinstance(info.value, UnknownVersionError)
+
+
+@pytest.mark.parametrize(("times", "fits"), [(10, True), (HEADER_BYTES // 21, False)])
+def test_a_header_above_its_limit_is_refused(times: int, fits: bool) -> None:
+    """A field may be repeated, so a header of any length can be well-formed."""
+    field = msgspec.msgpack.encode("id") + msgspec.msgpack.encode(ID)
+    kind = msgspec.msgpack.encode("type") + msgspec.msgpack.encode("cancel")
+    frame = _whole(b"\xde" + (times + 1).to_bytes(2, "big") + kind + times * field)
+    assert (len(frame) <= HEADER_BYTES) is fits
+    if fits:
+        assert decode_header(frame) == Cancel(ID)
+        return
+    with pytest.raises(ProtocolError, match=r"header of \d+ bytes"):
+        decode_header(frame)
 
 
 @pytest.mark.parametrize("version", [1, 3, 7, 255])

@@ -144,6 +144,31 @@ def test_a_link_comes_up_goes_down_and_recovers(
     run_scene(scene)
 
 
+def test_a_link_forgets_a_connection_that_has_ended(
+    run_scene: Any, authorise: Any, new_pair: NewPair, limits: StageLimits
+) -> None:
+    """Its entry would keep a descriptor."""
+    pair = new_pair("edge")
+    authorise(pair)
+
+    async def scene(stage: Any) -> None:
+        server, connections = stage.server(), connections_of(limits)
+        endpoint, key = server.last_endpoint.decode(), stage.node.public
+        client = sockets.client(stage.ctx, endpoint, key, pair, limits, connect=False)
+        watcher = link.watch(client, endpoint, first_retry_s=0.1, connections=connections)
+        async with contextlib.aclosing(watcher) as events:
+            async for event in events:
+                if event.state == "up":
+                    assert len(connections) == 1
+                    server.close()
+                elif event.state == "down":
+                    break
+            assert len(connections) == 0
+        client.close()
+
+    run_scene(scene)
+
+
 def test_an_edge_authorised_later_is_admitted_without_a_restart(
     run_scene: Any, authorise: Any, new_pair: NewPair
 ) -> None:
