@@ -14,7 +14,7 @@ _BAND = 0.1  # of the low-pass filter in cycles per reduced pixel: noise dominat
 _BINS = 6  # of a colour histogram, per channel
 
 KNOWN_PEAK = 0.35
-"""Below this the motion is unknown. Matched frames reach 0.8; unrelated ones have 0.1, at most 0.3."""
+"""Below this the motion is unknown. Matched frames reach 0.8; unrelated ones have about 0.1."""
 
 ERROR = 1 / 1024
 """Error that one registration of frames related by pure motion is charged with, per axis and as a

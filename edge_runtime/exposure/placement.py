@@ -172,23 +172,17 @@ def seconds(
         for window in own
     }
     found: dict[int, str] = {}
-    while True:
-        fitting = {
-            window: [n for n in sorted(names) if after[n] + costs[n][window] <= limits[n]]
-            for window, names in left.items()
-        }
-        open_ = [window for window, names in fitting.items() if names]
-        if not open_:
-            return found
-        # First those with the fewest choices; of the nodes, the one with the most room left.
-        window = min(open_, key=lambda w: (len(fitting[w]), w))
-        name = max(fitting[window], key=lambda n: limits[n] - after[n] - costs[n][window])
+    for window in sorted(left, key=lambda w: (len(left[w]), w)):  # fewest choices first
+        fitting = [n for n in sorted(left[window]) if after[n] + costs[n][window] <= limits[n]]
+        if not fitting:
+            continue
+        name = max(fitting, key=lambda n: limits[n] - after[n] - costs[n][window])
         found[window] = name
         after[name] += costs[name][window]
-        del left[window]
         for other, names in left.items():
             if touch(window, other, side, separation):
                 names.discard(name)
+    return found
 
 
 def best_share(

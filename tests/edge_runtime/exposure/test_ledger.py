@@ -88,6 +88,7 @@ def test_the_ledger_refuses_and_records_excessive_exposure() -> None:
 def test_earlier_extra_windows_count_and_released_ones_do_not(committed: bool) -> None:
     """Three windows of a third each. Each node owns one and may see two."""
     placement = place([1] * 3, [0, 2, 4], 5, names(3), 0.7, SECRET, b"x")
+    placement = msgspec.structs.replace(placement, second={})  # which would take the room
     ledger = ExposureLedger(placement)
     a, b, c = placement.assignment
     extra = ledger.reserve(a, placement.assignment[b], "retry")
@@ -100,6 +101,22 @@ def test_earlier_extra_windows_count_and_released_ones_do_not(committed: bool) -
         for permit in ledger.permits:
             permit.release()
         ledger.reserve(a, placement.assignment[c], "retry")
+
+
+def test_second_choices_are_permitted_and_others_leave_room_for_them() -> None:
+    placement = tiny_square(6, 0.5)
+    assert len(placement.second) >= 3
+    window, second = next(iter(placement.second.items()))
+    ledger = ExposureLedger(placement)
+    near = next(w for w in placement.areas if touching(w, window, 5, 8))
+    if near not in placement.assignment[second]:
+        with pytest.raises(PlacementError, match="touches"):
+            ledger.reserve(second, [near])  # would take the place of its second choice
+    for w, node in placement.second.items():
+        ledger.reserve(node, [w], "retry").commit(1)
+    for node, mine in placement.assignment.items():
+        ledger.reserve(node, mine).commit(1)
+    assert max(ledger.exposure().values()) <= 0.5
 
 
 @settings(max_examples=100, deadline=None)
@@ -125,11 +142,12 @@ def test_no_sequence_of_requests_breaches_area_separation_or_home(
     waiting = []
     requests = [(f"node-{n}", w, then) for n, w, then in trace]
     requests += [(node, list(mine), "commit") for node, mine in placement.assignment.items()]
+    requests += [(node, [window], "commit") for window, node in placement.second.items()]
     for i, (node, asked, then) in enumerate(requests):
         try:
             permit = ledger.reserve(node, asked)
         except PlacementError:
-            assert i < len(trace)  # the placement's own sends are always permitted
+            assert i < len(trace)  # the placement's first and second choices are always permitted
             continue
         if then == "release":
             permit.release()

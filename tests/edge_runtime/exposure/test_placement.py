@@ -92,6 +92,19 @@ def check(placement: Placement, areas: list[int], windows: list[int], limit: flo
         if placement.separation >= neighbours:
             assert pairs_touching(placement, neighbours) == 0
     assert placement.touching == pairs_touching(placement, 8)
+    # If every second choice is used at once, budget and separation still hold.
+    for node, mine in placement.assignment.items():
+        held = [*mine, *(w for w, second in placement.second.items() if second == node)]
+        assert len(set(held)) == len(held)
+        assert sum(area[w] for w in held) / sum(areas) <= limit
+        if placement.separation:
+            assert not any(
+                touching(a, b, placement.side, placement.separation)
+                for a in held
+                for b in held
+                if a < b
+            )
+    assert not set(placement.second) & set(placement.home)
 
 
 @settings(max_examples=100, deadline=None)
