@@ -31,22 +31,24 @@ class Reused:
         outputs: the stack's outputs for one window, read-only, without the leading dimension.
         source: the node that computed them, or :data:`HOME`.
         frame: in which they were computed.
+        pixels: uint8 ``[w, w, 3]``, from which they were computed, read-only. With a tolerance
+            these may differ from those looked up; recompute tokens from these to check them.
     """
 
     outputs: dict[str, np.ndarray]
     source: str
     frame: int
+    pixels: np.ndarray
 
 
 @dataclass(frozen=True)
 class _Entry:
-    pixels: np.ndarray
     extent: tuple[int, int]
     reused: Reused
 
     @property
     def nbytes(self) -> int:
-        arrays = [self.pixels, *self.reused.outputs.values()]
+        arrays = [self.reused.pixels, *self.reused.outputs.values()]
         return sum(array.nbytes for array in arrays) + _OVERHEAD
 
 
@@ -89,7 +91,7 @@ class TokenCache:
             extent = _extent(windows, row)
             for serial in self._by_window.get(window, ()):
                 entry = self._entries[serial][1]
-                if entry.extent == extent and self._near(entry.pixels, windows.pixels[row]):
+                if entry.extent == extent and self._near(entry.reused.pixels, windows.pixels[row]):
                     self._entries.move_to_end(serial)
                     found[row] = entry.reused
                     break
@@ -116,10 +118,10 @@ class TokenCache:
         pixels = windows.pixels[row]
         for serial in [*self._by_window.get(window, ())]:
             old = self._entries[serial][1]
-            if old.extent == extent and _equal(old.pixels, pixels):
+            if old.extent == extent and _equal(old.reused.pixels, pixels):
                 self._drop(serial)
         copies = {name: _copy(array) for name, array in outputs.items()}
-        entry = _Entry(_copy(pixels), extent, Reused(copies, source, frame))
+        entry = _Entry(extent, Reused(copies, source, frame, _copy(pixels)))
         if entry.nbytes > self.max_bytes:
             return
         self._serial += 1

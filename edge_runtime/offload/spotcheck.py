@@ -241,7 +241,8 @@ class SpotCheck:
 
         Args:
             pipeline: of the full bundle.
-            feeds: the stack's, as :meth:`Pipeline.stack_inputs` returns them.
+            feeds: the stack's, as :meth:`Pipeline.stack_inputs` returns them, from the pixels that
+                the tokens were computed from (:attr:`edge_runtime.offload.reuse.Reused.pixels`).
             outputs: the frame's, in the order of the feeds; not to be changed meanwhile.
             sources: row -> the node it came from.
             tolerances: node -> its tolerance.
