@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import random
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ from engines.windows import Windows, cut
 
 ROOT = Path(__file__).parents[3]
 PHOTO = ROOT / "edge_runtime" / "photos" / "coins.png"
+FORGERY = ROOT / "docs" / "results" / "forgery.json"
 TOKENS = (TensorSpec("tokens", "float32", ("n", 25, 8)),)
 
 
@@ -373,3 +375,31 @@ def test_suspects_are_the_frames_with_a_window_that_was_never_proven(
             unproven.setdefault(frame, set()).add(window)
     assert sorted(trust.suspects("a")) == sorted(f for f, left in unproven.items() if left)
     assert trust.unproven("a") == sum(map(len, unproven.values()))
+
+
+# What was measured --------------------------------------------------------------------------------
+
+
+def test_floors_are_above_the_noise_that_was_measured() -> None:
+    noise = json.loads(FORGERY.read_text())["noise"]
+    for row in noise["pairs"]:
+        found = [row[inputs] for inputs in ("golden", "photo", "random picture") if inputs in row]
+        assert found
+        assert 3 * max(found) < BOUNDS[row["precision"]].floor
+    assert {row["precision"] for row in noise["alarms"]} == set(BOUNDS)
+    for row in noise["alarms"]:
+        assert row["above the tolerance"] == 0
+        assert row["windows"] >= 10_000
+        assert 2 * row["largest"] < BOUNDS[row["precision"]].floor
+
+
+def test_lies_within_the_floor_hardly_change_a_mask() -> None:
+    rows = json.loads(FORGERY.read_text())["lies"]["rows"]
+    for precision, least in (("fp32", 0.999), ("fp16", 0.98)):
+        small = [
+            row["iou_least"]
+            for row in rows
+            if row["precision"] == precision and row["difference"] <= BOUNDS[precision].floor
+        ]
+        assert small
+        assert min(small) >= least
