@@ -5,8 +5,10 @@ The embedding is computed once per image, by nodes or on this machine. Prompts n
 
 from __future__ import annotations
 
+import functools
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +17,8 @@ import numpy as np
 
 from edge_common.errors import ConfigError, ImageError, PromptError
 from edge_common.progress import progress
-from edge_runtime.config import EdgeConfig, Fallback, load_config
+from edge_runtime.config import EdgeConfig, Fallback, Region, check_region, load_config
+from edge_runtime.exposure.regions import windows_in
 from edge_runtime.imaging.images import (
     as_rgb,
     resize_longest,
@@ -318,13 +321,20 @@ class OffloadPredictor:
         stages = ("tail",) if self.offloader else ("stack", "tail", "encoder")
         return sum(self.pipeline.cost(stage) for stage in stages if self.bundle.has(stage))
 
-    def set_image(self, image: np.ndarray | Image.Image, image_format: str = "RGB") -> None:
+    def set_image(
+        self,
+        image: np.ndarray | Image.Image,
+        image_format: str = "RGB",
+        keep_local: Iterable[Region] = (),
+    ) -> None:
         """Compute the image's embedding, so that :meth:`predict` can be called.
 
         Args:
             image: uint8 ``[H, W, 3]``, values 0 to 255; or a Pillow image, which is not turned
                 upright (:func:`edge_runtime.imaging.images.load_image` does that).
             image_format: ``RGB`` or ``BGR``, of an array.
+            keep_local: regions whose windows never leave this machine, besides those of the
+                configuration.
 
         Raises:
             ImageError: it is not such an array.
@@ -341,9 +351,17 @@ class OffloadPredictor:
         if image_format == "BGR" and pixels is image:
             pixels = pixels[..., ::-1]
         windows = cut(resize_longest(pixels, self.bundle.geometry.image_size), self.bundle.geometry)
+        regions = [*keep_local]
+        for region in regions:
+            check_region(region)
+        if self.offloader:
+            regions += self.offloader.config.keep_local
+        local = windows_in(regions, pixels.shape[:2], windows.size, self.bundle.geometry)
         windows_ms = _ms_since(start)
         encoding = self.pipeline.encode(
-            windows, self._through_nodes if self.offloader else None, self._batch()
+            windows,
+            functools.partial(self._through_nodes, local) if self.offloader else None,
+            self._batch(),
         )
         size = (pixels.shape[0], pixels.shape[1])
         self.image = EncodedImage(self.pipeline, encoding, windows, size, windows_ms)
@@ -398,11 +416,11 @@ class OffloadPredictor:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _through_nodes(self, windows: Windows) -> dict[str, np.ndarray]:
+    def _through_nodes(self, local: frozenset[int], windows: Windows) -> dict[str, np.ndarray]:
         assert self.offloader is not None
         self.record = RunRecord()
         with self.pipeline.work.piece(0, "waiting for the nodes"):
-            return self.offloader.stack(windows, self.record)
+            return self.offloader.stack(windows, self.record, local)
 
     def _batch(self) -> int | None:
         if self.offloader or not self.bundle.has("stack"):

@@ -5,7 +5,7 @@ It is the only source of permits and of figures on exposure.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -90,6 +90,8 @@ class ExposureLedger:
     Args:
         placement: of the image's windows on parties.
         nodes: party -> its nodes; None if every party is one node of the same name.
+        extra: asked before a party is sent a window that it is not the first choice for; returns
+            why not, or None. The scene counts the windows as seen then.
 
     Attributes:
         entries: everything that was recorded, in order.
@@ -97,10 +99,14 @@ class ExposureLedger:
     """
 
     def __init__(
-        self, placement: Placement, nodes: Mapping[str, Sequence[str]] | None = None
+        self,
+        placement: Placement,
+        nodes: Mapping[str, Sequence[str]] | None = None,
+        extra: Callable[[str, tuple[int, ...]], str | None] | None = None,
     ) -> None:
         self.placement = placement
         self.nodes = {p: tuple(nodes[p]) if nodes else (p,) for p in placement.assignment}
+        self._extra = extra
         self._party = {node: party for party, names in self.nodes.items() for node in names}
         self.entries: list[Entry] = []
         self.permits: list[Permit] = []
@@ -130,6 +136,11 @@ class ExposureLedger:
         """
         asked = tuple(int(w) for w in windows)
         refusal = self.refusal(node, asked)
+        if refusal is None and self._extra is not None:
+            party = self._party[node]
+            known = self._windows(self.nodes[party], ("reserved", "committed"))
+            more = set(asked) - known - set(self.placement.assignment[party])
+            refusal = self._extra(party, tuple(sorted(more))) if more else None
         if refusal is not None:
             self._record(node, asked, "refused", refusal)
             raise PlacementError(f"not sending windows {list(asked)} to {node!r}: {refusal}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
 from edge_common.errors import OffloadError
@@ -43,11 +43,12 @@ class BackgroundLoop:
             finally:
                 ended.set()
 
-        with self._lock:
-            if self._closed:
-                work.close()
-                raise OffloadError("the offloader was closed", code="closed")
-            future = asyncio.run_coroutine_threadsafe(whole(), self._loop)
+        coroutine = whole()
+        try:
+            future = self.submit(coroutine)
+        except OffloadError:
+            work.close()
+            raise
         try:
             return future.result()
         except CancelledError:
@@ -57,6 +58,18 @@ class BackgroundLoop:
                 if future.cancel():
                     ended.wait(_UNWIND_S)
             raise
+
+    def submit(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
+        """Run `work`; returns at once. Cancelling the future cancels it.
+
+        Raises:
+            OffloadError: the loop was closed.
+        """
+        with self._lock:
+            if self._closed:
+                work.close()
+                raise OffloadError("the offloader was closed", code="closed")
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def close(self) -> None:
         """Cancel what still runs, and end the thread. Closing twice is allowed."""

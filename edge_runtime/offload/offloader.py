@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import logging
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future
+from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import zmq.asyncio
 
@@ -13,7 +18,7 @@ from edge_common.errors import BundleError
 from edge_common.memory_limits import memory_limit
 from edge_runtime.config import EdgeConfig, Node, load_nodes
 from edge_runtime.exposure.ledger import ExposureLedger
-from edge_runtime.exposure.placement import place
+from edge_runtime.exposure.placement import Placement, place
 from edge_runtime.offload.background import BackgroundLoop
 from edge_runtime.offload.connection import Connection
 from edge_runtime.offload.dispatch import Dispatch, Nodes
@@ -33,6 +38,13 @@ _MEMORY_REST_S = 5.0
 """Pause after an error in watching memory."""
 
 log = logging.getLogger(__name__)
+
+
+class Computed(NamedTuple):
+    """The stack's outputs for every window, and row -> who computed it (known rows are missing)."""
+
+    outputs: dict[str, np.ndarray]
+    sources: dict[int, str]
 
 
 class Offloader:
@@ -89,47 +101,99 @@ class Offloader:
             self._background.close()
             raise
 
-    def stack(self, windows: Windows, record: RunRecord | None = None) -> dict[str, np.ndarray]:
-        """The stack's outputs for every window, in the order of `windows`.
+    @property
+    def parties(self) -> dict[str, tuple[str, ...]]:
+        """Party -> names of its nodes."""
+        found: dict[str, tuple[str, ...]] = {}
+        for name, health in sorted(self._nodes.fleet.nodes.items()):
+            found[health.party] = (*found.get(health.party, ()), name)
+        return found
+
+    def usable(self) -> set[str]:
+        """Parties of which a node could be sent something now, or soon."""
+
+        async def look() -> set[str]:
+            now = asyncio.get_running_loop().time()
+            nodes = self._nodes.fleet.nodes.values()
+            return {n.party for n in nodes if n.state(now) in ("healthy", "probing", "resting")}
+
+        return self._background.call(look())
+
+    def stack(
+        self,
+        windows: Windows,
+        record: RunRecord | None = None,
+        keep_local: Collection[int] = (),
+    ) -> dict[str, np.ndarray]:
+        """The stack's outputs for every window of a photo, in the order of `windows`.
 
         On the same kind of machine they equal those of `pipeline.stack` bit for bit.
 
         Args:
             record: what happens is written here, also if this fails or is interrupted.
+            keep_local: windows that never leave the edge.
 
         Raises:
-            OffloadError: a node failed, or time ran out; at the deadline at the latest.
+            OffloadError: no permitted way led to all tokens; at the deadline at the latest.
             PlacementError: the nodes cannot satisfy the exposure budget.
         """
-        run = Dispatch(
-            windows,
-            lambda: self._place(windows),
-            self._nodes,
-            self.pipeline,
-            self.config,
-            record or RunRecord(),
-        )
-        return self._background.call(run.run())
+        place = functools.partial(self.place_photo, windows, keep_local)
+        return self._background.call(self._run(windows, record or RunRecord(), place, {})).outputs
 
-    def _place(self, windows: Windows) -> ExposureLedger:
-        """Place a photo's windows on the parties."""
-        members: dict[str, list[Node]] = {}
-        for node in self._nodes.connections.values():
-            party = self._nodes.fleet.nodes[node.name].party
-            members.setdefault(party, []).append(node.node)
-        placement = place(
-            areas=windows.area().tolist(),
-            windows=windows.window.tolist(),
-            side=self.pipeline.bundle.geometry.windows_per_side,
-            nodes=[*members],
-            max_exposure=self.config.max_exposure,
-            secret=self._secret,
-            image_hash=image_hash(windows),
-            keep_home=self.config.fallback == "local",
-            ids={party: min(node.server_key for node in members[party]) for party in members},
-        )
-        nodes = {party: sorted(node.name for node in members[party]) for party in members}
-        return ExposureLedger(placement, nodes)
+    def submit(
+        self,
+        windows: Windows,
+        record: RunRecord,
+        place: Callable[[], ExposureLedger],
+        known: Mapping[int, Mapping[str, np.ndarray]],
+    ) -> Future[Computed]:
+        """Begin with a frame; returns at once. Cancelling the future gives the frame up.
+
+        Args:
+            place: see :class:`.dispatch.Dispatch`.
+            known: row -> tokens that are known from an earlier frame.
+        """
+        return self._background.submit(self._run(windows, record, place, known))
+
+    async def _run(
+        self,
+        windows: Windows,
+        record: RunRecord,
+        place: Callable[[], ExposureLedger],
+        known: Mapping[int, Mapping[str, np.ndarray]],
+    ) -> Computed:
+        run = Dispatch(windows, place, self._nodes, self.pipeline, self.config, record, known)
+        return Computed(await run.run(), run.sources)
+
+    def place_photo(self, windows: Windows, keep_local: Collection[int] = ()) -> ExposureLedger:
+        """Place a photo's windows on the parties, and make its ledger.
+
+        Raises:
+            PlacementError: the nodes cannot satisfy the exposure budget.
+        """
+        areas = dict(zip(windows.window.tolist(), windows.area().tolist(), strict=True))
+        rest = {window: area for window, area in areas.items() if window not in keep_local}
+        keys = {name: each.node.server_key for name, each in self._nodes.connections.items()}
+        limit = self.config.max_exposure
+        side = self.pipeline.bundle.geometry.windows_per_side
+        if not rest:
+            placement = Placement(dict.fromkeys(self.parties, ()), (), 8, 0, limit, areas, side)
+        else:
+            placement = place(
+                areas=[*rest.values()],
+                windows=[*rest],
+                side=side,
+                nodes=[*self.parties],
+                # The budget is a share of the whole photo, also of what stays here.
+                max_exposure=min(1.0, limit * sum(areas.values()) / sum(rest.values())),
+                secret=self._secret,
+                image_hash=image_hash(windows),
+                keep_home=self.config.fallback == "local",
+                ids={party: min(keys[name] for name in ns) for party, ns in self.parties.items()},
+            )
+        home = tuple(sorted({*placement.home, *(areas.keys() - rest.keys())}))
+        whole = msgspec.structs.replace(placement, home=home, areas=areas, max_exposure=limit)
+        return ExposureLedger(whole, self.parties)
 
     def status(self, timeout_s: float = 5.0) -> list[NodeStatus]:
         """Ask every node, all at once, what it serves."""
