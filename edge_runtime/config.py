@@ -90,7 +90,7 @@ class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         bundle: directory of the full bundle. None is the shipped bundle.
         secret: file that keys the placement of windows.
         deadline_s: seconds until all of an image's tokens must be back. With ``fallback = "local"``
-            nodes get half of it, and the edge the rest to compute what they did not.
+            or ``strict`` nodes get half of it, and the edge the rest to compute windows itself.
         max_exposure: largest share of an image's or scene's area that one party may see, in (0, 1].
         fallback: ``error``, or ``local``: the edge computes what the nodes cannot or may not.
         windows_per_request: most windows in one message; None sends a node all of its windows at

@@ -139,8 +139,8 @@ class Connection:
 
     It sends nothing without a permit of the exposure ledger, and no window before the node has
     said, once per connection, that it serves the stage. It cancels requests on the node that are
-    given up. It quarantines a node that sends without end. If one of its tasks ends by a defect, it
-    logs that and connects again.
+    given up. It quarantines a node that sends without end, or for which :meth:`shut_out` is called.
+    If one of its tasks ends by a defect, it logs that and connects again.
 
     Args:
         ctx: asyncio context of that loop.
@@ -475,14 +475,19 @@ class Connection:
             await asyncio.sleep(_METER_S)
             for breach in self._connections.check(time.monotonic()):
                 if breach.reason == "endless":
-                    await self._shut_out(
+                    await self.shut_out(
                         f"it sent {breach.bytes / 1e6:.0f} MB without ending a message, or without "
                         "being asked; no honest node does that"
                     )
                     return
 
-    async def _shut_out(self, reason: str) -> None:
-        """Drop the connection, and never use this node again."""
+    async def shut_out(self, reason: str) -> None:
+        """Drop the connection, and never use this node again. Open requests fail.
+
+        Does nothing if it is in quarantine already.
+        """
+        if self.quarantine:
+            return
         reason = f"in quarantine until this edge is restarted: {reason}"
         log.warning("%s", self._error(reason, "quarantined"))
         self.quarantine = reason
@@ -496,7 +501,7 @@ class Connection:
         async for message in received(self._socket):
             self._connections.received(message.frame)
             if message.surplus:
-                await self._shut_out(
+                await self.shut_out(
                     f"it sent a message of {1 + message.surplus} frames; honest nodes send one"
                 )
                 return

@@ -28,7 +28,7 @@ from engines.windows import Windows
 HOME = "edge"
 """The source of tokens that this machine computed."""
 _NODES_SHARE = 0.5
-"""With a local fallback, the share of the deadline for the nodes; the edge needs the rest."""
+"""Share of the deadline for the nodes where the edge needs the rest, to compute windows itself."""
 _SMOOTHING = 0.2
 
 _T = TypeVar("_T")
@@ -77,6 +77,7 @@ class Dispatch:
 
     Attributes:
         sources: row -> the node that computed it, or :data:`HOME`. Known rows have none.
+        feeds: the stack's inputs, in the order of the windows; empty until they are prepared.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Dispatch:
         known: Mapping[int, Mapping[str, np.ndarray]] | None = None,
     ) -> None:
         self.sources: dict[int, str] = {}
+        self.feeds: Mapping[str, np.ndarray] = {}
         self._windows = windows
         self._place = place
         self._nodes = nodes
@@ -98,7 +100,6 @@ class Dispatch:
         self._record = record
         self._known = known or {}
         self._until = 0.0  # in the loop's time
-        self._feeds: Mapping[str, np.ndarray] = {}
         self._tasks: dict[Attempt, asyncio.Task[None]] = {}
         self._at_home: deque[int] = deque()
         self._computing: asyncio.Task[None] | None = None
@@ -123,7 +124,7 @@ class Dispatch:
         self._until = started + self._config.deadline_s
         frame: FrameState | None = None
         try:
-            ledger, self._feeds = await self._in_time(
+            ledger, self.feeds = await self.in_time(
                 asyncio.to_thread(self._prepare), "preparing what the nodes are sent"
             )
             self._record.ledger = ledger
@@ -209,7 +210,7 @@ class Dispatch:
 
     def _send(self, action: Send, frame: FrameState, ledger: ExposureLedger) -> None:
         now = asyncio.get_running_loop().time()
-        feeds = {name: array[list(action.rows)] for name, array in self._feeds.items()}
+        feeds = {name: array[list(action.rows)] for name, array in self.feeds.items()}
         try:
             permit = ledger.reserve(action.node, feeds["window"].tolist(), action.kind)
         except PlacementError:  # several rows together may be refused where each alone is not
@@ -260,10 +261,10 @@ class Dispatch:
                 row = self._at_home.popleft()
                 if row in frame.done:  # a node was faster
                     continue
-                feeds = {name: array[row : row + 1] for name, array in self._feeds.items()}
+                feeds = {name: array[row : row + 1] for name, array in self.feeds.items()}
                 began = loop.time()
                 running = asyncio.wrap_future(self._pipeline.submit("stack", feeds))
-                result = await self._in_time(running, "computing windows at home")
+                result = await self.in_time(running, "computing windows at home")
                 took, before = loop.time() - began, self._nodes.local_s
                 self._nodes.local_s = (
                     took if before is None else before + _SMOOTHING * (took - before)
@@ -300,7 +301,12 @@ class Dispatch:
             code=nodes[0].code,
         )
 
-    async def _in_time(self, work: Awaitable[_T], doing: str) -> _T:
+    async def in_time(self, work: Awaitable[_T], doing: str) -> _T:
+        """Await `work`, which is the edge's own, and cancel it at the deadline.
+
+        Raises:
+            OffloadError: the deadline passed.
+        """
         left = self._until - asyncio.get_running_loop().time()
         future = asyncio.ensure_future(work)
         try:  # not wait_for: before Python 3.12 it may lose a cancellation
@@ -317,8 +323,9 @@ class Dispatch:
 
 
 def deadline_of_nodes(now: float, config: EdgeConfig) -> float:
-    """The deadline for nodes. With a local fallback the edge needs time after it."""
-    return now + config.deadline_s * (_NODES_SHARE if config.fallback == "local" else 1)
+    """The deadline for nodes. The edge needs time after it for a local fallback or strict mode."""
+    shared = config.fallback == "local" or config.strict
+    return now + config.deadline_s * (_NODES_SHARE if shared else 1)
 
 
 def _times(reply: Reply, windows: int, bytes_up: int, total_s: float) -> Times:

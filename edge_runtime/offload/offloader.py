@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
+import itertools
 import logging
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
@@ -23,6 +24,7 @@ from edge_runtime.offload.background import BackgroundLoop
 from edge_runtime.offload.connection import Connection
 from edge_runtime.offload.dispatch import Dispatch, Nodes
 from edge_runtime.offload.health import Fleet, NodeHealth
+from edge_runtime.offload.recheck import Rechecker, Rechecks
 from edge_runtime.offload.report import RunRecord
 from edge_runtime.offload.status import NodeStatus, status
 from engines.pipeline import Pipeline
@@ -54,7 +56,12 @@ class Offloader:
 
     Args:
         config: nodes, deadline, budget and fallback.
-        pipeline: of the full bundle; its stack computes what stays at home.
+        pipeline: of the full bundle; its stack computes what stays at home, and recomputes windows.
+
+    Attributes:
+        on_suspect: called in the network's thread when a node was found lying, with its name and
+            the numbers (`RunRecord.number`) of the images whose masks may be wrong, oldest first.
+            It must return soon.
 
     Raises:
         BundleError: the bundle's windows cannot be offloaded (stock order).
@@ -70,6 +77,8 @@ class Offloader:
             )
         self.config = config
         self.pipeline = pipeline
+        self.on_suspect: Callable[[str, list[int]], None] | None = None
+        self._numbers = itertools.count(1)
         self._closed = False
         self._secret = load_secret_bytes(config.secret)
         stage = bundle.stage("stack")
@@ -90,6 +99,7 @@ class Offloader:
             ctx = zmq.asyncio.Context()
             connections = [connection(ctx, node) for node in nodes]
             self._nodes = Nodes(connections, fleet)
+            self._rechecker = Rechecker(pipeline, self._nodes, self._suspect)
             for each in connections:
                 each.start()
             self._watching = asyncio.create_task(_watch_memory(connections), name="memory")
@@ -114,7 +124,8 @@ class Offloader:
 
         async def look() -> set[str]:
             now = asyncio.get_running_loop().time()
-            nodes = self._nodes.fleet.nodes.values()
+            links = self._nodes.connections
+            nodes = [n for n in self._nodes.fleet.nodes.values() if not links[n.name].quarantine]
             return {n.party for n in nodes if n.state(now) in ("healthy", "probing", "resting")}
 
         return self._background.call(look())
@@ -162,8 +173,24 @@ class Offloader:
         place: Callable[[], ExposureLedger],
         known: Mapping[int, Mapping[str, np.ndarray]],
     ) -> Computed:
-        run = Dispatch(windows, place, self._nodes, self.pipeline, self.config, record, known)
-        return Computed(await run.run(), run.sources)
+        record.number, config = next(self._numbers), self.config
+        run = Dispatch(windows, place, self._nodes, self.pipeline, config, record, known)
+        outputs = await run.run()
+        await self._rechecker.check(run, outputs, config, record)
+        return Computed(outputs, run.sources)
+
+    def _suspect(self, node: str, images: list[int]) -> None:
+        if self.on_suspect is not None:
+            self.on_suspect(node, images)
+
+    @property
+    def rechecks(self) -> Rechecks:
+        """How many windows of nodes were recomputed so far."""
+        return self._rechecker.count
+
+    def settle(self) -> None:
+        """Wait until all windows that were chosen so far have been recomputed."""
+        self._background.call(self._rechecker.settle())
 
     def place_photo(self, windows: Windows, keep_local: Collection[int] = ()) -> ExposureLedger:
         """Place a photo's windows on the parties, and make its ledger.
@@ -210,6 +237,7 @@ class Offloader:
         self._closed = True
 
         async def disconnect() -> None:
+            await self._rechecker.close()
             self._watching.cancel()
             del self._watching  # a cancelled task keeps its open files
             await asyncio.gather(*(connection.close() for connection in self._connections))

@@ -21,7 +21,7 @@ class NodeReport(msgspec.Struct, frozen=True):
         share_of_image: their share of the image's area.
         upload_ms, download_ms: of the slowest of several requests.
         queue_ms, compute_ms: sums over several requests.
-        failure: None if it returned everything it was asked for.
+        failure: None if it returned everything it was asked for, and nothing of it proved false.
     """
 
     name: str
@@ -46,6 +46,9 @@ class OffloadReport(msgspec.Struct, frozen=True):
         separation: see :class:`~edge_runtime.exposure.placement.Placement`.
         windows_total: of the padded square, including those without an image pixel.
         ledger: every permit that was asked for, and what became of it.
+        recomputed: windows of nodes that the edge has computed again so far.
+        suspect: the image's masks may be wrong. A node that returned windows of it lied, there or
+            elsewhere, and they were not all computed again before its masks were made.
     """
 
     nodes: tuple[NodeReport, ...]
@@ -59,6 +62,8 @@ class OffloadReport(msgspec.Struct, frozen=True):
     bytes_down: int
     total_ms: float
     ledger: tuple[Entry, ...]
+    recomputed: tuple[int, ...] = ()
+    suspect: bool = False
 
 
 class Replied(NamedTuple):
@@ -82,16 +87,28 @@ class AtHome(NamedTuple):
     windows: tuple[int, ...]
 
 
+class Rechecked(NamedTuple):
+    """The edge computed a window of a node again. `wrong` is empty if the node's was right."""
+
+    node: str
+    window: int
+    wrong: str
+
+
 class RunRecord:
     """Events of one image's run, in order. Any thread may ask for a report at any time.
 
     Attributes:
         ledger: of the image; None until its windows are placed, before which nothing is sent.
         total_ms: how long the run took; 0 until it has ended.
+        number: of the image, increasing by 1 per `Offloader`; 0 until the run begins.
+        suspect: see :class:`OffloadReport`.
     """
 
     def __init__(self) -> None:
-        self.events: list[Replied | Failed | AtHome] = []
+        self.number = 0
+        self.suspect = False
+        self.events: list[Replied | Failed | AtHome | Rechecked] = []
         self.ledger: ExposureLedger | None = None
         self.total_ms = 0.0
 
@@ -105,17 +122,22 @@ class RunRecord:
     def at_home(self, windows: tuple[int, ...]) -> None:
         self.events.append(AtHome(windows))
 
+    def rechecked(self, node: str, window: int, wrong: str = "") -> None:
+        self.events.append(Rechecked(node, window, wrong))
+
     def report(self) -> OffloadReport | None:
         """How the run has gone so far; None before any window could be sent."""
         ledger, events = self.ledger, [*self.events]
         if ledger is None:
             return None
-        nodes = []
+        nodes, again = [], [event for event in events if isinstance(event, Rechecked)]
         for name in sorted(node for nodes in ledger.nodes.values() for node in nodes):
             answers = [e for e in events if isinstance(e, Replied) and e.node == name]
             replies = [answer.reply for answer in answers]
-            returned = {window for answer in answers for window in answer.windows}
+            false = {e.window: e.wrong for e in again if e.node == name and e.wrong}
+            right = {window for answer in answers for window in answer.windows} - false.keys()
             failures = [e.reason for e in events if isinstance(e, Failed) and e.node == name]
+            failures[:0] = false.values()
             nodes.append(
                 NodeReport(
                     name=name,
@@ -127,7 +149,7 @@ class RunRecord:
                     queue_ms=sum(reply.queue_ms for reply in replies),
                     compute_ms=sum(reply.compute_ms for reply in replies),
                     download_ms=max((reply.download_ms for reply in replies), default=0.0),
-                    failure=failures[0] if failures and ledger.asked(name) - returned else None,
+                    failure=failures[0] if failures and ledger.asked(name) - right else None,
                 )
             )
         return OffloadReport(
@@ -142,4 +164,6 @@ class RunRecord:
             bytes_down=sum(node.bytes_down for node in nodes),
             total_ms=self.total_ms,
             ledger=tuple(ledger.entries),
+            recomputed=tuple(sorted({event.window for event in again})),
+            suspect=self.suspect,
         )
