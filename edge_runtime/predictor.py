@@ -27,6 +27,7 @@ from edge_runtime.imaging.images import (
     upscale_mask,
 )
 from edge_runtime.offload.offloader import Offloader
+from edge_runtime.offload.recheck import recheck_rate
 from edge_runtime.offload.report import OffloadReport, RunRecord
 from engines.bundle import Bundle, shipped_bundle
 from engines.engine import Device
@@ -222,7 +223,7 @@ class OffloadPredictor:
 
     Args:
         config: an ``edge.toml`` or its contents; None computes everything on this machine.
-        max_exposure, deadline_s, fallback: in place of the configuration's, see
+        max_exposure, deadline_s, fallback, strict: in place of the configuration's, see
             :class:`~edge_runtime.config.EdgeConfig`.
         bundle: full or (without config) stock bundle; None takes the configuration's, or the one
             that comes with the package.
@@ -250,6 +251,7 @@ class OffloadPredictor:
         max_exposure: float | None = None,
         deadline_s: float | None = None,
         fallback: Fallback | None = None,
+        strict: bool | None = None,
         bundle: Bundle | str | os.PathLike[str] | None = None,
         threads: int | None = None,
         device: Device | None = None,
@@ -257,7 +259,11 @@ class OffloadPredictor:
         if config is not None and not isinstance(config, EdgeConfig):
             config = load_config(config)
         config = _changed(
-            config, max_exposure=max_exposure, deadline_s=deadline_s, fallback=fallback
+            config,
+            max_exposure=max_exposure,
+            deadline_s=deadline_s,
+            fallback=fallback,
+            strict=strict,
         )
         if bundle is None:
             bundle = (config.bundle if config else None) or shipped_bundle()
@@ -304,7 +310,8 @@ class OffloadPredictor:
             BundleError, EngineError: see :meth:`engines.pipeline.Pipeline.engine`.
         """
         stages = [stage for stage in ("head", "stack", "tail", "encoder") if self.bundle.has(stage)]
-        if self.offloader and self.offloader.config.fallback != "local":
+        config = self.offloader.config if self.offloader else None
+        if config and config.fallback != "local" and not recheck_rate(config):
             stages.remove("stack")
         stages = [stage for stage in (*stages, "decoder") if not self.pipeline.is_open(stage)]
         if not stages:

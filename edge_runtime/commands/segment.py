@@ -117,6 +117,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "compute those windows here (default: edge.toml's)",
     )
     where.add_argument(
+        "--strict",
+        action="store_const",
+        const=True,
+        help="compute every window of a node again here, so that no node can falsify a mask; takes "
+        "as long as without nodes (default: edge.toml's)",
+    )
+    where.add_argument(
         "--threads",
         type=THREADS,
         metavar="N",
@@ -177,6 +184,7 @@ def run(args: argparse.Namespace) -> int:
         max_exposure=args.max_exposure,
         deadline_s=args.deadline,
         fallback=args.fallback,
+        strict=args.strict,
         bundle=args.bundle,
         threads=args.threads,
         device=args.device,
@@ -256,6 +264,7 @@ def _config(args: argparse.Namespace) -> EdgeConfig | None:
             "--max-exposure": args.max_exposure,
             "--deadline": args.deadline,
             "--fallback": args.fallback,
+            "--strict": args.strict,
         }
         for option, value in given.items():
             if value is not None:
@@ -291,6 +300,13 @@ def _text(report: dict[str, Any], out: Path) -> str:
             )
         if seen["windows_at_home"]:
             lines.append(f"this machine computed {len(seen['windows_at_home'])} windows itself")
+        if seen["windows_recomputed"]:
+            again = len(seen["windows_recomputed"])
+            lines.append(f"this machine computed {again} of the nodes' windows again")
+        if seen["suspect"]:
+            lines.append(
+                "these masks may be wrong, because a node lied; with --strict they are not"
+            )
     else:
         lines.append("computed on this machine; nothing left it")
     spent = report["latency_ms"]

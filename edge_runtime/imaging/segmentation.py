@@ -129,6 +129,8 @@ def segment(
         elsewhere += time.perf_counter() - began
         labels[found.masks[0]] = number
         objects.append(_described(number, found))
+    if predictor.offloader is not None:
+        predictor.offloader.settle()  # a lie that is found now counts
     offload = predictor.report
     report: dict[str, Any] = {
         "size": {"width": width, "height": height},
@@ -158,6 +160,8 @@ def _exposure(offload: OffloadReport) -> dict[str, Any]:
         "windows_total": offload.windows_total,
         "windows_sent": offload.windows_sent,
         "windows_at_home": list(offload.home),
+        "windows_recomputed": list(offload.recomputed),
+        "suspect": offload.suspect,
         "bytes_up": offload.bytes_up,
         "bytes_down": offload.bytes_down,
         "nodes": [

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from faults.nodes import FaultyNode
+from faults.nodes import Act, FaultyNode
 from PIL import Image
 from toy import poisoned, slow
 
@@ -318,6 +318,36 @@ def test_a_signal_leaves_a_record_of_a_node_s_exposure(
     assert not (tmp_path / "result").exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "options", "right"),
+    [("", ["--strict"], True), ("strict = true\n", [], True), ("recompute = 1.0\n", [], False)],
+)
+@pytest.mark.process
+def test_a_lie_never_reaches_a_strict_mask_and_others_are_marked_suspect(
+    photo: Path,
+    tmp_path: Path,
+    toy_bundle: Path,
+    capsys: pytest.CaptureFixture[str],
+    settings: str,
+    options: list[str],
+    right: bool,
+) -> None:
+    command = ["segment", str(photo), "--point", "5,6", "--bundle", str(toy_bundle)]
+    assert main([*command, "--local", "--out", str(tmp_path / "local")]) == 0
+    with one_node(tmp_path, toy_bundle, policy=Act("norm", factor=-1)) as (_, config):
+        config.write_text(settings + config.read_text())
+        away = [*command, "--config", str(config), "--out", str(tmp_path / "away"), *options]
+        assert main(away) == 0
+    result = json.loads((tmp_path / "away" / "result.json").read_text())
+    exposure = result["exposure"]
+    assert exposure["windows_recomputed"] == exposure["nodes"][0]["windows"]
+    assert "differ" in exposure["nodes"][0]["failure"]
+    assert exposure["suspect"] is not right
+    assert ("these masks may be wrong" in capsys.readouterr().out) is not right
+    files = [tmp_path / folder / "mask-1.png" for folder in ("local", "away")]
+    assert (files[0].read_bytes() == files[1].read_bytes()) is right
+
+
 @pytest.mark.process
 def test_edge_toml_of_the_current_folder_is_found(
     photo: Path, tmp_path: Path, shared_fleet: Any, monkeypatch: pytest.MonkeyPatch
@@ -368,6 +398,7 @@ def test_a_budget_that_cannot_be_met_leaves_nothing_behind(
         (["--local", "--box", "0,0,61,5"], "which is 60 x 48 pixels"),
         (["--local", "--point", "1,1", "--max-exposure", "0.3"], "--max-exposure is about nodes"),
         (["--local", "--point", "1,1", "--deadline", "3"], "--deadline is about nodes"),
+        (["--local", "--point", "1,1", "--strict"], "--strict is about nodes"),
         (["--config", "no.toml", "--point", "1,1"], "no.toml does not exist"),
         (["--local", "--point", "-5,10"], "the point -5,10 is outside the photo"),
     ],

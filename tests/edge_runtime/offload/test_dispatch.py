@@ -26,11 +26,13 @@ from engines.windows import cut
 
 
 @pytest.mark.process
-def test_with_a_local_fallback_nodes_get_half_of_the_deadline(shared_fleet: Any) -> None:
+def test_where_the_edge_computes_too_nodes_get_half_of_the_deadline(shared_fleet: Any) -> None:
     config = shared_fleet.config(deadline_s=8.0)
     assert dispatch.deadline_of_nodes(100.0, config) == 108.0
     local = msgspec.structs.replace(config, fallback="local")
     assert dispatch.deadline_of_nodes(100.0, local) == 104.0
+    strict = msgspec.structs.replace(config, strict=True)
+    assert dispatch.deadline_of_nodes(100.0, strict) == 104.0
 
 
 @pytest.mark.process
