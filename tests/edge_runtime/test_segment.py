@@ -27,6 +27,7 @@ from edge_common.errors import PlanError
 from edge_runtime.cli import main
 from edge_runtime.config import EdgeConfig, NodeConfig
 from edge_runtime.offload.offloader import Offloader
+from edge_runtime.offload.spotcheck import SpotCheck, Verdict
 from edge_runtime.predictor import OffloadPredictor
 from engines.bundle import Bundle
 from transport.keys import generate_secret
@@ -328,10 +329,18 @@ def test_a_lie_never_reaches_a_strict_mask_and_others_are_marked_suspect(
     tmp_path: Path,
     toy_bundle: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
     settings: str,
     options: list[str],
     right: bool,
 ) -> None:
+    real = SpotCheck.verdict
+
+    def slowly(*arguments: Any) -> Verdict:  # the report waits for it
+        time.sleep(0.2)
+        return real(*arguments)
+
+    monkeypatch.setattr(SpotCheck, "verdict", slowly)
     command = ["segment", str(photo), "--point", "5,6", "--bundle", str(toy_bundle)]
     assert main([*command, "--local", "--out", str(tmp_path / "local")]) == 0
     with one_node(tmp_path, toy_bundle, policy=Act("norm", factor=-1)) as (_, config):

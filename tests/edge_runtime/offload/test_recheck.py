@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,9 @@ class Scene:
     def run(self, windows: Windows) -> tuple[np.ndarray, RunRecord]:
         record = RunRecord()
         return self.offloader.stack(windows, record)["tokens"], record
+
+    def change(self, **settings: Any) -> None:
+        self.offloader.config = msgspec.structs.replace(self.offloader.config, **settings)
 
     def turned_away(self) -> set[str]:
         return {node.name for node in self.offloader.status(2.0) if node.code == "quarantined"}
@@ -134,6 +137,7 @@ def test_in_strict_mode_no_lie_reaches_a_mask(make: Make, lie: Act, fallback: st
     with contextlib.suppress(OffloadError):
         scene.run(scene.windows(99))
     assert scene.nodes["beta"].requests == asked
+    scene.offloader._nodes.fleet.nodes["beta"].release(time.monotonic())  # its rest is over
     assert scene.offloader.usable() == {"alpha", "gamma"}
 
 
@@ -153,7 +157,7 @@ def test_the_report_names_the_liar_and_what_the_edge_computed_in_its_place(make:
 def test_a_lie_is_found_behind_the_first_frame_and_that_frame_is_suspect(
     make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    scene = make(policies={"beta": LIES[0]}, recompute=1.0, fallback="local")
+    scene = make(policies={"beta": LIES[0]}, recompute=1.0)
     windows = scene.windows()
     tokens, record = scene.run(windows)
     assert tokens.tobytes() != scene.truth(windows).tobytes()  # not strict: the lie came through
@@ -165,6 +169,7 @@ def test_a_lie_is_found_behind_the_first_frame_and_that_frame_is_suspect(
     assert scene.turned_away() == {"beta"}
     assert "node beta" in caplog.text
     assert "the masks of images 1 may be wrong" in caplog.text
+    scene.change(fallback="local")
     for seed in range(5):
         windows = scene.windows(seed)
         tokens, record = scene.run(windows)
@@ -193,7 +198,26 @@ def test_all_earlier_frames_with_unproven_windows_of_the_liar_are_suspect(
     assert scene.told == [("beta", [1, 2, 3, 4, 5, 6])]
     assert all(record.suspect for record in records)
     monkeypatch.setattr(SpotCheck, "choose", real)
+    scene.change(fallback="local")
     assert not scene.run(scene.windows(11))[1].suspect
+
+
+def test_a_liar_found_in_several_frames_at_once_is_told_once(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = make(policies={"beta": LIES[0]}, recompute=1.0)
+    gate, real = threading.Event(), scene.pipeline.submit
+    with ThreadPoolExecutor(1) as pool:
+
+        def submit(stage: str, feeds: Any) -> Future[Any]:
+            return pool.submit(lambda: gate.wait(60) and real(stage, feeds).result())
+
+        monkeypatch.setattr(scene.pipeline, "submit", submit)
+        records = [scene.run(scene.windows(seed))[1] for seed in range(3)]
+        gate.set()
+        scene.offloader.settle()
+    assert scene.told == [("beta", [1, 2, 3])]
+    assert all(len(report(record).recomputed) == 6 for record in records)
 
 
 def test_a_frame_on_its_way_when_its_node_is_found_lying_comes_out_right(make: Make) -> None:
@@ -320,7 +344,7 @@ def test_an_engine_that_fails_is_no_lie_and_ends_only_strict_frames(
     scene.offloader.settle()
     assert scene.offloader.rechecks == Rechecks(6, 0, 6)
     assert "no memory" in caplog.text
-    scene.offloader.config = msgspec.structs.replace(scene.offloader.config, strict=True)
+    scene.change(strict=True)
     with pytest.raises(EngineError, match="no memory"):
         scene.run(scene.windows())
     assert scene.turned_away() == set()
