@@ -331,6 +331,7 @@ class OffloadPredictor:
         self,
         image: np.ndarray | Image.Image,
         image_format: str = "RGB",
+        *,
         keep_local: Iterable[Region] = (),
     ) -> None:
         """Compute the image's embedding, so that :meth:`predict` can be called.
