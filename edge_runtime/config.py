@@ -33,6 +33,7 @@ Region = tuple[float, float, float, float]
 
 DEFAULT_DEADLINE_S = 10.0
 _DEFAULT_SECRET = "keys/edge.secret"
+_DEFAULT_EXPOSURE = "exposure"
 _Z85 = re.compile(r"[0-9A-Za-z.:+=^!/*?&<>()\[\]{}@%$#-]{40}\Z")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}\Z")
 _WORDS = {
@@ -107,6 +108,8 @@ class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         strict: give no mask before every window was computed again.
         reuse_tolerance: a frame's window is not sent if no value of its pixels differs by more than
             this from a frame whose tokens are known, 0 to 255.
+        exposure: folder of the record of what each party may have seen (default: ``exposure``
+            beside the file). None: it is forgotten when the process ends.
         constant_rate: send every window of every frame, so that nodes cannot tell where something
             moves.
     """
@@ -126,6 +129,7 @@ class EdgeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     strict: bool = False
     reuse_tolerance: int = 0
     constant_rate: bool = False
+    exposure: str | None = None
 
     def __post_init__(self) -> None:
         if not self.nodes:
@@ -187,7 +191,8 @@ def load_config(path: str | os.PathLike[str]) -> EdgeConfig:
             raise ConfigError(f"nodes is {_shown(nodes)}; expected a [[nodes]] table for each node")
         table["nodes"] = [_completed(node, i, file.parent) for i, node in enumerate(nodes, 1)]
         table.setdefault("secret", _DEFAULT_SECRET)
-        for key in ("bundle", "secret"):
+        table.setdefault("exposure", _DEFAULT_EXPOSURE)
+        for key in ("bundle", "secret", "exposure"):
             if key in table:
                 table[key] = _absolute(table[key], file.parent)
         return msgspec.convert(table, EdgeConfig)

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -26,6 +26,7 @@ from edge_runtime.imaging.images import (
     upscale,
     upscale_mask,
 )
+from edge_runtime.offload.mode import Choice, ModeChooser
 from edge_runtime.offload.offloader import Offloader
 from edge_runtime.offload.recheck import recheck_rate
 from edge_runtime.offload.report import OffloadReport, RunRecord
@@ -36,6 +37,8 @@ from engines.windows import Windows, cut
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from edge_runtime.stream import FrameStream
 
 
 _AT_ONCE = 5
@@ -236,6 +239,7 @@ class OffloadPredictor:
         features, original_size, input_size: of :class:`EncodedImage`, or None.
         is_image_set: whether :meth:`predict` may be called.
         record: what happened while nodes worked on the image; None without nodes.
+        choice: where the last image's window layers were computed, and why; None without nodes.
 
     Raises:
         EdgeRuntimeError: bundle, configuration or keys are not in order.
@@ -273,6 +277,8 @@ class OffloadPredictor:
         device = device or (config.device if config else "auto")
         self.pipeline = Pipeline(bundle, threads=threads, device=device)
         self.offloader = Offloader(config, self.pipeline) if config else None
+        self._chooser = ModeChooser(config.mode if config else "local")
+        self.choice: Choice | None = None
         self.model = _Model(bundle.manifest.mask_threshold, _Encoder(bundle.geometry.image_size))
         self.reset_image()
 
@@ -332,6 +338,7 @@ class OffloadPredictor:
         self,
         image: np.ndarray | Image.Image,
         image_format: str = "RGB",
+        *,
         keep_local: Iterable[Region] = (),
     ) -> None:
         """Compute the image's embedding, so that :meth:`predict` can be called.
@@ -365,11 +372,16 @@ class OffloadPredictor:
             regions += self.offloader.config.keep_local
         local = windows_in(regions, pixels.shape[:2], windows.size, self.bundle.geometry)
         windows_ms = _ms_since(start)
-        encoding = self.pipeline.encode(
-            windows,
-            functools.partial(self._through_nodes, local) if self.offloader else None,
-            self._batch(),
-        )
+        through_nodes = None
+        if self.offloader:
+            each_s, usable = self.offloader.local_s, len(self.offloader.usable())
+            here_ms = each_s and each_s * 1000 * len(windows)
+            self.choice = self._chooser.choose(edge_ms=here_ms, usable_nodes=usable)
+            if self.choice.place == "nodes":
+                through_nodes = functools.partial(self._through_nodes, local)
+        encoding = self.pipeline.encode(windows, through_nodes, self._batch())
+        if self.choice:
+            self._chooser.measured(self.choice.place, encoding.stack_ms)
         size = (pixels.shape[0], pixels.shape[1])
         self.image = EncodedImage(self.pipeline, encoding, windows, size, windows_ms)
 
@@ -391,6 +403,21 @@ class OffloadPredictor:
         return self._set("before mask prediction").predict(
             point_coords, point_labels, box, mask_input, multimask_output, return_logits
         )
+
+    def stream(
+        self,
+        name: str = "stream",
+        *,
+        policy: Literal["every", "latest"] = "every",
+        depth: int = 3,
+    ) -> FrameStream:
+        """The frames of a camera or video, several under way at a time.
+
+        See :class:`edge_runtime.stream.FrameStream`.
+        """
+        from edge_runtime.stream import FrameStream
+
+        return FrameStream(self, name, policy=policy, depth=depth)
 
     def get_image_embedding(self) -> np.ndarray:
         """The embedding of the image that is set, float ``[1, d, g, g]``.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from edge_runtime.config import EdgeConfig
+    from edge_runtime.config import EdgeConfig, NodeConfig
 
 DESCRIPTION = """\
 Write an edge.toml for your nodes that explains every setting. Also make this edge's secret and its
@@ -220,9 +220,13 @@ def _warning(config: EdgeConfig) -> str | None:
 
 def _toml(config: EdgeConfig, base: Path) -> str:
     from edge_runtime.config import is_key
+    from edge_runtime.exposure.store import DEFAULT_FOLDER
 
     def quoted(text: str) -> str:
         return json.dumps(text)
+
+    def provider(node: NodeConfig) -> str:
+        return ("" if node.provider else "# ") + f"provider = {quoted(node.party)}"
 
     def path(text: str) -> str:
         return quoted(os.path.relpath(text, base))
@@ -239,7 +243,8 @@ def _toml(config: EdgeConfig, base: Path) -> str:
 # secret, nodes that get the same picture again see more of it.
 secret = {path(config.secret)}
 
-# Largest share of a picture's area that any one node may see. If your nodes can't keep it for a
+# Largest share of a picture's area, and of a scene's in a video, that any one party may see. A
+# party is all nodes with the same provider, see below. If your nodes can't keep it for a
 # picture, the picture is refused, and the error says what would suffice. With three nodes, 0.5 is
 # always possible and 0.37 for most photos.
 max_exposure = {config.max_exposure:g}
@@ -256,8 +261,21 @@ fallback = {quoted(config.fallback)}
 # Runtime). Without this line: the first of these that works here.
 # device = "auto"
 
-# Most windows in one message. Without this line, a node gets all of its windows at once.
+# Most windows in one message. Without this line it depends on the measured times.
 # windows_per_request = 4
+
+# "offload" uses the nodes, "local" this machine alone, "auto" whichever has been faster.
+# mode = "auto"
+
+# Regions of every picture that never leave this machine: x0, y0, x1, y1 in its pixels.
+# keep_local = [[0, 0, 200, 100]]
+
+# In a video, windows that did not change are not sent again, so nodes can tell where something
+# moves. This sends all windows of every frame instead.
+# constant_rate = true
+
+# Folder of the record of what each party may have seen, so that a restart does not forget it.
+exposure = {path(config.exposure) if config.exposure else quoted(DEFAULT_FOLDER)}
 """
     tables = [
         f"""
@@ -268,6 +286,8 @@ endpoint = {quoted(node.endpoint)}
 server_key = {quoted(node.server_key) if is_key(node.server_key) else path(node.server_key)}
 # This edge's secret key for this node alone. The node's operator must authorise its .pub file.
 client_key = {path(node.client_key)}
+# Who runs it. What nodes of one provider see counts together, because they may share it.
+{provider(node)}
 """
         for node in config.nodes
     ]

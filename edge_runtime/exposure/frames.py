@@ -71,7 +71,7 @@ class FramePlacer:
         self._patterns: dict[tuple[str, ...], tuple[list[int], int, int]] = {}
         self._steps: deque[Position] = deque(maxlen=_HISTORY + 1)
         self._size = (0, 0)
-        self._unknown = -1
+        self._unknown = min([0, *self.mosaic.parts]) - 1
         self._frame = 0
         self._last: tuple[object, Placement] | None = None
         self._placed: dict[int, tuple[Position, Placement]] = {}

@@ -23,6 +23,11 @@ share of the image's longest side: 1 pixel at 1024. The largest one measured is 
 _CLEAN_PEAK = 0.8  # pure motion reaches it; beyond 1 degree of rotation, frames do not
 _SLOPE = 0.2  # error added per unit that the peak is lower, as a share of the longest side
 _STILL = 1 / 2048  # motion below it (half a pixel at 1024) counts as none
+_BLOCKS = 64  # along the longest side: 16 pixels at 1024
+_TEXTURED = 8.0  # grey levels between neighbouring blocks from which on motion shows
+_MOVED = 0.06  # of a block (1 pixel at 1024): less is no motion
+_REGIONS = 3  # per side; those in which nothing moved must be the majority
+_ENOUGH = 4  # textured blocks for a region to be judged
 _KEYS = 12  # key frames kept
 _TRIES = 4  # key frames that a frame is compared with at most
 _OVERLAP = 0.25  # a shift by this share of a side calls for a nearer key frame
@@ -51,6 +56,7 @@ class Look(NamedTuple):
 
     Attributes:
         spectrum: complex64, the windowed grey frame's half spectrum.
+        blocks: float32 ``[rows, columns]``, mean grey of blocks of 16 pixels at 1024.
         colours: float32 ``[bins]``, a coarse colour histogram that sums to 1. Brightness is scaled
             to a fixed mean first, so that light alone changes it little.
         grid: ``(rows, columns)`` of the reduced frame.
@@ -58,6 +64,7 @@ class Look(NamedTuple):
     """
 
     spectrum: np.ndarray
+    blocks: np.ndarray
     colours: np.ndarray
     grid: tuple[int, int]
     size: tuple[int, int]
@@ -107,7 +114,34 @@ def look_at(image: np.ndarray) -> Look:
     bins = np.minimum(level.astype(np.int32), _BINS - 1)
     index = (bins[..., 0] * _BINS + bins[..., 1]) * _BINS + bins[..., 2]
     colours = np.bincount(index.ravel(), minlength=_BINS**3).astype(np.float32) / index.size
-    return Look(spectrum, colours, grid, (height, width))
+    block = max(1, max(grid) // _BLOCKS)
+    rows, columns = (max(1, side // block) for side in grid)
+    whole = grey[: rows * block, : columns * block]
+    blocks = whole.reshape(rows, -1, columns, whole.shape[1] // columns).mean((1, 3))
+    return Look(spectrum, blocks, colours, grid, (height, width))
+
+
+def still(earlier: Look, later: Look) -> bool:
+    """True if the camera has not moved, whatever moves before it.
+
+    Blocks with texture hardly differ in most parts of the picture. The difference of two blocks
+    over that of neighbouring ones is about the motion in blocks, for motion of less than a block.
+    """
+    if earlier.size != later.size:
+        return False
+    rows, columns = (side - 1 for side in earlier.blocks.shape)
+    here, change = earlier.blocks[:rows, :columns], later.blocks - earlier.blocks
+    slope = np.maximum(
+        np.abs(earlier.blocks[1:, :columns] - here), np.abs(earlier.blocks[:rows, 1:] - here)
+    )
+    moved = np.abs(change[:rows, :columns]) / np.maximum(slope, _TEXTURED)
+    judged = []
+    for ys in np.array_split(np.arange(rows), _REGIONS):
+        for xs in np.array_split(np.arange(columns), _REGIONS):
+            textured = slope[np.ix_(ys, xs)] >= _TEXTURED
+            if np.count_nonzero(textured) >= _ENOUGH:
+                judged.append(float(np.median(moved[np.ix_(ys, xs)][textured])) <= _MOVED)
+    return len(judged) >= _REGIONS and sum(judged) > len(judged) / 2
 
 
 def motion(earlier: Look, later: Look) -> Motion:
@@ -203,6 +237,9 @@ class Tracker:
         nearest = sorted(self._keys, key=distance)[:_TRIES]
         best: tuple[Position, float] | None = None
         # Through the last frame only if no key frame matches: its error is larger.
+        for earlier, at in nearest:
+            if still(earlier, look):
+                return at, 0.0
         for earlier, at in [*nearest, self._last]:
             if best is not None and earlier is self._last[0]:
                 break

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import itertools
 import logging
+import threading
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from typing import NamedTuple
@@ -15,11 +16,13 @@ import msgspec
 import numpy as np
 import zmq.asyncio
 
-from edge_common.errors import BundleError
+from edge_common.errors import BundleError, RecordError
 from edge_common.memory_limits import memory_limit
 from edge_runtime.config import EdgeConfig, Node, load_nodes
 from edge_runtime.exposure.ledger import ExposureLedger
 from edge_runtime.exposure.placement import Placement, place
+from edge_runtime.exposure.scene import SceneKeeper
+from edge_runtime.exposure.store import ExposureStore, photo_key
 from edge_runtime.offload.background import BackgroundLoop
 from edge_runtime.offload.connection import Connection
 from edge_runtime.offload.dispatch import Dispatch, Nodes
@@ -80,6 +83,8 @@ class Offloader:
         self.on_suspect: Callable[[str, list[int]], None] | None = None
         self._numbers = itertools.count(1)
         self._closed = False
+        self._opening = threading.Lock()
+        self._exposure: ExposureStore | None = None
         self._secret = load_secret_bytes(config.secret)
         stage = bundle.stage("stack")
         limits = stage_limits(stage.inputs, stage.outputs, bundle.geometry.windows)
@@ -220,7 +225,64 @@ class Offloader:
             )
         home = tuple(sorted({*placement.home, *(areas.keys() - rest.keys())}))
         whole = msgspec.structs.replace(placement, home=home, areas=areas, max_exposure=limit)
-        return ExposureLedger(whole, self.parties)
+        return ExposureLedger(whole, self.parties, self._photo_extra(windows, whole))
+
+    def _photo_extra(
+        self, windows: Windows, placement: Placement
+    ) -> Callable[[str, tuple[int, ...]], str | None] | None:
+        """Put a photo's placement on record. Second choices may be used once they are on the disk.
+
+        A repeat of the photo uses the same first choices, so those need not wait.
+        """
+        try:
+            store = self._store()
+        except RecordError as error:
+            if error.code != "in_use":
+                raise
+            return lambda party, extra: "another process writes the exposure record"
+        if store is None:
+            return None
+        key = photo_key(self._secret, image_hash(windows))
+        side = self.pipeline.bundle.geometry.window_pixels
+        record = store.photo(key, windows.size, side)
+        for party, mine in placement.assignment.items():
+            record.place(party, mine)
+        for window, party in placement.second.items():
+            record.grant(party, [window])
+
+        def extra(party: str, asked: tuple[int, ...]) -> str | None:
+            if any(placement.second.get(window) != party for window in asked):
+                return "only its second choices are on record"
+            return None if record.durable() else "they are not on record yet"
+
+        return extra
+
+    @property
+    def local_s(self) -> float | None:
+        """Seconds that this machine's stack takes for one window; None while not known."""
+        return self._nodes.local_s
+
+    def scenes(self, stream: str) -> SceneKeeper:
+        """The scenes of one camera or video, with their budget.
+
+        Raises:
+            RecordError: the exposure record cannot be used.
+        """
+        return SceneKeeper(
+            stream,
+            self.pipeline.bundle.geometry,
+            self.config.max_exposure,
+            self._secret,
+            self.parties,
+            self._store(),
+            fallback=self.config.fallback == "local",
+        )
+
+    def _store(self) -> ExposureStore | None:
+        with self._opening:
+            if self._exposure is None and self.config.exposure is not None:
+                self._exposure = ExposureStore(self.config.exposure, self.config.max_exposure)
+            return self._exposure
 
     def status(self, timeout_s: float = 5.0) -> list[NodeStatus]:
         """Ask every node, all at once, what it serves."""
@@ -245,6 +307,8 @@ class Offloader:
 
         self._background.call(disconnect())
         self._background.close()
+        if self._exposure is not None:
+            self._exposure.close()
 
     def __enter__(self) -> Offloader:
         return self

@@ -38,6 +38,7 @@ def test_paths_are_relative_to_the_file_and_defaults_apply(
     assert config == EdgeConfig(
         bundle=str(here / "../b"),
         secret=str(here / "keys/edge.secret"),
+        exposure=str(here / "exposure"),
         nodes=(
             NodeConfig(
                 name="alpha",

@@ -185,7 +185,8 @@ def one_node(folder: Path, bundle: Path, **options: Any) -> Iterator[tuple[Fault
 def test_a_failed_run_leaves_a_record_of_the_nodes_exposure(
     photo: Path, tmp_path: Path, shared_fleet: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = toml(shared_fleet.config(), tmp_path / "edge.toml")
+    # A budget that leaves no room for a second node to see beta's windows.
+    config = toml(shared_fleet.config(max_exposure=0.36), tmp_path / "edge.toml")
     beta = shared_fleet.nodes["beta"].endpoint
     config.write_text(config.read_text().replace(beta, closed_port()))
     out = tmp_path / "deep" / "result"

@@ -18,6 +18,7 @@ from edge_runtime.exposure.motion import (
     changed,
     look_at,
     motion,
+    still,
 )
 
 PHOTO = Path(edge_runtime.__file__).parent / "photos" / "coins.png"
@@ -229,3 +230,32 @@ def test_an_interruption_begins_a_part_and_the_camera_finds_back() -> None:
     back = tracker.follow(look(source, 0, 20, seed=3))
     assert (back.part, back.y, back.x) == pytest.approx((0, 0, 20), abs=1)
     assert tracker.follow(look(picture("blobs", 5))).part == 2
+
+
+@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.15])
+def test_a_camera_is_still_whatever_moves_before_it(name: str, share: float) -> None:
+    """An object of that share of the picture crosses it; the place stays exactly the same."""
+    side, other = int((share * SIZE[0] * SIZE[1]) ** 0.5), picture("texture", 8)
+    follower = Tracker()
+    for i in range(10):
+        shown = frame(picture(name), seed=i)
+        x = 40 * i % (SIZE[1] - side)
+        shown[50 : 50 + side, x : x + side] = other[:side, 20 * i : 20 * i + side]
+        found = follower.follow(look_at(shown))
+        assert (found.y, found.x, found.error, found.part) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize(("dy", "dx"), [(0, 2), (2, 0), (4, 4), (20, 0), (0, 100)])
+def test_a_camera_that_moves_is_not_still(name: str, dy: int, dx: int) -> None:
+    one = look(picture(name))
+    assert still(one, look(picture(name), seed=2))
+    assert not still(one, look(picture(name), dy, dx))
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_camera_that_turns_or_zooms_is_not_still(name: str) -> None:
+    one = look(picture(name))
+    assert not still(one, look(picture(name), degrees=1.5))
+    assert not still(one, look(picture(name), zoom=1.03))
