@@ -244,8 +244,11 @@ class Dispatch:
             reply = await infer(feeds, permit, frame.nodes_until)
             times = _times(reply, len(attempt.rows), permit.bytes, loop.time() - attempt.at)
             fresh = frame.answered(attempt, times, fleet, loop.time())
-            places = [attempt.rows.index(row) for row in fresh]
-            self._keep(fresh, {key: array[places] for key, array in reply.outputs.items()})
+            outputs = reply.outputs
+            if fresh != attempt.rows:
+                places = [attempt.rows.index(row) for row in fresh]
+                outputs = {key: array[places] for key, array in outputs.items()}
+            self._keep(fresh, outputs)
             self.sources |= dict.fromkeys(fresh, name)
             self._record.replied(name, permit.windows, reply)
         except asyncio.CancelledError:

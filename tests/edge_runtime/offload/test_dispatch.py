@@ -297,9 +297,29 @@ def test_tokens_that_could_not_be_kept_are_no_result(
 
     monkeypatch.setattr(Dispatch, "_keep", full)
     bundle = Bundle.load(shared_fleet.bundle)
-    with Pipeline(bundle, threads=1) as pipeline:
-        with Offloader(shared_fleet.config(), pipeline) as offloader:
-            with pytest.raises(MemoryError):
-                offloader.stack(windows_of(photo, bundle))
-            nodes = offloader._nodes.fleet.nodes.values()
-            assert [node.under_way for node in nodes] == [0, 0, 0]
+    with (
+        Pipeline(bundle, threads=1) as pipeline,
+        Offloader(shared_fleet.config(), pipeline) as offloader,
+    ):
+        with pytest.raises(MemoryError):
+            offloader.stack(windows_of(photo, bundle))
+        assert [n.under_way for n in offloader._nodes.fleet.nodes.values()] == [0, 0, 0]
+
+
+@pytest.mark.process
+def test_no_window_is_sent_to_a_node_whose_link_is_down(make_fleet: Any, photo: np.ndarray) -> None:
+    fleet = make_fleet("alpha", "beta", "gamma")
+    bundle, record = Bundle.load(fleet.bundle), RunRecord()
+    config = fleet.config(fallback="local", max_exposure=0.5)
+    with Pipeline(bundle, threads=1) as pipeline, Offloader(config, pipeline) as offloader:
+        offloader.stack(windows_of(photo, bundle))
+        offloader._nodes.local_s = 0.001
+        fleet.nodes["beta"].kill()
+        link = offloader._nodes.connections["beta"].link
+        while link is not None and link.state == "up":
+            link = offloader._nodes.connections["beta"].link
+        outputs = offloader.stack(windows_of(photo, bundle), record)
+    assert_identical(outputs, alone(photo, fleet.bundle))
+    assert record.ledger is not None
+    assert record.ledger.nodes["beta"] == ("beta",)
+    assert not record.ledger.asked("beta")
