@@ -137,12 +137,14 @@ class Dispatch:
                 frame.end(self._nodes.fleet, loop.time())
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            for permit in self._record.ledger.permits if self._record.ledger else []:
-                if permit.state == "reserved":  # its task was cancelled before it began
-                    permit.release()
-            self._nodes.wake()
-            self._record.total_ms = (loop.time() - started) * 1000
+            try:
+                await asyncio.gather(*tasks, return_exceptions=True)
+            finally:  # also if this is cancelled again
+                for permit in self._record.ledger.permits if self._record.ledger else []:
+                    if permit.state == "reserved":  # its task was cancelled before it began
+                        permit.release()
+                self._nodes.wake()
+                self._record.total_ms = (loop.time() - started) * 1000
         return self._outputs
 
     def _prepare(self) -> tuple[ExposureLedger, dict[str, np.ndarray]]:

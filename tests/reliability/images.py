@@ -404,7 +404,7 @@ def killed_of_5(bench: Bench) -> Seen:
     long_s=3600,
 )
 def all_dead(bench: Bench) -> Seen:
-    rounds, rng, deadline = bench.pick(2, 25), random.Random(5), 2.0
+    rounds, rng, deadline = bench.pick(1, 25), random.Random(5), 2.0
     over: dict[str, float] = {}
     held = True
     seen: dict[str, Any] = {}

@@ -6,6 +6,7 @@ import asyncio
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -323,3 +324,38 @@ def test_no_window_is_sent_to_a_node_whose_link_is_down(make_fleet: Any, photo: 
     assert record.ledger is not None
     assert record.ledger.nodes["beta"] == ("beta",)
     assert not record.ledger.asked("beta")
+
+
+def test_an_image_cancelled_twice_leaves_nothing_reserved(
+    shared_fleet: Any, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, ending = threading.Event(), threading.Event()
+
+    async def slow_to_end(self: Connection, *_: Any) -> None:
+        try:
+            asked.set()
+            await asyncio.sleep(3600)
+        finally:
+            ending.set()
+            await asyncio.sleep(0.2)
+
+    monkeypatch.setattr(Connection, "infer", slow_to_end)
+    bundle, record = Bundle.load(shared_fleet.bundle), RunRecord()
+    config = shared_fleet.config()
+    with Pipeline(bundle, threads=1) as pipeline, Offloader(config, pipeline) as offloader:
+        windows = windows_of(photo, bundle)
+        place_ = partial(offloader._place, windows)
+        run = Dispatch(windows, place_, offloader._nodes, pipeline, config, record)
+
+        async def cancelled_twice() -> None:
+            task = asyncio.create_task(run.run())
+            for event in (asked, ending):
+                while not event.is_set():
+                    await asyncio.sleep(0.001)
+                task.cancel()
+            await asyncio.wait([task])
+
+        offloader._background.call(cancelled_twice())
+        assert [n.under_way for n in offloader._nodes.fleet.nodes.values()] == [0, 0, 0]
+    assert record.ledger is not None
+    assert {permit.state for permit in record.ledger.permits} == {"released"}
