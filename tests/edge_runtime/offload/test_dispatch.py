@@ -314,7 +314,7 @@ def test_no_window_is_sent_to_a_node_whose_link_is_down(make_fleet: Any, photo: 
     config = fleet.config(fallback="local", max_exposure=0.5)
     with Pipeline(bundle, threads=1) as pipeline, Offloader(config, pipeline) as offloader:
         offloader.stack(windows_of(photo, bundle))
-        offloader._nodes.local_s = 0.001
+        offloader._nodes.local_s = 0.2  # less than the wait for the link, more than a node takes
         fleet.nodes["beta"].kill()
         link = offloader._nodes.connections["beta"].link
         while link is not None and link.state == "up":
