@@ -147,6 +147,7 @@ class Connection:
         stage: the stage to run, identified by its hash.
         limits: of that stage, for both directions.
         on_up: called whenever the link is there, or there again.
+        on_down: called when the link is lost, with the seconds that requests wait for it to return.
 
     Attributes:
         strays: messages that answered no open request; all were ignored.
@@ -161,9 +162,10 @@ class Connection:
         stage: Stage,
         limits: StageLimits,
         on_up: Callable[[], None] = lambda: None,
+        on_down: Callable[[float], None] = lambda _: None,
     ) -> None:
         self.node = node
-        self._on_up = on_up
+        self._on_up, self._on_down = on_up, on_down
         self.strays = 0
         self.cancelled = 0
         self.quarantine: str | None = None
@@ -460,6 +462,9 @@ class Connection:
                 else:  # the node forgets this edge when the connection ends
                     self._versions_told = False
                     self._forget_greeting()
+                    waits = self._away_since + _GRACE_S - asyncio.get_running_loop().time()
+                    if event.state != "refused" and waits > 0:
+                        self._on_down(waits)
                     self._fail_all(event.reason, self._link_code(event))
 
     def _turn(self, event: LinkEvent) -> None:

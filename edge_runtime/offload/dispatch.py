@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
+import msgspec
 import numpy as np
 
 from edge_common.errors import OffloadError, PlacementError
@@ -137,12 +138,14 @@ class Dispatch:
                 frame.end(self._nodes.fleet, loop.time())
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            for permit in self._record.ledger.permits if self._record.ledger else []:
-                if permit.state == "reserved":  # its task was cancelled before it began
-                    permit.release()
-            self._nodes.wake()
-            self._record.total_ms = (loop.time() - started) * 1000
+            try:
+                await asyncio.gather(*tasks, return_exceptions=True)
+            finally:  # also if this is cancelled again
+                for permit in self._record.ledger.permits if self._record.ledger else []:
+                    if permit.state == "reserved":  # its task was cancelled before it began
+                        permit.release()
+                self._nodes.wake()
+                self._record.total_ms = (loop.time() - started) * 1000
         return self._outputs
 
     def _prepare(self) -> tuple[ExposureLedger, dict[str, np.ndarray]]:
@@ -189,7 +192,8 @@ class Dispatch:
             for action in decision.actions:
                 if isinstance(action, Send):
                     self._send(action, frame, ledger)
-                elif isinstance(action, Cancel):
+                elif isinstance(action, Cancel):  # its task may not have begun yet
+                    frame.cancelled(action.attempt, fleet, loop.time())
                     self._tasks[action.attempt].cancel()
                 elif isinstance(action, Local):
                     frame.local_rows |= set(action.rows)
@@ -210,15 +214,28 @@ class Dispatch:
 
     def _send(self, action: Send, frame: FrameState, ledger: ExposureLedger) -> None:
         now = asyncio.get_running_loop().time()
-        feeds = {name: array[list(action.rows)] for name, array in self.feeds.items()}
         try:
-            permit = ledger.reserve(action.node, feeds["window"].tolist(), action.kind)
+            permit = self._permit(ledger, action, action.rows)
         except PlacementError:  # several rows together may be refused where each alone is not
-            frame.refused(action, now)
+            rows: tuple[int, ...] = ()
+            for row in action.rows:
+                more = tuple(self._windows.window[[*rows, row]].tolist())
+                if ledger.refusal(action.node, more) is None:
+                    rows = (*rows, row)
+            rest = tuple(row for row in action.rows if row not in rows)
+            frame.refused(msgspec.structs.replace(action, rows=rest), now)
             self._changed.set()
-            return
+            if not rows:
+                return
+            action = msgspec.structs.replace(action, rows=rows)
+            permit = self._permit(ledger, action, rows)
+        feeds = {name: array[list(action.rows)] for name, array in self.feeds.items()}
         attempt = frame.sent(action, self._nodes.fleet, now)
         self._tasks[attempt] = asyncio.create_task(self._ask(attempt, feeds, permit, frame))
+
+    def _permit(self, ledger: ExposureLedger, action: Send, rows: Sequence[int]) -> Permit:
+        windows = self._windows.window[list(rows)].tolist()
+        return ledger.reserve(action.node, windows, action.kind)
 
     async def _ask(
         self, attempt: Attempt, feeds: Mapping[str, np.ndarray], permit: Permit, frame: FrameState
@@ -228,6 +245,15 @@ class Dispatch:
         try:
             infer = self._nodes.connections[name].infer
             reply = await infer(feeds, permit, frame.nodes_until)
+            times = _times(reply, len(attempt.rows), permit.bytes, loop.time() - attempt.at)
+            fresh = frame.answered(attempt, times, fleet, loop.time())
+            outputs = reply.outputs
+            if fresh != attempt.rows:
+                places = [attempt.rows.index(row) for row in fresh]
+                outputs = {key: array[places] for key, array in outputs.items()}
+            self._keep(fresh, outputs)
+            self.sources |= dict.fromkeys(fresh, name)
+            self._record.replied(name, permit.windows, reply)
         except asyncio.CancelledError:
             if attempt in frame.under_way:
                 frame.cancelled(attempt, fleet, loop.time())
@@ -241,13 +267,6 @@ class Dispatch:
             self._record.failed(name, error)
         except Exception as error:  # a defect ends the image at once
             self._defect = error
-        else:
-            times = _times(reply, len(attempt.rows), permit.bytes, loop.time() - attempt.at)
-            fresh = frame.answered(attempt, times, fleet, loop.time())
-            places = [attempt.rows.index(row) for row in fresh]
-            self._keep(fresh, {key: array[places] for key, array in reply.outputs.items()})
-            self.sources |= dict.fromkeys(fresh, name)
-            self._record.replied(name, permit.windows, reply)
         finally:
             del self._tasks[attempt]
             self._nodes.wake()

@@ -125,6 +125,7 @@ class NodeHealth:
         self.reason = ""
         self._random = random or Random()
         self._rest_until = self._ejected_until = self._quarantined_until = -math.inf
+        self._link_until = -math.inf
         self._ejections = self._quarantines = 0
         self._unproven = False  # something went wrong, and no request has succeeded since
         self._period = [0.0, 0.0, 0.0]  # start, windows and replies since the node was idle
@@ -175,7 +176,8 @@ class NodeHealth:
             node's full-jitter back-off, or later if the node asked for it.
         """
         rests = min(retry_after_s, self.settings.longest_ejection_s)
-        if self.state(now) in ("healthy", "probing"):  # otherwise part of the same incident
+        if now >= max(self._rest_until, self._ejected_until, self._quarantined_until):
+            # otherwise part of the same incident
             self.failures += 1
             self.limit = max(1.0, self.limit * 0.7)
             most = self.settings.backoff_s * 2.0 ** min(self.failures - 1, 30)
@@ -227,10 +229,18 @@ class NodeHealth:
     def release(self, now: float) -> None:
         """End quarantine, ejection and back-off by hand. One request probes the node."""
         self._rest_until = self._ejected_until = self._quarantined_until = now
+        self._link_until = now
         self._quarantines = self._ejections = 0
+
+    def link_down(self, now: float, grace_s: float) -> None:
+        """The connection is lost. It may be back soon: until then others are asked instead."""
+        if self.state(now) in ("healthy", "probing"):
+            self.reason = "connection_lost"
+        self._link_until = now + grace_s
 
     def link_up(self, now: float) -> None:
         """The connection is back: a rest for which the link was the reason is over."""
+        self._link_until = -math.inf
         if self.reason in LINK_CODES:
             self._rest_until = self._ejected_until = now
 
@@ -238,14 +248,15 @@ class NodeHealth:
 
     def ready_at(self, now: float) -> float:
         """When it may be sent to again; `now` if it may be already, apart from its limit."""
-        return max(now, self._rest_until, self._ejected_until, self._quarantined_until)
+        rests = max(self._rest_until, self._link_until)
+        return max(now, rests, self._ejected_until, self._quarantined_until)
 
     def state(self, now: float) -> State:
         if now < self._quarantined_until:
             return "quarantined"
         if now < self._ejected_until:
             return "ejected"
-        if now < self._rest_until:
+        if now < self._rest_until or now < self._link_until:
             return "resting"
         return "probing" if self._unproven else "healthy"
 

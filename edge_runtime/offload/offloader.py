@@ -98,7 +98,10 @@ class Offloader:
                 fleet.nodes[node.name].link_up(asyncio.get_running_loop().time())
                 self._nodes.wake()
 
-            return Connection(ctx, node, stage, limits, up)
+            def down(waits_s: float) -> None:
+                fleet.nodes[node.name].link_down(asyncio.get_running_loop().time(), waits_s)
+
+            return Connection(ctx, node, stage, limits, up, down)
 
         async def connect() -> tuple[zmq.asyncio.Context, list[Connection]]:
             ctx = zmq.asyncio.Context()

@@ -31,7 +31,8 @@ FINAL = frozenset(
         "placement",  # the ledger refused the permit
     }
 )
-"""After these failures a frame does not go to the same node again."""
+"""After these failures a frame does not go to the same node again; after a refused permit, these
+rows do not."""
 _HEDGES = 2
 """Requests of a frame that may be hedged; a third of them where they are many."""
 _SPREAD = 2
@@ -294,7 +295,11 @@ class _Plan:
         """A node to send to (or, if it is full, to wait for), or "home", "wait" or "fail"."""
         frame, fleet, now = self.frame, self.fleet, self.now
         planned = frame.assigned.get(row)
-        barred = {failure.node for failure in frame.failed if failure.code in FINAL}
+        barred = {
+            failure.node
+            for failure in frame.failed
+            if failure.code in FINAL and (failure.code != "placement" or row in failure.rows)
+        }
         if last is None and planned in fleet.nodes and planned not in barred:
             node = fleet.nodes[planned]
             if node.state(now) == "healthy" and frame.may(row, planned):

@@ -34,7 +34,7 @@ from reliability.telling import VERDICTS, brief
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "docs/results/reliability.json"
 PAGE = ROOT / "docs/reliability.md"
-MODULES = ("network", "hostile", "floods", "load", "trust", "throughput")
+MODULES = ("network", "hostile", "floods", "load", "trust", "throughput", "images")
 
 
 def load_rows() -> dict[str, Row]:

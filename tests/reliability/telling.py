@@ -149,6 +149,39 @@ _TRUST = {
         "0 hits in logs, metrics and files", ("hits", "files searched", "bytes of logs")
     ),
 }
+_IMAGES = {
+    "image: one of 3 nodes killed": Telling(
+        "every image identical, exposure kept",
+        ("wrong", "identical", "typed errors", "against the rules of exposure", "p99 of clean"),
+    ),
+    "image: one of 5 nodes killed, no fallback": Telling(
+        "every image identical or a typed error, exposure kept",
+        ("wrong", "identical", "typed errors", "against the rules of exposure", "p99 of clean"),
+    ),
+    "image: all nodes dead or frozen": Telling(
+        "the right tokens or a typed error, in time",
+        ("local: wrong", "local: longest s", "error: wrong", "error: longest s"),
+    ),
+    "image: stragglers": Telling(
+        "all images identical",
+        ("wrong", "identical", "p99 of clean", "windows sent twice or more, %"),
+    ),
+    "image: everything slow": Telling(
+        "all images identical", ("wrong", "identical", "windows sent twice or more, %")
+    ),
+    "image: flapping": Telling(
+        "every image identical; descriptors and memory flat",
+        ("wrong", "identical", "descriptors", "memory of the edge, %"),
+    ),
+    "image: cancellation": Telling(
+        "nothing left under way, accounting exact",
+        ("wrong", "identical", "cancelled", "against the rules of exposure", "left under way"),
+    ),
+    "image: overhead": Telling(
+        "dispatch beside bare requests of the same bytes",
+        ("more ms: median", "more ms: p99", "more ms, without placement: median"),
+    ),
+}
 _MOVED = Telling(
     "moves >= 80 % of what bare sockets do, 16 edges >= 90 % of one",
     ("share of bare, %: median", "16 edges of 1, %: node: median", "refused", "lost"),
@@ -160,6 +193,7 @@ THEMES: dict[str, dict[str, Telling]] = {
     "Hostile peers": _HOSTILE,
     "Load and memory": _LOAD,
     "Trust": _TRUST,
+    "Whole images": _IMAGES,
     "Throughput": _THROUGHPUT,
 }
 OTHERS = "Others"

@@ -257,7 +257,7 @@ def _command(role: str) -> list[str]:
     return [sys.executable, "-c", _MAIN, str(Path(__file__).parents[1]), role]
 
 
-def _in_this_role(role: str, limit: int | None = None) -> Callable[..., subprocess.Popen[bytes]]:
+def in_this_role(role: str, limit: int | None = None) -> Callable[..., subprocess.Popen[bytes]]:
     def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
         return limited(limit)([*_command(role), *command[4:]], **options)
 
@@ -270,7 +270,7 @@ def sided(
 ) -> Iterator[_Side]:
     """A node (``serve`` or ``bare``) of `bundle` and one process with the given number of edges to
     load it. `limit`: on the node's data, in bytes."""
-    with bench.node(bundle=bundle, popen=_in_this_role(role, limit)) as node:
+    with bench.node(bundle=bundle, popen=in_this_role(role, limit)) as node:
         pairs = [node.authorise(f"edge{number}") for number in range(edges)]
         edge = subprocess.Popen(
             _command("edge"),
@@ -380,7 +380,7 @@ async def slow_readers(bench: Bench) -> Seen:
     bundle, seconds = Bundle.load(path), bench.pick(30.0, 300.0)
     windows, each = bundle.geometry.windows, 20_000
     ctx = zmq.asyncio.Context()
-    with bench.node(bundle=path, popen=_in_this_role("serve")) as node:
+    with bench.node(bundle=path, popen=in_this_role("serve")) as node:
         async with Proxy(node.endpoint) as proxy:
             proxy.down.set(rate=float(each * _SLOW))
             slow = [

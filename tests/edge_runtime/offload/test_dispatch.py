@@ -6,6 +6,7 @@ import asyncio
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -15,9 +16,10 @@ from test_offloader import alone, assert_identical, closed_port, windows_of, wit
 
 from edge_common.errors import OffloadError
 from edge_runtime.exposure.ledger import ExposureLedger
-from edge_runtime.exposure.placement import place
+from edge_runtime.exposure.placement import Placement, place
 from edge_runtime.offload import dispatch
 from edge_runtime.offload.connection import Connection, NodeError, NodeRefusedError, Reply
+from edge_runtime.offload.dispatch import Dispatch
 from edge_runtime.offload.offloader import Offloader, image_hash
 from edge_runtime.offload.report import NodeReport, RunRecord
 from engines.bundle import Bundle
@@ -255,3 +257,107 @@ def test_all_nodes_that_fail_together_are_named_in_one_error(
         offloader.stack(windows_of(photo, bundle))
     assert caught.value.code == "wrong_answer"
     assert "--fallback local" in caught.value.mend
+
+
+def placed(offloader: Offloader, assignment: dict[str, tuple[int, ...]]) -> ExposureLedger:
+    """A ledger of the square toy photo's nine windows, without separation."""
+    areas = dict(enumerate([256, 256, 128, 256, 256, 128, 128, 128, 64]))
+    return ExposureLedger(Placement(assignment, (), 0, 0, 0.5, areas, 3))
+
+
+def test_a_node_gets_the_rows_that_it_may_see_of_those_it_may_not_see_together(
+    shared_fleet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    infer = Connection.infer
+
+    async def failing(self: Connection, feeds: Any, permit: Any, until: float) -> Reply:
+        if self.name == "beta":
+            raise NodeError.of(self.node, "it serves another stack", "wrong_bundle")
+        return await infer(self, feeds, permit, until)
+
+    monkeypatch.setattr(Connection, "infer", failing)
+    bundle, record = Bundle.load(shared_fleet.bundle), RunRecord()
+    photo = np.random.default_rng(5).integers(0, 256, (90, 90, 3), dtype=np.uint8)
+    # Alpha may see one window more of this size, gamma none.
+    parts = {"alpha": (0, 1), "beta": (3, 4), "gamma": (2, 5, 6, 7, 8)}
+    config = shared_fleet.config(fallback="local", max_exposure=0.5)
+    with Pipeline(bundle, threads=1) as pipeline, Offloader(config, pipeline) as offloader:
+        monkeypatch.setattr(offloader, "_place", lambda windows: placed(offloader, parts))
+        outputs = offloader.stack(windows_of(photo, bundle), record)
+    assert_identical(outputs, alone(photo, shared_fleet.bundle))
+    report = record.report()
+    assert report is not None
+    seen = {node.name: node.windows for node in report.nodes}
+    assert len(seen["alpha"]) == 3
+    assert {*seen["alpha"], *report.home} == {0, 1, 3, 4}
+
+
+def test_tokens_that_could_not_be_kept_are_no_result(
+    shared_fleet: Any, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Dispatch, *_: Any) -> None:
+        raise MemoryError("no memory for the tokens")
+
+    monkeypatch.setattr(Dispatch, "_keep", full)
+    bundle = Bundle.load(shared_fleet.bundle)
+    with (
+        Pipeline(bundle, threads=1) as pipeline,
+        Offloader(shared_fleet.config(), pipeline) as offloader,
+    ):
+        with pytest.raises(MemoryError):
+            offloader.stack(windows_of(photo, bundle))
+        assert [n.under_way for n in offloader._nodes.fleet.nodes.values()] == [0, 0, 0]
+
+
+@pytest.mark.process
+def test_no_window_is_sent_to_a_node_whose_link_is_down(make_fleet: Any, photo: np.ndarray) -> None:
+    fleet = make_fleet("alpha", "beta", "gamma")
+    bundle, record = Bundle.load(fleet.bundle), RunRecord()
+    config = fleet.config(fallback="local", max_exposure=0.5)
+    with Pipeline(bundle, threads=1) as pipeline, Offloader(config, pipeline) as offloader:
+        offloader.stack(windows_of(photo, bundle))
+        offloader._nodes.local_s = 0.2  # less than the wait for the link, more than a node takes
+        fleet.nodes["beta"].kill()
+        link = offloader._nodes.connections["beta"].link
+        while link is not None and link.state == "up":
+            link = offloader._nodes.connections["beta"].link
+        outputs = offloader.stack(windows_of(photo, bundle), record)
+    assert_identical(outputs, alone(photo, fleet.bundle))
+    assert record.ledger is not None
+    assert record.ledger.nodes["beta"] == ("beta",)
+    assert not record.ledger.asked("beta")
+
+
+def test_an_image_cancelled_twice_leaves_nothing_reserved(
+    shared_fleet: Any, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, ending = threading.Event(), threading.Event()
+
+    async def slow_to_end(self: Connection, *_: Any) -> None:
+        try:
+            asked.set()
+            await asyncio.sleep(3600)
+        finally:
+            ending.set()
+            await asyncio.sleep(0.2)
+
+    monkeypatch.setattr(Connection, "infer", slow_to_end)
+    bundle, record = Bundle.load(shared_fleet.bundle), RunRecord()
+    config = shared_fleet.config()
+    with Pipeline(bundle, threads=1) as pipeline, Offloader(config, pipeline) as offloader:
+        windows = windows_of(photo, bundle)
+        place_ = partial(offloader._place, windows)
+        run = Dispatch(windows, place_, offloader._nodes, pipeline, config, record)
+
+        async def cancelled_twice() -> None:
+            task = asyncio.create_task(run.run())
+            for event in (asked, ending):
+                while not event.is_set():
+                    await asyncio.sleep(0.001)
+                task.cancel()
+            await asyncio.wait([task])
+
+        offloader._background.call(cancelled_twice())
+        assert [n.under_way for n in offloader._nodes.fleet.nodes.values()] == [0, 0, 0]
+    assert record.ledger is not None
+    assert {permit.state for permit in record.ledger.permits} == {"released"}

@@ -147,6 +147,19 @@ def test_a_link_that_is_back_ends_a_rest_for_its_sake_only() -> None:
         assert node.may_send(1.0) == ready
 
 
+def test_a_node_whose_link_is_lost_is_asked_again_when_it_is_back_or_after_the_grace() -> None:
+    node = NodeHealth("a", "a")
+    node.sent(0.0, 1)
+    node.link_down(1.0, 1.0)
+    assert (node.state(1.5), node.ready_at(1.5)) == ("resting", 2.0)
+    node.failed(1.0, "connection_lost", windows=1)
+    assert node.failures == 1  # the request that was lost with the link still counts
+    assert node.state(2.0) == "probing"
+    node.link_down(3.0, 1.0)
+    node.link_up(3.1)
+    assert node.may_send(3.1)
+
+
 def test_quarantine_doubles_and_is_released_by_hand() -> None:
     node = NodeHealth("a", "a")
     now = 0.0

@@ -365,6 +365,14 @@ def test_a_refused_permit_leads_elsewhere() -> None:
     assert fleet.nodes["a"].failures == 0
 
 
+def test_a_refused_permit_keeps_no_other_row_from_the_node() -> None:
+    fleet = Fleet([NodeHealth("a", "a"), NodeHealth("b", "b")])
+    frame = FrameState(2, {0: "a", 1: "a"}, lambda row, node: node == "a" or row == 0, 9.0, 9.0)
+    frame.refused(Send("a", (0,), "first"), 1.0)
+    sends = {(s.node, s.rows) for s in decide(frame, fleet, 1.0).actions if isinstance(s, Send)}
+    assert sends == {("b", (0,)), ("a", (1,))}
+
+
 def test_an_error_names_every_node_and_why() -> None:
     fleet = Fleet([NodeHealth("a", "a"), NodeHealth("b", "b"), NodeHealth("c", "c")])
     fleet.nodes["a"].quarantine(1.0, "forged")
