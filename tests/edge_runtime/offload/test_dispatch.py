@@ -346,7 +346,7 @@ def test_an_image_cancelled_twice_leaves_nothing_reserved(
     config = shared_fleet.config()
     with Pipeline(bundle, threads=1) as pipeline, Offloader(config, pipeline) as offloader:
         windows = windows_of(photo, bundle)
-        place_ = partial(offloader._place, windows)
+        place_ = partial(offloader.place_photo, windows)
         run = Dispatch(windows, place_, offloader._nodes, pipeline, config, record)
 
         async def cancelled_twice() -> None:
