@@ -565,7 +565,7 @@ def cancellation(bench: Bench) -> Seen:
                 images.records.append(record)
                 run = Dispatch(
                     windows,
-                    functools.partial(offloader._place, windows),
+                    functools.partial(offloader.place_photo, windows),
                     offloader._nodes,
                     offloader.pipeline,
                     offloader.config,
