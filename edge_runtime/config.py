@@ -235,7 +235,12 @@ def load_nodes(config: EdgeConfig) -> list[Node]:
 
 def check_region(region: Region) -> None:
     """Raise ConfigError unless the region holds pixels."""
-    x0, y0, x1, y1 = region
+    try:
+        x0, y0, x1, y1 = map(float, region)
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"keep_local holds {region!r}; expected regions of four numbers, x0, y0, x1, y1"
+        ) from None
     if not (0 <= x0 < x1 and 0 <= y0 < y1 and math.isfinite(x1) and math.isfinite(y1)):
         raise ConfigError(
             f"keep_local holds {list(region)}; expected x0, y0, x1, y1 in pixels of the image, "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Mapping
 from typing import Literal, NamedTuple
@@ -14,7 +15,7 @@ from typing import Literal, NamedTuple
 import msgspec
 import numpy as np
 
-from edge_common.errors import EdgeRuntimeError, ImageError
+from edge_common.errors import EdgeRuntimeError, ImageError, OffloadError
 from edge_runtime.config import Region, check_region
 from edge_runtime.exposure.ledger import ExposureLedger
 from edge_runtime.exposure.regions import windows_in
@@ -37,7 +38,7 @@ class Frame(NamedTuple):
     """A picture of a stream.
 
     Attributes:
-        image: uint8 ``[H, W, 3]``, RGB.
+        image: uint8 ``[H, W, 3]``, RGB. Do not change it afterwards: give each frame its own array.
         keep_local: regions of it that never leave the edge, besides those of the settings.
     """
 
@@ -117,7 +118,8 @@ class FrameStream:
         depth: frames under way at a time.
 
     Raises:
-        RecordError: the exposure record of this stream cannot be used.
+        RecordError: the exposure record of this stream cannot be used, or a stream of that name is
+            open already.
     """
 
     def __init__(
@@ -131,17 +133,20 @@ class FrameStream:
         if depth < 1:
             raise ValueError(f"depth is {depth}, expected at least 1")
         self._predictor, self._policy, self._depth = predictor, policy, depth
+        self._name, self._closed = name, False
         self._pipeline = predictor.pipeline
         self._offloader: Offloader | None = predictor.offloader
         self._config = self._offloader.config if self._offloader else None
         config = self._config
         self._chooser = ModeChooser(config.mode if config else "local")
+        self._caching = threading.Lock()  # frames are prepared in threads
         self._cache = TokenCache(_CACHE_BYTES, config.reuse_tolerance if config else 0)
         self._scenes: SceneKeeper | None = None
         if self._offloader is not None and config is not None and config.budget == "scene":
             self._scenes = self._offloader.scenes(name)
         self._scene = -1
         self._in_order = asyncio.Lock()
+        self._tasks: set[asyncio.Task[object]] = set()  # of :meth:`results`
         # Frames whose tokens are not there yet, by number: a window that did not change since then
         # waits for theirs.
         self._flying: dict[int, tuple[Windows, asyncio.Future[Computed]]] = {}
@@ -150,35 +155,48 @@ class FrameStream:
         """Encode the frames of a source.
 
         Every frame that is taken yields one result: an embedding, or the error that refused it.
+
+        Raises:
+            RuntimeError: this stream's results are being read already.
         """
+        if self._tasks:
+            raise RuntimeError("the results of this stream are being read already")
+        self._in_order = asyncio.Lock()  # of this event loop
         tasks: asyncio.Queue[asyncio.Task[FrameResult] | None] = asyncio.Queue(self._depth)
         room = asyncio.Semaphore(self._depth)
-        started: list[asyncio.Task[FrameResult]] = []
 
         async def feed() -> None:
             try:
                 async with contextlib.aclosing(_taken(source, self._policy, room)) as frames:
                     async for number, frame in frames:
                         task = asyncio.create_task(self._one(number, frame))
-                        started[:] = [t for t in started if not t.done()] + [task]
+                        self._tasks.add(task)
                         await tasks.put(task)
             finally:
                 # After an error of the source, the frames before it are still given.
                 await asyncio.shield(tasks.put(None))
 
         feeding = asyncio.create_task(feed())
+        self._tasks.add(feeding)
         try:
             while (task := await tasks.get()) is not None:
                 result = await task
+                self._tasks.discard(task)
                 room.release()
                 yield result
             await feeding  # raises the source's error
         finally:
-            for each in (feeding, *started):
-                each.cancel()
             while not tasks.empty():
                 tasks.get_nowait()
-            await asyncio.gather(feeding, *started, return_exceptions=True)
+            await self._cancel()
+
+    async def _cancel(self) -> None:
+        while self._tasks:
+            left = [*self._tasks]
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+            self._tasks.difference_update(left)
 
     async def _one(self, number: int, frame: Frame) -> FrameResult:
         began = time.perf_counter()
@@ -189,22 +207,17 @@ class FrameStream:
             async with self._in_order:  # scenes and the cache see the frames in order
                 prepared = await asyncio.to_thread(self._prepare, frame)
                 self._flying[number] = prepared.windows, flying
-            prepared = await self._with_flying(prepared)
-            computed, stack_ms = await self._stack(prepared, record)
-            self._store(prepared, computed, number)
-            flying.set_result(computed)
-            middle = time.perf_counter()
-            embedding = await asyncio.to_thread(
-                self._pipeline.tail, computed.outputs, prepared.windows
-            )
+            if self._pipeline.bundle.has("stack"):
+                prepared = await self._with_flying(prepared)
+                encoding = await self._encode(number, prepared, record, flying)
+            else:
+                encoding = await asyncio.to_thread(self._pipeline.encode, prepared.windows)
         except EdgeRuntimeError as error:
             report = prepared and self._report(number, prepared, record, began)
             return FrameResult(number, frame, None, error, report)
         finally:
             self._flying.pop(number, None)
             flying.cancel()
-        tail_ms = (time.perf_counter() - middle) * 1000
-        encoding = Encoding(embedding, computed.outputs, stack_ms, tail_ms)
         size = (frame.image.shape[0], frame.image.shape[1])
         windows, windows_ms = prepared.windows, prepared.windows_ms
         encoded = EncodedImage(self._pipeline, encoding, windows, size, windows_ms)
@@ -212,9 +225,29 @@ class FrameStream:
             number, frame, encoded, None, self._report(number, prepared, record, began)
         )
 
+    async def _encode(
+        self,
+        number: int,
+        prepared: _Prepared,
+        record: RunRecord,
+        flying: asyncio.Future[Computed],
+    ) -> Encoding:
+        computed, stack_ms = await self._stack(prepared, record)
+        self._store(prepared, computed, number)
+        flying.set_result(computed)
+        began = time.perf_counter()
+        embedding = await asyncio.to_thread(self._pipeline.tail, computed.outputs, prepared.windows)
+        tail_ms = (time.perf_counter() - began) * 1000
+        return Encoding(embedding, computed.outputs, stack_ms, tail_ms)
+
     def _prepare(self, frame: Frame) -> _Prepared:
         """Resize, cut, choose and place. Runs in a thread."""
         began = time.perf_counter()
+        if self._closed:
+            raise OffloadError(f"the stream {self._name!r} was closed", code="closed")
+        if not isinstance(frame.image, np.ndarray):
+            found = type(frame.image).__name__
+            raise ImageError(f"a frame is {found}, expected a uint8 array")
         geometry = self._predictor.bundle.geometry
         for region in frame.keep_local:
             check_region(region)
@@ -234,13 +267,16 @@ class FrameStream:
                 ledger = plan.ledger
                 if plan.scene != self._scene:
                     self._scene = plan.scene
-                    self._cache.clear()
+                    with self._caching:
+                        self._cache.clear()
             else:
                 ledger = self._offloader.place_photo(windows, local)
         known: dict[int, Mapping[str, np.ndarray]] = {}
         waits: dict[int, tuple[asyncio.Future[Computed], int]] = {}
         if not (self._config and self._config.constant_rate):
-            known = {row: each.outputs for row, each in self._cache.lookup(windows).items()}
+            with self._caching:
+                found = self._cache.lookup(windows)
+            known = {row: each.outputs for row, each in found.items()}
             for earlier, future in [*self._flying.values()]:
                 for row, same in _unchanged(windows, earlier).items():
                     if row not in known:
@@ -267,7 +303,14 @@ class FrameStream:
         if prepared.ledger is not None and self._offloader is not None:
             ledger = prepared.ledger
             running = self._offloader.submit(windows, record, lambda: ledger, known)
-            computed = await asyncio.wrap_future(running)
+            waiting = asyncio.wrap_future(running)
+            try:
+                await asyncio.wait({waiting})
+            finally:
+                waiting.cancel()  # if this frame was
+            if waiting.cancelled():
+                raise OffloadError("the offloader was closed meanwhile", code="closed")
+            computed = waiting.result()
         else:
             computed = await asyncio.to_thread(self._at_home, windows, known)
         ms = (time.perf_counter() - began) * 1000
@@ -293,7 +336,8 @@ class FrameStream:
     def _store(self, prepared: _Prepared, computed: Computed, number: int) -> None:
         for row, source in computed.sources.items():
             tokens = {name: array[row] for name, array in computed.outputs.items()}
-            self._cache.store(prepared.windows, row, tokens, source, number)
+            with self._caching:
+                self._cache.store(prepared.windows, row, tokens, source, number)
 
     def _report(
         self, number: int, prepared: _Prepared, record: RunRecord, began: float
@@ -316,14 +360,19 @@ class FrameStream:
             self._scenes.new_scene()
 
     def close(self) -> None:
-        """Put on record what the parties have seen. The predictor stays open."""
-        if self._scenes is not None:
-            self._scenes.close()
+        """Put on record what the parties have seen. Further frames are refused.
+
+        The predictor stays open. Closing twice is allowed.
+        """
+        if not self._closed and self._offloader is not None and self._scenes is not None:
+            self._offloader.end_stream(self._name)
+        self._closed = True
 
     async def __aenter__(self) -> FrameStream:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
+        await self._cancel()  # results that nobody reads to their end
         self.close()
 
 
@@ -350,6 +399,7 @@ async def _taken(
                 newest[:] = [(number, _frame(item))]
                 number += 1
                 changed.set()
+                await asyncio.sleep(0)  # a source that never waits must not stop everything else
         finally:
             ended = True
             changed.set()
@@ -389,7 +439,4 @@ def _unchanged(windows: Windows, earlier: Windows) -> dict[int, int]:
 
 
 def _frame(item: np.ndarray | Frame) -> Frame:
-    frame = item if isinstance(item, Frame) else Frame(item)
-    if not isinstance(frame.image, np.ndarray):
-        raise ImageError(f"a frame is {type(frame.image).__name__}, expected a uint8 array")
-    return frame
+    return item if isinstance(item, Frame) else Frame(item)

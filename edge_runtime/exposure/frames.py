@@ -74,7 +74,7 @@ class FramePlacer:
         self._unknown = min([0, *self.mosaic.parts]) - 1
         self._frame = 0
         self._last: tuple[object, Placement] | None = None
-        self._placed: dict[int, tuple[Position, Placement]] = {}
+        self._placed: dict[int, tuple[Position, Placement, tuple[int, int]]] = {}
 
     def place(
         self,
@@ -112,7 +112,7 @@ class FramePlacer:
             self._last = (same, placement)
         placement = self._last[1]
         self._frame += 1
-        self._placed[placement.frame] = position, placement
+        self._placed[placement.frame] = position, placement, size
         while len(self._placed) > _REMEMBERED:
             del self._placed[next(iter(self._placed))]
         return placement
@@ -129,14 +129,26 @@ class FramePlacer:
         """
         if placement.frame not in self._placed:
             return False
-        position, known = self._placed[placement.frame]
+        position, known, size = self._placed[placement.frame]
         if any(known.second.get(window) != party for window in windows):
             return False
-        rects = [self._rect(window, self._size) for window in windows]
+        rects = [self._rect(window, size) for window in windows]
         if self.mosaic.share_after(party, position, rects) > self._max_exposure:
             return False
         self.mosaic.see(party, position, rects)
         return True
+
+    def forget_frames(self) -> None:
+        """Permit no second of the frames so far any more."""
+        self._placed.clear()
+
+    def with_seconds(self) -> Mosaic:
+        """A copy of the mosaic in which every second that :meth:`use` may still permit is seen."""
+        mosaic = Mosaic.from_bytes(self.mosaic.to_bytes())
+        for position, placement, size in self._placed.values():
+            for window, party in placement.second.items():
+                mosaic.see(party, position, [self._rect(window, size)])
+        return mosaic
 
     def _place(
         self, size: tuple[int, int], position: Position, names: list[str], local: frozenset[int]

@@ -131,17 +131,25 @@ def still(earlier: Look, later: Look) -> bool:
         return False
     rows, columns = (side - 1 for side in earlier.blocks.shape)
     here, change = earlier.blocks[:rows, :columns], later.blocks - earlier.blocks
-    slope = np.maximum(
-        np.abs(earlier.blocks[1:, :columns] - here), np.abs(earlier.blocks[:rows, 1:] - here)
-    )
-    moved = np.abs(change[:rows, :columns]) / np.maximum(slope, _TEXTURED)
-    judged = []
+    slopes = np.abs(earlier.blocks[1:, :columns] - here), np.abs(earlier.blocks[:rows, 1:] - here)
+    slope, size = np.maximum(*slopes), np.abs(change[:rows, :columns])
+    judged, unmoved = [], np.zeros((rows, columns), bool)
     for ys in np.array_split(np.arange(rows), _REGIONS):
         for xs in np.array_split(np.arange(columns), _REGIONS):
-            textured = slope[np.ix_(ys, xs)] >= _TEXTURED
+            at = np.ix_(ys, xs)
+            textured = slope[at] >= _TEXTURED
             if np.count_nonzero(textured) >= _ENOUGH:
-                judged.append(float(np.median(moved[np.ix_(ys, xs)][textured])) <= _MOVED)
-    return len(judged) >= _REGIONS and sum(judged) > len(judged) / 2
+                judged.append(np.median(size[at][textured] / slope[at][textured]) <= _MOVED)
+                unmoved[at] = judged[-1]
+    if len(judged) < _REGIONS or sum(judged) <= len(judged) / 2:
+        return False
+    for each in slopes:  # stripes don't show motion along them
+        textured = unmoved & (each >= _TEXTURED)
+        if np.count_nonzero(textured) < _ENOUGH:
+            return False
+        if np.median(size[textured] / each[textured]) > _MOVED:
+            return False
+    return True
 
 
 def motion(earlier: Look, later: Look) -> Motion:
@@ -182,8 +190,6 @@ def changed(earlier: Look, later: Look) -> bool:
     goes on too, and a new picture is charged to it as unknown motion. A wrong True would grant a
     fresh budget for content that parties have seen already.
     """
-    if earlier.size != later.size:
-        return True
     alike = float(np.minimum(earlier.colours, later.colours).sum())
     return 1 - alike > _CHANGED_COLOURS and motion(earlier, later).peak < _CHANGED_PEAK
 

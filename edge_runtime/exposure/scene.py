@@ -120,26 +120,27 @@ class SceneKeeper:
             if self._look is not None and changed(self._look, look):
                 self._begin()
             self._look = look
+            scene, placer, record = self.scene, self._placer, self._record
             found = self._tracker.follow(look)
             position = found._replace(part=found.part + self._first_part)
             usable = [] if self.blanket else sorted(set(parties) & self._nodes.keys())
             size = (image.shape[0], image.shape[1])
-            placement = self._placer.place(size, position, usable, keep_local)
+            placement = placer.place(size, position, usable, keep_local)
             self._still = self._still + 1 if placement is self._placement else 0
             self._placement = placement
-            version = self._reserve(placement, position)
+            version = self._reserve()
             if not self._fallback and set(placement.home) - set(keep_local):
                 raise self._refusal(placement)
-            shares = {party: self._placer.mosaic.share(party) for party in self._nodes}
-        self._wait_for(version)
+            shares = {party: placer.mosaic.share(party) for party in self._nodes}
+        self._wait_for(record, version)
         nodes = {party: self._nodes[party] for party in placement.assignment}
 
         def extra(party: str, windows: tuple[int, ...]) -> str | None:
-            with self._lock:
-                allowed = self._placer.use(placement, party, windows)
+            with self._lock:  # in the scene of this frame, which may be over
+                allowed = placer.use(placement, party, windows)
             return None if allowed else "its share of the scene has no room for them"
 
-        return FramePlan(ExposureLedger(placement, nodes, extra), self.scene, position, shares)
+        return FramePlan(ExposureLedger(placement, nodes, extra), scene, position, shares)
 
     def new_scene(self) -> None:
         """The stream shows another scene now, says a person or a program that knows."""
@@ -147,10 +148,15 @@ class SceneKeeper:
             self._begin()
 
     def close(self) -> None:
-        """Leave an exact record, with which the scene goes on after a restart."""
+        """Leave an exact record, with which the scene goes on after a restart.
+
+        Second choices of the frames so far are not permitted any more. Further frames may follow.
+        """
         with self._lock:
-            if self._record is not None and not self.blanket and self._placement is not None:
-                self._record.reserve(self._placer.mosaic.to_bytes())
+            self._placer.forget_frames()
+            self._placement = None  # so that the next frame is put on record anew
+            if self._record is not None and not self.blanket:
+                self._version = self._record.reserve(self._placer.mosaic.to_bytes())
 
     def _begin(self) -> None:
         if self._store is not None:
@@ -168,7 +174,7 @@ class SceneKeeper:
         key = secrets.token_bytes(16)
         self._placer = FramePlacer(self._geometry, self._max_exposure, self._secret, key, mosaic)
 
-    def _reserve(self, placement: Placement, position: Position) -> int | None:
+    def _reserve(self) -> int | None:
         """Have on record what this frame may show. Returns the version to wait for.
 
         While the camera moves, the blanket covers every frame. An exact record must be replaced
@@ -182,26 +188,19 @@ class SceneKeeper:
                 return 0
         elif self._still:
             return self._version
-        self._version = record.reserve(self._with_seconds(placement, position))
+        self._version = record.reserve(self._placer.with_seconds().to_bytes())
         return self._version
 
-    def _with_seconds(self, placement: Placement, position: Position) -> bytes:
-        """The mosaic after every second choice of this frame would have been used."""
-        mosaic = Mosaic.from_bytes(self._placer.mosaic.to_bytes())
-        for window, party in placement.second.items():
-            mosaic.see(party, position, [self._geometry.window_rect(window)])
-        return mosaic.to_bytes()
-
-    def _wait_for(self, version: int | None) -> None:
+    def _wait_for(self, record: SceneRecord | None, version: int | None) -> None:
         """Wait until a new exact record, or the first blanket, is on the disk.
 
         Only the first frame of the first scene waits, and the first one that moves after a camera
         has been still for long.
         """
-        if version is None or self._record is None:
+        if version is None or record is None:
             return
         give_up = time.monotonic() + _DISK_S
-        while not self._record.reserved(version):
+        while not record.reserved(version):
             if time.monotonic() > give_up:
                 assert self._store is not None
                 raise PlacementError(
@@ -220,6 +219,12 @@ class SceneKeeper:
                 "process was killed before what the nodes had seen was on record",
                 mend="wait until the picture changes, say `edge-runtime exposure --new-scene "
                 f"{self._stream}` if it has, or allow --fallback local",
+            )
+        if not placement.assignment:
+            return PlacementError(
+                "no node can be sent this frame now",
+                mend="`edge-runtime nodes` checks every node; with --fallback local the edge "
+                "computes what nodes do not",
             )
         return PlacementError(
             f"{windows} of {len(placement.areas)} windows may go to none of the "

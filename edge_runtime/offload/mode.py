@@ -64,6 +64,7 @@ class ModeChooser:
             self._place = "nodes"
             return Choice("nodes", nodes, edge, "nothing to compare with yet")
         if self._since >= _MEASURE_AGAIN:
+            self._since = 0  # one frame, even if it fails or says nothing about the time
             return Choice("nodes", nodes, edge, "the nodes' time is measured again")
         ours, others = (edge, nodes) if self._place == "edge" else (nodes, edge)
         if others < ours * (1 - _HYSTERESIS):

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import zmq.asyncio
 
-from edge_common.errors import BundleError, RecordError
+from edge_common.errors import BundleError, PlacementError, RecordError
 from edge_common.memory_limits import memory_limit
 from edge_runtime.config import EdgeConfig, Node, load_nodes
 from edge_runtime.exposure.ledger import ExposureLedger
@@ -85,6 +85,8 @@ class Offloader:
         self._closed = False
         self._opening = threading.Lock()
         self._exposure: ExposureStore | None = None
+        self._scenes: dict[str, SceneKeeper] = {}
+        self._streams: set[str] = set()  # those that are open
         self._secret = load_secret_bytes(config.secret)
         stage = bundle.stage("stack")
         limits = stage_limits(stage.inputs, stage.outputs, bundle.geometry.windows)
@@ -211,23 +213,41 @@ class Offloader:
         keys = {name: each.node.server_key for name, each in self._nodes.connections.items()}
         limit = self.config.max_exposure
         side = self.pipeline.bundle.geometry.windows_per_side
-        if not rest:
-            placement = Placement(dict.fromkeys(self.parties, ()), (), 8, 0, limit, areas, side)
-        else:
-            placement = place(
-                areas=[*rest.values()],
-                windows=[*rest],
+
+        def placed(of: dict[int, int]) -> Placement:
+            return place(
+                areas=[*of.values()],
+                windows=[*of],
                 side=side,
                 nodes=[*self.parties],
                 # The budget is a share of the whole photo, also of what stays here.
-                max_exposure=min(1.0, limit * sum(areas.values()) / sum(rest.values())),
+                max_exposure=min(1.0, limit * sum(areas.values()) / sum(of.values())),
                 secret=self._secret,
                 image_hash=image_hash(windows),
                 keep_home=self.config.fallback == "local",
                 ids={party: min(keys[name] for name in ns) for party, ns in self.parties.items()},
             )
-        home = tuple(sorted({*placement.home, *(areas.keys() - rest.keys())}))
-        whole = msgspec.structs.replace(placement, home=home, areas=areas, max_exposure=limit)
+
+        if not rest:
+            placement = Placement(dict.fromkeys(self.parties, ()), (), 8, 0, limit, areas, side)
+        else:
+            try:  # as without regions, so that a repeat with others shows no party more
+                placement = placed(areas)
+            except PlacementError:
+                if len(rest) == len(areas):
+                    raise
+                placement = placed(rest)
+        whole = msgspec.structs.replace(
+            placement,
+            assignment={
+                party: tuple(window for window in mine if window in rest)
+                for party, mine in placement.assignment.items()
+            },
+            second={w: party for w, party in placement.second.items() if w in rest},
+            home=tuple(sorted({*placement.home, *(areas.keys() - rest.keys())})),
+            areas=areas,
+            max_exposure=limit,
+        )
         return ExposureLedger(whole, self.parties, self._photo_extra(windows, whole))
 
     def _photo_extra(
@@ -268,18 +288,38 @@ class Offloader:
     def scenes(self, stream: str) -> SceneKeeper:
         """The scenes of one camera or video, with their budget.
 
+        Until :meth:`end_stream` no other caller gets them; the next one goes on with them.
+
         Raises:
-            RecordError: the exposure record cannot be used.
+            RecordError: the exposure record cannot be used, or the stream is open already.
         """
-        return SceneKeeper(
-            stream,
-            self.pipeline.bundle.geometry,
-            self.config.max_exposure,
-            self._secret,
-            self.parties,
-            self._store(),
-            fallback=self.config.fallback == "local",
-        )
+        store = self._store()
+        with self._opening:
+            if stream in self._streams:
+                raise RecordError(
+                    f"the stream {stream!r} is open already, and both would share one budget",
+                    mend="close it first, or give each camera or video a name of its own",
+                    code="in_use",
+                )
+            if stream not in self._scenes:
+                self._scenes[stream] = SceneKeeper(
+                    stream,
+                    self.pipeline.bundle.geometry,
+                    self.config.max_exposure,
+                    self._secret,
+                    self.parties,
+                    store,
+                    fallback=self.config.fallback == "local",
+                )
+            self._streams.add(stream)
+            return self._scenes[stream]
+
+    def end_stream(self, stream: str) -> None:
+        """Put on record what the parties have seen of it."""
+        with self._opening:
+            if stream in self._streams:
+                self._streams.discard(stream)
+                self._scenes[stream].close()
 
     def _store(self) -> ExposureStore | None:
         with self._opening:
@@ -310,6 +350,8 @@ class Offloader:
 
         self._background.call(disconnect())
         self._background.close()
+        for stream in [*self._streams]:
+            self.end_stream(stream)
         if self._exposure is not None:
             self._exposure.close()
 

@@ -156,7 +156,7 @@ class RunRecord:
             nodes=tuple(nodes),
             home=tuple(sorted(w for e in events if isinstance(e, AtHome) for w in e.windows)),
             max_exposure=ledger.placement.max_exposure,
-            largest_share=max(ledger.exposure().values()),
+            largest_share=max(ledger.exposure().values(), default=0.0),
             separation=ledger.placement.separation,
             windows_total=ledger.placement.side**2,
             windows_sent=sum(len(node.windows) for node in nodes),

@@ -12,11 +12,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_common.errors import OffloadError, PlacementError
+from edge_common.errors import ConfigError, ImageError, OffloadError, PlacementError, RecordError
 from edge_runtime.exposure.store import read_contents
 from edge_runtime.offload.connection import Connection, NodeError
+from edge_runtime.offload.offloader import Offloader
 from edge_runtime.predictor import OffloadPredictor
-from edge_runtime.stream import Frame, FrameResult
+from edge_runtime.stream import Frame, FrameResult, FrameStream
 
 pytestmark = pytest.mark.process
 
@@ -252,3 +253,151 @@ def test_leaving_early_leaves_no_task(fleet: Any) -> None:
         nodes = predictor.offloader._nodes.fleet.nodes.values()  # type: ignore[union-attr]
         assert all(node.under_way == 0 for node in nodes)
         predictor.set_image(moving(1)[0])
+
+
+def test_a_bundle_without_a_stack_can_be_streamed(tmp_path: Path, make_toy_bundle: Any) -> None:
+    stock = make_toy_bundle(tmp_path / "stock", stock=True)
+    frames = moving(3)
+    with OffloadPredictor(bundle=stock, threads=1) as predictor:
+        results = collect(predictor, frames)
+    assert_right(results, frames, stock)
+
+
+def test_items_that_are_no_frames_are_refused_and_the_stream_goes_on(fleet: Any) -> None:
+    good = moving(1)[0]
+    source = [good, None, good[..., 0], Frame(good, (0, 0, 4, 4)), good]  # type: ignore[arg-type]
+    with OffloadPredictor(fleet.config(), threads=1) as predictor:
+        results = collect(predictor, source)
+    assert [type(result.error) for result in results] == [
+        type(None),
+        ImageError,
+        ImageError,
+        ConfigError,
+        type(None),
+    ]
+
+
+def test_without_any_node_the_edge_computes_every_window(
+    fleet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Offloader, "usable", lambda self: set())
+    frames = moving(2)
+    with OffloadPredictor(fleet.config(fallback="local"), threads=1) as predictor:
+        results = collect(predictor, frames)
+    assert_right(results, frames, fleet.bundle)
+
+
+def test_a_name_belongs_to_one_open_stream_and_keeps_its_budget(fleet: Any, tmp_path: Path) -> None:
+    record = str(tmp_path / "record")
+    shares, frames = [], moving(2)
+    for exposure in (record, None):
+        config = msgspec.structs.replace(fleet.config(recompute=0.0), exposure=exposure)
+        with OffloadPredictor(config, threads=1) as predictor:
+            first = predictor.stream("door")
+            with pytest.raises(RecordError, match="'door' is open already"):
+                predictor.stream("door")
+            first.close()
+            shares = []
+            for _ in range(2):  # one after the other they share a scene
+                for result in collect(predictor, frames):
+                    assert result.report is not None
+                    shares.append(result.report.shares)
+                    assert result.report.scene == 0
+            second = predictor.stream("door")
+            first.close()  # again, which leaves the second one open
+            with pytest.raises(RecordError, match="'door' is open already"):
+                predictor.stream("door")
+            second.close()
+        assert shares[-1] == shares[0]
+
+
+def test_a_predictor_that_is_closed_leaves_an_exact_record(fleet: Any, tmp_path: Path) -> None:
+    async def work(predictor: OffloadPredictor) -> None:
+        stream = predictor.stream("door")
+        async for result in stream.results(moving(3)):
+            assert result.error is None
+        await asyncio.to_thread(predictor.close)
+        refused = [result.error async for result in stream.results(moving(2))]
+        assert [type(error) for error in refused] == [OffloadError] * 2
+        stream.close()
+
+    config = fleet.config(exposure=str(tmp_path / "record"))
+    with OffloadPredictor(config, threads=1) as predictor:
+        asyncio.run(work(predictor))
+    (scene,) = read_contents(tmp_path / "record").scenes.values()
+    assert not scene.blanket
+
+
+def test_a_predictor_that_is_closed_under_a_frame_refuses_it(
+    fleet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = threading.Event()
+
+    async def never(self: Connection, feeds: Any, permit: Any, until: float) -> Any:
+        asked.set()
+        await asyncio.Event().wait()
+
+    async def work(predictor: OffloadPredictor) -> list[FrameResult]:
+        async def closing() -> None:
+            await asyncio.to_thread(asked.wait)
+            await asyncio.to_thread(predictor.close)
+
+        task = asyncio.create_task(closing())
+        async with predictor.stream() as stream:
+            results = [result async for result in stream.results(moving(4))]
+        await task
+        return results
+
+    monkeypatch.setattr(Connection, "infer", never)
+    with OffloadPredictor(fleet.config(), threads=1) as predictor:
+        results = asyncio.run(work(predictor))
+    assert len(results) == 4
+    assert all(result.error is not None for result in results)
+
+
+def test_a_stream_is_read_by_one_reader_at_a_time(fleet: Any) -> None:
+    async def twice(stream: FrameStream) -> None:
+        first = stream.results(moving(4))
+        await first.__anext__()
+        with pytest.raises(RuntimeError, match="being read already"):
+            await stream.results(moving(4)).__anext__()
+        await first.aclose()  # type: ignore[attr-defined]
+
+    async def whole(stream: FrameStream) -> None:
+        assert len([result async for result in stream.results(moving(4))]) == 4
+
+    with OffloadPredictor(fleet.config(), threads=1) as predictor:
+        stream = predictor.stream()
+        for work in (twice, whole, whole):  # each in an event loop of its own
+            asyncio.run(work(stream))
+        stream.close()
+
+
+def test_a_stream_that_is_left_with_its_results_open_ends_them(fleet: Any) -> None:
+    async def work(predictor: OffloadPredictor) -> None:
+        async with predictor.stream() as stream:
+            results = stream.results(moving(50))
+            await results.__anext__()
+        assert not asyncio.all_tasks() - {asyncio.current_task()}
+
+    with OffloadPredictor(fleet.config(), threads=1) as predictor:
+        asyncio.run(work(predictor))
+
+
+def test_a_source_that_never_waits_does_not_stop_the_others(fleet: Any) -> None:
+    async def work(predictor: OffloadPredictor) -> None:
+        ended = False
+
+        async def camera() -> AsyncIterator[np.ndarray]:
+            for _ in range(10**6):  # far more than the test has time for
+                if ended:
+                    return
+                yield moving(1)[0]
+            raise AssertionError("nothing else had a turn")
+
+        async with predictor.stream(policy="latest") as stream:
+            async for _ in stream.results(camera()):
+                ended = True
+
+    with OffloadPredictor(fleet.config(), threads=1) as predictor:
+        asyncio.run(asyncio.wait_for(work(predictor), 60))

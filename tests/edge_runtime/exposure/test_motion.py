@@ -259,3 +259,14 @@ def test_a_camera_that_turns_or_zooms_is_not_still(name: str) -> None:
     one = look(picture(name))
     assert not still(one, look(picture(name), degrees=1.5))
     assert not still(one, look(picture(name), zoom=1.03))
+
+
+def test_a_camera_that_moves_along_stripes_is_not_still() -> None:
+    rng = np.random.default_rng(0)
+    large = np.repeat(rng.integers(0, 256, 24, dtype=np.uint8), 24)[:, None].repeat(1200, 1)
+    ground = rng.integers(0, 256, (12, 75), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
+    large[384:] = ground
+    shown = np.stack([large] * 3, axis=-1)
+    one = look_at(np.ascontiguousarray(shown[:, :1024]))
+    assert still(one, one)
+    assert not still(one, look_at(np.ascontiguousarray(shown[:, 40:1064])))

@@ -10,7 +10,7 @@ import pytest
 from edge_common.errors import PlacementError
 from edge_runtime.exposure import scene as scene_module
 from edge_runtime.exposure.mosaic import Mosaic
-from edge_runtime.exposure.scene import SceneKeeper
+from edge_runtime.exposure.scene import FramePlan, SceneKeeper
 from edge_runtime.exposure.store import ExposureStore, read_contents
 from engines.bundle import Bundle, shipped_bundle
 
@@ -172,3 +172,83 @@ def test_after_a_crash_under_a_blanket_nothing_more_is_sent(tmp_path: Path) -> N
             keeper(store=store, fallback=False).frame(view(picture(10)), NODES)
         scenes.new_scene()
         assert scenes.frame(view(picture(10)), NODES).ledger.placement.home == ()
+
+
+def spend(plan: FramePlan) -> bool:
+    """Use all second choices of a frame, as far as the scene permits."""
+    used = False
+    for window, party in plan.ledger.placement.second.items():
+        try:
+            plan.ledger.reserve(f"{party}-1", [window])
+            used = True
+        except PlacementError:
+            continue
+    return used
+
+
+def test_seconds_of_a_frame_count_in_its_own_scene() -> None:
+    dark = view(picture(12)) // 8
+    dark[..., 0] = 255 - dark[..., 0]
+    scenes = keeper(1.0)
+    old = scenes.frame(view(picture(7)), NODES)
+    before = scenes.frame(dark, NODES)
+    assert before.scene == 1
+    assert spend(old)
+    assert scenes.frame(dark, NODES).shares == before.shares
+
+
+def test_an_exact_record_holds_the_seconds_of_every_frame_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scene_module, "_STILL_FRAMES", 1)
+    with ExposureStore(tmp_path / "exposure") as store:
+        scenes, large = keeper(0.9, store=store), picture(9)
+        scenes.frame(view(large), NODES)
+        scenes.frame(view(large), NODES)
+        moved = scenes.frame(view(large, 0, 40), NODES)
+        scenes.frame(view(large, 0, 80), NODES)
+        recorded = recorded_shares(store, tmp_path / "exposure")
+        assert spend(moved)
+        shares = scenes.frame(view(large, 0, 80), NODES).shares
+        assert all(recorded[party] >= shares[party] - 1e-9 for party in NODES)
+
+
+def recorded_shares(store: ExposureStore, folder: Path) -> dict[str, float]:
+    assert store.flush(30)
+    (record,) = (s for s in read_contents(folder).scenes.values() if s.state == "live")
+    assert not record.blanket
+    mosaic = Mosaic.from_bytes(record.snapshot)
+    return {party: mosaic.share(party) for party in NODES}
+
+
+def test_frames_after_a_close_are_on_record_too(tmp_path: Path) -> None:
+    with ExposureStore(tmp_path / "exposure") as store:
+        scenes, large = keeper(0.9, store=store), picture(9)
+        first = scenes.frame(view(large), NODES)
+        scenes.close()
+        assert not spend(first)
+        moved = scenes.frame(view(large, 40, 90), NODES)
+        recorded = recorded_shares(store, tmp_path / "exposure")
+        assert all(recorded[party] >= moved.shares[party] - 1e-9 for party in NODES)
+
+
+def test_a_stream_without_frames_leaves_no_blanket(tmp_path: Path) -> None:
+    with ExposureStore(tmp_path / "exposure") as store:
+        keeper(store=store).close()
+    with ExposureStore(tmp_path / "exposure") as store:
+        scenes = keeper(store=store)
+        assert not scenes.blanket
+        assert scenes.frame(view(picture(10)), NODES).ledger.placement.home == ()
+
+
+def test_another_format_of_the_same_picture_is_no_new_scene() -> None:
+    scenes, large = keeper(0.4), picture(13)
+    for i in range(8):
+        plan = scenes.frame(np.ascontiguousarray(view(large)[: SIZE[0] - 16 * (i % 2)]), NODES)
+        assert plan.scene == 0
+        assert max(plan.shares.values()) <= 0.4
+
+
+def test_without_any_node_the_error_says_so() -> None:
+    with pytest.raises(PlacementError, match="no node can be sent this frame"):
+        keeper(fallback=False).frame(view(picture(6)), ())

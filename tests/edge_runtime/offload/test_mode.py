@@ -60,3 +60,12 @@ def test_heat_weighs_in_and_old_times_are_measured_again() -> None:
         places.append(chooser.choose().place)
         chooser.measured(places[-1], 100.0 if places[-1] == "nodes" else 70.0)
     assert places.count("nodes") == 2
+
+
+def test_a_frame_that_measures_nothing_does_not_keep_the_nodes_in_use() -> None:
+    chooser = ModeChooser("auto")
+    chooser.measured("nodes", 100.0)
+    for _ in range(101):
+        chooser.measured("edge", 50.0)
+    places = [chooser.choose().place for _ in range(5)]  # none of which is measured
+    assert places == ["nodes", "edge", "edge", "edge", "edge"]
