@@ -275,6 +275,8 @@ class FrameStream:
         waits: dict[int, tuple[asyncio.Future[Computed], int]] = {}
         if not (self._config and self._config.constant_rate):
             with self._caching:
+                for liar in self._shut_out():
+                    self._cache.forget(liar)
                 found = self._cache.lookup(windows)
             known = {row: each.outputs for row, each in found.items()}
             for earlier, future in [*self._flying.values()]:
@@ -334,10 +336,17 @@ class FrameStream:
         return Computed(outputs, dict.fromkeys(rest, HOME))
 
     def _store(self, prepared: _Prepared, computed: Computed, number: int) -> None:
+        shut_out = self._shut_out()
         for row, source in computed.sources.items():
+            if source in shut_out:
+                continue
             tokens = {name: array[row] for name, array in computed.outputs.items()}
             with self._caching:
                 self._cache.store(prepared.windows, row, tokens, source, number)
+
+    def _shut_out(self) -> frozenset[str]:
+        """Nodes that were turned away: their tokens are not used again."""
+        return self._offloader.shut_out if self._offloader else frozenset()
 
     def _report(
         self, number: int, prepared: _Prepared, record: RunRecord, began: float

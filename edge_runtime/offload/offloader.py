@@ -129,6 +129,11 @@ class Offloader:
             found[health.party] = (*found.get(health.party, ()), name)
         return found
 
+    @property
+    def shut_out(self) -> frozenset[str]:
+        """Names of the nodes that were turned away, for what they sent."""
+        return frozenset(name for name, c in self._nodes.connections.items() if c.quarantine)
+
     def usable(self) -> set[str]:
         """Parties of which a node could be sent something now, or soon."""
 

@@ -401,3 +401,32 @@ def test_a_source_that_never_waits_does_not_stop_the_others(fleet: Any) -> None:
 
     with OffloadPredictor(fleet.config(), threads=1) as predictor:
         asyncio.run(asyncio.wait_for(work(predictor), 60))
+
+
+def test_tokens_of_a_node_that_was_turned_away_are_not_used_again(fleet: Any) -> None:
+    frame = moving(1)[0]
+    config = fleet.config(fallback="local", recompute=0.0)
+
+    async def work(predictor: OffloadPredictor) -> list[FrameResult]:
+        offloader = predictor.offloader
+        assert offloader is not None
+
+        async def source() -> AsyncIterator[np.ndarray]:
+            yield frame
+            yield frame
+            offloader._nodes.connections["alpha"].quarantine = "it lied"
+            yield frame
+
+        async with predictor.stream(depth=1) as stream:
+            return [result async for result in stream.results(source())]
+
+    with OffloadPredictor(config, threads=1) as predictor:
+        first, second, third = asyncio.run(work(predictor))
+    assert first.report is not None
+    assert first.report.offload is not None
+    (of_alpha,) = [n.windows for n in first.report.offload.nodes if n.name == "alpha"]
+    assert of_alpha
+    assert second.report is not None
+    assert second.report.reused == (0, 1, 2, 3, 4, 5)
+    assert third.report is not None
+    assert set(third.report.reused) == {*range(6)} - {*of_alpha}

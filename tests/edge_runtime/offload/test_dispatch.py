@@ -282,7 +282,7 @@ def test_a_node_gets_the_rows_that_it_may_see_of_those_it_may_not_see_together(
     parts = {"alpha": (0, 1), "beta": (3, 4), "gamma": (2, 5, 6, 7, 8)}
     config = shared_fleet.config(fallback="local", max_exposure=0.5)
     with Pipeline(bundle, threads=1) as pipeline, Offloader(config, pipeline) as offloader:
-        monkeypatch.setattr(offloader, "place_photo", lambda windows, local: placed(offloader, parts))
+        monkeypatch.setattr(offloader, "place_photo", lambda *_: placed(offloader, parts))
         outputs = offloader.stack(windows_of(photo, bundle), record)
     assert_identical(outputs, alone(photo, shared_fleet.bundle))
     report = record.report()
