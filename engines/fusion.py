@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from edge_common.text import printable
+from edge_common.text import one_line
 from engines.libraries import Library
 from engines.plan import AttentionReport, LayerReport
 
@@ -351,5 +351,5 @@ def _title(nodes: Sequence[str]) -> str:
 
 def _text(text: str) -> str:
     """Text for a record: printable and short."""
-    clean = printable(text)
+    clean = one_line(text)
     return clean if len(clean) <= _MOST_TEXT else clean[: _MOST_TEXT - 1] + "…"

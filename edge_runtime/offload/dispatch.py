@@ -23,11 +23,10 @@ from edge_runtime.offload.connection import Connection, NodeError, NodeRefusedEr
 from edge_runtime.offload.health import Fleet, Times, split
 from edge_runtime.offload.policy import Attempt, Cancel, Fail, FrameState, Local, Send, decide
 from edge_runtime.offload.report import RunRecord
+from edge_runtime.offload.reuse import HOME
 from engines.pipeline import Pipeline
 from engines.windows import Windows
 
-HOME = "edge"
-"""The source of tokens that this machine computed."""
 _NODES_SHARE = 0.5
 """Share of the deadline for the nodes where the edge needs the rest, to compute windows itself."""
 _SMOOTHING = 0.2
@@ -223,12 +222,14 @@ class Dispatch:
                 if ledger.refusal(action.node, more) is None:
                     rows = (*rows, row)
             rest = tuple(row for row in action.rows if row not in rows)
-            frame.refused(msgspec.structs.replace(action, rows=rest), now)
             self._changed.set()
-            if not rows:
+            if not rest:  # the record or the scene refuses what the placement would allow
+                frame.refused(action, now)
                 return
-            action = msgspec.structs.replace(action, rows=rows)
-            permit = self._permit(ledger, action, rows)
+            frame.refused(msgspec.structs.replace(action, rows=rest), now)
+            if rows:
+                self._send(msgspec.structs.replace(action, rows=rows), frame, ledger)
+            return
         feeds = {name: array[list(action.rows)] for name, array in self.feeds.items()}
         attempt = frame.sent(action, self._nodes.fleet, now)
         self._tasks[attempt] = asyncio.create_task(self._ask(attempt, feeds, permit, frame))

@@ -17,8 +17,9 @@ import numpy as np
 
 from edge_common.errors import EngineError
 from edge_runtime.config import EdgeConfig
-from edge_runtime.offload.dispatch import HOME, Dispatch, Nodes
+from edge_runtime.offload.dispatch import Dispatch, Nodes
 from edge_runtime.offload.report import RunRecord
+from edge_runtime.offload.reuse import HOME
 from edge_runtime.offload.spotcheck import BOUNDS, DEFAULT_RATE, SpotCheck, Trust, Verdict
 from engines.pipeline import Pipeline
 

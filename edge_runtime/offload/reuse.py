@@ -14,8 +14,8 @@ import numpy as np
 from edge_common.errors import ConfigError
 from engines.windows import Windows
 
-HOME = "home"
-"""The source of tokens that the edge computed itself."""
+HOME = ""
+"""The source of tokens that the edge computed itself. No node can have this name."""
 
 _VERSIONS = 3
 """Per window index: an object that comes and goes shows the same few pictures in turn."""

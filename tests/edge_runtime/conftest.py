@@ -75,6 +75,17 @@ def shared_fleet(tmp_path_factory: pytest.TempPathFactory, toy_bundle: Path) -> 
         fleet.stop()
 
 
+@pytest.fixture(scope="session")
+def five_nodes(tmp_path_factory: pytest.TempPathFactory, toy_bundle: Path) -> Iterator[Fleet]:
+    """Five, so that every window of a frame may leave under a budget of 0.5. Leave them healthy."""
+    fleet = Fleet(tmp_path_factory.mktemp("five"), toy_bundle)
+    try:
+        fleet.start("alpha", "beta", "gamma", "delta", "epsilon")
+        yield fleet
+    finally:
+        fleet.stop()
+
+
 @pytest.fixture
 def make_fleet(tmp_path: Path, toy_bundle: Path) -> Iterator[Callable[..., Fleet]]:
     """Create a fleet of named nodes that a test may break."""

@@ -25,15 +25,9 @@ MASKS: dict[int, np.ndarray] = {}
 CLICK: dict[str, Any] = {"point_coords": np.array([[40, 20]]), "point_labels": np.array([1])}
 
 
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory, toy_bundle: Path) -> Iterator[Any]:
-    """Five nodes, so that every window of a frame may leave under a budget of 0.5."""
-    from conftest import Fleet
-
-    made = Fleet(tmp_path_factory.mktemp("five"), toy_bundle)
-    made.start("alpha", "beta", "gamma", "delta", "epsilon")
-    yield made
-    made.stop()
+@pytest.fixture
+def fleet(five_nodes: Any) -> Any:
+    return five_nodes
 
 
 def moving(count: int, seed: int = 0, step: int = 3) -> list[np.ndarray]:

@@ -271,6 +271,12 @@ def test_a_damaged_plan_never_raises_and_its_report_fits_a_record(tiny: Any, dat
     msgspec.json.decode(msgspec.json.encode(layers), type=tuple[LayerReport, ...])
 
 
+def test_names_with_line_ends_fit_a_record() -> None:
+    report = LayerReport(*(fusion._text(text) for text in ("a\nb", "c\x1b[1m", "d\u202ee")))
+    again = msgspec.json.decode(msgspec.json.encode(report), type=LayerReport)
+    assert again == LayerReport("a b", "c [1m", "d e")
+
+
 # The inspector's answers below are simulated: see the module docstring.
 
 PLAIN: Attentions = {
