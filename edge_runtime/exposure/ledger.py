@@ -115,6 +115,10 @@ class ExposureLedger:
         """Windows the node may have seen: those of its committed permits."""
         return self._windows([node], ("committed",))
 
+    def firsts(self, node: str) -> set[int]:
+        """Windows for which the node's party is the first choice."""
+        return set(self.placement.assignment[self._party[node]])
+
     def asked(self, node: str) -> set[int]:
         """Windows the node was to compute, whether or not anything was sent."""
         return self._windows([node], ("reserved", "committed", "released"))

@@ -224,6 +224,10 @@ class Dispatch:
             rest = tuple(row for row in action.rows if row not in rows)
             self._changed.set()
             if not rest:  # the record or the scene refuses what the placement would allow
+                own, numbers = ledger.firsts(action.node), self._windows.window
+                rows = tuple(row for row in action.rows if int(numbers[row]) in own)
+                rest = tuple(row for row in action.rows if row not in rows)
+            if not rest:
                 frame.refused(action, now)
                 return
             frame.refused(msgspec.structs.replace(action, rows=rest), now)

@@ -26,6 +26,7 @@ from toy import poisoned, slow
 from edge_common.errors import PlanError
 from edge_runtime.cli import main
 from edge_runtime.config import EdgeConfig, NodeConfig
+from edge_runtime.exposure.store import PhotoRecord
 from edge_runtime.offload.offloader import Offloader
 from edge_runtime.offload.spotcheck import SpotCheck, Verdict
 from edge_runtime.predictor import OffloadPredictor
@@ -183,10 +184,15 @@ def one_node(folder: Path, bundle: Path, **options: Any) -> Iterator[tuple[Fault
 
 @pytest.mark.process
 def test_a_failed_run_leaves_a_record_of_the_nodes_exposure(
-    photo: Path, tmp_path: Path, shared_fleet: Any, capsys: pytest.CaptureFixture[str]
+    photo: Path,
+    tmp_path: Path,
+    shared_fleet: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # A budget that leaves no room for a second node to see beta's windows.
-    config = toml(shared_fleet.config(max_exposure=0.36), tmp_path / "edge.toml")
+    # No second node may see beta's windows.
+    monkeypatch.setattr(PhotoRecord, "durable", lambda _: False)
+    config = toml(shared_fleet.config(), tmp_path / "edge.toml")
     beta = shared_fleet.nodes["beta"].endpoint
     config.write_text(config.read_text().replace(beta, closed_port()))
     out = tmp_path / "deep" / "result"
@@ -209,6 +215,25 @@ def test_a_failed_run_leaves_a_record_of_the_nodes_exposure(
         for name in ("alpha", "gamma"):
             assert seen[name] == last[name]["windows"] != []
     assert sorted(os.listdir(out.parent)) == ["result.sends-2.json", "result.sends.json"]
+
+
+def test_windows_that_are_not_on_record_yet_cost_a_node_only_those(
+    photo: Path, tmp_path: Path, shared_fleet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Second choices wait for the disk; the first choices in the same request do not."""
+    monkeypatch.setattr(PhotoRecord, "durable", lambda _: False)
+    config = toml(shared_fleet.config(), tmp_path / "edge.toml")
+    beta = shared_fleet.nodes["beta"].endpoint
+    config.write_text(config.read_text().replace(beta, closed_port()))
+    out = tmp_path / "result"
+    command = ["segment", str(photo), "--point", "5,6", "--config", str(config), "--out", str(out)]
+    assert main([*command, "--fallback", "local"]) == 0
+    seen = json.loads((out / "result.json").read_text())["exposure"]
+    by_node = {node["name"]: node["windows"] for node in seen["nodes"]}
+    assert by_node["alpha"]
+    assert by_node["gamma"]
+    assert by_node["beta"] == []
+    assert seen["windows_at_home"]
 
 
 def test_non_finite_tokens_are_an_error_and_on_record(
