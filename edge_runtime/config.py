@@ -33,7 +33,7 @@ Region = tuple[float, float, float, float]
 
 DEFAULT_DEADLINE_S = 10.0
 _DEFAULT_SECRET = "keys/edge.secret"
-_DEFAULT_EXPOSURE = "exposure"
+DEFAULT_EXPOSURE = "exposure"
 _Z85 = re.compile(r"[0-9A-Za-z.:+=^!/*?&<>()\[\]{}@%$#-]{40}\Z")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}\Z")
 _WORDS = {
@@ -191,7 +191,7 @@ def load_config(path: str | os.PathLike[str]) -> EdgeConfig:
             raise ConfigError(f"nodes is {_shown(nodes)}; expected a [[nodes]] table for each node")
         table["nodes"] = [_completed(node, i, file.parent) for i, node in enumerate(nodes, 1)]
         table.setdefault("secret", _DEFAULT_SECRET)
-        table.setdefault("exposure", _DEFAULT_EXPOSURE)
+        table.setdefault("exposure", DEFAULT_EXPOSURE)
         for key in ("bundle", "secret", "exposure"):
             if key in table:
                 table[key] = _absolute(table[key], file.parent)

@@ -145,7 +145,7 @@ class FrameStream:
         if self._offloader is not None and config is not None and config.budget == "scene":
             self._scenes = self._offloader.scenes(name)
         self._scene = -1
-        self._in_order = asyncio.Lock()
+        self._in_order: asyncio.Lock  # of the event loop that reads the results
         self._tasks: set[asyncio.Task[object]] = set()  # of :meth:`results`
         # Frames whose tokens are not there yet, by number: a window that did not change since then
         # waits for theirs.
@@ -161,7 +161,7 @@ class FrameStream:
         """
         if self._tasks:
             raise RuntimeError("the results of this stream are being read already")
-        self._in_order = asyncio.Lock()  # of this event loop
+        self._in_order = asyncio.Lock()
         tasks: asyncio.Queue[asyncio.Task[FrameResult] | None] = asyncio.Queue(self._depth)
         room = asyncio.Semaphore(self._depth)
 

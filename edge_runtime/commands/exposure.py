@@ -99,10 +99,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _folder(config_file: Path) -> Path:
     from edge_runtime.config import load_config
-    from edge_runtime.exposure.store import DEFAULT_FOLDER
 
-    config = load_config(config_file)
-    return Path(getattr(config, "exposure", None) or config_file.parent / DEFAULT_FOLDER)
+    folder = load_config(config_file).exposure
+    assert folder is not None  # a file has a default
+    return Path(folder)
 
 
 def _end_scene(folder: Path, stream: str, as_json: bool) -> int:

@@ -219,8 +219,7 @@ def _warning(config: EdgeConfig) -> str | None:
 
 
 def _toml(config: EdgeConfig, base: Path) -> str:
-    from edge_runtime.config import is_key
-    from edge_runtime.exposure.store import DEFAULT_FOLDER
+    from edge_runtime.config import DEFAULT_EXPOSURE, is_key
 
     def quoted(text: str) -> str:
         return json.dumps(text)
@@ -275,7 +274,7 @@ fallback = {quoted(config.fallback)}
 # constant_rate = true
 
 # Folder of the record of what each party may have seen, so that a restart does not forget it.
-exposure = {path(config.exposure) if config.exposure else quoted(DEFAULT_FOLDER)}
+exposure = {path(config.exposure) if config.exposure else quoted(DEFAULT_EXPOSURE)}
 """
     tables = [
         f"""

@@ -87,14 +87,13 @@ class SceneKeeper:
         self._tracker: Tracker
         self._still: int
         self._record: SceneRecord | None = store.resume(stream) if store else None
-        self._mosaic = Mosaic(geometry.image_size)
         if self._record is None:
             self._begin()
         else:
             # An earlier process saw the beginning of this scene. How the camera moved since is not
             # known, so this process's frames are parts of their own.
             snapshot = self._record.snapshot
-            self._start(Mosaic.from_bytes(snapshot) if snapshot else self._mosaic)
+            self._start(Mosaic.from_bytes(snapshot) if snapshot else Mosaic(geometry.image_size))
 
     @property
     def blanket(self) -> bool:

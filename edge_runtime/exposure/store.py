@@ -25,8 +25,6 @@ from edge_common.logs import LogLimiter
 from edge_runtime.exposure.placement import DEFAULT_MAX_EXPOSURE
 from edge_runtime.exposure.record_file import RecordFile, read_rows
 
-DEFAULT_FOLDER = "exposure"
-"""Of the record, beside edge.toml."""
 MOST_STREAMS = 64
 MOST_SCENES = 200
 """Of the past; those that still go on come on top."""

@@ -20,7 +20,7 @@ from edge_common.errors import OffloadError, PlacementError
 from edge_runtime.config import EdgeConfig
 from edge_runtime.exposure.ledger import ExposureLedger, Permit
 from edge_runtime.offload.connection import Connection, NodeError, NodeRefusedError, Reply
-from edge_runtime.offload.health import Fleet, Times, split
+from edge_runtime.offload.health import Fleet, Times, smoothed, split
 from edge_runtime.offload.policy import Attempt, Cancel, Fail, FrameState, Local, Send, decide
 from edge_runtime.offload.report import RunRecord
 from edge_runtime.offload.reuse import HOME
@@ -289,10 +289,8 @@ class Dispatch:
                 began = loop.time()
                 running = asyncio.wrap_future(self._pipeline.submit("stack", feeds))
                 result = await self.in_time(running, "computing windows at home")
-                took, before = loop.time() - began, self._nodes.local_s
-                self._nodes.local_s = (
-                    took if before is None else before + _SMOOTHING * (took - before)
-                )
+                took = loop.time() - began
+                self._nodes.local_s = smoothed(self._nodes.local_s, took, _SMOOTHING)
                 if frame.take([row]):
                     self._keep([row], result)
                     self.sources[row] = HOME

@@ -532,6 +532,11 @@ def chunks(n: int, node: NodeHealth, most: int = 0, pieces: int = 4) -> list[int
     return [n // count + (i < n % count) for i in range(count)]
 
 
+def smoothed(before: float | None, now: float, weight: float) -> float:
+    """The exponential moving average after another value; `weight` is that of the new one."""
+    return now if before is None else before + weight * (now - before)
+
+
 def _median(values: Iterable[float]) -> float:
     ordered = sorted(values)
     return ordered[len(ordered) // 2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from edge_runtime.config import Mode
+from edge_runtime.offload.health import smoothed
 
 _SMOOTHING = 0.3
 _HYSTERESIS = 0.2
@@ -78,12 +79,8 @@ class ModeChooser:
     def measured(self, place: str, ms: float) -> None:
         """A frame's window layers took `ms` milliseconds there."""
         if place == "nodes":
-            self._nodes_ms = _smooth(self._nodes_ms, ms)
+            self._nodes_ms = smoothed(self._nodes_ms, ms, _SMOOTHING)
             self._since = 0
         else:
-            self._edge_ms = _smooth(self._edge_ms, ms)
+            self._edge_ms = smoothed(self._edge_ms, ms, _SMOOTHING)
             self._since += 1
-
-
-def _smooth(before: float | None, now: float) -> float:
-    return now if before is None else before + _SMOOTHING * (now - before)

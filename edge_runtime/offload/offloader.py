@@ -121,7 +121,7 @@ class Offloader:
             self._background.close()
             raise
 
-    @property
+    @functools.cached_property
     def parties(self) -> dict[str, tuple[str, ...]]:
         """Party -> names of its nodes."""
         found: dict[str, tuple[str, ...]] = {}
@@ -218,6 +218,7 @@ class Offloader:
         keys = {name: each.node.server_key for name, each in self._nodes.connections.items()}
         limit = self.config.max_exposure
         side = self.pipeline.bundle.geometry.windows_per_side
+        digest = image_hash(windows)
 
         def placed(of: dict[int, int]) -> Placement:
             return place(
@@ -228,7 +229,7 @@ class Offloader:
                 # The budget is a share of the whole photo, also of what stays here.
                 max_exposure=min(1.0, limit * sum(areas.values()) / sum(of.values())),
                 secret=self._secret,
-                image_hash=image_hash(windows),
+                image_hash=digest,
                 keep_home=self.config.fallback == "local",
                 ids={party: min(keys[name] for name in ns) for party, ns in self.parties.items()},
             )
@@ -253,10 +254,10 @@ class Offloader:
             areas=areas,
             max_exposure=limit,
         )
-        return ExposureLedger(whole, self.parties, self._photo_extra(windows, whole))
+        return ExposureLedger(whole, self.parties, self._photo_extra(digest, windows.size, whole))
 
     def _photo_extra(
-        self, windows: Windows, placement: Placement
+        self, digest: bytes, size: tuple[int, int], placement: Placement
     ) -> Callable[[str, tuple[int, ...]], str | None] | None:
         """Put a photo's placement on record. Second choices may be used once they are on the disk.
 
@@ -270,9 +271,8 @@ class Offloader:
             return lambda party, extra: "another process writes the exposure record"
         if store is None:
             return None
-        key = photo_key(self._secret, image_hash(windows))
         side = self.pipeline.bundle.geometry.window_pixels
-        record = store.photo(key, windows.size, side)
+        record = store.photo(photo_key(self._secret, digest), size, side)
         for party, mine in placement.assignment.items():
             record.place(party, mine)
         for window, party in placement.second.items():
